@@ -1,0 +1,39 @@
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def evaluate(
+    recipe: str,
+    overrides: str,
+    root: str,
+    shards: dsl.Input[dsl.Dataset],
+    teacher: dsl.Input[dsl.Model],
+    run: dsl.Input[dsl.Model],
+    evaluation: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Compare student and teacher with held-out real images by FID.
+
+    Args:
+        recipe: Name of a recipe.
+        overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
+        root: Folder of the run; the result goes to `<root>/evaluation`.
+        shards: Shards with held-out images.
+        teacher: The teacher.
+        run: The student.
+        evaluation: Points to the result by URI and digest; the file itself is its manifest.
+        metrics: The scores, for the table of the UI.
+    """
+    from dmd2 import recipes, stages, storage
+    from dmd2.errors import one_sentence
+
+    with one_sentence():
+        config = recipes.resolve(recipe, overrides.split())
+        data, original, student = (a.metadata["uri"] for a in (shards, teacher, run))
+        result = stages.evaluate(config, data, original, student, f"{root}/evaluation")
+        evaluation.metadata.update(storage.point(f"{root}/evaluation", "evaluation", evaluation.path))
+    for name, value in result.facts.items():
+        if isinstance(value, int | float):
+            metrics.log_metric(name, value)

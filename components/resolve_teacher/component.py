@@ -1,0 +1,32 @@
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def resolve_teacher(
+    teacher: str,
+    recipe: str,
+    overrides: str,
+    root: str,
+    shards: dsl.Input[dsl.Dataset],
+    resolved: dsl.Output[dsl.Model],
+) -> None:
+    """Find the teacher, or train a small one on the shards if none is given.
+
+    Args:
+        teacher: Folder of a teacher; empty to train one, for demos and tests.
+        recipe: Name of a recipe.
+        overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
+        root: Folder of the run; a trained teacher goes to `<root>/teacher`.
+        shards: The shards to train on.
+        resolved: Points to the teacher by URI and digest; the file itself is its manifest.
+    """
+    from dmd2 import recipes, stages, storage
+    from dmd2.errors import one_sentence
+
+    with one_sentence():
+        folder = teacher or f"{root}/teacher"
+        if not teacher:
+            stages.teach(recipes.resolve(recipe, overrides.split()), shards.metadata["uri"], folder)
+        resolved.metadata.update(storage.point(folder, "teacher", resolved.path))

@@ -1,0 +1,25 @@
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def shard_dataset(
+    source: str, recipe: str, overrides: str, root: str, shards: dsl.Output[dsl.Dataset]
+) -> None:
+    """Write the images of a source as WebDataset shards.
+
+    Args:
+        source: `digits`, or a folder of images with one sub-folder per class.
+        recipe: Name of a recipe.
+        overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
+        root: Folder of the run; the shards go to `<root>/shards`.
+        shards: Points to the shards by URI and digest; the file itself is their manifest.
+    """
+    from dmd2 import recipes, stages, storage
+    from dmd2.errors import one_sentence
+
+    with one_sentence():
+        config = recipes.resolve(recipe, overrides.split())
+        stages.shard(config, source, f"{root}/shards")
+        shards.metadata.update(storage.point(f"{root}/shards", "shards", shards.path))

@@ -1,0 +1,3 @@
+from dmd2.cli import main
+
+main()

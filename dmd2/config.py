@@ -1,0 +1,270 @@
+"""The configuration of a run: one frozen tree of values, checked when it is made.
+
+A recipe (`recipes.py`) returns a whole `Config`; the command line overrides single fields of it; every
+folder that a stage writes holds the result. Nothing here knows a tensor. Fields say their unit.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """What all parts of a Config share: frozen, closed to unknown fields, documented field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_sentence(error)) from None
+
+
+class AdmConfig(Section):
+    """The size of an ADM U-Net (Dhariwal & Nichol 2021)."""
+
+    resolution: PositiveInt
+    """Height and width of an image, in pixels."""
+    image_channels: PositiveInt
+    """1 for grey images, 3 for colour."""
+    classes: PositiveInt
+    """Number of classes; labels run from 0 to classes - 1."""
+    channels: PositiveInt
+    """Channels at full resolution."""
+    multipliers: tuple[PositiveInt, ...]
+    """Channels at each resolution, as multiples of `channels`; each entry after the first halves the image."""
+    blocks: PositiveInt
+    """Residual blocks per resolution."""
+    attention: tuple[PositiveInt, ...]
+    """Resolutions with self-attention, in pixels of the folded image."""
+    head_channels: PositiveInt = 64
+    """Channels of an attention head."""
+    embedding_multiplier: PositiveInt = 4
+    """Width of the conditioning vector, as a multiple of `channels`."""
+    patch: PositiveInt = 1
+    """Side of the squares of pixels folded into channels before the first layer; 1 in the published network."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        halvings = len(self.multipliers) - 1
+        if self.resolution % (self.patch * 2**halvings):
+            raise ValueError(
+                f"resolution {self.resolution} cannot be divided by patch {self.patch} and halved {halvings} times (multipliers)"
+            )
+        if self.channels % 4:
+            raise ValueError(
+                f"channels {self.channels} is not a multiple of 4, the smallest group of a GroupNorm"
+            )
+        return self
+
+
+class EdmConfig(Section):
+    """The EDM family: an ADM U-Net in pixel space under EDM preconditioning (Karras et al. 2022)."""
+
+    network: AdmConfig
+    sigma_min: PositiveFloat = 0.002
+    """Cleanest noise level, in units of the pixels (-1 to 1)."""
+    sigma_max: PositiveFloat = 80.0
+    """Noisiest level."""
+    sigma_data: PositiveFloat = 0.5
+    """Standard deviation of the images."""
+    rho: PositiveFloat = 7.0
+    """Spacing of the levels (eq. 5)."""
+    levels: PositiveInt = 1000
+    """Number of levels in the table."""
+
+
+class DataConfig(Section):
+    """How images become shards."""
+
+    holdout: NonNegativeInt = 0
+    """Images kept apart as the real images of the evaluation, drawn at random."""
+    images_per_shard: PositiveInt = 1000
+    """Images in one tar file."""
+    max_broken: NonNegativeInt = 10
+    """Unreadable files that are skipped, counted and named before sharding gives up."""
+
+
+class LoaderConfig(Section):
+    """In which order shards are read."""
+
+    shards_in_memory: PositiveInt = 8
+    """Shards that are shuffled together; memory is their size on disk."""
+
+
+class Player(Section):
+    """A network that learns: AdamW with a linear warm-up, then a constant rate."""
+
+    lr: PositiveFloat
+    """Learning rate."""
+    warmup: NonNegativeInt = 0
+    """Steps until the full rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the two moments of Adam."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 10.0
+    """Gradients longer than this are scaled down to it."""
+    ema: tuple[Fraction, ...] = ()
+    """Decay per update of each running average of the weights; the last one is what is used, none = the weights."""
+
+
+class TeachConfig(Section):
+    """Training of a small EDM teacher, for demos, tests and ablations."""
+
+    steps: PositiveInt = 1000
+    """Updates."""
+    batch: PositiveInt = 64
+    """Images per update."""
+    player: Player = Player(lr=1e-3, ema=(0.999,))
+    p_mean: float = -1.2
+    """Mean of ln(sigma) (Karras et al. 2022, table 1)."""
+    p_std: PositiveFloat = 1.2
+    """Standard deviation of ln(sigma)."""
+    log_every: PositiveInt = 50
+    """Steps between lines of the log."""
+    save_every: PositiveInt = 500
+    """Steps between checkpoints."""
+
+
+class DmdConfig(Section):
+    """The distribution-matching term (DMD2, sec. 3 and 4)."""
+
+    min_level: Fraction = 0.02
+    """Cleanest level at which scores are compared, as a share of the table."""
+    max_level: Fraction = 0.98
+    """Noisiest level, inclusive."""
+
+
+class GanConfig(Section):
+    """The GAN term: a head on the critic's features, under noise (DMD2, sec. 4.3)."""
+
+    student_weight: PositiveFloat
+    """Weight in the student's loss."""
+    critic_weight: PositiveFloat
+    """Weight in the critic's loss."""
+    max_level: Fraction = 1.0
+    """Levels below this share of the table noise what the head sees."""
+
+
+class DistillConfig(Section):
+    """The game between student and critic."""
+
+    steps: PositiveInt
+    """Critic updates; the student has one update in `critic_updates` of them."""
+    batch: PositiveInt
+    """Images per step."""
+    student: Player
+    critic: Player
+    critic_updates: PositiveInt = 5
+    """Critic updates per student update: the two time-scale rule (DMD2, sec. 4.2)."""
+    student_levels: tuple[NonNegativeInt, ...] = (999,)
+    """Levels of the student's steps, noisiest first; one level is a one-step student."""
+    guidance: NonNegativeFloat = 1.0
+    """Scale of the teacher's classifier-free guidance; 1 = none."""
+    dmd: DmdConfig | None = DmdConfig()
+    gan: GanConfig | None = None
+    log_every: PositiveInt = 50
+    """Steps between lines of the log and points of the curves."""
+    preview_every: PositiveInt = 500
+    """Steps between picture grids."""
+    save_every: PositiveInt = 500
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dmd is None and self.gan is None:
+            raise ValueError("dmd and gan are both off: the student would learn nothing; turn one on")
+        if (
+            list(self.student_levels) != sorted(set(self.student_levels), reverse=True)
+            or not self.student_levels
+        ):
+            raise ValueError(
+                f"student_levels {self.student_levels} must fall, noisiest first, with at least one level"
+            )
+        return self
+
+
+class InceptionConfig(Section):
+    """Where clean-fid's Inception network is read from."""
+
+    uri: str = (
+        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+    )
+    """Local path, file: or https: address of the TorchScript file."""
+    sha256: str = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+    """Digest the file must have; a file with another one is never loaded."""
+
+
+class EvaluateConfig(Section):
+    """How good a student is, and compared with what."""
+
+    features: Literal["classifier", "inception"] = "inception"
+    """`inception`: clean-fid's network. `classifier`: a small one fitted to the training shards by the stage."""
+    inception: InceptionConfig = InceptionConfig()
+    images: PositiveInt = 50_000
+    """Generated images per score."""
+    batch: PositiveInt = 128
+    """Images per network call."""
+    teacher_steps: PositiveInt = 18
+    """Steps of Heun's method for the teacher: 2 * steps - 1 network calls."""
+    seed: int = 10
+    """Seed of the noise that both student and teacher start from."""
+
+
+class GateConfig(Section):
+    """What a student must reach to be packaged."""
+
+    factor: PositiveFloat = 1.25
+    """Accepted if FID(student) <= factor * FID(teacher)."""
+
+
+class Config(Section):
+    """Everything that decides the result of a run, but the data and the teacher."""
+
+    recipe: Annotated[str, tyro.conf.Fixed]
+    """Name of the recipe this started from."""
+    seed: int = 0
+    """Seed of all randomness, with the rank and the step."""
+    family: EdmConfig
+    data: DataConfig = DataConfig()
+    loader: LoaderConfig = LoaderConfig()
+    teach: TeachConfig = TeachConfig()
+    distill: DistillConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        top = max(self.distill.student_levels)
+        if top >= self.family.levels:
+            raise ValueError(
+                f"distill.student_levels has {top}, beyond the {self.family.levels} levels of the family"
+            )
+        return self
+
+
+def _sentence(error: ValidationError) -> str:
+    """`steps: Input should be greater than 0, not -1`, for the first mistake."""
+    first = error.errors()[0]
+    message, place = first["msg"].removeprefix("Value error, "), ".".join(map(str, first["loc"]))
+    value = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
+    return f"{place + ': ' if place else ''}{message}{value}"

@@ -1,0 +1,65 @@
+"""Errors a user can act on, and the exit status each of them has.
+
+Whatever a user can get wrong is raised as one of these, with one sentence: what, which value, which rule,
+what to do. `one_sentence()` is the edge where such an error becomes a line on stderr and an exit status
+instead of a stack trace; the command line and the pipeline's components both use it.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+
+class Refused(Exception):
+    """A wrong input: an unknown name, a folder that is not what it should be, a broken file."""
+
+    status = 64
+
+
+class Diverged(Exception):
+    """Training produced a number that is not finite."""
+
+    status = 76
+
+
+class Interrupted(Exception):
+    """Stopped by a signal, after saving. The same command resumes."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn errors a user can act on into one line on stderr and an exit status."""
+    try:
+        yield
+    except (Refused, Diverged, Interrupted) as error:
+        _leave(str(error), error.status)
+    except KeyboardInterrupt:
+        _leave("interrupted; the same command starts again", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        _leave(
+            f"{(error.strerror or 'write failed').lower()}{where}; what was complete before is untouched, free space and run again",
+            74,
+        )
+
+
+def near_miss(name: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)` if a known name is close, and the list of known names."""
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(sorted(known))}"
+
+
+def _leave(message: str, status: int) -> None:
+    print(f"dmd2: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)

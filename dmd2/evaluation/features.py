@@ -1,0 +1,112 @@
+"""Feature networks for FID, chosen by name, and the distance between two sets of features.
+
+Resizing, Inception and the Frechet formula are clean-fid's (Parmar et al. 2022).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from cleanfid.fid import frechet_distance, get_batch_features
+from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import build_resizer, make_resizer
+from torch import Tensor
+
+from dmd2.config import Config, InceptionConfig
+from dmd2.data.shards import TRAIN
+from dmd2.data.stream import Batch, Shards
+from dmd2.errors import Refused
+from dmd2.evaluation import classifier
+from dmd2.storage import local, sha256
+
+FIT_IMAGES = 20_000
+"""Images that the classifier is fitted to, at most."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Images -> features, and what the report says of them."""
+
+    network: Callable[[Tensor], Tensor]
+    """(B, 3, h, w) with values 0 to 255 -> (B, D)."""
+    resize: Callable[[np.ndarray], np.ndarray]
+    """uint8 (H, W, 3) -> float32 (h, w, 3)."""
+    facts: dict[str, Any]
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        """uint8 (N, C, H, W) -> float64 (N, D)."""
+        return np.concatenate([self._batch(part) for part in classifier.rgb(images).split(64)]).astype(
+            np.float64
+        )
+
+    def _batch(self, images: Tensor) -> np.ndarray:
+        resized = np.stack([self.resize(image) for image in images.permute(0, 2, 3, 1).numpy()])
+        features: np.ndarray = get_batch_features(
+            torch.from_numpy(resized).permute(0, 3, 1, 2), self.network, self.device
+        )
+        return features
+
+
+class Maker(Protocol):
+    def __call__(self, config: Config, data: str, holdout: Batch, device: torch.device) -> Features: ...
+
+
+def by_name(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
+    return MAKERS[config.evaluate.features](config, data, holdout, device)
+
+
+def _classifier(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
+    size = config.family.network.resolution
+    train = Shards(data, TRAIN).in_order(FIT_IMAGES)
+    network = classifier.fit(train, config.family.network.classes, config.evaluate.seed, device)
+    facts = {
+        "features": f"classifier fitted to {len(train.image)} training images, seed {config.evaluate.seed}",
+        "features_accuracy": classifier.accuracy(network, holdout, device),
+        "features_accuracy_images": len(holdout.image),
+    }
+    return Features(network, make_resizer("PIL", False, "bicubic", (size, size)), facts, device)
+
+
+def _inception(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
+    settings = config.evaluate.inception
+    with tempfile.TemporaryDirectory() as folder:
+        fetch(settings, Path(folder) / "inception-2015-12-05.pt")
+        network = InceptionV3W(folder, download=False).to(device)
+    facts = {"features": f"Inception-v3 of clean-fid, sha256 {settings.sha256[:12]}"}
+    return Features(network, build_resizer("clean"), facts, device)
+
+
+MAKERS: dict[str, Maker] = {"classifier": _classifier, "inception": _inception}
+
+
+def fetch(settings: InceptionConfig, target: Path) -> None:
+    """Copy the weights from their address, and refuse them if they are not the ones that were meant."""
+    try:
+        if settings.uri.startswith("https://"):
+            with urllib.request.urlopen(settings.uri, timeout=60) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        else:
+            shutil.copyfile(local(settings.uri), target)
+    except OSError as error:
+        raise Refused(
+            f"the weights of Inception cannot be read from {settings.uri} ({error}); set --evaluate.inception.uri to a copy of them"
+        ) from None
+    if (found := sha256(target)) != settings.sha256:
+        raise Refused(
+            f"{settings.uri} has sha256 {found}, not {settings.sha256} as evaluate.inception.sha256 demands; it was not loaded"
+        )
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance of two sets of features (N, D), seen as Gaussians (Heusel et al. 2017)."""
+    moments = [m for f in (a, b) for m in (f.mean(axis=0), np.cov(f, rowvar=False))]
+    return float(frechet_distance(*moments))

@@ -1,0 +1,98 @@
+"""The EDM family: class-conditional ADM U-Nets in pixel space, variance exploding noise (Karras et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.config import EdmConfig
+from dmd2.data.stream import Batch
+from dmd2.denoiser import Denoiser
+from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
+from dmd2.errors import Refused
+from dmd2.models.adm import Adm
+from dmd2.models.heads import ConvHead
+from dmd2.sample import Conditioning, Sample
+from dmd2.sampler import heun
+
+
+class Edm:
+    """A `ModelFamily`."""
+
+    def __init__(self, config: EdmConfig) -> None:
+        self.config = config
+        self.diffusion = self._process(config.levels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        network = self.config.network
+        return network.image_channels, network.resolution, network.resolution
+
+    @cached_property
+    def features(self) -> tuple[int, ...]:
+        """(C, h, w) of the bottleneck, found by a pass without data."""
+        with torch.device("meta"):
+            cond = Conditioning(label=torch.zeros(1, dtype=torch.int64))
+            out = Adm(self.config.network)(
+                torch.zeros(1, *self.shape), torch.zeros(1), cond, features_only=True
+            )
+        return tuple(out.shape[1:])
+
+    def network(self) -> nn.Module:
+        return Adm(self.config.network)
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        adm = cast(Adm, network)
+        return [*adm.encoder, *adm.middle, *adm.decoder]
+
+    def head(self) -> nn.Module:
+        return ConvHead(self.features[0], self.features[1])
+
+    def read(self, batch: Batch) -> Sample:
+        if tuple(batch.image.shape[1:]) != self.shape:
+            raise Refused(
+                f"the shards hold images of {_size(batch.image.shape[1:])}, the network makes {_size(self.shape)}; shard again with this recipe"
+            )
+        classes = self.config.network.classes
+        if (worst := int(batch.label.max())) >= classes or int(batch.label.min()) < 0:
+            raise Refused(
+                f"class {worst} is outside 0 to {classes - 1}, the classes of the network; shard again with --family.network.classes {worst + 1}"
+            )
+        # An EDM network knows no class "none", so there is nothing to guide away from.
+        return Sample(batch.image.float() / 127.5 - 1, Conditioning(label=batch.label), Conditioning())
+
+    def decode(self, x: Tensor) -> Tensor:
+        return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+    def condition(self, labels: Sequence[int]) -> Conditioning:
+        classes = self.config.network.classes
+        if wrong := [label for label in labels if not 0 <= label < classes]:
+            raise Refused(f"class {wrong[0]} is outside 0 to {classes - 1}, the classes of the network")
+        return Conditioning(label=torch.tensor(labels))
+
+    def sample_teacher(self, network: nn.Module, eps: Tensor, cond: Conditioning, steps: int) -> Tensor:
+        return heun(Denoiser(network, self._process(steps)), eps, cond)
+
+    def teacher_calls(self, steps: int) -> int:
+        return 2 * steps - 1
+
+    def teaching_levels(self, ln_sigma: Tensor) -> Tensor:
+        table = self.diffusion.schedule.sigma.log().to(ln_sigma)
+        middle = (table[1:] + table[:-1]) / 2
+        return torch.bucketize(ln_sigma, middle)
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        return Denoiser(network, self.diffusion)
+
+    def _process(self, levels: int) -> Diffusion:
+        c = self.config
+        return Diffusion(karras_schedule(levels, c.sigma_min, c.sigma_max, c.rho), predict_edm(c.sigma_data))
+
+
+def _size(shape: Sequence[int]) -> str:
+    channels, height, width = shape
+    return f"{height}x{width} pixels with {channels} channel{'s' if channels > 1 else ''}"

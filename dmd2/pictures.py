@@ -1,0 +1,24 @@
+"""Pictures of samples."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+BORDER = 1
+"""Pixels between the pictures of a grid."""
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 (N, C, H, W) -> one picture, row by row."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = np.full(
+        (rows * (height + BORDER) + BORDER, columns * (width + BORDER) + BORDER, channels), 128, np.uint8
+    )
+    for index, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        row, column = divmod(index, columns)
+        top, left = row * (height + BORDER) + BORDER, column * (width + BORDER) + BORDER
+        sheet[top : top + height, left : left + width] = image
+    return Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)

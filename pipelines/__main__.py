@@ -1,0 +1,120 @@
+"""`python -m pipelines compile | run-local`: the pipelines as files for a cluster, or as a run on this machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+from kfp import compiler, local
+from rich.console import Console
+from rich.table import Table
+
+from dmd2 import storage
+from dmd2.errors import Refused, one_sentence
+from pipelines.distill import distill
+
+COMPILED = Path(__file__).parent / "compiled"
+
+
+def compile_all() -> None:
+    """Compile the pipelines to `pipelines/compiled/*.yaml`, for review and for a cluster."""
+    COMPILED.mkdir(exist_ok=True)
+    compiler.Compiler().compile(distill, str(COMPILED / "distill.yaml"))
+    print(COMPILED / "distill.yaml")
+
+
+def run_local(
+    root: Path = Path("runs/demo"),
+    source: str = "digits",
+    teacher: str = "",
+    recipe: str = "edm-digits",
+    overrides: str = "",
+) -> None:
+    """Run the distillation pipeline on this machine, one process per stage, without a cluster.
+
+    Args:
+        root: Folder that receives everything the run makes.
+        source: `digits`, or a folder of images with one sub-folder per class.
+        teacher: Folder of a teacher; empty to train a small one on the source.
+        recipe: Name of a recipe, as `dmd2 --help` lists them.
+        overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
+    """
+    start = time.monotonic()
+    root = root.resolve()
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(root / "kfp"))
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        distill(root=str(root), source=source, teacher=teacher, recipe=recipe, overrides=overrides)
+    except RuntimeError as error:
+        raise Refused(f"{error}; the failed stage says above what was wrong") from None
+    summary = summarize(root, time.monotonic() - start)
+    storage.write(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+    show(summary)
+
+
+def summarize(root: Path, total_s: float) -> dict[str, Any]:
+    """The run in one object, from the manifests of its folders."""
+    kinds = {
+        "shards": "shard",
+        "teacher": "teach",
+        "run": "distill",
+        "evaluation": "evaluate",
+        "gate": "gate",
+    }
+    manifests = {kind: storage.read(root / kind, kind) for kind in kinds if (root / kind).is_dir()}
+    scores, gate = manifests["evaluation"].facts, manifests["gate"].facts
+    accepted = gate["decision"] == "accepted"
+    if accepted:
+        manifests["package"] = storage.read(root / "package", "package")
+    seconds = {kinds.get(kind, kind): manifest.seconds for kind, manifest in manifests.items()}
+    names = (
+        "fid_student",
+        "fid_teacher",
+        "fid_teacher_1step",
+        "fid_real",
+        "nfe_student",
+        "nfe_teacher",
+        "images",
+    )
+    return {name: scores[name] for name in names} | {
+        "features": scores["features"],
+        "seconds": seconds | {"total": round(total_s, 1)},
+        "gate": gate["decision"],
+        "reason": gate["reason"],
+        "package": str(root / "package") if accepted else None,
+        "report": str(root / "report.html"),
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title=f"{summary['images']} images each, FID on: {summary['features']}")
+    for column in ("", "network calls", "FID", "/ teacher's"):
+        table.add_column(column, justify="right" if column else "left")
+    calls = {
+        "student": summary["nfe_student"],
+        "teacher": summary["nfe_teacher"],
+        "teacher_1step": 1,
+        "real": "-",
+    }
+    labels = {"teacher_1step": "teacher in one step", "real": "real training images"}
+    for name, count in calls.items():
+        fid = summary[f"fid_{name}"]
+        table.add_row(labels.get(name, name), str(count), f"{fid:.2f}", f"{fid / summary['fid_teacher']:.2f}")
+    console.print(table)
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["seconds"].items())
+    console.print(f"{summary['gate']}: {summary['reason']}\ntime: {spent}", highlight=False)
+    for what in ("report", "package"):
+        if summary[what]:
+            print(f"{what}: {summary[what]}")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        tyro.extras.subcommand_cli_from_dict(
+            {"compile": compile_all, "run-local": run_local}, prog="python -m pipelines"
+        )

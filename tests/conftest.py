@@ -1,0 +1,74 @@
+"""Small things that many tests are about. Real classes at tiny sizes; nothing of torch is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmd2 import recipes, stages
+from dmd2.config import Config
+
+torch.set_num_threads(2)
+
+MICRO = (
+    "family.network.resolution=8", "family.network.channels=8", "family.network.multipliers=1", "family.network.attention=8",
+    "family.network.patch=2", "family.network.classes=3", "data.holdout=12", "data.images_per_shard=16", "loader.shards_in_memory=2",
+    "teach.steps=6", "teach.batch=8", "teach.log_every=2", "teach.save_every=3",
+    "distill.steps=10", "distill.batch=8", "distill.log_every=2", "distill.preview_every=5", "distill.save_every=4",
+    "evaluate.images=24", "evaluate.teacher_steps=3", "evaluate.batch=12",
+)  # fmt: skip
+"""Overrides that make the digits recipe a matter of seconds. Its features are 4x4 at 8 channels."""
+
+
+@pytest.fixture(scope="session")
+def micro() -> Config:
+    return recipes.resolve("edm-digits", MICRO)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pictures in three classes that a network can tell apart: bars across, bars down, blobs."""
+    root = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("across", "blob", "down")):
+        (root / name).mkdir()
+        for index in range(20):
+            image = rng.integers(0, 60, (8, 8), dtype=np.uint8)
+            at = int(rng.integers(1, 6))
+            rows, columns = ((slice(at, at + 2), slice(None)), (slice(2, 6), slice(2, 6)), (slice(None), slice(at, at + 2)))[label]
+            image[rows, columns] = 220
+            Image.fromarray(image).save(root / name / f"{index:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def made(micro: Config, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole micro run: shards, teacher, run, evaluation, gate. Read only."""
+    root = tmp_path_factory.mktemp("made")
+    stages.shard(micro, str(pictures), str(root / "shards"))
+    stages.teach(micro, str(root / "shards"), str(root / "teacher"))
+    stages.distill(micro, str(root / "shards"), str(root / "teacher"), str(root / "run"))
+    stages.evaluate(micro, *(str(root / name) for name in ("shards", "teacher", "run", "evaluation")))
+    generous = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e6})})
+    stages.gate(generous, str(root / "evaluation"), str(root / "gate"))
+    return root
+
+
+@pytest.fixture
+def refusal() -> Callable[[Callable[[], object]], str]:
+    """Call something that must be refused, and return the sentence it gives."""
+    from dmd2.errors import Refused
+
+    def call(action: Callable[[], object]) -> str:
+        with pytest.raises(Refused) as caught:
+            action()
+        sentence = str(caught.value)
+        assert "\n" not in sentence
+        return sentence
+
+    return call
