@@ -138,7 +138,7 @@ def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **s
                 target,
                 args=flags,
                 prog=program,
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
                 **settings,
             )
     except SystemExit as end:
@@ -148,6 +148,6 @@ def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **s
 
 
 def _sentence(box: str) -> str:
-    """The words of one of tyro's boxes, up to its general advice."""
-    words = re.split(r"Argument helptext:|For full helptext", box)[0].splitlines()[1:]
-    return " ".join(" ".join(line.strip("│╭╮╰╯─ \n") for line in words).split())
+    """The words of one of tyro's boxes without its frame, title and general advice."""
+    words = re.split(r"Argument helptext:|For full helptext", box)[0].split("\n", 1)[1]
+    return " ".join(re.sub(r"[│╭╮╰╯─]|-{3,}", " ", words).split())

@@ -6,7 +6,7 @@ A stage that is called again with what it was already given returns at once; one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import nn
 
 from dmd2 import build, parallel
 from dmd2 import report as reports
-from dmd2.config import Config, EdmConfig
+from dmd2.config import Config, EdmConfig, EvaluateConfig
 from dmd2.data.shards import HOLDOUT, TRAIN, write_shards
 from dmd2.data.sources import open_source
-from dmd2.data.stream import Shards, Stream
+from dmd2.data.stream import Batch, Shards, Stream
 from dmd2.errors import Refused
 from dmd2.evaluation.features import by_name, distance
 from dmd2.package import Model, load_network, model_card, save_network
@@ -31,6 +31,9 @@ from dmd2.storage import Manifest, check, drafted, finished, local, read
 
 PREVIEW_ROWS = 8
 """Rows of a picture grid; a column per class, as far as ten go."""
+
+Sampler = Callable[[Sequence[int], int], torch.Tensor]
+"""(labels, seed) -> images, uint8 (N, C, H, W)."""
 
 
 def shard(config: Config, source: str, out: str) -> Manifest:
@@ -168,12 +171,12 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         return done
     device, settings = parallel.device(), config.evaluate
     holdout = Shards(data, HOLDOUT).in_order(settings.images)
-    labels = list(itertools.islice(itertools.cycle(holdout.label.tolist()), settings.images))
+    labels = balanced(holdout, settings.images)
     student, original = _on(device, load_network(run)), _on(device, load_network(teacher))
     with drafted(out, "evaluation", config, inputs) as draft:
         features = by_name(config, data, holdout, device)
         real = features(holdout.image)
-        samplers: dict[str, Callable[[list[int], int], torch.Tensor]] = {
+        samplers: dict[str, Sampler] = {
             "student": student.sample,
             "teacher": lambda part, seed: original.sample_teacher(part, seed, settings.teacher_steps),
             "teacher_1step": lambda part, seed: Model(
@@ -181,7 +184,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
             ).sample(part, seed),
         }
         for name, sampler in samplers.items():
-            images = _sampled(name, sampler, labels, settings.seed, settings.batch)
+            images = sampled(name, sampler, labels, settings)
             draft.facts[f"fid_{name}"] = distance(features(images), real)
         train = Shards(data, TRAIN).in_order(settings.images)
         draft.facts |= features.facts | {
@@ -316,22 +319,23 @@ def _columns(classes: int) -> list[int]:
     return [label for _ in range(PREVIEW_ROWS) for label in range(min(classes, 10))]
 
 
-def _sampled(
-    name: str, sampler: Callable[[list[int], int], torch.Tensor], labels: list[int], seed: int, batch: int
-) -> torch.Tensor:
+def balanced(holdout: Batch, count: int) -> list[int]:
+    """Classes to draw, in the shares of the held-out images."""
+    return list(itertools.islice(itertools.cycle(holdout.label.tolist()), count))
+
+
+def sampled(name: str, sampler: Sampler, labels: list[int], settings: EvaluateConfig) -> torch.Tensor:
     """Images for all labels; each part has its own seed, so that a part can be made again alone."""
     images = []
     with Progress(f"sample {name}", len(labels), "images") as progress:
-        for start in range(0, len(labels), batch):
-            part = labels[start : start + batch]
-            images.append(sampler(part, seed * 1_000_003 + start))
+        for start in range(0, len(labels), settings.batch):
+            part = labels[start : start + settings.batch]
+            images.append(sampler(part, settings.seed * 1_000_003 + start))
             progress.advance(len(part))
     return torch.cat(images)
 
 
-def _grids(
-    folder: Path, config: Config, samplers: dict[str, Callable[[list[int], int], torch.Tensor]]
-) -> None:
+def _grids(folder: Path, config: Config, samplers: dict[str, Sampler]) -> None:
     """A picture of each sampler, all from the same noise and classes."""
     labels = _columns(config.family.network.classes)
     for name, sampler in samplers.items():

@@ -13,7 +13,7 @@ from PIL import Image
 from dmd2 import recipes, stages
 from dmd2.config import Config
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors are tiny: a second thread only waits
 
 MICRO = (
     "family.network.resolution=8", "family.network.channels=8", "family.network.multipliers=1", "family.network.attention=8",
@@ -23,6 +23,12 @@ MICRO = (
     "evaluate.images=24", "evaluate.teacher_steps=3", "evaluate.batch=12",
 )  # fmt: skip
 """Overrides that make the digits recipe a matter of seconds. Its features are 4x4 at 8 channels."""
+
+
+def flags(overrides: tuple[str, ...] = MICRO) -> list[str]:
+    """The overrides as the command line takes them."""
+    pairs = [override.split("=") for override in overrides]
+    return [word for field, value in pairs for word in (f"--{field}", *value.split(","))]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +46,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(20):
             image = rng.integers(0, 60, (8, 8), dtype=np.uint8)
             at = int(rng.integers(1, 6))
-            rows, columns = ((slice(at, at + 2), slice(None)), (slice(2, 6), slice(2, 6)), (slice(None), slice(at, at + 2)))[label]
+            rows, columns = (
+                (slice(at, at + 2), slice(None)),
+                (slice(2, 6), slice(2, 6)),
+                (slice(None), slice(at, at + 2)),
+            )[label]
             image[rows, columns] = 220
             Image.fromarray(image).save(root / name / f"{index:02d}.png")
     return root

@@ -36,21 +36,30 @@ def x0() -> torch.Tensor:
 def test_target_is_the_inverse_of_to_x0(name: str, x0: torch.Tensor) -> None:
     diffusion = PROCESSES[name]
     x_t = diffusion.add_noise(x0, torch.randn_like(x0), LEVELS)
-    torch.testing.assert_close(diffusion.to_x0(diffusion.target(x0, x_t, LEVELS), x_t, LEVELS), x0, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        diffusion.to_x0(diffusion.target(x0, x_t, LEVELS), x_t, LEVELS), x0, rtol=0, atol=1e-9
+    )
 
 
-@pytest.mark.parametrize(("name", "formula"), [
-    ("eps", lambda alpha, sigma, x0, eps: eps),
-    ("v", lambda alpha, sigma, x0, eps: alpha * eps - sigma * x0),
-    ("x0", lambda alpha, sigma, x0, eps: x0),
-    ("flow", lambda alpha, sigma, x0, eps: eps - x0),
-])
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("eps", lambda alpha, sigma, x0, eps: eps),
+        ("v", lambda alpha, sigma, x0, eps: alpha * eps - sigma * x0),
+        ("x0", lambda alpha, sigma, x0, eps: x0),
+        ("flow", lambda alpha, sigma, x0, eps: eps - x0),
+    ],
+)
 def test_target_is_the_papers_quantity(name: str, formula, x0: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
     diffusion = PROCESSES[name]
     eps = torch.randn_like(x0)
-    alpha, sigma = (table[LEVELS].reshape(-1, 1, 1, 1) for table in (diffusion.schedule.alpha, diffusion.schedule.sigma))
+    alpha, sigma = (
+        table[LEVELS].reshape(-1, 1, 1, 1) for table in (diffusion.schedule.alpha, diffusion.schedule.sigma)
+    )
     x_t = diffusion.add_noise(x0, eps, LEVELS)
-    torch.testing.assert_close(diffusion.target(x0, x_t, LEVELS), formula(alpha, sigma, x0, eps), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        diffusion.target(x0, x_t, LEVELS), formula(alpha, sigma, x0, eps), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_scaled_linear_alpha_bar_has_the_published_values() -> None:
@@ -84,4 +93,6 @@ def test_unit_weight_on_the_output_is_edm_weight_on_x0(x0: torch.Tensor) -> None
     out = torch.randn_like(x0)
     ours = (out - diffusion.target(x0, x_t, LEVELS)) ** 2
     weight = sigma**-2 + 0.5**-2
-    torch.testing.assert_close(ours, weight * (diffusion.to_x0(out, x_t, LEVELS) - x0) ** 2, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        ours, weight * (diffusion.to_x0(out, x_t, LEVELS) - x0) ** 2, rtol=1e-7, atol=1e-9
+    )

@@ -42,7 +42,9 @@ def test_a_diverged_critic_is_seen() -> None:
 def test_gan_losses_are_non_saturating() -> None:
     real, fake = draw(8), draw(8)
     torch.testing.assert_close(losses.gan_student(fake), -F.logsigmoid(fake).mean())
-    torch.testing.assert_close(losses.gan_critic(real, fake), -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean())
+    torch.testing.assert_close(
+        losses.gan_critic(real, fake), -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()
+    )
 
 
 def test_denoising_is_the_mean_squared_error() -> None:

@@ -39,7 +39,9 @@ def denoised(network: nn.Module, x: Tensor, sigma: Tensor, label: Tensor) -> Ten
 @pytest.fixture(params=[True, False], ids=["gan", "no-gan"])
 def config(request: pytest.FixtureRequest, micro: Config) -> Config:
     changes = {} if request.param else {"gan": None}
-    return micro.model_copy(update={"distill": DistillConfig.model_validate({**dict(micro.distill), **changes})})
+    return micro.model_copy(
+        update={"distill": DistillConfig.model_validate({**dict(micro.distill), **changes})}
+    )
 
 
 def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,10 +57,14 @@ def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.Monkey
         for parameter in [*student.parameters(), *critic.parameters()]:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     plain = {"student": copy.deepcopy(student), "critic": copy.deepcopy(critic), "head": copy.deepcopy(head)}
-    real = Sample(torch.rand(4, *family.shape) * 2 - 1, Conditioning(label=torch.tensor([0, 1, 2, 0])), Conditioning())
+    real = Sample(
+        torch.rand(4, *family.shape) * 2 - 1, Conditioning(label=torch.tensor([0, 1, 2, 0])), Conditioning()
+    )
     kept: dict[str, dict[str, Tensor]] = {}
     for player in (game.student, game.critic):
-        monkeypatch.setattr(player, "update", lambda step, p=player: kept.update({p.name: gradients(p.module)}) or {})
+        monkeypatch.setattr(
+            player, "update", lambda step, p=player: kept.update({p.name: gradients(p.module)}) or {}
+        )
 
     torch.manual_seed(7)
     metrics = game.step(real, step=0)
@@ -70,7 +76,9 @@ def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.Monkey
     assert kept["student"].keys() == formulas["student"].keys()
     for player, table in formulas.items():
         for name, gradient in table.items():
-            torch.testing.assert_close(kept[player][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                kept[player][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def by_formulas(nets, teacher, real, gan):  # type: ignore[no-untyped-def]

@@ -1,13 +1,14 @@
 """Shards: tar files of images that WebDataset reads, and the facts about them.
 
 A sample is `<key>.png` and `<key>.cls`. The same source and settings give the same bytes: keys count up, the
-members of a tar carry no time and no owner. The held-out images, the real ones of every evaluation, are drawn
-at random by the seed and kept in shards of their own.
+members of a tar carry no time and no owner. The seed shuffles the images once; the first of them, the real ones of
+every evaluation, are held out in shards of their own.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,10 +53,10 @@ def write_shards(source: Source, config: Config, folder: Path) -> Tally:
         raise Refused(
             f"data.holdout is {config.data.holdout}, the source has only {len(source.records)} images; hold out fewer"
         )
-    held = _held_out(len(source.records), config.data.holdout, config.seed)
-    splits: dict[str, list[Record]] = {TRAIN: [], HOLDOUT: []}
-    for index, record in enumerate(source.records):
-        splits[HOLDOUT if index in held else TRAIN].append(record)
+    # Shuffled once here, so that any run of samples is a fair sample of the whole.
+    order = np.random.default_rng(config.seed).permutation(len(source.records))
+    held, rest = order[: config.data.holdout], order[config.data.holdout :]
+    splits = {TRAIN: [source.records[i] for i in rest], HOLDOUT: [source.records[i] for i in held]}
     tally = Tally()
     with Progress("shard", len(source.records), "images") as progress:
         for split, records in splits.items():
@@ -98,25 +99,16 @@ def _readable(
 def _write_split(
     split: str, images: Iterator[tuple[Image.Image, int]], per_shard: int, folder: Path, tally: Tally
 ) -> None:
-    writer = None
-    for index, (image, label) in enumerate(images):
-        if index % per_shard == 0:
-            if writer:
-                writer.close()
-            name = f"{split}-{index // per_shard:05d}.tar"
-            writer = TarWriter(str(folder / name), user="", group="", mtime=0.0, encoder=False)
-            tally.shards.append({"file": name, "split": split, "images": 0})
-        assert writer is not None
-        writer.write({"__key__": f"{index:09d}", "png": _png(image), "cls": str(label).encode()})
-        tally.shards[-1]["images"] += 1
-        tally.images[split] += 1
-        tally.histogram[label] += 1
-    if writer:
-        writer.close()
-
-
-def _held_out(total: int, count: int, seed: int) -> set[int]:
-    return set(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    for number, first in enumerate(images):  # the inner loop takes the rest of the shard
+        name = f"{split}-{number:05d}.tar"
+        tally.shards.append({"file": name, "split": split, "images": 0})
+        with TarWriter(str(folder / name), user="", group="", mtime=0.0, encoder=False) as writer:
+            for image, label in itertools.chain([first], itertools.islice(images, per_shard - 1)):
+                key = f"{tally.images[split]:09d}"
+                writer.write({"__key__": key, "png": _png(image), "cls": str(label).encode()})
+                tally.shards[-1]["images"] += 1
+                tally.images[split] += 1
+                tally.histogram[label] += 1
 
 
 def _png(image: Image.Image) -> bytes:

@@ -86,9 +86,10 @@ SOURCES: dict[str, Callable[[], Source]] = {"digits": digits}
 def prepare(image: Image.Image, resolution: int, channels: int) -> Image.Image:
     """Upright, grey or RGB, the central square, resized with antialiasing (bicubic, as FID assumes)."""
     image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
-    return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((resolution, resolution), Image.Resampling.BICUBIC)
 
 
 def _open(path: Path) -> Image.Image:

@@ -15,7 +15,7 @@ class ConvHead(nn.Module):
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         halvings = (size // 4).bit_length() - 1
-        if size != 4 * 2**halvings:
+        if halvings < 0 or size != 4 * 2**halvings:
             raise ValueError(
                 f"the GAN head needs features of 4, 8, 16, ... pixels, not {size}; change the depth of the network"
             )

@@ -1,0 +1,47 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ROOT ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format lint types compile bench bench-ablation clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(READY) ## Distil a digit teacher, end to end, on this machine (ROOT=runs/demo)
+	$(BIN)/python -m pipelines run-local --root $(ROOT)
+
+test: $(READY) ## Run the tests
+	$(BIN)/pytest
+
+check: lint types test ## Everything that must pass before a commit lands
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## Check the types
+	$(BIN)/mypy
+
+compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml
+	$(BIN)/python -m pipelines compile
+
+bench: bench-ablation ## All benchmarks
+
+bench-ablation: $(READY) ## The ablation of the paper on digits: 3 variants x 3 seeds, about an hour
+	$(BIN)/python -m tests.bench.ablation
+
+clean: ## Remove what runs have made; the environment stays
+	rm -rf runs local_outputs .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,103 @@
+"""The ablation of the DMD2 paper (its table 3) on handwritten digits: `make bench-ablation`.
+
+One teacher; three variants of the recipe, three seeds each: DMD without the two time-scale rule, with it, with it
+and the GAN. Each run has the same number of steps and batch. Prints a table, writes runs/bench/ablation.json.
+Runs that are already there are not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import run as execute
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dmd2 import recipes, stages, storage
+from dmd2.config import Config
+from dmd2.data.shards import HOLDOUT
+from dmd2.data.stream import Shards
+from dmd2.evaluation.features import by_name, distance
+from dmd2.package import load_network
+
+ROOT = Path("runs/bench/ablation")
+VARIANTS = {
+    "edm-digits-no-ttur": "DMD, no TTUR (critic x1)",
+    "edm-digits-no-gan": "DMD + TTUR (critic x5)",
+    "edm-digits": "DMD + TTUR + GAN",
+}
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    base = recipes.get("edm-digits")
+    shards, teacher = str(ROOT / "shards"), str(ROOT / "teacher")
+    stages.shard(base, "digits", shards)
+    stages.teach(base, shards, teacher)
+    jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
+    with ThreadPoolExecutor(max_workers=2) as pool:  # a run a core: better than two cores a run
+        list(pool.map(lambda job: distill(*job), jobs))
+    first = stages.evaluate(base, shards, teacher, str(_run(*jobs[0])), str(ROOT / "evaluation"))
+    rows = score(base, shards, jobs)
+    storage.write(ROOT.parent / "ablation.json", json.dumps(rows, indent=1) + "\n")
+    show(rows, first.facts)
+
+
+def distill(variant: str, seed: int) -> None:
+    """One run, in a process of its own, on one thread."""
+    folders = {"data": ROOT / "shards", "teacher": ROOT / "teacher", "out": _run(variant, seed)}
+    flags = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
+    command = [sys.executable, "-m", "dmd2", "distill", variant, *flags, "--seed", str(seed)]
+    start = time.monotonic()
+    with (ROOT / f"{variant}-{seed}.log").open("a") as log:
+        execute(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=log, stdout=log, check=True)
+    print(f"{variant}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[str, Any]]:
+    """FID of every student as `evaluate` takes it: the same features, classes, noise and held-out images."""
+    device, settings = torch.device("cpu"), base.evaluate
+    holdout = Shards(shards, HOLDOUT).in_order(settings.images)
+    features = by_name(base, shards, holdout, device)
+    real = features(holdout.image)
+    labels = stages.balanced(holdout, settings.images)
+    rows = []
+    for variant, seed in jobs:
+        images = stages.sampled(variant, load_network(_run(variant, seed)).sample, labels, settings)
+        rows.append({"variant": variant, "seed": seed, "fid": distance(features(images), real)})
+    return rows
+
+
+def _run(variant: str, seed: int) -> Path:
+    return ROOT / f"{variant}-{seed}"
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        scores[row["variant"]].append(row["fid"])
+    teacher = facts["fid_teacher"]
+    table = Table(
+        title=f"FID of the one-step student, {len(SEEDS)} seeds; teacher at {facts['nfe_teacher']} calls: {teacher:.2f}"
+    )
+    for column in ("variant", "mean", "deviation", "runs", "/ teacher's"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for variant, name in VARIANTS.items():
+        fids = scores[variant]
+        mean = statistics.mean(fids)
+        runs = ", ".join(f"{fid:.2f}" for fid in fids)
+        table.add_row(name, f"{mean:.2f}", f"{statistics.stdev(fids):.2f}", runs, f"{mean / teacher:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

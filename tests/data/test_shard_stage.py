@@ -1,0 +1,135 @@
+"""`dmd2 shard`: what it makes, and what it says when the source is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmd2 import stages
+from dmd2.config import Config
+from dmd2.data.sources import digits, prepare
+from dmd2.storage import read
+
+
+@pytest.fixture
+def source(pictures: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pictures, tmp_path / "source"))
+
+
+def with_data(config: Config, **changes: int) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def test_the_same_source_gives_the_same_bytes(
+    micro: Config, source: Path, made: Path, tmp_path: Path
+) -> None:
+    again = stages.shard(micro, str(source), str(tmp_path / "again"))
+    assert again.digest == read(made / "shards", "shards").digest
+
+
+def test_facts_count_images_classes_and_shards(made: Path) -> None:
+    facts = read(made / "shards", "shards").facts
+    assert (facts["train"], facts["holdout"], facts["classes"]) == (48, 12, ["across", "blob", "down"])
+    assert sum(facts["histogram"]) == 60
+    assert [shard["images"] for shard in facts["shards"]] == [16, 16, 16, 12]
+
+
+def test_digits_are_5000_of_ten_classes_at_32_pixels() -> None:
+    source = digits()
+    assert len(source.records) == 5000
+    assert source.classes == [str(d) for d in range(10)]
+    image = source.records[1234].open()
+    assert (image.size, image.mode) == ((32, 32), "L")
+    pixels = np.asarray(image)
+    assert pixels.max() > 200
+    assert pixels[:2].max() == 0
+
+
+def test_a_few_broken_files_are_skipped_and_named(micro: Config, source: Path, tmp_path: Path) -> None:
+    (source / "blob" / "broken.png").write_bytes(b"no image at all")
+    whole = (source / "blob" / "00.png").read_bytes()
+    (source / "down" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    facts = stages.shard(with_data(micro, max_broken=2), str(source), str(tmp_path / "out")).facts
+    assert facts["train"] + facts["holdout"] == 60
+    assert sorted(Path(line.split(":")[0]).name for line in facts["broken"]) == ["broken.png", "cut.png"]
+
+
+def test_too_many_broken_files_stop_it_and_leave_nothing(
+    micro: Config, source: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    for index in range(3):
+        (source / "blob" / f"broken{index}.png").write_bytes(b"no image")
+    out = tmp_path / "made" / "out"
+    sentence = refusal(lambda: stages.shard(with_data(micro, max_broken=2), str(source), str(out)))
+    assert "3 files are no readable images" in sentence
+    assert "broken" in sentence
+    assert not list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prepare_source", "words"),
+    [
+        (lambda path: shutil.rmtree(path), "does not exist"),
+        (lambda path: [shutil.rmtree(p) for p in path.iterdir()], "is empty"),
+        (
+            lambda path: shutil.copy(path / "blob" / "00.png", path / "stray.png"),
+            "lies beside the class folders",
+        ),
+        (
+            lambda path: [shutil.copytree(path / "blob", path / f"more{i}") for i in range(2)],
+            "5 classes, the network",
+        ),
+    ],
+)
+def test_a_wrong_source_is_refused_in_one_sentence(
+    micro: Config,
+    source: Path,
+    tmp_path: Path,
+    refusal: Callable[..., str],
+    prepare_source: Callable[[Path], object],
+    words: str,
+) -> None:
+    prepare_source(source)
+    assert words in refusal(lambda: stages.shard(micro, str(source), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_source_gets_the_near_miss(
+    micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    assert "did you mean 'digits'" in refusal(lambda: stages.shard(micro, "digit", str(tmp_path / "out")))
+
+
+def test_holding_out_everything_is_refused(
+    micro: Config, source: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    assert "only 60 images" in refusal(
+        lambda: stages.shard(with_data(micro, holdout=60), str(source), str(tmp_path / "out"))
+    )
+
+
+def test_a_finished_folder_is_not_made_again_but_never_reused_for_another_config(
+    micro: Config, source: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    out = str(tmp_path / "out")
+    first = stages.shard(micro, str(source), out)
+    assert stages.shard(micro, str(source), out) == first
+    sentence = refusal(lambda: stages.shard(with_data(micro, holdout=10), str(source), out))
+    assert "data.holdout: 12 -> 10" in sentence
+
+
+def test_pictures_are_turned_cropped_and_resized() -> None:
+    wide = Image.new("RGB", (40, 20), "black")
+    wide.paste("white", (10, 0, 30, 20))
+    assert np.asarray(prepare(wide, 8, 3)).min() == 255
+    turned = Image.new("L", (16, 16))
+    turned.paste(255, (0, 0, 16, 8))
+    turned.getexif()[0x0112] = 3  # upside down
+    pixels = np.asarray(prepare(turned, 16, 1))
+    assert pixels[0, 0] == 0
+    assert pixels[15, 0] == 255

@@ -1,0 +1,129 @@
+"""The command line as a user meets it: what it teaches, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmd2 import recipes
+from dmd2.cli import VERBS, main, run
+from tests.conftest import flags
+
+
+def dmd2(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dmd2", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["destill"], "did you mean 'distill'"),
+        (["distill"], "needs a recipe"),
+        (["distill", "edm-digit"], "did you mean 'edm-digits'"),
+        (
+            ["distill", "edm-digits", "--data", "a", "--teacher", "t", "--out", "b", "--distil.steps", "3"],
+            "--distill.steps",
+        ),
+        (["distill", "edm-digits", "--data", "a", "--out", "b"], "--teacher"),
+        (
+            ["distill", "edm-digits", "--data", "a", "--teacher", "t", "--out", "b", "--distill.steps", "-3"],
+            "steps: Input should be greater than 0, not -3",
+        ),
+        (
+            [
+                "distill",
+                "edm-digits",
+                "--data",
+                "a",
+                "--teacher",
+                "t",
+                "--out",
+                "b",
+                "--distill.steps",
+                "many",
+            ],
+            "'many'",
+        ),
+        (
+            ["shard", "edm-digits", "--source", "/nowhere/at/all", "--out", "b"],
+            "/nowhere/at/all does not exist",
+        ),
+        (
+            ["distill", "edm-digits", "--data", "/nowhere", "--teacher", "t", "--out", "b"],
+            "/nowhere does not exist",
+        ),
+        (
+            ["package", "--run", "/nowhere", "--evaluation", "e", "--gate", "g", "--out", "b"],
+            "/nowhere does not exist",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_exit_status_64(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dmd2", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 64
+    assert said in told
+    assert told.count("\n") == 1
+    assert told.startswith("dmd2: ")
+
+
+def test_a_mistake_ends_a_real_process_without_a_stack_trace() -> None:
+    ended = dmd2("distill", "edm-digits", "--data", "/nowhere", "--teacher", "t", "--out", "b")
+    assert ended.returncode == 64
+    assert (
+        ended.stderr
+        == "dmd2: /nowhere does not exist; expected a shards folder (dmd2 --help lists which verb makes it)\n"
+    )
+
+
+def test_help_lists_verbs_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    run([])
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in VERBS)
+    assert all(recipe in shown for recipe in recipes.RECIPES)
+
+
+def test_help_of_a_recipe_explains_every_field() -> None:
+    shown = dmd2("distill", "edm-digits", "--help")
+    assert shown.returncode == 0
+    for wanted in ("--distill.critic-updates", "two time-scale rule", "--data", "--teacher", "--seed"):
+        assert wanted in shown.stdout
+    assert "--recipe" not in shown.stdout
+
+
+def test_help_of_a_verb_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["distill", "--help"])
+    assert "edm-imagenet64" in capsys.readouterr().out
+
+
+def test_a_verb_does_its_work_and_says_what_it_found(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        [
+            "gate",
+            "edm-digits",
+            "--evaluation",
+            str(made / "evaluation"),
+            "--out",
+            str(tmp_path / "gate"),
+            *flags(),
+        ]
+    )
+    assert capsys.readouterr().out.startswith("gate: decision ")
+    run(["sample", "--package", str(made / "run"), "--out", str(tmp_path / "grid.png"), "--count", "3"])
+    assert (tmp_path / "grid.png").is_file()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from dmd2 import recipes
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_knows_its_name_and_is_complete(name: str) -> None:
+    assert recipes.get(name).recipe == name
+
+
+def test_imagenet64_is_the_published_recipe() -> None:
+    """Reference runs: lr 2e-6 both, batch 280, ratio 5, GAN 3e-3 / 1e-2, levels 2 to 98 %, 200 k steps, clip 10, no EMA."""
+    d = recipes.get("edm-imagenet64").distill
+    assert d.dmd is not None
+    assert d.gan is not None
+    assert (d.student.lr, d.critic.lr, d.batch, d.critic_updates, d.steps) == (2e-6, 2e-6, 280, 5, 200_000)
+    assert (d.gan.student_weight, d.gan.critic_weight, d.gan.max_level) == (3e-3, 1e-2, 1.0)
+    assert (d.dmd.min_level, d.dmd.max_level, d.guidance, d.student_levels) == (0.02, 0.98, 1.0, (999,))
+    assert (d.student.betas, d.student.weight_decay, d.student.max_grad_norm, d.student.ema) == (
+        (0.9, 0.999),
+        0.01,
+        10.0,
+        (),
+    )
+
+
+def test_variants_differ_from_their_recipe_in_what_their_name_says() -> None:
+    full, no_gan, no_ttur = (recipes.get(f"edm-digits{suffix}") for suffix in ("", "-no-gan", "-no-ttur"))
+    assert (full.distill.gan is not None, full.distill.critic_updates) == (True, 5)
+    assert (no_gan.distill.gan, no_gan.distill.critic_updates) == (None, 5)
+    assert (no_ttur.distill.gan, no_ttur.distill.critic_updates) == (None, 1)
+    assert no_gan.distill.model_copy(update={"gan": full.distill.gan}) == full.distill
+
+
+def test_overrides_replace_fields_and_lists() -> None:
+    config = recipes.resolve(
+        "edm-digits", ["distill.steps=7", "family.network.multipliers=1,2,3", "teach.player.ema=", "seed=4"]
+    )
+    assert (
+        config.distill.steps,
+        config.family.network.multipliers,
+        config.teach.player.ema,
+        config.seed,
+    ) == (7, (1, 2, 3), (), 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distill.steps", "must have the form field=value"),
+        ("distil.steps=3", "--distill.steps"),
+        ("distill.student_levels=3,900", "must fall, noisiest first"),
+        ("distill.student_levels=4000", "beyond the 1000 levels"),
+        ("family.network.resolution=30", "cannot be divided by patch"),
+        ("distill.student.lr=-1", "greater than 0, not -1"),
+        ("recipe=mine", "recipe"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_sentence(
+    override: str, words: str, refusal: Callable[..., str]
+) -> None:
+    assert words in refusal(lambda: recipes.resolve("edm-digits", [override]))

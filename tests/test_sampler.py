@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmd2.denoiser import Denoiser, guided
+from dmd2.diffusion import Diffusion, karras_schedule, predict_x0, scaled_linear_schedule
+from dmd2.sample import Conditioning, Sample
+from dmd2.sampler import generate, heun, simulate
+
+COND = Conditioning(label=torch.zeros(4, dtype=torch.int64))
+
+
+class Counting(nn.Module):
+    """A network that answers with a function of its input and counts its calls."""
+
+    def __init__(self, answer) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.answer, self.calls, self.grad = answer, 0, []
+
+    def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
+        self.calls += 1
+        self.grad.append(torch.is_grad_enabled())
+        return self.answer(x, time)
+
+
+@pytest.mark.parametrize("steps", [2, 18])
+def test_heun_takes_two_calls_a_step_but_one_for_the_last(steps: int) -> None:
+    network = Counting(lambda x, time: x * 0)
+    heun(Denoiser(network, Diffusion(karras_schedule(steps), predict_x0)), torch.randn(4, 1, 2, 2), COND)
+    assert network.calls == 2 * steps - 1
+
+
+def test_heun_solves_a_gaussian_to_second_order() -> None:
+    """For data N(0, s^2), D(x) = s^2 / (s^2 + sigma^2) x and the flow maps sigma_max eps to s / sqrt(s^2 + sigma_max^2) of it."""
+    std = 0.5
+
+    def error(steps: int) -> float:
+        schedule = karras_schedule(steps, sigma_min=0.002, sigma_max=80.0)
+        network = Counting(lambda x, time: std**2 / (std**2 + (4 * time).exp().reshape(-1, 1, 1, 1) ** 2) * x)
+        eps = torch.randn(64, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        exact = eps * 80 * std / (std**2 + 80**2) ** 0.5
+        cond = Conditioning(label=torch.zeros(64, dtype=torch.int64))
+        denoiser = Denoiser(network, Diffusion(schedule, predict_x0))
+        return float((heun(denoiser, eps, cond) - exact).abs().max())
+
+    assert error(144) < 2e-3
+    assert 3.5 < error(36) / error(72) < 4.5, "half the step, a quarter of the error"
+
+
+def test_few_step_generation_takes_one_call_a_level() -> None:
+    for levels in [(999,), (999, 499), (999, 749, 499, 249)]:
+        network = Counting(lambda x, time: x * 0.1)
+        generate(
+            Denoiser(network, Diffusion(scaled_linear_schedule(), predict_x0)),
+            torch.randn(4, 1, 2, 2),
+            COND,
+            levels,
+        )
+        assert network.calls == len(levels)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_simulation_stops_at_the_drawn_step_with_gradient_only_there(stop: int) -> None:
+    network = Counting(lambda x, time: x * 0.1)
+    denoiser = Denoiser(network, Diffusion(scaled_linear_schedule(), predict_x0))
+    simulate(denoiser, torch.randn(4, 1, 2, 2), COND, (999, 749, 499, 249), stop)
+    assert network.grad == [False] * stop + [True]
+
+
+def test_training_rollout_equals_sampling_for_the_same_noise() -> None:
+    network = nn.Conv2d(1, 1, 1)
+    denoiser = Denoiser(Counting(lambda x, time: network(x)), Diffusion(scaled_linear_schedule(), predict_x0))
+    eps, levels = torch.randn(4, 1, 2, 2), (999, 749, 499, 249)
+    torch.manual_seed(3)
+    sampled = generate(denoiser, eps, COND, levels)
+    torch.manual_seed(3)
+    torch.testing.assert_close(simulate(denoiser, eps, COND, levels, stop=3), sampled, rtol=0, atol=0)
+
+
+def test_guidance_extrapolates_from_the_unconditional() -> None:
+    class ByLabel(nn.Module):
+        def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
+            assert cond.label is not None
+            return cond.label.reshape(-1, 1, 1, 1) + x * 0
+
+    x = torch.zeros(2, 1, 2, 2)
+    sample = Sample(
+        x, Conditioning(label=torch.tensor([3.0, 5.0])), Conditioning(label=torch.tensor([1.0, 1.0]))
+    )
+    teacher = guided(Denoiser(ByLabel(), Diffusion(scaled_linear_schedule(), predict_x0)), 8.0)
+    out = teacher(x, torch.tensor([10, 900]), sample)
+    torch.testing.assert_close(out[:, 0, 0, 0], torch.tensor([1 + 8 * 2.0, 1 + 8 * 4.0]))

@@ -1,0 +1,236 @@
+"""Evaluation, gate, package, sample, report: on one micro run."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dmd2 import package, stages
+from dmd2.config import AdmConfig, Config
+from dmd2.storage import read
+
+
+def paths(made: Path, *names: str) -> list[str]:
+    return [str(made / name) for name in names]
+
+
+@pytest.fixture(scope="module")
+def packaged(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("package") / "package"
+    stages.package(*paths(made, "run", "evaluation", "gate"), str(out))
+    return out
+
+
+def test_evaluation_says_how_many_images_which_features_and_which_seed(made: Path) -> None:
+    facts = read(made / "evaluation", "evaluation").facts
+    assert (facts["images"], facts["images_real"], facts["seed"]) == (24, 12, 10)
+    assert (facts["nfe_student"], facts["nfe_teacher"]) == (1, 5)
+    assert "classifier fitted to 48" in facts["features"]
+    for name in ("student", "teacher", "teacher_1step", "real"):
+        assert facts[f"fid_{name}"] > 0
+        assert (made / "evaluation" / f"{name}.png").is_file()
+
+
+def test_student_and_teacher_start_from_the_same_noise(made: Path, micro: Config) -> None:
+    """The teacher's sample with one step of its student's level is the student's sampler on the teacher's weights."""
+    teacher = package.load_network(made / "teacher")
+    student = package.Model(teacher.config, teacher.family, teacher.network, (999,))
+    one = student.sample([0, 1, 2, 0], seed=3)
+    assert torch.equal(one, student.sample([0, 1, 2, 0], seed=3))
+    assert not torch.equal(one, student.sample([0, 1, 2, 0], seed=4))
+
+
+def test_a_sample_does_not_depend_on_its_batch(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = package.load_network(made / "run")
+    whole = model.sample([0, 1, 2, 0, 1], seed=1)
+    monkeypatch.setattr(package, "BATCH", 2)
+    assert (model.sample([0, 1, 2, 0, 1], seed=1).int() - whole.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("factor", "decision"), [(1e-9, "rejected"), (1e9, "accepted")])
+def test_the_gate_compares_student_and_teacher(
+    made: Path, micro: Config, tmp_path: Path, factor: float, decision: str
+) -> None:
+    config = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": factor})})
+    facts = stages.gate(config, str(made / "evaluation"), str(tmp_path / "gate")).facts
+    scores = read(made / "evaluation", "evaluation").facts
+    assert facts["decision"] == decision
+    assert f"{scores['fid_student']:.2f}" in facts["reason"]
+    assert f"{scores['fid_teacher']:.2f}" in facts["reason"]
+
+
+def test_a_rejected_run_is_not_packaged(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    strict = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e-9})})
+    stages.gate(strict, str(made / "evaluation"), str(tmp_path / "gate"))
+    run, evaluation = paths(made, "run", "evaluation")
+    assert "rejected this run" in refusal(
+        lambda: stages.package(run, evaluation, str(tmp_path / "gate"), str(tmp_path / "package"))
+    )
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_package_samples_what_the_run_samples(made: Path, packaged: Path) -> None:
+    run, loaded = package.load_network(made / "run"), package.load(packaged)
+    assert torch.equal(run.sample([0, 1, 2], seed=5), loaded.sample([0, 1, 2], seed=5))
+    assert {f.path for f in read(packaged, "package").files} == {
+        "README.md",
+        "network.json",
+        "network.safetensors",
+        "samples.png",
+    }
+
+
+def test_the_three_lines_of_the_model_card_work(packaged: Path, tmp_path: Path) -> None:
+    card = (packaged / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code
+    lines = code[1].replace("path/of/this/folder", str(packaged)).strip()
+    assert len(lines.splitlines()) == 3
+    shown = subprocess.run(
+        [sys.executable, "-c", lines + "\nprint(images.shape, images.dtype)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == "torch.Size([3, 1, 8, 8]) torch.uint8"
+
+
+def test_the_model_card_tells_metrics_recipe_and_provenance(made: Path, packaged: Path) -> None:
+    card = (packaged / "README.md").read_text()
+    scores = read(made / "evaluation", "evaluation").facts
+    for wanted in (
+        f"{scores['fid_student']:.2f}",
+        f"{scores['fid_teacher']:.2f}",
+        '"critic_updates": 5',
+        "samples.png",
+        "seed 10",
+    ):
+        assert wanted in card
+    for kind, folder in (
+        ("shards", "shards"),
+        ("teacher", "teacher"),
+        ("run", "run"),
+        ("evaluation", "evaluation"),
+    ):
+        assert read(made / folder, kind).digest in card
+
+
+def test_a_tampered_package_is_not_loaded(
+    packaged: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    copy = Path(shutil.copytree(packaged, tmp_path / "package"))
+    weights = copy / "network.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "network.safetensors was changed" in refusal(lambda: package.load(copy))
+
+
+def test_evaluation_of_another_run_does_not_count(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    other = micro.model_copy(update={"seed": 1})
+    stages.distill(other, *paths(made, "shards", "teacher"), str(tmp_path / "run"))
+    sentence = refusal(
+        lambda: stages.package(
+            str(tmp_path / "run"), *paths(made, "evaluation", "gate"), str(tmp_path / "package")
+        )
+    )
+    assert "do not judge the run" in sentence
+
+
+def test_a_teacher_of_another_shape_is_refused(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    network = AdmConfig.model_validate({**dict(micro.family.network), "channels": 16})
+    other = micro.model_copy(update={"family": micro.family.model_copy(update={"network": network})})
+    sentence = refusal(
+        lambda: stages.distill(other, *paths(made, "shards", "teacher"), str(tmp_path / "run"))
+    )
+    assert "channels is 8, not 16" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_of_another_size_are_refused(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    network = AdmConfig.model_validate({**dict(micro.family.network), "resolution": 16})
+    other = micro.model_copy(update={"family": micro.family.model_copy(update={"network": network})})
+    assert "8x8 pixels" in refusal(
+        lambda: stages.teach(other, str(made / "shards"), str(tmp_path / "teacher"))
+    )
+
+
+def test_sample_draws_the_asked_classes(packaged: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
+    picture = stages.sample(str(packaged), str(tmp_path / "a" / "grid.png"), count=6, labels=(2, 1))
+    assert Image.open(picture).size == (2 * 9 + 1, 3 * 9 + 1)
+    assert "class 3 is outside 0 to 2" in refusal(
+        lambda: stages.sample(str(packaged), str(tmp_path / "b.png"), labels=(3,))
+    )
+
+
+def test_sampling_a_teacher_is_refused(made: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
+    assert "holds a teacher" in refusal(lambda: stages.sample(str(made / "teacher"), str(tmp_path / "a.png")))
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [(name, value or "") for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_report_is_one_file_that_fetches_nothing_and_shows_everything(
+    made: Path, packaged: Path, tmp_path: Path
+) -> None:
+    names = ("shards", "teacher", "run", "evaluation", "gate")
+    page = stages.report(*paths(made, *names), str(tmp_path / "report.html"), str(packaged)).read_text()
+    links = Links()
+    links.feed(page)
+    assert all(value.startswith("data:image/png;base64,") for _, value in links.found)
+    assert not {"script", "link", "iframe"} & set(links.tags)
+    assert links.tags.count("img") >= 4 + 5 + 2, "four grids, five plots, two previews"
+    scores = read(made / "evaluation", "evaluation").facts
+    for wanted in (
+        f"{scores['fid_student']:.2f}",
+        f"{scores['fid_teacher']:.2f}",
+        "Accepted",
+        "critic_updates",
+        read(packaged, "package").digest,
+    ):
+        assert wanted in page
+
+
+def test_the_report_of_a_rejected_run_says_why(made: Path, micro: Config, tmp_path: Path) -> None:
+    strict = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e-9})})
+    reason = stages.gate(strict, str(made / "evaluation"), str(tmp_path / "gate")).facts["reason"]
+    page = stages.report(
+        *paths(made, "shards", "teacher", "run", "evaluation"),
+        str(tmp_path / "gate"),
+        str(tmp_path / "r.html"),
+    ).read_text()
+    assert "Rejected" in page
+    assert reason in html.unescape(page)
+
+
+def test_network_json_is_data(made: Path) -> None:
+    facts = json.loads((made / "run" / "network.json").read_text())
+    assert facts["levels"] == [999]
+    assert facts["family"]["network"]["classes"] == 3
