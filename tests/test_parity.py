@@ -7,13 +7,15 @@ terms, losses or trainer. Everything that reaches a player must agree to 1e-5: l
 from __future__ import annotations
 
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dmd2 import build
-from dmd2.config import Config, DistillConfig
+from dmd2.config import Config, DistillConfig, GanConfig
 from dmd2.sample import Conditioning, Sample
 
 SIGMA_DATA = 0.5
@@ -74,17 +76,20 @@ def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.Monkey
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=1e-6)
     assert kept["student"].keys() == formulas["student"].keys()
-    for player, table in formulas.items():
+    for who, table in formulas.items():
         for name, gradient in table.items():
             torch.testing.assert_close(
-                kept[player][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                kept[who][name], gradient, rtol=1e-5, atol=1e-6, msg=partial("{}: {}".format, name)
             )
 
 
-def by_formulas(nets, teacher, real, gan):  # type: ignore[no-untyped-def]
+def by_formulas(
+    nets: dict[str, Any], teacher: nn.Module, real: Sample, gan: GanConfig | None
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Losses and gradients of both players. Noise is drawn in the order of the game: one draw per look."""
     student, critic, head = nets["student"], nets["critic"], nets["head"]
     label, shape = real.cond.label, real.x.shape
+    assert label is not None
 
     def look(low: int, high: int) -> tuple[Tensor, Tensor]:
         return karras(torch.randint(low, high, (4,))), torch.randn(shape)

@@ -17,7 +17,8 @@ class Counting(nn.Module):
 
     def __init__(self, answer) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
-        self.answer, self.calls, self.grad = answer, 0, []
+        self.answer, self.calls = answer, 0
+        self.grad: list[bool] = []
 
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
         self.calls += 1

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +22,15 @@ from dmd2.config import AdmConfig, Config
 from dmd2.storage import read
 
 
-def paths(made: Path, *names: str) -> list[str]:
-    return [str(made / name) for name in names]
+def paths(made: Path, *names: str) -> Any:
+    """Arguments of a stage: each folder by the name of its parameter."""
+    return {"data" if name == "shards" else name: str(made / name) for name in names}
 
 
 @pytest.fixture(scope="module")
 def packaged(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("package") / "package"
-    stages.package(*paths(made, "run", "evaluation", "gate"), str(out))
+    stages.package(**paths(made, "run", "evaluation", "gate"), out=str(out))
     return out
 
 
@@ -75,9 +77,9 @@ def test_a_rejected_run_is_not_packaged(
 ) -> None:
     strict = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e-9})})
     stages.gate(strict, str(made / "evaluation"), str(tmp_path / "gate"))
-    run, evaluation = paths(made, "run", "evaluation")
+    judged = paths(made, "run", "evaluation")
     assert "rejected this run" in refusal(
-        lambda: stages.package(run, evaluation, str(tmp_path / "gate"), str(tmp_path / "package"))
+        lambda: stages.package(**judged, gate=str(tmp_path / "gate"), out=str(tmp_path / "package"))
     )
     assert not (tmp_path / "package").exists()
 
@@ -143,10 +145,10 @@ def test_evaluation_of_another_run_does_not_count(
     made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     other = micro.model_copy(update={"seed": 1})
-    stages.distill(other, *paths(made, "shards", "teacher"), str(tmp_path / "run"))
+    stages.distill(other, **paths(made, "shards", "teacher"), out=str(tmp_path / "run"))
     sentence = refusal(
         lambda: stages.package(
-            str(tmp_path / "run"), *paths(made, "evaluation", "gate"), str(tmp_path / "package")
+            str(tmp_path / "run"), **paths(made, "evaluation", "gate"), out=str(tmp_path / "package")
         )
     )
     assert "do not judge the run" in sentence
@@ -158,7 +160,7 @@ def test_a_teacher_of_another_shape_is_refused(
     network = AdmConfig.model_validate({**dict(micro.family.network), "channels": 16})
     other = micro.model_copy(update={"family": micro.family.model_copy(update={"network": network})})
     sentence = refusal(
-        lambda: stages.distill(other, *paths(made, "shards", "teacher"), str(tmp_path / "run"))
+        lambda: stages.distill(other, **paths(made, "shards", "teacher"), out=str(tmp_path / "run"))
     )
     assert "channels is 8, not 16" in sentence
     assert not list(tmp_path.iterdir())
@@ -201,7 +203,9 @@ def test_the_report_is_one_file_that_fetches_nothing_and_shows_everything(
     made: Path, packaged: Path, tmp_path: Path
 ) -> None:
     names = ("shards", "teacher", "run", "evaluation", "gate")
-    page = stages.report(*paths(made, *names), str(tmp_path / "report.html"), str(packaged)).read_text()
+    page = stages.report(
+        **paths(made, *names), out=str(tmp_path / "report.html"), package=str(packaged)
+    ).read_text()
     links = Links()
     links.feed(page)
     assert all(value.startswith("data:image/png;base64,") for _, value in links.found)
@@ -222,9 +226,9 @@ def test_the_report_of_a_rejected_run_says_why(made: Path, micro: Config, tmp_pa
     strict = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e-9})})
     reason = stages.gate(strict, str(made / "evaluation"), str(tmp_path / "gate")).facts["reason"]
     page = stages.report(
-        *paths(made, "shards", "teacher", "run", "evaluation"),
-        str(tmp_path / "gate"),
-        str(tmp_path / "r.html"),
+        **paths(made, "shards", "teacher", "run", "evaluation"),
+        gate=str(tmp_path / "gate"),
+        out=str(tmp_path / "r.html"),
     ).read_text()
     assert "Rejected" in page
     assert reason in html.unescape(page)

@@ -87,7 +87,9 @@ def test_a_failing_stage_fails_the_run_with_its_sentence(
 def test_the_committed_pipeline_is_the_current_one(tmp_path: Path) -> None:
     assert "DMD2_IMAGE" not in os.environ
     compiler.Compiler().compile(distill, str(tmp_path / "distill.yaml"))
-    assert (tmp_path / "distill.yaml").read_text() == (COMPILED / "distill.yaml").read_text(), "run make compile"
+    assert (tmp_path / "distill.yaml").read_text() == (COMPILED / "distill.yaml").read_text(), (
+        "run make compile"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,10 @@ def compiled() -> dict[str, Any]:
 
 def test_artifacts_are_typed_so_that_the_ui_shows_them(compiled: dict[str, Any]) -> None:
     outputs = {
-        name: {o: a["artifactType"]["schemaTitle"] for o, a in c.get("outputDefinitions", {}).get("artifacts", {}).items()}
+        name: {
+            o: a["artifactType"]["schemaTitle"]
+            for o, a in c.get("outputDefinitions", {}).get("artifacts", {}).items()
+        }
         for name, c in compiled["components"].items()
     }
     assert outputs["comp-shard-dataset"] == {"shards": "system.Dataset"}
@@ -115,6 +120,9 @@ def test_every_parameter_but_the_root_has_a_default_and_all_are_described(compil
 
 
 def test_the_gate_is_never_cached_and_nothing_is_installed_at_run_time(compiled: dict[str, Any]) -> None:
-    assert "cachingOptions" not in compiled["root"]["dag"]["tasks"]["gate"] or not compiled["root"]["dag"]["tasks"]["gate"]["cachingOptions"]
+    assert (
+        "cachingOptions" not in compiled["root"]["dag"]["tasks"]["gate"]
+        or not compiled["root"]["dag"]["tasks"]["gate"]["cachingOptions"]
+    )
     for executor in compiled["deploymentSpec"]["executors"].values():
         assert "pip install" not in " ".join(executor["container"]["command"])
