@@ -49,18 +49,17 @@ IMAGENET64 = AdmConfig(
 
 def edm_digits() -> Config:
     """One step, 32x32 handwritten digits: the demo. Sized for two CPU cores and a few minutes."""
-    player = Player(lr=2e-4, warmup=20, ema=())
     return Config(
         recipe="edm-digits",
         family=EdmConfig(network=DIGITS),
         data=DataConfig(holdout=1000),
-        teach=TeachConfig(steps=2000, batch=64, player=Player(lr=2e-3, warmup=100, ema=(0.995,))),
+        teach=TeachConfig(steps=1500, batch=64, player=Player(lr=2e-3, warmup=100, ema=(0.995,))),
         distill=DistillConfig(
-            steps=2000,
-            batch=48,
-            student=player,
-            critic=player,
-            gan=GanConfig(student_weight=3e-3, critic_weight=1e-2),
+            steps=1600,
+            batch=32,
+            student=Player(lr=2.5e-4, warmup=20, ema=(0.98,)),
+            critic=Player(lr=2.5e-4, warmup=20),
+            gan=GanConfig(student_weight=1e-2, critic_weight=3e-2),
         ),
         evaluate=EvaluateConfig(features="classifier", images=2000),
     )

@@ -1,6 +1,8 @@
-"""A small classifier, fitted to the training shards, whose penultimate layer serves as features for FID.
+"""A small classifier, fitted to the training shards, whose last convolution serves as features for FID.
 
-For data far from ImageNet (digits) and for machines without Inception's weights. Scores with these features
+For data far from ImageNet (digits) and for machines without Inception's weights. As with Inception, the features
+are the spatial means of the last convolutional maps; each is divided by its standard deviation over the training
+images, so that all count alike and the scale of the score does not hang on the fit. Scores with these features
 compare runs on the same data with the same seed, and nothing else.
 """
 
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 from dmd2.data.stream import Batch
 from dmd2.progress import Progress
 
-EPOCHS, BATCH, LR, WIDTH = 6, 64, 2e-3, 64
-"""Fixed, so that equal data and seed give equal features. WIDTH is the number of features."""
+EPOCHS, BATCH, LR, WIDTH, SHIFT = 6, 64, 2e-3, 64, 2
+"""Fixed, so that equal data and seed give equal features. WIDTH is their number; SHIFT the largest random
+translation of an image while fitting, in pixels, against features that know the training images by heart."""
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W) with values 0 to 255 -> features (B, 64); `logits` reads the class from them."""
+    """Images (B, 3, H, W) with values 0 to 255 -> features (B, 64); `logits` reads the class from the same maps."""
+
+    scale: Tensor
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -26,21 +31,30 @@ class Classifier(nn.Module):
         for inputs, outputs in ((3, 16), (16, 32), (32, WIDTH)):
             layers += [
                 nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
-                nn.GroupNorm(4, outputs),
+                nn.GroupNorm(8, outputs),
                 nn.SiLU(),
             ]
-        self.body = nn.Sequential(
-            *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * WIDTH, WIDTH)
+        self.body = nn.Sequential(*layers)
+        self.top = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(16 * WIDTH, WIDTH),
+            nn.SiLU(),
+            nn.Linear(WIDTH, classes),
         )
-        self.top = nn.Linear(WIDTH, classes)
+        self.register_buffer("scale", torch.ones(WIDTH))
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.body(images / 127.5 - 1)
-        return F.silu(features)
+        features: Tensor = self._maps(images).mean(dim=(2, 3)) / self.scale
+        return features
 
     def logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.top(self(images))
+        logits: Tensor = self.top(self._maps(images))
         return logits
+
+    def _maps(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.body(images / 127.5 - 1)
+        return maps
 
 
 def fit(train: Batch, classes: int, seed: int, device: torch.device) -> Classifier:
@@ -51,13 +65,21 @@ def fit(train: Batch, classes: int, seed: int, device: torch.device) -> Classifi
     with Progress("features", EPOCHS * len(train.image), "images") as progress:
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(train.image)).split(BATCH):
-                images = rgb(train.image[rows]).to(device)
-                loss = F.cross_entropy(network.logits(images.float()), train.label[rows].to(device))
+                shift = torch.randint(-SHIFT, SHIFT + 1, (2,)).tolist()
+                images = rgb(train.image[rows]).float().roll(shift, (2, 3)).to(device)
+                loss = F.cross_entropy(network.logits(images), train.label[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 progress.advance(len(rows))
+    network.scale.copy_(_deviation(network, train, device))
     return network.eval()
+
+
+@torch.no_grad()
+def _deviation(network: Classifier, train: Batch, device: torch.device) -> Tensor:
+    parts = torch.arange(len(train.image)).split(BATCH)
+    return torch.cat([network(rgb(train.image[rows]).float().to(device)) for rows in parts]).std(dim=0)
 
 
 @torch.no_grad()
