@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 
 
@@ -61,5 +61,6 @@ def near_miss(name: str, known: list[str]) -> str:
 
 
 def _leave(message: str, status: int) -> None:
-    print(f"dmd2: {message}", file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):
+        print(f"dmd2: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -63,8 +64,6 @@ class Progress:
     def _line(self, note: str) -> None:
         self.last_line = time.monotonic()
         left = f"{self.eta_s:.0f} s left" if self.done < self.total else "done"
-        print(
-            f"{self.what}: {self.done}/{self.total} {self.unit}, {left}{', ' if note else ''}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self.what}: {self.done}/{self.total} {self.unit}, {left}{', ' if note else ''}{note}"
+        with suppress(BrokenPipeError):  # nobody listens any more; the work goes on, to its next checkpoint
+            print(line, file=sys.stderr, flush=True)

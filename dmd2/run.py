@@ -113,7 +113,9 @@ class Journal:
         means = {name: sum(column.values()) / len(column) for name, column in values.items()}
         line = {"step": steps[-1] + 1, **means, "images_per_s": rate, "eta_s": self.progress.eta_s}
         with (self.folder / METRICS).open("a") as stream:
-            stream.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}) + "\n")
+            stream.write(
+                json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items()}) + "\n"
+            )
         self.tracker.log(line, step=steps[-1] + 1)
         self.window.clear()
         self.since = time.monotonic()

@@ -8,16 +8,17 @@ Only local paths for now; `local()` is the one place where another scheme will b
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -161,30 +162,31 @@ def drafted(
             f"{target} exists and is not an unfinished {kind} folder; choose another --out or remove it"
         )
     draft = Draft(target.with_name(f".{target.name}.partial"))
-    if draft.path.exists() and not resumable:
-        shutil.rmtree(draft.path)
     draft.path.mkdir(parents=True, exist_ok=True)
-    if resumable:
-        _same_beginning(draft.path, config, inputs)
-    clock = Clock(draft.path / ".seconds") if resumable else Clock(None)
-    try:
-        yield draft
-    except BaseException:
-        clock.stop() if resumable else shutil.rmtree(draft.path)
-        raise
-    for note in (".begun.json", ".seconds"):
-        (draft.path / note).unlink(missing_ok=True)
-    manifest = Manifest(
-        kind=kind,
-        config=config,
-        inputs=inputs,
-        files=_files(draft.path),
-        facts=draft.facts,
-        versions=versions(),
-        seconds=round(clock.read(), 2),
-    )
-    write(draft.path / MANIFEST, manifest.model_dump_json(indent=1))
-    draft.path.replace(target)
+    with _locked(draft.path):
+        if resumable:
+            _same_beginning(draft.path, config, inputs)
+        else:
+            _clear(draft.path)
+        clock = Clock(draft.path / ".seconds" if resumable else None)
+        try:
+            yield draft
+        except BaseException:
+            clock.stop() if resumable else shutil.rmtree(draft.path)
+            raise
+        for note in (".begun.json", ".seconds", ".lock"):
+            (draft.path / note).unlink(missing_ok=True)
+        manifest = Manifest(
+            kind=kind,
+            config=config,
+            inputs=inputs,
+            files=_files(draft.path),
+            facts=draft.facts,
+            versions=versions(),
+            seconds=round(clock.read(), 2),
+        )
+        write(draft.path / MANIFEST, manifest.model_dump_json(indent=1))
+        draft.path.replace(target)
 
 
 class Clock:
@@ -200,7 +202,8 @@ class Clock:
 
     def stop(self) -> None:
         if self.memory:
-            write(self.memory, str(self.read()))
+            with suppress(OSError):  # on a full disk only the time is lost, not the reason for stopping
+                write(self.memory, str(self.read()))
 
 
 def versions() -> dict[str, str]:
@@ -215,6 +218,27 @@ def _files(folder: Path) -> list[File]:
     return [
         File(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256(p)) for p in paths
     ]
+
+
+def _locked(folder: Path) -> IO[str]:
+    """Hold the folder for this process, as long as the result is open; the kernel lets go if the process dies."""
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(
+            f"another process is working in {folder}; wait for it, or choose another --out"
+        ) from None
+    return lock
+
+
+def _clear(folder: Path) -> None:
+    """Drop what a killed process left."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 def _same_beginning(folder: Path, config: Config | None, inputs: dict[str, str]) -> None:

@@ -119,3 +119,19 @@ def test_a_changed_file_fails_the_check(made: Path, tmp_path: Path, refusal: Cal
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "network.safetensors was changed" in refusal(lambda: check(copy, read(copy, "teacher")))
+
+
+def test_two_processes_cannot_make_the_same_folder(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    with drafted(tmp_path / "out", "shards", None, {}) as draft:
+        (draft.path / "file").write_text("mine")
+        assert "another process is working" in refusal(lambda: make(tmp_path / "out"))
+        assert (draft.path / "file").read_text() == "mine"
+    assert [file.path for file in read(tmp_path / "out", "shards").files] == ["file"]
+
+
+def test_what_a_killed_process_left_of_a_short_stage_is_dropped(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    (left / "sub").mkdir(parents=True)
+    (left / "half").write_text("x")
+    make(tmp_path / "out")
+    assert [file.path for file in read(tmp_path / "out", "shards").files] == ["sub/file.txt"]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ import pytest
 import yaml
 from kfp import compiler
 
+from dmd2 import checkpoint
+from dmd2.run import read_metrics
 from pipelines.__main__ import COMPILED, run_local
 from pipelines.distill import distill
 from tests.conftest import MICRO
@@ -126,3 +132,31 @@ def test_the_gate_is_never_cached_and_nothing_is_installed_at_run_time(compiled:
     )
     for executor in compiled["deploymentSpec"]["executors"].values():
         assert "pip install" not in " ".join(executor["container"]["command"])
+
+
+def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(pictures: Path, tmp_path: Path) -> None:
+    """As a terminal does it: SIGINT to every process of the group, at some step of the distillation."""
+    root = tmp_path / "root"
+    overrides = " ".join((*MICRO, "gate.factor=1e9", "distill.steps=600", "distill.save_every=600"))
+    command = [sys.executable, "-m", "pipelines", "run-local", "--root", str(root), "--source", str(pictures)]
+    command += ["--overrides", overrides]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    unfinished = root / ".run.partial"
+    while process.poll() is None and not (unfinished / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    while not (saved := checkpoint.steps(unfinished / "checkpoints")):
+        time.sleep(0.05)
+    assert 0 < saved[0] < 600
+    run_local(root, source=str(pictures), overrides=overrides)
+    assert json.loads((root / "summary.json").read_text())["gate"] == "accepted"
+    steps = [int(line["step"]) for line in read_metrics(root / "run")]
+    assert saved[0] in steps, "the line of the interruption"
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 600
