@@ -7,10 +7,9 @@ data: loading them executes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from dmd2.checkpoint import load_tensors, save_tensors
 from dmd2.config import EdmConfig
 from dmd2.errors import Refused
 from dmd2.models.family import ModelFamily
+from dmd2.sample import Conditioning
 from dmd2.sampler import Levels, generate
 from dmd2.storage import Manifest, check, local, read
 
@@ -37,31 +37,47 @@ class Model:
     levels: Levels
     """Levels of the student's steps, noisiest first; none for a teacher."""
 
-    def sample(self, labels: Sequence[int], seed: int = 0) -> Tensor:
+    def sample(self, labels: Sequence[int], seed: int = 0, batch: int = BATCH) -> Tensor:
         """Images of these classes, uint8 (N, C, H, W), in len(levels) network calls each."""
-        return self.family.decode(self._in_batches(labels, seed, self._student))
 
-    def sample_teacher(self, labels: Sequence[int], seed: int, steps: int) -> Tensor:
-        """Images by the family's many-step sampler, from the same noise as `sample`."""
-        return self.family.decode(
-            self._in_batches(labels, seed, lambda n, e, c: self.family.sample_teacher(n, e, c, steps))
-        )
+        def draw(eps: Tensor, cond: Conditioning) -> Tensor:
+            first, *later = eps.unbind(1)
+            between = iter(later)
+            return generate(
+                self.family.denoiser(self.network), first, cond, self.levels, lambda x0: next(between)
+            )
 
-    def _student(self, network: nn.Module, eps: Tensor, cond: Any) -> Tensor:
-        return generate(self.family.denoiser(network), eps, cond, self.levels)
+        return self._in_batches(draw, labels, seed, batch, draws=len(self.levels))
 
-    def _in_batches(self, labels: Sequence[int], seed: int, sampler: Any) -> Tensor:
-        """Noise is drawn on the CPU, image by image, so that neither batch size nor device changes it."""
+    def sample_teacher(self, labels: Sequence[int], seed: int, steps: int, batch: int = BATCH) -> Tensor:
+        """Images by the family's many-step sampler; from the noise that a one-step student gets."""
+
+        def draw(eps: Tensor, cond: Conditioning) -> Tensor:
+            return self.family.sample_teacher(self.network, eps[:, 0], cond, steps)
+
+        return self._in_batches(draw, labels, seed, batch, draws=1)
+
+    def _in_batches(
+        self,
+        sampler: Callable[[Tensor, Conditioning], Tensor],
+        labels: Sequence[int],
+        seed: int,
+        batch: int,
+        draws: int,
+    ) -> Tensor:
+        """All noise, also that between steps, is drawn on the CPU, image by image, from one generator: neither
+        batch size nor device changes it, and the caller's random numbers are left alone. eps: (B, draws, C, H, W)."""
         noise = torch.Generator().manual_seed(seed)
         device = next(self.network.parameters()).device
         out = []
-        for start in range(0, len(labels), BATCH):
-            part = list(labels[start : start + BATCH])
-            eps = torch.stack([torch.randn(self.family.shape, generator=noise) for _ in part]).to(device)
+        for start in range(0, len(labels), batch):
+            part = labels[start : start + batch]
+            eps = torch.stack([torch.randn(draws, *self.family.shape, generator=noise) for _ in part]).to(
+                device
+            )
             cond = self.family.condition(part).map(lambda t: t.to(device))
-            torch.manual_seed(seed + start)  # the noise between the steps of a few-step student
-            out.append(sampler(self.network, eps, cond).cpu())
-        return torch.cat(out)
+            out.append(sampler(eps, cond).cpu())
+        return self.family.decode(torch.cat(out))
 
 
 def load(folder: str | Path) -> Model:

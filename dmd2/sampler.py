@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 
 import torch
@@ -15,10 +15,17 @@ Levels = tuple[int, ...]
 """Noise levels of the student's steps, noisiest first."""
 
 
+Noise = Callable[[Tensor], Tensor]
+"""A tensor -> fresh unit noise of its shape."""
+
+
 def walk(
-    student: Denoiser, eps: Tensor, cond: Conditioning, levels: Levels
+    student: Denoiser, eps: Tensor, cond: Conditioning, levels: Levels, noise: Noise = torch.randn_like
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The student's inputs (x_t, level), one per step, each made from its answer to the one before."""
+    """The student's inputs (x_t, level), one per step, each made from its answer to the one before.
+
+    `noise` must be independent of `eps`: correlated noise leaves artefacts (reference, issue 9).
+    """
     diffusion = student.diffusion
     x_t = diffusion.schedule.prior_std * eps
     level = torch.full((len(eps),), levels[0], device=eps.device)
@@ -26,14 +33,16 @@ def walk(
     for index in levels[1:]:
         x0 = student(x_t, level, cond)
         level = torch.full_like(level, index)
-        x_t = diffusion.add_noise(x0, torch.randn_like(x0), level)
+        x_t = diffusion.add_noise(x0, noise(x0), level)
         yield x_t, level
 
 
 @torch.no_grad()
-def generate(student: Denoiser, eps: Tensor, cond: Conditioning, levels: Levels) -> Tensor:
+def generate(
+    student: Denoiser, eps: Tensor, cond: Conditioning, levels: Levels, noise: Noise = torch.randn_like
+) -> Tensor:
     """Pure noise eps (B, C, H, W) -> clean sample (B, C, H, W), in len(levels) network calls."""
-    *_, (x_t, level) = walk(student, eps, cond, levels)
+    *_, (x_t, level) = walk(student, eps, cond, levels, noise)
     return student(x_t, level, cond)
 
 

@@ -19,6 +19,8 @@ from PIL import Image
 
 from dmd2 import package, stages
 from dmd2.config import AdmConfig, Config
+from dmd2.models.edm import Edm
+from dmd2.sampler import Noise
 from dmd2.storage import read
 
 
@@ -44,20 +46,51 @@ def test_evaluation_says_how_many_images_which_features_and_which_seed(made: Pat
         assert (made / "evaluation" / f"{name}.png").is_file()
 
 
-def test_student_and_teacher_start_from_the_same_noise(made: Path, micro: Config) -> None:
-    """The teacher's sample with one step of its student's level is the student's sampler on the teacher's weights."""
-    teacher = package.load_network(made / "teacher")
-    student = package.Model(teacher.config, teacher.family, teacher.network, (999,))
-    one = student.sample([0, 1, 2, 0], seed=3)
-    assert torch.equal(one, student.sample([0, 1, 2, 0], seed=3))
-    assert not torch.equal(one, student.sample([0, 1, 2, 0], seed=4))
+def test_student_and_teacher_start_from_the_same_noise(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[torch.Tensor] = []
+    monkeypatch.setattr(package, "generate", lambda denoiser, eps, *rest: starts.append(eps) or eps)
+    monkeypatch.setattr(
+        Edm, "sample_teacher", lambda self, network, eps, cond, steps: starts.append(eps) or eps
+    )
+    package.load_network(made / "run").sample([0, 1, 2], seed=3)
+    package.load_network(made / "teacher").sample_teacher([0, 1, 2], seed=3, steps=2)
+    assert torch.equal(*starts)
 
 
-def test_a_sample_does_not_depend_on_its_batch(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = package.load_network(made / "run")
-    whole = model.sample([0, 1, 2, 0, 1], seed=1)
-    monkeypatch.setattr(package, "BATCH", 2)
-    assert (model.sample([0, 1, 2, 0, 1], seed=1).int() - whole.int()).abs().max() <= 1
+@pytest.fixture
+def two_steps(made: Path) -> package.Model:
+    run = package.load_network(made / "run")
+    return package.Model(run.config, run.family, run.network, (999, 500))
+
+
+def test_the_noise_between_steps_is_not_that_of_the_start(
+    two_steps: package.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def record(
+        denoiser: object, eps: torch.Tensor, cond: object, levels: object, noise: Noise
+    ) -> torch.Tensor:
+        drawn.extend([eps, noise(eps)])
+        return eps
+
+    monkeypatch.setattr(package, "generate", record)
+    two_steps.sample([0] * 64, seed=3)
+    start, between = drawn
+    assert torch.corrcoef(torch.stack([start.flatten(), between.flatten()]))[0, 1].abs() < 0.05
+
+
+def test_a_sample_does_not_depend_on_its_batch_nor_on_the_callers_random_numbers(
+    two_steps: package.Model,
+) -> None:
+    torch.manual_seed(1)
+    whole = two_steps.sample([0, 1, 2, 0, 1], seed=1)
+    after = torch.rand(1)
+    parts = two_steps.sample([0, 1, 2, 0, 1], seed=1, batch=2)
+    assert (parts.int() - whole.int()).abs().max() <= 1
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
+    assert not torch.equal(whole, two_steps.sample([0, 1, 2, 0, 1], seed=2))
 
 
 @pytest.mark.parametrize(("factor", "decision"), [(1e-9, "rejected"), (1e9, "accepted")])
