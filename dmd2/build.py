@@ -55,7 +55,7 @@ def trainer(config: c.Config, teacher: nn.Module, device: torch.device) -> Train
         )
     if settings.gan:
         critics["head"] = fam.head().to(device)
-        max_level = round(settings.gan.max_level * len(fam.diffusion))
+        max_level = max(1, round(settings.gan.max_level * len(fam.diffusion)))
         terms.append(
             Adversarial(
                 critic, critics["head"], max_level, settings.gan.student_weight, settings.gan.critic_weight
@@ -104,4 +104,4 @@ def _teacher(denoiser: Denoiser, scale: float) -> Teacher:
 
 def _levels(settings: c.DmdConfig, count: int) -> tuple[int, int]:
     """[low, high) from shares of the table whose upper end is included."""
-    return int(settings.min_level * count), int(settings.max_level * count) + 1
+    return int(settings.min_level * count), min(count, int(settings.max_level * count) + 1)

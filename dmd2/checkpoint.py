@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmd2.errors import Refused
+from dmd2.storage import flush
 
 
 class Stateful(Protocol):
@@ -31,8 +32,13 @@ def save(root: Path, step: int, objects: Mapping[str, Stateful], keep: int) -> N
     draft = root / f".{step:08d}.partial"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for name, thing in objects.items():
-        save_tensors(_tensors(thing), draft / f"{name}.safetensors")
+    try:
+        for name, thing in objects.items():
+            save_tensors(_tensors(thing), draft / f"{name}.safetensors")
+            flush(draft / f"{name}.safetensors")
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
     target = root / f"{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     draft.replace(target)

@@ -60,6 +60,11 @@ class AdmConfig(Section):
     patch: PositiveInt = 1
     """Side of the squares of pixels folded into channels before the first layer; 1 in the published network."""
 
+    @property
+    def bottleneck(self) -> int:
+        """Height and width of the encoder's last output, in pixels."""
+        return self.resolution // self.patch >> (len(self.multipliers) - 1)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         halvings = len(self.multipliers) - 1
@@ -71,6 +76,11 @@ class AdmConfig(Section):
             raise ValueError(
                 f"channels {self.channels} is not a multiple of 4, the smallest group of a GroupNorm"
             )
+        for width in (self.channels * multiplier for multiplier in self.multipliers):
+            if width > self.head_channels and width % self.head_channels:
+                raise ValueError(
+                    f"{width} channels do not divide into attention heads of {self.head_channels}"
+                )
         return self
 
 
@@ -86,8 +96,14 @@ class EdmConfig(Section):
     """Standard deviation of the images."""
     rho: PositiveFloat = 7.0
     """Spacing of the levels (eq. 5)."""
-    levels: PositiveInt = 1000
+    levels: Annotated[int, Field(ge=2)] = 1000
     """Number of levels in the table."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
 
 
 class DataConfig(Section):
@@ -151,6 +167,12 @@ class DmdConfig(Section):
     max_level: Fraction = 0.98
     """Noisiest level, inclusive."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_level >= self.max_level:
+            raise ValueError(f"min_level {self.min_level} must be below max_level {self.max_level}")
+        return self
+
 
 class GanConfig(Section):
     """The GAN term: a head on the critic's features, under noise (DMD2, sec. 4.3)."""
@@ -159,7 +181,7 @@ class GanConfig(Section):
     """Weight in the student's loss."""
     critic_weight: PositiveFloat
     """Weight in the critic's loss."""
-    max_level: Fraction = 1.0
+    max_level: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Levels below this share of the table noise what the head sees."""
 
 
@@ -224,9 +246,9 @@ class EvaluateConfig(Section):
     """Generated images per score."""
     batch: PositiveInt = 128
     """Images per network call."""
-    teacher_steps: PositiveInt = 18
+    teacher_steps: Annotated[int, Field(ge=2)] = 18
     """Steps of Heun's method for the teacher: 2 * steps - 1 network calls."""
-    seed: int = 10
+    seed: NonNegativeInt = 10
     """Seed of the noise that both student and teacher start from."""
 
 
@@ -242,7 +264,7 @@ class Config(Section):
 
     recipe: Annotated[str, tyro.conf.Fixed]
     """Name of the recipe this started from."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of all randomness, with the rank and the step."""
     family: EdmConfig
     data: DataConfig = DataConfig()
@@ -258,6 +280,15 @@ class Config(Section):
         if top >= self.family.levels:
             raise ValueError(
                 f"distill.student_levels has {top}, beyond the {self.family.levels} levels of the family"
+            )
+        if self.distill.guidance != 1:
+            raise ValueError(
+                f"distill.guidance is {self.distill.guidance}; an EDM network has no null class, so only 1 is possible"
+            )
+        size = self.family.network.bottleneck
+        if self.distill.gan and (size < 4 or size & (size - 1)):
+            raise ValueError(
+                f"the bottleneck of family.network has {size}x{size} pixels; the GAN head needs 4, 8, 16, ..."
             )
         return self
 

@@ -96,6 +96,8 @@ def save_network(folder: Path, config: EdmConfig, levels: Levels, weights: dict[
 def load_network(folder: str | Path) -> Model:
     """The network of a teacher, run or package folder."""
     path = local(folder)
+    if not (path / "network.json").is_file():
+        raise Refused(f"{path} holds no network (no network.json); give a teacher, run or package folder")
     facts = json.loads((path / "network.json").read_text())
     config = EdmConfig.model_validate(facts["family"])
     family = build.family(config)

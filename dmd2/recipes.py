@@ -72,7 +72,7 @@ def edm_imagenet64() -> Config:
         recipe="edm-imagenet64",
         seed=10,
         family=EdmConfig(network=IMAGENET64),
-        data=DataConfig(images_per_shard=10_000),
+        data=DataConfig(holdout=10_000, images_per_shard=10_000),
         distill=DistillConfig(
             steps=200_000,
             batch=280,

@@ -107,7 +107,7 @@ class Journal:
         values = {
             name: _column(self.window, name) for name in dict.fromkeys(n for _, m in self.window for n in m)
         }
-        _check_finite(steps, values)
+        _check_finite(steps, values, self.folder)
         seconds = time.monotonic() - self.since
         rate = len(steps) * self.pace.batch / seconds
         means = {name: sum(column.values()) / len(column) for name, column in values.items()}
@@ -145,13 +145,14 @@ def _column(window: list[tuple[int, Metrics]], name: str) -> dict[int, float]:
     return dict(zip((step for step, _ in there), values, strict=True))
 
 
-def _check_finite(steps: list[int], values: dict[str, dict[int, float]]) -> None:
+def _check_finite(steps: list[int], values: dict[str, dict[int, float]], folder: Path) -> None:
     """Stop at the first step with a value that is no number, and name it."""
     for step in steps:
         for name, column in values.items():
             if step in column and not abs(column[step]) < float("inf"):
                 raise Diverged(
-                    f"{name} became {column[step]} at step {step}; the last checkpoint is from before, lower the learning rate of the {name.split('/')[0]} and start anew"
+                    f"{name} became {column[step]} at step {step}; what {folder} has saved is from before it: lower the "
+                    f"learning rate of the {name.split('/')[0]}, remove that folder if it is there, and start anew"
                 )
 
 

@@ -43,10 +43,11 @@ def shard(config: Config, source: str, out: str) -> Manifest:
         source: `digits`, or a folder of images with one sub-folder per class.
         out: Folder to make.
     """
-    if done := finished(out, "shards", config, {}):
-        return done
     images = open_source(source)
-    with drafted(out, "shards", config, {}) as draft:
+    inputs = {"source": images.fingerprint}
+    if done := finished(out, "shards", config, inputs):
+        return done
+    with drafted(out, "shards", config, inputs) as draft:
         tally = write_shards(images, config, draft.path)
         draft.facts |= {
             "source": source,
@@ -101,6 +102,7 @@ def distill(config: Config, data: str, teacher: str, out: str) -> Manifest:
     inputs = {"shards": read(data, "shards").digest, "teacher": read(teacher, "teacher").digest}
     if done := finished(out, "run", config, inputs):
         return done
+    check(teacher, read(teacher, "teacher"))
     model = load_network(teacher)
     _same_shape(model.config, config)
     device, settings = parallel.device(), config.distill
@@ -142,6 +144,8 @@ def sample(package: str, out: str, count: int = 80, seed: int = 0, labels: tuple
         seed: Seed of the noise.
         labels: Classes, repeated to `count`; all classes in turn if none are given.
     """
+    if count < 1:
+        raise Refused(f"count is {count}; draw at least one image")
     model = load_network(package)
     if not model.levels:
         raise Refused(f"{package} holds a teacher; sample takes a package or a run")
@@ -167,10 +171,22 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         "teacher": read(teacher, "teacher").digest,
         "run": read(run, "run").digest,
     }
+    made = read(run, "run")
+    for name, given in (("shards", data), ("teacher", teacher)):
+        if made.inputs[name] != inputs[name]:
+            raise Refused(
+                f"{run} was not made with the {name} in {given}; evaluate it with the {name} it was made with"
+            )
     if done := finished(out, "evaluation", config, inputs):
         return done
+    check(teacher, read(teacher, "teacher"))
+    check(run, made)
     device, settings = parallel.device(), config.evaluate
     holdout = Shards(data, HOLDOUT).in_order(settings.images)
+    if len(holdout.image) < 2:
+        raise Refused(
+            f"{data} holds out {len(holdout.image)} image; FID needs at least 2, better thousands: shard again"
+        )
     labels = balanced(holdout, settings.images)
     student, original = _on(device, load_network(run)), _on(device, load_network(teacher))
     with drafted(out, "evaluation", config, inputs) as draft:

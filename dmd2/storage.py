@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def read(folder: str | Path, kind: str) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise Refused(
-            f"{path} is not a manifest of this version: {_first(error)}; make the folder again"
+            f"{path} is not a manifest of this version: {_first(error)}; remove the folder and make it again"
         ) from None
     if manifest.kind != kind:
         raise Refused(f"{folder} is a {manifest.kind} folder; a {kind} folder is needed here")
@@ -110,15 +111,15 @@ def check(folder: str | Path, manifest: Manifest) -> None:
 
 def check_file(path: Path, file: File) -> None:
     if not path.is_file():
-        raise Refused(f"{path} is missing, though the manifest lists it; make the folder again")
+        raise Refused(f"{path} is missing, though the manifest lists it; remove the folder and make it again")
     if path.stat().st_size != file.size:
         found = path.stat().st_size
         raise Refused(
-            f"{path} has {found} bytes, its manifest says {file.size}: truncated or replaced; make the folder again"
+            f"{path} has {found} bytes, its manifest says {file.size}: truncated or replaced; remove the folder and make it again"
         )
     if sha256(path) != file.sha256:
         raise Refused(
-            f"{path} was changed after its manifest was written (sha256 differs); make the folder again"
+            f"{path} was changed after its manifest was written (sha256 differs); remove the folder and make it again"
         )
 
 
@@ -131,7 +132,14 @@ def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     draft = path.with_name(f".{path.name}.partial")
     draft.write_text(text)
+    flush(draft)
     draft.replace(path)
+
+
+def flush(path: Path) -> None:
+    """Have the file on the disk before anything refers to it: a name may survive a lost node, its content not."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def finished(out: str | Path, kind: str, config: Config | None, inputs: dict[str, str]) -> Manifest | None:
@@ -154,12 +162,12 @@ def drafted(
 ) -> Iterator[Draft]:
     """Make `out` in a hidden folder beside it, and give it its name once its manifest is written.
 
-    A failure removes the hidden folder, unless it is `resumable`: then the next call continues in it.
+    A failure removes the hidden folder, unless it is `resumable` and holds a checkpoint: then the next call continues.
     """
-    target = local(out)
-    if target.is_dir() and any(target.iterdir()):
+    target = local(out).absolute()
+    if (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
         raise Refused(
-            f"{target} exists and is not an unfinished {kind} folder; choose another --out or remove it"
+            f"{target} exists and is not a finished {kind} folder; choose another --out or remove it"
         )
     draft = Draft(target.with_name(f".{target.name}.partial"))
     draft.path.mkdir(parents=True, exist_ok=True)
@@ -171,22 +179,25 @@ def drafted(
         clock = Clock(draft.path / ".seconds" if resumable else None)
         try:
             yield draft
+            manifest = Manifest(
+                kind=kind,
+                config=config,
+                inputs=inputs,
+                files=_files(draft.path),
+                facts=draft.facts,
+                versions=versions(),
+                seconds=round(clock.read(), 2),
+            )
+            write(draft.path / MANIFEST, manifest.model_dump_json(indent=1))
+            draft.path.replace(target)
         except BaseException:
-            clock.stop() if resumable else shutil.rmtree(draft.path)
+            if resumable and any(draft.path.glob("checkpoints/[0-9]*")):
+                clock.stop()
+            else:
+                shutil.rmtree(draft.path)
             raise
         for note in (".begun.json", ".seconds", ".lock"):
-            (draft.path / note).unlink(missing_ok=True)
-        manifest = Manifest(
-            kind=kind,
-            config=config,
-            inputs=inputs,
-            files=_files(draft.path),
-            facts=draft.facts,
-            versions=versions(),
-            seconds=round(clock.read(), 2),
-        )
-        write(draft.path / MANIFEST, manifest.model_dump_json(indent=1))
-        draft.path.replace(target)
+            (target / note).unlink(missing_ok=True)
 
 
 class Clock:
@@ -213,7 +224,9 @@ def versions() -> dict[str, str]:
 def _files(folder: Path) -> list[File]:
     """All files below, but the hidden ones."""
     paths = sorted(
-        p for p in folder.rglob("*") if p.is_file() and not p.relative_to(folder).as_posix().startswith(".")
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
     return [
         File(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256(p)) for p in paths

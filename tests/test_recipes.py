@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dmd2 import recipes
+from dmd2 import build, recipes
+from dmd2.config import DmdConfig
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -38,14 +39,14 @@ def test_variants_differ_from_their_recipe_in_what_their_name_says() -> None:
 
 def test_overrides_replace_fields_and_lists() -> None:
     config = recipes.resolve(
-        "edm-digits", ["distill.steps=7", "family.network.multipliers=1,2,3", "teach.player.ema=", "seed=4"]
+        "edm-digits", ["distill.steps=7", "family.network.multipliers=2,1", "teach.player.ema=", "seed=4"]
     )
     assert (
         config.distill.steps,
         config.family.network.multipliers,
         config.teach.player.ema,
         config.seed,
-    ) == (7, (1, 2, 3), (), 4)
+    ) == (7, (2, 1), (), 4)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,25 @@ def test_overrides_replace_fields_and_lists() -> None:
         ("family.network.resolution=30", "cannot be divided by patch"),
         ("distill.student.lr=-1", "greater than 0, not -1"),
         ("recipe=mine", "recipe"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("distill.guidance=2", "no null class"),
+        ("family.network.multipliers=1,2,4", "2x2 pixels"),
+        ("family.network.channels=100", "do not divide into attention heads"),
+        ("distill.dmd.min_level=0.99", "must be below max_level"),
+        ("distill.gan.max_level=0", "greater than 0"),
+        ("evaluate.teacher_steps=1", "greater than or equal to 2"),
+        ("family.sigma_min=90", "must be below sigma_max"),
     ],
 )
 def test_a_wrong_override_is_refused_in_one_sentence(
     override: str, words: str, refusal: Callable[..., str]
 ) -> None:
     assert words in refusal(lambda: recipes.resolve("edm-digits", [override]))
+
+
+def test_the_noisiest_level_may_be_the_last_of_the_table() -> None:
+    assert build._levels(DmdConfig(min_level=0.5, max_level=1.0), 1000) == (500, 1000)
+
+
+def test_every_recipe_holds_out_what_its_evaluation_needs() -> None:
+    assert all(make().data.holdout >= 2 for make in recipes.RECIPES.values())

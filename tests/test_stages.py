@@ -271,3 +271,46 @@ def test_network_json_is_data(made: Path) -> None:
     facts = json.loads((made / "run" / "network.json").read_text())
     assert facts["levels"] == [999]
     assert facts["family"]["network"]["classes"] == 3
+
+
+def test_a_refused_teacher_can_be_trained_after_the_mistake_is_corrected(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    network = AdmConfig.model_validate({**dict(micro.family.network), "resolution": 16})
+    wrong = micro.model_copy(update={"family": micro.family.model_copy(update={"network": network})})
+    refusal(lambda: stages.teach(wrong, str(made / "shards"), str(tmp_path / "teacher")))
+    assert not list(tmp_path.iterdir())
+    stages.teach(micro, str(made / "shards"), str(tmp_path / "teacher"))
+
+
+def test_a_student_is_not_judged_against_another_teacher(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    other = micro.model_copy(update={"seed": 1})
+    stages.teach(other, str(made / "shards"), str(tmp_path / "teacher"))
+    sentence = refusal(
+        lambda: stages.evaluate(
+            micro, str(made / "shards"), str(tmp_path / "teacher"), str(made / "run"), str(tmp_path / "e")
+        )
+    )
+    assert "was not made with the teacher" in sentence
+
+
+def test_a_changed_teacher_is_not_distilled(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    copy = Path(shutil.copytree(made / "teacher", tmp_path / "teacher"))
+    content = bytearray((copy / "network.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "network.safetensors").write_bytes(content)
+    sentence = refusal(lambda: stages.distill(micro, str(made / "shards"), str(copy), str(tmp_path / "run")))
+    assert "network.safetensors was changed" in sentence
+
+
+def test_sampling_nothing_or_nowhere_is_refused(
+    made: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    assert "holds no network" in refusal(lambda: stages.sample("/nowhere", str(tmp_path / "a.png")))
+    assert "at least one" in refusal(
+        lambda: stages.sample(str(made / "run"), str(tmp_path / "a.png"), count=0)
+    )

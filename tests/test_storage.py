@@ -51,21 +51,27 @@ def test_a_resumable_failure_keeps_its_work_and_counts_its_seconds(tmp_path: Pat
     for attempt in range(2):
         try:
             with drafted(tmp_path / "out", "run", micro, {}, resumable=True) as draft:
-                assert (draft.path / "half").exists() == (attempt == 1)
-                (draft.path / "half").write_text("x")
+                assert (draft.path / "checkpoints" / "1").exists() == (attempt == 1)
+                (draft.path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
+                (draft.path / "checkpoints" / "1" / "half").write_text("x")
                 if attempt == 0:
                     raise RuntimeError
         except RuntimeError:
             assert float((draft.path / ".seconds").read_text()) >= 0
-    assert [file.path for file in read(tmp_path / "out", "run").files] == ["half"]
+    assert [file.path for file in read(tmp_path / "out", "run").files] == ["checkpoints/1/half"]
     assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_unfinished_work_of_another_config_is_not_continued(
     tmp_path: Path, micro: Config, refusal: Callable[..., str]
 ) -> None:
-    with pytest.raises(RuntimeError), drafted(tmp_path / "out", "run", micro, {}, resumable=True):
-        raise RuntimeError
+    def stop() -> None:
+        with drafted(tmp_path / "out", "run", micro, {}, resumable=True) as draft:
+            (draft.path / "checkpoints" / "1").mkdir(parents=True)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stop()
     other = micro.model_copy(update={"seed": 7})
 
     def go_on() -> None:
@@ -135,3 +141,21 @@ def test_what_a_killed_process_left_of_a_short_stage_is_dropped(tmp_path: Path) 
     (left / "half").write_text("x")
     make(tmp_path / "out")
     assert [file.path for file in read(tmp_path / "out", "shards").files] == ["sub/file.txt"]
+
+
+def test_a_resumable_failure_without_a_checkpoint_leaves_nothing_in_the_way(
+    tmp_path: Path, micro: Config
+) -> None:
+    with pytest.raises(RuntimeError), drafted(tmp_path / "out", "run", micro, {}, resumable=True):
+        raise RuntimeError
+    with drafted(tmp_path / "out", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):
+        pass
+    assert read(tmp_path / "out", "run").config != micro
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(
+    tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "exists and is not" in refusal(lambda: make(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from webdataset import TarWriter
 
 from dmd2.config import Config
@@ -81,14 +81,8 @@ def _readable(
         progress.advance()
         try:
             yield prepare(record.open(), network.resolution, network.image_channels), record.label
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
-            tally.broken.append(f"{record.name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # the decoders raise anything on a broken file
+            tally.broken.append(f"{record.name}: {' '.join(str(error).split()) or type(error).__name__}")
             if len(tally.broken) > config.data.max_broken:
                 raise Refused(
                     f"{len(tally.broken)} files are no readable images, more than data.max_broken allows "

@@ -6,6 +6,7 @@ a time. To add a source is to write one function and one row of `SOURCES`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,6 @@ from PIL import Image, ImageOps
 from dmd2.errors import Refused, near_miss
 from dmd2.storage import local
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DIGIT_BORDER = 2
 """Black pixels added on each side of a 28x28 digit."""
 
@@ -35,6 +35,8 @@ class Source:
     records: list[Record]
     classes: list[str]
     """Names of the classes; a label is an index into it."""
+    fingerprint: str
+    """Changes when the images do: shards made from another fingerprint are other shards."""
 
 
 def open_source(address: str) -> Source:
@@ -52,7 +54,11 @@ def folder(root: Path) -> Source:
     """Images below `root`; the first folder below it is the class (none: a single class)."""
     if not root.is_dir():
         raise Refused(f"source {root} does not exist; give a folder of images with one sub-folder per class")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(
+        p
+        for p in root.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+    )
     if not files:
         raise Refused(f"source {root} is empty; give a folder of images with one sub-folder per class")
     names = {path: path.relative_to(root).parts[0] if path.parent != root else "" for path in files}
@@ -62,7 +68,9 @@ def folder(root: Path) -> Source:
         raise Refused(
             f"{stray} lies beside the class folders of {root}; put it into one of them or remove it"
         )
-    return Source([Record(str(p), classes.index(names[p]), partial(_open, p)) for p in files], classes)
+    records = [Record(str(p), classes.index(names[p]), partial(_open, p)) for p in files]
+    listing = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return Source(records, classes, hashlib.sha256(repr(listing).encode()).hexdigest())
 
 
 def digits() -> Source:
@@ -77,7 +85,7 @@ def digits() -> Source:
         Record(f"digits:{i}", int(label), partial(Image.fromarray, images[i]))
         for i, label in enumerate(labels)
     ]
-    return Source(records, [str(d) for d in range(10)])
+    return Source(records, [str(d) for d in range(10)], hashlib.sha256(images.tobytes()).hexdigest())
 
 
 SOURCES: dict[str, Callable[[], Source]] = {"digits": digits}

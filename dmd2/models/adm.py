@@ -40,7 +40,7 @@ class Adm(nn.Module):
             for attention in (True, False)
         )
         self.decoder = _decoder(config, embedding, skips)
-        self.norm = _norm(width * config.multipliers[0])
+        self.norm = group_norm(width * config.multipliers[0])
         self.out = _zero(
             nn.Conv2d(width * config.multipliers[0], config.image_channels * config.patch**2, 3, padding=1)
         )
@@ -83,10 +83,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.norm_in = _norm(channels_in)
+        self.norm_in = group_norm(channels_in)
         self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * channels_out)
-        self.norm_out = _norm(channels_out)
+        self.norm_out = group_norm(channels_out)
         self.conv_out = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
         self.heads = channels // min(channels, head_channels)
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.project = _zero(nn.Conv2d(channels, channels, 1))
 
@@ -160,7 +160,7 @@ def _resampled(x: Tensor, how: str) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest") if how == "up" else x
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
     """As many groups as divide the channels, up to 32, of at least four channels each."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= 4)
     return nn.GroupNorm(groups, channels, eps=1e-5)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dmd2.models.adm import group_norm
+
 
 class ConvHead(nn.Module):
     """Halve the features to 4x4, pool them to 1x1, read one logit (the head of DMD2, sec. 4.3, by shape).
@@ -21,15 +23,15 @@ class ConvHead(nn.Module):
             )
         layers: list[nn.Module] = []
         for _ in range(halvings):
-            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _norm(channels), nn.SiLU()]
-        layers += [nn.Conv2d(channels, channels, 4), _norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)]
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU()]
+        layers += [
+            nn.Conv2d(channels, channels, 4),
+            group_norm(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, 1, 1),
+        ]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.layers(features.to(torch.float32))
         return logits.flatten()
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    """32 groups, fewer where channels are few: at 1x1 pixels a group of one channel would be all zeros."""
-    return nn.GroupNorm(min(32, channels // 4), channels)

@@ -133,3 +133,17 @@ def test_pictures_are_turned_cropped_and_resized() -> None:
     pixels = np.asarray(prepare(turned, 16, 1))
     assert pixels[0, 0] == 0
     assert pixels[15, 0] == 255
+
+
+def test_shards_of_one_source_are_not_taken_for_those_of_another(
+    micro: Config, source: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    out = str(tmp_path / "out")
+    stages.shard(micro, str(source), out)
+    Image.new("L", (8, 8)).save(source / "blob" / "new.png")
+    assert "other inputs" in refusal(lambda: stages.shard(micro, str(source), out))
+
+
+def test_hidden_folders_are_no_classes(micro: Config, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "blob", source / ".ipynb_checkpoints")
+    assert len(stages.shard(micro, str(source), str(tmp_path / "out")).facts["classes"]) == 3
