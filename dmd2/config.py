@@ -121,7 +121,7 @@ class LoaderConfig(Section):
     """In which order shards are read."""
 
     shards_in_memory: PositiveInt = 8
-    """Shards that are shuffled together; memory is their size on disk."""
+    """Shards that are shuffled together; up to twice as many are held in memory."""
 
 
 class Player(Section):
@@ -245,7 +245,7 @@ class EvaluateConfig(Section):
     images: PositiveInt = 50_000
     """Generated images per score."""
     batch: PositiveInt = 128
-    """Images per network call."""
+    """Images that share a seed; a network call takes at most 64 of them."""
     teacher_steps: Annotated[int, Field(ge=2)] = 18
     """Steps of Heun's method for the teacher: 2 * steps - 1 network calls."""
     seed: NonNegativeInt = 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import warnings
 from pathlib import Path
@@ -53,13 +54,14 @@ def run_local(
     try:
         distill(root=str(root), source=source, teacher=teacher, recipe=recipe, overrides=overrides)
     except RuntimeError as error:
-        raise Refused(f"{error}; the failed stage says above what was wrong") from None
+        told = re.sub(r"\x1b\[\d+m", "", str(error)).rstrip(".")
+        raise Refused(f"{told}; the failed stage says above what was wrong") from None
     summary = summarize(root, time.monotonic() - start)
     storage.write(root / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
-def summarize(root: Path, total_s: float) -> dict[str, Any]:
+def summarize(root: Path, wall_s: float) -> dict[str, Any]:
     """The run in one object, from the manifests of its folders."""
     kinds = {
         "shards": "shard",
@@ -85,7 +87,7 @@ def summarize(root: Path, total_s: float) -> dict[str, Any]:
     )
     return {name: scores[name] for name in names} | {
         "features": scores["features"],
-        "seconds": seconds | {"total": round(total_s, 1)},
+        "seconds": seconds | {"total": round(sum(seconds.values()), 1), "wall": round(wall_s, 1)},
         "gate": gate["decision"],
         "reason": gate["reason"],
         "package": str(root / "package") if accepted else None,

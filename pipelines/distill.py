@@ -11,6 +11,10 @@ from components.resolve_teacher.component import resolve_teacher
 from components.shard_dataset.component import shard_dataset
 
 
+def uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    return task.set_caching_options(False)
+
+
 @dsl.pipeline(name="dmd2-distill")
 def distill(
     root: str, source: str = "digits", teacher: str = "", recipe: str = "edm-digits", overrides: str = ""
@@ -24,17 +28,17 @@ def distill(
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
     """
+    # No caching anywhere: a hit would not look whether the folder is still there, and a stage that is done returns at once.
     settings = {"recipe": recipe, "overrides": overrides, "root": root}
-    shards = shard_dataset(source=source, **settings).outputs["shards"]
-    resolved = resolve_teacher(teacher=teacher, shards=shards, **settings).outputs["resolved"]
-    run = distill_stage(shards=shards, teacher=resolved, **settings).outputs["run"]
-    scores = evaluate(shards=shards, teacher=resolved, run=run, **settings).outputs["evaluation"]
-    decision = gate(evaluation=scores, **settings)
-    decision.set_caching_options(False)
+    shards = uncached(shard_dataset(source=source, **settings)).outputs["shards"]
+    resolved = uncached(resolve_teacher(teacher=teacher, shards=shards, **settings)).outputs["resolved"]
+    run = uncached(distill_stage(shards=shards, teacher=resolved, **settings)).outputs["run"]
+    judged = uncached(evaluate(shards=shards, teacher=resolved, run=run, **settings))
+    scores = judged.outputs["evaluation"]
+    decision = uncached(gate(evaluation=scores, **settings))
     told = {"root": root, "shards": shards, "teacher": resolved, "run": run, "evaluation": scores}
     with dsl.If(decision.output == "accepted", name="accepted"):
-        packaged = package_model(root=root, run=run, evaluation=scores)
-        packaged.set_caching_options(False)
-        report(decision=decision.output, **told).after(packaged)
+        packaged = uncached(package_model(root=root, run=run, evaluation=scores))
+        uncached(report(decision=decision.output, **told)).after(packaged)
     with dsl.Else(name="rejected"):
-        report(decision=decision.output, **told)
+        uncached(report(decision=decision.output, **told))

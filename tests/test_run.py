@@ -57,7 +57,8 @@ def numbers(run: Path) -> list[dict[str, float]]:
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     micro: Config, made: Path, tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, moments, running averages, log: whether the step of the stop had a checkpoint or not."""
+    """Weights, moments, running averages: whether the step of the stop had a checkpoint or not. (In the log, the
+    window in which it stopped is told in two lines.)"""
     from dmd2.trainer import Trainer
 
     config = with_average(micro)

@@ -1,6 +1,6 @@
 """What a model family must answer; everything that differs between EDM, Stable Diffusion, ... is behind it.
 
-No member is optional. A new family is one file that has them all and one row in `build.FAMILIES`.
+No member is optional. So far there is one family; a second one also makes `Config.family` a union and `build.family` a choice.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def test_an_accepted_run_ends_with_a_package_a_report_and_a_summary(
     assert Path(summary["package"]) == root / "package"
     assert "Accepted" in (root / "report.html").read_text()
     assert (summary["nfe_student"], summary["nfe_teacher"], summary["images"]) == (1, 5, 24)
-    assert {"shard", "teach", "distill", "evaluate", "gate", "package", "total"} == summary["seconds"].keys()
+    assert {"shard", "teach", "distill", "evaluate", "gate", "package", "total", "wall"} == summary[
+        "seconds"
+    ].keys()
     assert all(summary[name] > 0 for name in ("fid_student", "fid_teacher", "fid_teacher_1step"))
     ran = tasks(root)
     assert "package-model" in ran
@@ -125,11 +127,16 @@ def test_every_parameter_but_the_root_has_a_default_and_all_are_described(compil
     assert all(p["description"] for p in parameters.values())
 
 
-def test_the_gate_is_never_cached_and_nothing_is_installed_at_run_time(compiled: dict[str, Any]) -> None:
-    assert (
-        "cachingOptions" not in compiled["root"]["dag"]["tasks"]["gate"]
-        or not compiled["root"]["dag"]["tasks"]["gate"]["cachingOptions"]
-    )
+def test_nothing_is_cached_and_nothing_is_installed_at_run_time(compiled: dict[str, Any]) -> None:
+    dags = [compiled["root"]["dag"], *(c["dag"] for c in compiled["components"].values() if "dag" in c)]
+    tasks = {
+        name: task
+        for dag in dags
+        for name, task in dag["tasks"].items()
+        if "dag" not in compiled["components"][task["componentRef"]["name"]]
+    }
+    assert len(tasks) == 8
+    assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
     for executor in compiled["deploymentSpec"]["executors"].values():
         assert "pip install" not in " ".join(executor["container"]["command"])
 
