@@ -5,13 +5,26 @@ READY := $(VENV)/.ready
 ROOT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types compile bench bench-ablation bench-data clean
+.PHONY: help demo demo-sdxl teacher-emoji test check format lint types compile bench bench-ablation bench-data bench-sdxl bench-memory clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## Distil a digit teacher, end to end, on this machine (ROOT=runs/demo)
 	$(BIN)/python -m pipelines run-local --root $(ROOT)
+
+EMOJI := runs/emoji
+TEACHER ?= tests/emoji/pipeline
+
+demo-sdxl: $(READY) $(EMOJI)/source ## Distil a small SDXL that draws emoji into four steps (needs npm)
+	$(BIN)/python -m pipelines run-local --root runs/demo-sdxl --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji
+
+teacher-emoji: $(READY) $(EMOJI)/source ## Train that SDXL anew, into runs/emoji/teacher: about half an hour
+	$(BIN)/dmd2 shard sdxl-4step-emoji --source $(EMOJI)/source --out $(EMOJI)/shards
+	$(BIN)/python -m tests.emoji.teacher --data $(EMOJI)/shards --out $(EMOJI)/teacher
+
+$(EMOJI)/source: $(READY)
+	$(BIN)/python -m tests.emoji.source --out $@
 
 test: $(READY) ## Run the tests
 	$(BIN)/pytest
@@ -32,13 +45,19 @@ types: $(READY) ## Check the types
 compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml
 	$(BIN)/python -m pipelines compile
 
-bench: bench-data bench-ablation ## All benchmarks
+bench: bench-data bench-ablation bench-sdxl bench-memory ## All benchmarks
 
 bench-ablation: $(READY) ## The ablation of the paper on digits: 3 variants x 3 seeds, about half an hour
 	$(BIN)/python -m tests.bench.ablation
 
 bench-data: $(READY) ## Sharding and reading against plain webdataset, about five minutes (needs npm)
 	$(BIN)/python -m tests.bench.data
+
+bench-sdxl: $(READY) ## Four text-to-image recipes on the emoji teacher, an hour and a half (needs npm)
+	$(BIN)/python -m tests.bench.sdxl --teacher $(TEACHER)
+
+bench-memory: $(READY) ## A step on a U-Net of the size of Stable Diffusion 1.5: seconds and peak memory
+	$(BIN)/python -m tests.bench.memory
 
 clean: ## Remove what runs have made; the environment stays
 	rm -rf runs local_outputs .pytest_cache .mypy_cache .ruff_cache

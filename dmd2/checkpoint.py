@@ -7,20 +7,16 @@ random numbers, position in the data) is not in it.
 
 from __future__ import annotations
 
-import errno
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmd2.errors import Refused
 from dmd2.storage import flush
+from dmd2.tensors import load_tensors, save_tensors
 
 
 class Stateful(Protocol):
@@ -63,25 +59,6 @@ def load(root: Path, step: int, objects: Mapping[str, Stateful]) -> None:
             )
         else:
             thing.load_state_dict(tensors)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(
-            int(number[1]) if number else errno.EIO, f"cannot write ({error})", str(path)
-        ) from error
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise Refused(
-            f"{path} cannot be read as safetensors ({error}); remove it to use the one before, or start anew"
-        ) from None
 
 
 def _tensors(thing: Stateful) -> dict[str, Tensor]:

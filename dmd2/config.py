@@ -89,6 +89,7 @@ class AdmConfig(Section):
 class EdmConfig(Section):
     """The EDM family: an ADM U-Net under EDM preconditioning (Karras et al. 2022), on pixels or on a VAE's latents."""
 
+    kind: Annotated[Literal["edm"], tyro.conf.Fixed] = "edm"
     network: AdmConfig
     latent: NonNegativeInt = 0
     """Pixels along the side of a latent (the stride of the VAE, often 8), if the network works on latents; 0 = on
@@ -111,11 +112,70 @@ class EdmConfig(Section):
             return 3, self.network.resolution * self.latent, self.network.resolution * self.latent
         return self.network.image_channels, self.network.resolution, self.network.resolution
 
+    @property
+    def classes(self) -> int:
+        """Classes that samples may have."""
+        return self.network.classes
+
+    def check(self, distill: DistillConfig) -> None:
+        """Refuse settings that this family cannot follow."""
+        if distill.guidance != 1:
+            raise ValueError(
+                f"distill.guidance is {distill.guidance}; an EDM network has no null class, so only 1 is possible"
+            )
+        if distill.lora:
+            raise ValueError("distill.lora is set; the low-rank form is for sd15 and sdxl only")
+        if distill.regression:
+            raise ValueError("distill.regression is set; the warm-up is for sd15 and sdxl only")
+        size = self.network.bottleneck
+        if distill.gan and (size < 4 or size & (size - 1)):
+            raise ValueError(
+                f"the bottleneck of family.network has {size}x{size} pixels; the GAN head needs 4, 8, 16, ..."
+            )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         return self
+
+
+class StableConfig(Section):
+    """Stable Diffusion 1.5 and XL: U-Nets of diffusers on a VAE's latents, told by text.
+
+    Architecture, noise schedule, prediction type, text encoders and VAE are those of the teacher's folder."""
+
+    kind: Annotated[Literal["sd15", "sdxl"], tyro.conf.Fixed]
+    resolution: PositiveInt
+    """Height and width of an image, in pixels; at SDXL also what the network is told about its size."""
+    latent: PositiveInt = 8
+    """Pixels along the side of a latent: the stride of the VAE."""
+    levels: Annotated[int, Field(ge=2)] = 1000
+    """Number of levels in the table."""
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return 3, self.resolution, self.resolution
+
+    @property
+    def classes(self) -> int:
+        """Classes that samples may have; they are carried along, and told to nobody."""
+        return 2**16
+
+    def check(self, distill: DistillConfig) -> None:
+        """Refuse settings that this family cannot follow."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.resolution % self.latent:
+            raise ValueError(
+                f"resolution {self.resolution} is not a multiple of {self.latent}, the pixels of a latent"
+            )
+        return self
+
+
+FamilyConfig = Annotated[EdmConfig | StableConfig, Field(discriminator="kind")]
 
 
 class DataConfig(Section):
@@ -240,27 +300,63 @@ class GanConfig(Section):
     """Levels below this share of the table noise what the head sees."""
 
 
+class LoraConfig(Section):
+    """Low-rank updates (Hu et al. 2021) instead of whole networks: weight + alpha / rank * up @ down."""
+
+    rank: PositiveInt = 64
+    """Inner size of an update."""
+    alpha: PositiveFloat = 8.0
+    """Strength; the reference's 8 of 64 is an effective scale of 0.125."""
+    shared_base: bool = False
+    """The critic too is an update of the same frozen base as the student, so that one copy of the weights serves
+    student, critic and teacher; otherwise the critic is a whole network, as published."""
+
+
+class RegressionConfig(Section):
+    """Warm-up of a one-step student on the teacher's ODE pairs (DMD2, sec. 4.5 and appendix on SDXL)."""
+
+    metric: Literal["lpips", "mse"] = "lpips"
+    """Distance of two images: `lpips` (VGG, weights fetched by torchvision), or the mean squared error of pixels."""
+    decoder: str = ""
+    """Folder or hub name of the VAE that makes the images, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
+
+
 class DistillConfig(Section):
     """The game between student and critic."""
 
     steps: PositiveInt
     """Critic updates; the student has one update in `critic_updates` of them."""
     batch: PositiveInt
-    """Images per step."""
+    """Images per step, over all processes."""
+    micro_batch: NonNegativeInt = 0
+    """Images that go through the networks together; the gradients of several are added up to the batch. 0 = all of a
+    process's share."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in. Weights that learn stay in float32, the teacher's are kept in this."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     student: Player
     critic: Player
     critic_updates: PositiveInt = 5
     """Critic updates per student update: the two time-scale rule (DMD2, sec. 4.2)."""
     student_levels: tuple[NonNegativeInt, ...] = (999,)
     """Levels of the student's steps, noisiest first; one level is a one-step student."""
+    inputs: Literal["rollout", "noised-real"] = "rollout"
+    """What a student of several steps learns from: `rollout`, its own earlier steps (backward simulation, DMD2 sec. 4.5),
+    or `noised-real`, real samples under noise of a drawn level."""
+    lora: LoraConfig | None = None
     guidance: NonNegativeFloat = 1.0
     """Scale of the teacher's classifier-free guidance; 1 = none."""
     dmd: DmdConfig | None = DmdConfig()
     gan: GanConfig | None = None
+    regression: RegressionConfig | None = None
+    """If set, the student alone learns the teacher's answers; `--data` is a folder of pairs. Neither DMD nor GAN."""
     log_every: PositiveInt = 50
     """Steps between lines of the log and points of the curves."""
     preview_every: PositiveInt = 500
     """Steps between picture grids."""
+    preview_vae: str = ""
+    """Folder or hub name of the VAE that makes them, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
     keep: PositiveInt = 2
@@ -268,8 +364,14 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.dmd is None and self.gan is None:
+        if self.dmd is None and self.gan is None and self.regression is None:
             raise ValueError("dmd and gan are both off: the student would learn nothing; turn one on")
+        if self.regression and (self.dmd or self.gan):
+            raise ValueError(
+                "regression is a warm-up of its own; set dmd and gan to None, and start the distillation from its run"
+            )
+        if self.micro_batch > self.batch:
+            raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}; lower it")
         if (
             list(self.student_levels) != sorted(set(self.student_levels), reverse=True)
             or not self.student_levels
@@ -294,17 +396,35 @@ class InceptionConfig(Section):
 class EvaluateConfig(Section):
     """How good a student is, and compared with what."""
 
-    features: Literal["classifier", "inception"] = "inception"
-    """`inception`: clean-fid's network. `classifier`: a small one fitted to the training shards by the stage."""
+    features: Literal["classifier", "efficientnet", "inception"] = "inception"
+    """`inception`: clean-fid's network. `efficientnet`: EfficientNet-Lite0 trained on ImageNet, of an installed package.
+    `classifier`: a small one fitted to the training shards by the stage."""
     inception: InceptionConfig = InceptionConfig()
     images: PositiveInt = 50_000
     """Generated images per score."""
     batch: PositiveInt = 128
     """Images that share a seed; a network call takes at most 64 of them."""
     teacher_steps: Annotated[int, Field(ge=2)] = 18
-    """Steps of Heun's method for the teacher: 2 * steps - 1 network calls."""
+    """Steps of the teacher's own sampler: with EDM Heun's method, 2 * steps - 1 network calls; else that of its scheduler."""
+    teacher_guidance: NonNegativeFloat = 1.0
+    """Scale of the guidance the teacher is sampled with; each step is two calls then. 1 = none."""
     seed: NonNegativeInt = 10
     """Seed of the noise that both student and teacher start from."""
+
+
+class PairsConfig(Section):
+    """Answers of the teacher to learn from before a one-step distillation."""
+
+    count: PositiveInt = 10_000
+    """Pairs of noise and sample."""
+    batch: PositiveInt = 8
+    """Pairs that are sampled together."""
+    steps: Annotated[int, Field(ge=2)] = 50
+    """Steps of the teacher's sampler."""
+    guidance: NonNegativeFloat = 8.0
+    """Scale of its guidance."""
+    per_shard: PositiveInt = 1000
+    """Pairs in one tar file."""
 
 
 class GateConfig(Section):
@@ -321,10 +441,11 @@ class Config(Section):
     """Name of the recipe this started from."""
     seed: NonNegativeInt = 0
     """Seed of all randomness, with the rank and the step."""
-    family: EdmConfig
+    family: FamilyConfig
     data: DataConfig = DataConfig()
     loader: LoaderConfig = LoaderConfig()
     encode: EncodeConfig = EncodeConfig()
+    pairs: PairsConfig = PairsConfig()
     teach: TeachConfig = TeachConfig()
     distill: DistillConfig
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -337,15 +458,7 @@ class Config(Section):
             raise ValueError(
                 f"distill.student_levels has {top}, beyond the {self.family.levels} levels of the family"
             )
-        if self.distill.guidance != 1:
-            raise ValueError(
-                f"distill.guidance is {self.distill.guidance}; an EDM network has no null class, so only 1 is possible"
-            )
-        size = self.family.network.bottleneck
-        if self.distill.gan and (size < 4 or size & (size - 1)):
-            raise ValueError(
-                f"the bottleneck of family.network has {size}x{size} pixels; the GAN head needs 4, 8, 16, ..."
-            )
+        self.family.check(self.distill)
         return self
 
 

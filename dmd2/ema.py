@@ -7,17 +7,19 @@ from torch import Tensor, nn
 
 
 class Average:
-    """shadow <- decay * shadow + (1 - decay) * weights, with a smaller decay over the first updates."""
+    """shadow <- decay * shadow + (1 - decay) * weights, of those that learn, with a smaller decay over the first updates."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.shadow = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.shadow.values()), list(network.parameters()), 1 - decay)
+        torch._foreach_lerp_(
+            list(self.shadow.values()), [p for p in network.parameters() if p.requires_grad], 1 - decay
+        )
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ READS: dict[str, tuple[str, ...]] = {
     "shards": ("seed", "family", "data"),
     "latents": ("encode",),
     "teacher": ("seed", "family", "loader.block", "loader.lanes", "teach"),
+    "pairs": ("seed", "family", "pairs"),
     "run": ("seed", "family", "loader.block", "loader.lanes", "distill"),
     "evaluation": ("family", "evaluate"),
     "gate": ("gate",),

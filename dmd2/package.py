@@ -1,104 +1,106 @@
 """What users load: a network with all that is needed to sample it, and the package made of a finished student.
 
-`network.safetensors` holds the weights, `network.json` the family and the levels of the student's steps. Both are
-data: loading them executes nothing.
+`network.json` holds the family and the levels of the student's steps; the weights lie where the family puts them
+(`network.safetensors`, or `unet/` of a pipeline of diffusers). All of it is data: loading executes nothing.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from dmd2 import build, parallel
-from dmd2.checkpoint import load_tensors, save_tensors
-from dmd2.config import EdmConfig, EncodeConfig
-from dmd2.data.encoders import Vae, find
+from dmd2 import build
+from dmd2.config import Config, EdmConfig, FamilyConfig
 from dmd2.errors import Refused
 from dmd2.folders import Manifest, opened, read
-from dmd2.models.family import ModelFamily
-from dmd2.sample import Conditioning
+from dmd2.models.family import ModelFamily, Prompt, Shown
 from dmd2.sampler import Levels, generate
 from dmd2.storage import local
 
-BATCH = 64
-"""Images per network call when nothing else is said."""
+ELEMENTS = 2**20
+"""Numbers in the samples of one network call when nothing else is said, at 64 samples at most: 16 SDXL latents."""
 
 
 @dataclass(frozen=True)
 class Model:
     """A network that can be sampled."""
 
-    config: EdmConfig
+    config: FamilyConfig
     family: ModelFamily
     network: nn.Module
     levels: Levels
     """Levels of the student's steps, noisiest first; none for a teacher."""
-    vae: Path | None = None
-    """Folder of the VAE that makes images of its latents, if it works on latents."""
 
-    def sample(self, labels: Sequence[int], seed: int = 0, batch: int = BATCH) -> Tensor:
-        """Images of these classes, uint8 (N, C, H, W), in len(levels) network calls each."""
+    def sample(self, prompts: Sequence[Prompt], seed: int = 0, batch: int = 0) -> Tensor:
+        """Images of these classes or texts, uint8 (N, C, H, W), in len(levels) network calls each."""
 
-        def draw(eps: Tensor, cond: Conditioning) -> Tensor:
+        def draw(eps: Tensor, shown: Shown) -> Tensor:
             first, *later = eps.unbind(1)
             between = iter(later)
             return generate(
-                self.family.denoiser(self.network), first, cond, self.levels, lambda x0: next(between)
+                self.family.denoiser(self.network), first, shown.cond, self.levels, lambda x0: next(between)
             )
 
-        return self._in_batches(draw, labels, seed, batch, draws=len(self.levels))
+        return self.family.decode(self._in_batches(draw, prompts, seed, batch, draws=len(self.levels))[1])
 
-    def sample_teacher(self, labels: Sequence[int], seed: int, steps: int, batch: int = BATCH) -> Tensor:
+    def sample_teacher(
+        self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
+    ) -> Tensor:
         """Images by the family's many-step sampler; from the noise that a one-step student gets."""
+        return self.family.decode(self.pairs(prompts, seed, steps, guidance, batch)[1])
 
-        def draw(eps: Tensor, cond: Conditioning) -> Tensor:
-            return self.family.sample_teacher(self.network, eps[:, 0], cond, steps)
+    def pairs(
+        self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Noise, and what the teacher makes of it, each (N, C, H, W)."""
 
-        return self._in_batches(draw, labels, seed, batch, draws=1)
+        def draw(eps: Tensor, shown: Shown) -> Tensor:
+            return self.family.sample_teacher(self.network, eps[:, 0], shown, steps, guidance)
+
+        eps, x = self._in_batches(draw, prompts, seed, batch, draws=1)
+        return eps[:, 0], x
 
     def _in_batches(
         self,
-        sampler: Callable[[Tensor, Conditioning], Tensor],
-        labels: Sequence[int],
+        sampler: Callable[[Tensor, Shown], Tensor],
+        prompts: Sequence[Prompt],
         seed: int,
         batch: int,
         draws: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """All noise, also that between steps, is drawn on the CPU, image by image, from one generator: neither
-        batch size nor device changes it, and the caller's random numbers are left alone. eps: (B, draws, C, H, W)."""
+        batch size nor device changes it, and the caller's random numbers are left alone. The noise is (N, draws, C, H, W)."""
         noise = torch.Generator().manual_seed(seed)
         device = next(self.network.parameters()).device
-        out = []
-        for start in range(0, len(labels), batch):
-            part = labels[start : start + batch]
-            eps = torch.stack([torch.randn(draws, *self.family.shape, generator=noise) for _ in part]).to(
-                device
-            )
-            cond = self.family.condition(part).map(lambda t: t.to(device))
-            out.append(sampler(eps, cond).cpu())
-        return self.family.decode(torch.cat(out))
+        batch = batch or max(1, min(64, ELEMENTS // math.prod(self.family.shape)))
+        drawn, made = [], []
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            eps = torch.stack([torch.randn(draws, *self.family.shape, generator=noise) for _ in part])
+            cond, null = self.family.condition(part)
+            made.append(sampler(eps.to(device), Shown(cond.to(device), null.to(device))).cpu())
+            drawn.append(eps)
+        return torch.cat(drawn), torch.cat(made)
 
 
 def load(folder: str | Path) -> Model:
-    """Load a package: `load("package").sample(labels=[0, 1, 2], seed=0)`."""
+    """Load a package: `load("package").sample([0, 1, 2], seed=0)`."""
     return load_network(opened(folder, read(folder, "package")))
 
 
-def save_network(
-    folder: Path, config: EdmConfig, levels: Levels, weights: dict[str, Tensor], vae: Path | None
-) -> None:
-    if vae:
-        shutil.copytree(vae, folder / "vae", dirs_exist_ok=True)
-    save_tensors(weights, folder / "network.safetensors")
-    (folder / "network.json").write_text(
-        json.dumps({"family": config.model_dump(mode="json"), "levels": levels}, indent=1)
-    )
+def save_network(folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
+    """Write weights for the network of a model, and what belongs to it."""
+    model.family.save(weights, folder, model.levels)
+    facts = {"family": model.config.model_dump(mode="json"), "levels": model.levels}
+    (folder / "network.json").write_text(json.dumps(facts, indent=1))
 
 
 def load_network(folder: str | Path) -> Model:
@@ -107,21 +109,17 @@ def load_network(folder: str | Path) -> Model:
     if not (path / "network.json").is_file():
         raise Refused(f"{path} holds no network (no network.json); give a teacher, run or package folder")
     facts = json.loads((path / "network.json").read_text())
-    config = EdmConfig.model_validate(facts["family"])
-    vae = path / "vae" if config.latent else None
-    family = build.family(config, load_vae(vae) if vae else None)
-    network = family.network().requires_grad_(False).eval()
+    config = TypeAdapter[FamilyConfig](FamilyConfig).validate_python(facts["family"])
+    family = build.family(config, path)
+    with torch.device("meta"):  # every weight comes from the file
+        network = family.network().requires_grad_(False).eval()
     try:
-        network.load_state_dict(load_tensors(path / "network.safetensors"))
+        network.load_state_dict(family.weights(path), assign=True)
     except RuntimeError as error:
         raise Refused(
-            f"{path}/network.safetensors does not fit network.json: {str(error).splitlines()[1].strip()}"
+            f"the weights in {path} do not fit its network: {str(error).splitlines()[1].strip()}"
         ) from None
-    return Model(config, family, network, tuple(facts["levels"]), vae)
-
-
-def load_vae(folder: Path) -> Vae:
-    return Vae(find(str(folder), text=False), EncodeConfig(), parallel.device())
+    return Model(config, family, network.requires_grad_(False), tuple(facts["levels"]))
 
 
 def model_card(run: Manifest, evaluation: Manifest, gate: Manifest) -> str:
@@ -130,7 +128,6 @@ def model_card(run: Manifest, evaluation: Manifest, gate: Manifest) -> str:
     assert config is not None
     levels = config.distill.student_levels
     calls = f"{len(levels)} network call" + ("s" if len(levels) > 1 else "")
-    labels = ", ".join(str(label) for label in range(min(3, config.family.network.classes)))
     return f"""---
 library_name: dmd2
 license: other
@@ -141,15 +138,11 @@ tags: [diffusion, distillation, dmd2]
 Distilled with DMD2 (arXiv 2405.14867) by recipe `{config.recipe}`. One image takes {calls}; the teacher takes {scores["nfe_teacher"]}.
 The weights carry the licences of the teacher and of the data they were made from.
 
-![Samples, one class per column](samples.png)
+![Samples](samples.png)
 
 ## Use
 
-```python
-from dmd2.package import load
-student = load("path/of/this/folder")
-images = student.sample(labels=[{labels}], seed=0)  # uint8 (N, C, H, W)
-```
+{_usage(config)}
 
 ## Metrics
 
@@ -157,7 +150,7 @@ images = student.sample(labels=[{labels}], seed=0)  # uint8 (N, C, H, W)
 |---|--:|--:|
 | student | {scores["nfe_student"]} | **{scores["fid_student"]:.2f}** |
 | teacher | {scores["nfe_teacher"]} | {scores["fid_teacher"]:.2f} |
-| teacher in one step | 1 | {scores["fid_teacher_1step"]:.2f} |
+| teacher in one step | {_calls(scores, "teacher_1step")} | {scores["fid_teacher_1step"]:.2f} |
 | real training images | | {scores["fid_real"]:.2f} |
 
 {scores["images"]} generated images against {scores["images_real"]} held-out real ones; features: {scores["features"]};
@@ -177,6 +170,31 @@ Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 {json.dumps(config.model_dump(mode="json", include={"recipe", "seed", "family", "distill"}), indent=1)}
 ```
 """
+
+
+def _calls(scores: dict[str, Any], name: str) -> int:
+    return next(v["calls"] for v in scores["variants"] if v["name"] == name)
+
+
+def _usage(config: Config) -> str:
+    levels = list(config.distill.student_levels)
+    if isinstance(config.family, EdmConfig):
+        labels = ", ".join(str(label) for label in range(min(3, config.family.classes)))
+        return f"""```python
+from dmd2.package import load
+student = load("path/of/this/folder")
+images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
+```"""
+    pipeline = "StableDiffusionXLPipeline" if config.family.kind == "sdxl" else "StableDiffusionPipeline"
+    return f"""With diffusers alone:
+
+```python
+from diffusers import {pipeline}
+pipe = {pipeline}.from_pretrained("path/of/this/folder")
+image = pipe("a prompt", timesteps={levels}, guidance_scale=0).images[0]
+```
+
+The timesteps must be these, and guidance must be off: a negative prompt does nothing."""
 
 
 def _rows(digests: dict[str, str]) -> str:

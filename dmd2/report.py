@@ -7,6 +7,7 @@ import io
 import json
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -57,15 +58,10 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
 
 def _scores(evaluation: Manifest) -> str:
     f = evaluation.facts
-    rows = [
-        ("student", f["nfe_student"], f["fid_student"]),
-        ("teacher", f["nfe_teacher"], f["fid_teacher"]),
-        ("teacher in one step", 1, f["fid_teacher_1step"]),
-        ("real training images", "", f["fid_real"]),
+    rows = [(told(v), str(v["calls"]), v["fd"]) for v in f["variants"]] + [
+        ("real training images", "", f["fid_real"])
     ]
-    body = [
-        [escape(name), str(calls), f"{fid:.2f}", f"{fid / f['fid_teacher']:.2f}"] for name, calls, fid in rows
-    ]
+    body = [[escape(name), calls, f"{fid:.2f}", f"{fid / f['fid_teacher']:.2f}"] for name, calls, fid in rows]
     accuracy = (
         f", accuracy {f['features_accuracy']:.1%} on the held-out images" if "features_accuracy" in f else ""
     )
@@ -73,14 +69,17 @@ def _scores(evaluation: Manifest) -> str:
     return _table(["", "network calls", "FID", "FID / teacher's"], body) + f"<p>{escape(note)}</p>"
 
 
+def told(variant: dict[str, Any]) -> str:
+    """`teacher in 4 steps`."""
+    who, *fewer = variant["name"].split("_")
+    steps = variant["steps"]
+    return f"{who} in {steps} step{'s' if steps > 1 else ''}" if fewer else who
+
+
 def _pictures(evaluation: Manifest, folder: Path) -> str:
     f = evaluation.facts
-    captions = {
-        "student": f"Student, {f['nfe_student']} network call(s)",
-        "teacher": f"Teacher, {f['nfe_teacher']} network calls, same noise and classes",
-        "teacher_1step": "Teacher in one step, same noise and classes",
-        "real": "Held-out real images",
-    }
+    captions = {v["name"]: f"{told(v).capitalize()}, {v['calls']} network call(s)" for v in f["variants"]}
+    captions |= {"real": "Held-out real images"}
     return "".join(
         _figure((folder / f"{name}.png").read_bytes(), caption, pixels=True)
         for name, caption in captions.items()

@@ -27,6 +27,12 @@ class Conditioning:
         fields = {k: v for k, v in self.__dict__.items() if v is not None}
         return dataclasses.replace(self, **{k: f(v) for k, v in fields.items()})
 
+    def __getitem__(self, rows: slice) -> Conditioning:
+        return self.map(lambda t: t[rows])
+
+    def to(self, device: torch.device) -> Conditioning:
+        return self.map(lambda t: t.to(device))
+
     def cat(self, other: Conditioning) -> Conditioning:
         pairs = {k: (v, getattr(other, k)) for k, v in self.__dict__.items() if v is not None}
         return Conditioning(**{k: torch.cat(pair) for k, pair in pairs.items()})
@@ -43,6 +49,10 @@ class Sample:
     """The unconditional counterpart of `cond`, for guidance."""
 
     def to(self, device: torch.device) -> Sample:
-        return Sample(
-            self.x.to(device), self.cond.map(lambda t: t.to(device)), self.null.map(lambda t: t.to(device))
-        )
+        return Sample(self.x.to(device), self.cond.to(device), self.null.to(device))
+
+    def split(self, size: int) -> list[Sample]:
+        """Parts of `size` rows, the last one shorter; a size of 0 makes no parts of it."""
+        starts = range(0, len(self.x), size or len(self.x))
+        rows = [slice(start, start + (size or len(self.x))) for start in starts]
+        return [Sample(self.x[r], self.cond[r], self.null[r]) for r in rows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmd2.denoiser import Denoiser
-from dmd2.sample import Conditioning
+from dmd2.sample import Conditioning, Sample
 
 Levels = tuple[int, ...]
 """Noise levels of the student's steps, noisiest first."""
@@ -54,6 +54,21 @@ def simulate(student: Denoiser, eps: Tensor, cond: Conditioning, levels: Levels,
     with torch.no_grad():
         x_t, level = next(islice(walk(student, eps, cond, levels), stop, None))
     return student(x_t, level, cond)
+
+
+def denoise_real(student: Denoiser, real: Sample, levels: Levels) -> Tensor:
+    """The alternative to simulation: real samples under noise of a level drawn for each; the noisiest gets pure noise."""
+    diffusion, eps = student.diffusion, torch.randn_like(real.x)
+    index = torch.randint(len(levels), (len(eps),), device=eps.device)
+    level = torch.tensor(levels, device=eps.device)[index]
+    pure = (index == 0).reshape(-1, 1, 1, 1)
+    x_t = torch.where(pure, diffusion.schedule.prior_std * eps, diffusion.add_noise(real.x, eps, level))
+    return student(x_t, level, real.cond)
+
+
+def step_levels(count: int, table: int = 1000) -> Levels:
+    """Levels of a student of `count` steps at even distances (reference, sec. 2.7): 4 -> 999, 749, 499, 249."""
+    return tuple(range(table - 1, 0, -(table // count)))
 
 
 @torch.no_grad()

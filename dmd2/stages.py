@@ -6,11 +6,14 @@ A stage that is called again with what it was already given returns at once; one
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,26 +24,38 @@ from torch import nn
 
 from dmd2 import build, parallel
 from dmd2 import report as reports
-from dmd2.config import Config, EdmConfig, EvaluateConfig
+from dmd2.config import Config, EdmConfig, EvaluateConfig, FamilyConfig
 from dmd2.data import latents
 from dmd2.data.encoders import find
+from dmd2.data.pairs import write_pairs
+from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import HOLDOUT, TRAIN, deliver, told, write_shards
 from dmd2.data.sources import open_source
 from dmd2.data.stream import Batch, Shards, Stream
 from dmd2.errors import Refused
-from dmd2.folders import Manifest, drafted, finished, opened, read
+from dmd2.folders import MANIFEST, Draft, Manifest, drafted, finished, opened, read
+from dmd2.models.family import ModelFamily, Prompt, Shown
 from dmd2.package import Model, load_network, model_card, save_network
 from dmd2.pictures import grid
 from dmd2.progress import Progress
 from dmd2.run import Pace, play
 from dmd2.sample import Sample
-from dmd2.storage import at, is_local, local, replaced
+from dmd2.storage import at, fetched, is_local, local, replaced, sha256
+from dmd2.tensors import load_tensors, save_tensors
 
-PREVIEW_ROWS = 8
-"""Rows of a picture grid; a column per class, as far as ten go."""
+SMALL = 64
+"""Pixels along a side up to which a picture grid has 8 rows of 10; of larger images, 2 rows of 4."""
 
-Sampler = Callable[[Sequence[int], int], torch.Tensor]
-"""(labels, seed) -> images, uint8 (N, C, H, W)."""
+PROMPTS = (
+    "a photo of a red apple",
+    "a portrait of an old sailor",
+    "a small house by the sea",
+    "a green parrot",
+)
+"""What the pictures of a student show that came without captions."""
+
+Sampler = Callable[[Sequence[Prompt], int], torch.Tensor]
+"""(prompts, seed) -> images, uint8 (N, C, H, W)."""
 
 
 def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "") -> Manifest:
@@ -103,9 +118,113 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
             receipts = latents.write_latents(encoder, draft)
             draft.facts |= encoder.facts(networks, receipts)
             draft.facts["shards"] = latents.deliver(receipts, draft)
-            networks.copy_vae(draft.path / "vae")
+            alone = find(vae, text=False)
+            alone.copy(draft.path)
+            draft.facts["vae"] = alone.digest
     state.wait_for_everyone()
     return read(out, "latents")
+
+
+def resolve(config: Config, source: str, out: str, base: str = "", vae: str = "") -> Manifest:
+    """Bring a teacher from elsewhere into a folder. Nothing of it is executed, and what is not understood is refused.
+
+    Args:
+        source: For sd15 and sdxl: a pipeline folder of diffusers with safetensors (local, gs://, or a name on the hub),
+            or a single-file checkpoint (.safetensors). For edm: NVIDIA's pickle, read without running it.
+        out: Folder to make.
+        base: For a single file: a pipeline folder of diffusers whose configs and tokenizers it goes with.
+        vae: Another VAE than the teacher's own, such as the fp16-fixed one of SDXL.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        bring, inputs = _found(config, source, base, vae, Path(scratch))
+        if done := finished(out, "teacher", config, inputs):
+            return done
+        with drafted(out, "teacher", config, inputs) as draft:
+            bring(draft.path)
+            facts = {"family": config.family.model_dump(mode="json"), "levels": []}
+            (draft.path / "network.json").write_text(json.dumps(facts, indent=1))
+            teacher = load_network(draft.path)
+            draft.facts |= {"parameters": _count(teacher.network), "source": source} | teacher.family.facts
+    return read(out, "teacher")
+
+
+def a_teacher(config: Config, given: str, data: str, out: str) -> str:
+    """The folder of the teacher: the one given if it is one already, what is given brought into `out`, or, with nothing
+    given, a small one trained on the shards."""
+    if not given:
+        teach(config, data, out)
+    elif at(given).generation(MANIFEST) and read(given, "teacher"):
+        return given
+    else:
+        resolve(config, given, out)
+    return out
+
+
+def what_it_learns_from(config: Config, data: str, teacher: str, out: str) -> str:
+    """The folder that `distill` takes: the shards, or for a network on latents what the teacher's VAE makes of them."""
+    if not config.family.latent:
+        return data
+    encode(config, data, teacher, out)
+    return out
+
+
+def _found(
+    config: Config, source: str, base: str, vae: str, scratch: Path
+) -> tuple[Callable[[Path], None], dict[str, str]]:
+    """How to bring a teacher into a folder, and the digest of what it is."""
+    from dmd2.models import imports
+
+    if isinstance(config.family, EdmConfig):
+        path = fetched(source)
+        network, weights = imports.edm_pickle(path)
+        if network != config.family.network:
+            _same_shape(config.family.model_copy(update={"network": network}), config)
+        return lambda folder: build.family(config.family).save(weights, folder, ()), {"source": sha256(path)}
+    if source.endswith((".safetensors", ".ckpt")):
+        imports.single_file(fetched(source), local(base) if base else None, scratch / "pipeline")
+        source = str(scratch / "pipeline")
+    networks = find(source, text=True, whole=True)
+    other = find(vae, text=False) if vae else None
+
+    def bring(folder: Path) -> None:
+        networks.copy(folder)
+        if other:
+            other.copy(folder)
+
+    return bring, {"source": networks.digest} | ({"vae": other.digest} if other else {})
+
+
+def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
+    """Make a run of a student that was distilled elsewhere, to evaluate it, to package it, or to start from it.
+
+    Args:
+        source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a raw training folder of DMD2, or
+            a LoRA in kohya's or diffusers' naming.
+        teacher: Folder of the teacher it was distilled from.
+        out: Folder to make.
+    """
+    from dmd2.models import imports
+
+    path = local(source) if is_local(source) and local(source).is_dir() else fetched(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    inputs = {"source": sha256(*files[:1]), "teacher": read(teacher, "teacher").digest}
+    if done := finished(out, "run", config, inputs):
+        return done
+    model = _network(teacher, read(teacher, "teacher"))
+    _same_shape(model.config, config)
+    if isinstance(config.family, EdmConfig):
+        network, weights = imports.edm_student(path)
+        _same_shape(config.family.model_copy(update={"network": network}), config)
+        prompts = _classes(config.family)
+    else:
+        plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
+        weights = {f"unet.{name}": w for name, w in imports.unet_weights(path, plain).items()}
+        prompts = list(PROMPTS)
+    with drafted(out, "run", config, inputs) as draft:
+        save_network(draft.path, _student(model, config), weights)
+        load_network(draft.path)
+        draft.facts |= {"parameters": _count(model.network), "adopted": source, "prompts": prompts}
+    return read(out, "run")
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:
@@ -119,6 +238,10 @@ def teach(config: Config, data: str, out: str) -> Manifest:
     inputs = _digests(samples)
     if done := finished(out, "teacher", config, inputs):
         return done
+    if not isinstance(config.family, EdmConfig):
+        raise Refused(
+            f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
+        )
     device, settings = parallel.device(), config.teach
     with drafted(out, "teacher", config, inputs, resumable=True) as draft:
         game = build.teaching(config, device)
@@ -131,29 +254,65 @@ def teach(config: Config, data: str, out: str) -> Manifest:
             1,
             config.seed,
         )
-        play("teach", game, _reader(config, data, settings.batch, device), pace, draft, lambda step: None)
-        vae = opened(data, samples, "vae/*") / "vae" if config.family.latent else None
-        save_network(draft.path, config.family, (), game.teacher.result(), vae)
+        family = build.family(config.family, opened(data, samples, "vae/*") if config.family.latent else None)
+        batches = _reader(config, data, settings.batch, device, samples.kind, family.read)
+        play("teach", game, batches, pace, draft, lambda step: None)
+        save_network(draft.path, Model(config.family, family, game.teacher.module, ()), game.teacher.result())
         draft.facts |= _size(game.teacher.module, settings.steps, settings.batch)
     return read(out, "teacher")
 
 
-def distill(config: Config, data: str, teacher: str, out: str) -> Manifest:
+def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") -> Manifest:
+    """Sample the teacher, and keep noise and answer: what a one-step student learns from before it is distilled.
+
+    Args:
+        data: Folder of shards or latents, whose captions are sampled.
+        teacher: Folder of the teacher.
+        out: Folder to make. Killed, the same command continues.
+        prompts: File of prompts to sample instead.
+    """
+    described, original = read(data, "shards", "latents"), read(teacher, "teacher")
+    inputs = _digests(described) | {"teacher": original.digest} | _digest_of(prompts)
+    if done := finished(out, "pairs", config, inputs):
+        return done
+    model, settings = _on(parallel.device(), _network(teacher, original)), config.pairs
+    texts = read_prompts(prompts) if prompts else _captions(data, described.kind, settings.count)
+
+    def answer(part: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.pairs(part, seed, settings.steps, settings.guidance)
+
+    with drafted(out, "pairs", config, inputs, resumable=True) as draft:
+        receipts = write_pairs(config, texts, answer, draft)
+        draft.facts |= {"classes": [""], "images": settings.count, "guidance": settings.guidance}
+        draft.facts["shards"] = latents.deliver(receipts, draft)
+    return read(out, "pairs")
+
+
+def distill(
+    config: Config, data: str, teacher: str, out: str, start: str = "", prompts: str = ""
+) -> Manifest:
     """Distil a teacher into a one- or few-step student with DMD2.
 
     Args:
-        data: Folder of shards, or of latents: the real samples of the GAN, and the classes to draw.
+        data: Folder of shards, or of latents: the real samples of the GAN, and what to draw. Of pairs, for a regression.
         teacher: Folder of the teacher.
         out: Folder to make.
+        start: Run to start from, instead of the teacher: its student, and its critic if it had one.
+        prompts: File of prompts for the student to draw, instead of those of the data.
     """
-    inputs = _digests(_samples(config, data)) | {"teacher": read(teacher, "teacher").digest}
+    samples = read(data, "pairs") if config.distill.regression else _samples(config, data)
+    original = read(teacher, "teacher")
+    inputs = _digests(samples) | {"teacher": original.digest} | _digest_of(prompts)
+    inputs |= {"start": read(start, "run").digest} if start else {}
     if done := finished(out, "run", config, inputs):
         return done
-    model = _network(teacher, read(teacher, "teacher"))
+    model = _network(teacher, original)
     _same_shape(model.config, config)
+    _same_vae(opened(teacher, original, "vae/*"), samples, data)
     device, settings = parallel.device(), config.distill
     with drafted(out, "run", config, inputs, resumable=True) as draft:
-        game = build.trainer(config, model.network, device)
+        shown = _drawn(model.family, prompts, device) if prompts else None
+        game = build.game(config, model.family, model.network, device, _start(start), shown)
         pace = Pace(
             settings.steps,
             settings.batch,
@@ -163,40 +322,81 @@ def distill(config: Config, data: str, teacher: str, out: str) -> Manifest:
             settings.keep,
             config.seed,
         )
-        labels = _columns(config.family.network.classes)
+        student = replace(_student(model, config), network=game.student.module)
+        looked = replace(student, family=_decoding(config, model, opened(teacher, original)))
+        draft.facts["prompts"] = _pictured(config.family, Shards(data, TRAIN, samples.kind))
 
         def preview(step: int) -> None:
-            student = build.family(config.family).network().to(device)
-            student.load_state_dict(game.student.result())
-            images = Model(config.family, model.family, student, settings.student_levels).sample(
-                labels, config.seed
-            )
+            with game.student.as_used():
+                picture = _picture(config.family, looked.sample, draft.facts["prompts"], config.seed)
             (draft.path / "previews").mkdir(exist_ok=True)
-            grid(images, len(labels) // PREVIEW_ROWS).save(draft.path / "previews" / f"{step:08d}.png")
+            picture.save(draft.path / "previews" / f"{step:08d}.png")
 
-        play("distill", game, _reader(config, data, settings.batch, device), pace, draft, preview)
-        save_network(draft.path, config.family, settings.student_levels, game.student.result(), model.vae)
+        read_batch = model.family.read_pairs if settings.regression else model.family.read
+        batches = _reader(config, data, settings.batch, device, samples.kind, read_batch)
+        play("distill", game, batches, pace, draft, preview)
+        _save_student(draft, config, student, game.student.result(), teacher, original)
         draft.facts |= _size(game.student.module, settings.steps, settings.batch)
     return read(out, "run")
 
 
-def sample(package: str, out: str, count: int = 80, seed: int = 0, labels: tuple[int, ...] = ()) -> str:
-    """Sample a package, or the student of a run, into a picture grid.
+def _save_student(
+    draft: Draft,
+    config: Config,
+    student: Model,
+    result: dict[str, torch.Tensor],
+    teacher: str,
+    original: Manifest,
+) -> None:
+    """The whole network; a low-rank update also alone, as diffusers reads it."""
+    if config.distill.lora:
+        from dmd2.models.lora import exported, merged
+
+        (draft.path / "lora").mkdir(exist_ok=True)
+        update = draft.path / "lora" / "pytorch_lora_weights.safetensors"
+        save_tensors(exported(result, config.distill.lora), update)
+        result = merged(student.family.weights(opened(teacher, original)), result, config.distill.lora)
+    save_network(draft.path, student, result)
+
+
+def sample(
+    package: str,
+    out: str,
+    count: int = 80,
+    seed: int = 0,
+    labels: tuple[int, ...] = (),
+    prompts: tuple[str, ...] = (),
+    steps: int = 0,
+    guidance: float = 1.0,
+) -> str:
+    """Sample a package, the student of a run, or a teacher into a picture grid.
 
     Args:
-        package: Folder of a package or of a finished run.
+        package: Folder of a package, of a finished run, or of a teacher.
         out: PNG file to write.
         count: Images.
         seed: Seed of the noise.
         labels: Classes, repeated to `count`; all classes in turn if none are given.
+        prompts: Texts, repeated to `count`; for networks that are told by text.
+        steps: Steps; 0 = those of the student, or 30 of a teacher. A student of several steps may take fewer.
+        guidance: Scale of a teacher's guidance; a student has none.
     """
     if count < 1:
         raise Refused(f"count is {count}; draw at least one image")
-    model = _network(package, read(package, "package", "run"))
-    classes = list(labels) or list(range(model.config.network.classes))
-    images = model.sample(list(itertools.islice(itertools.cycle(classes), count)), seed)
+    if steps < 0:
+        raise Refused(f"steps is {steps}; give a positive number, or 0 for the usual one")
+    manifest = read(package, "package", "run", "teacher")
+    model = _on(parallel.device(), _network(package, manifest))
+    shown: list[Prompt] = [*prompts, *labels] or _any(model.config, manifest)
+    wanted = list(itertools.islice(itertools.cycle(shown), count))
+    if manifest.kind == "teacher":
+        images = model.sample_teacher(wanted, seed, steps or 30, guidance)
+    else:
+        if guidance != 1:
+            raise Refused(f"guidance is {guidance}; it is distilled into a student, so leave it out")
+        images = replace(model, levels=_levels(model, steps)).sample(wanted, seed)
     with _delivered(out) as path:
-        _save_png(grid(images, min(len(classes), 10)), path)
+        _save_png(grid(images, min(len(shown), 10)), path)
     return out
 
 
@@ -214,7 +414,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
     original, made = read(teacher, "teacher"), read(run, "run")
     inputs = {"shards": read(data, "shards").digest, "teacher": original.digest, "run": made.digest}
     for name, given in (("shards", data), ("teacher", teacher)):
-        if made.inputs[name] != inputs[name]:
+        if made.inputs.get(name, inputs[name]) != inputs[name]:
             raise Refused(
                 f"{run} was not made with the {name} in {given}; evaluate it with the {name} it was made with"
             )
@@ -228,32 +428,64 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         raise Refused(
             f"{data} holds out {len(holdout.image)} image; FID needs at least 2, better thousands: shard again"
         )
-    labels = balanced(holdout, settings.images)
+    prompts = balanced(config.family, holdout, settings.images)
     with drafted(out, "evaluation", config, inputs) as draft:
         features = by_name(config, data, holdout, device)
         real = features(holdout.image)
-        samplers: dict[str, Sampler] = {
-            "student": student.sample,
-            "teacher": lambda part, seed: guide.sample_teacher(part, seed, settings.teacher_steps),
-            "teacher_1step": lambda part, seed: Model(
-                guide.config, guide.family, guide.network, (len(guide.family.diffusion) - 1,)
-            ).sample(part, seed),
-        }
-        for name, sampler in samplers.items():
-            images = sampled(name, sampler, labels, settings)
+        samplers = _samplers(student, guide, settings)
+        for name, (_, _, sampler) in samplers.items():
+            images = sampled(name, sampler, prompts, settings)
             draft.facts[f"fid_{name}"] = distance(features(images), real)
         train = Shards(data, TRAIN).in_order(settings.images)
         draft.facts |= features.facts | {
             "fid_real": distance(features(train.image), real),
             "nfe_student": len(student.levels),
-            "nfe_teacher": guide.family.teacher_calls(settings.teacher_steps),
+            "nfe_teacher": guide.family.teacher_calls(settings.teacher_steps, settings.teacher_guidance),
             "images": settings.images,
             "images_real": len(holdout.image),
             "seed": settings.seed,
+            "variants": [
+                {
+                    "name": name,
+                    "recipe": recipe or config.recipe,
+                    "steps": steps,
+                    "calls": steps
+                    if not recipe
+                    else guide.family.teacher_calls(steps, settings.teacher_guidance),
+                    "fd": draft.facts[f"fid_{name}"],
+                }
+                for name, (recipe, steps, _) in samplers.items()
+            ],
         }
-        _grids(draft.path, config, samplers)
-        grid(holdout.image[:80], 10).save(draft.path / "real.png")
+        pictured = _pictured(config.family, Shards(data, HOLDOUT))
+        for name, (_, _, sampler) in samplers.items():
+            _save_png(_picture(config.family, sampler, pictured, settings.seed), draft.path / f"{name}.png")
+        _save_png(grid(holdout.image[: len(pictured)], _columns(config.family)), draft.path / "real.png")
     return read(out, "evaluation")
+
+
+def _samplers(student: Model, guide: Model, settings: EvaluateConfig) -> dict[str, tuple[str, int, Sampler]]:
+    """By name: whose it is (empty = the recipe's), its steps, and what draws the images."""
+
+    def teacher(steps: int) -> tuple[str, int, Sampler]:
+        return (
+            "teacher",
+            steps,
+            lambda part, seed: guide.sample_teacher(part, seed, steps, settings.teacher_guidance),
+        )
+
+    count = len(student.levels)
+    found: dict[str, tuple[str, int, Sampler]] = {
+        "student": ("", count, student.sample),
+        "teacher": teacher(settings.teacher_steps),
+        "teacher_1step": teacher(1),
+    }
+    if count > 1:
+        found |= {
+            "student_1step": ("", 1, replace(student, levels=student.levels[:1]).sample),
+            f"teacher_{count}step": teacher(count),
+        }
+    return found
 
 
 def gate(config: Config, evaluation: str, out: str) -> Manifest:
@@ -299,12 +531,14 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         return done
     model = _network(run, made)
     with drafted(out, "package", made.config, inputs) as draft:
-        save_network(draft.path, model.config, model.levels, model.network.state_dict(), model.vae)
+        save_network(draft.path, model, model.network.state_dict())
+        if made.config and made.config.distill.lora and not made.facts.get("adopted"):
+            shutil.copytree(opened(run, made, "lora/*") / "lora", draft.path / "lora")
         (draft.path / "README.md").write_text(model_card(made, judged, decided))
-        labels = _columns(model.config.network.classes)
-        images = model.sample(labels, seed=0)
-        _save_png(grid(images, len(labels) // PREVIEW_ROWS), draft.path / "samples.png")
-        if not torch.equal(load_network(draft.path).sample(labels, seed=0), images):
+        prompts = made.facts["prompts"]
+        images = model.sample(prompts, seed=0)
+        _save_png(grid(images, _columns(model.config)), draft.path / "samples.png")
+        if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
             raise Refused(
                 "the package, loaded again, does not sample what the run samples; it was not published"
             )
@@ -339,21 +573,91 @@ def report(data: str, teacher: str, run: str, evaluation: str, gate: str, out: s
     return out
 
 
-def _reader(config: Config, data: str, batch: int, device: torch.device) -> Callable[[int], Iterator[Sample]]:
-    family = build.family(config.family)
-    shards = Shards(data, TRAIN, _samples(config, data).kind, config.loader.cache_gb)
+def _reader(
+    config: Config,
+    data: str,
+    batch: int,
+    device: torch.device,
+    kind: str,
+    read_batch: Callable[[Batch], Sample],
+) -> Callable[[int], Iterator[Sample]]:
+    shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
     stream = Stream(shards, batch, config.seed, config.loader)
-    return lambda first: (family.read(part).to(device) for part in stream.batches(first))
+    return lambda first: (read_batch(part).to(device) for part in stream.batches(first))
 
 
-def _same_shape(teacher: EdmConfig, config: Config) -> None:
-    if teacher != config.family:
-        mine, its = config.family.network.model_dump(), teacher.network.model_dump()
-        differs = [
-            f"{name} is {its[name]}, not {mine[name]}" for name in mine if its[name] != mine[name]
-        ] or ["its noise levels differ"]
+def _decoding(config: Config, teacher: Model, folder: Path) -> ModelFamily:
+    """The family, with the VAE that previews are to be made with."""
+    vae = config.distill.preview_vae
+    return build.family(config.family, folder, vae) if vae else teacher.family
+
+
+def _student(teacher: Model, config: Config) -> Model:
+    """A model of the teacher's network that takes the steps of the recipe."""
+    return replace(teacher, levels=config.distill.student_levels)
+
+
+def _start(run: str) -> build.Start | None:
+    """Student and, if that run had one, critic; a head starts anew."""
+    if not run:
+        return None
+    made = read(run, "run")
+    student = _network(run, made).network.state_dict()
+    name = next((f.path for f in reversed(made.files) if f.path.endswith("/critic.safetensors")), None)
+    if not name or not made.config or made.config.distill.lora:
+        return build.Start(student)
+    critic = load_tensors(opened(run, made, name) / name)
+    return build.Start(
+        student, {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
+    )
+
+
+def _drawn(family: ModelFamily, prompts: str, device: torch.device) -> Callable[[int], Shown]:
+    """Draws what so many samples show from a file of prompts."""
+    texts = read_prompts(prompts)
+
+    def draw(count: int) -> Shown:
+        cond, null = family.condition([texts[i] for i in torch.randint(len(texts), (count,)).tolist()])
+        return Shown(cond.to(device), null.to(device))
+
+    return draw
+
+
+def _captions(data: str, kind: str, count: int) -> list[str]:
+    found = [text for text in Shards(data, TRAIN, kind).in_order(count).text if text]
+    if not found:
+        raise Refused(f"{data} has no captions to sample; give --prompts, or shard a source with captions")
+    return found
+
+
+def _levels(model: Model, steps: int) -> tuple[int, ...]:
+    """The first of the student's levels; more steps than it was made for are refused."""
+    if steps > len(model.levels):
+        raise Refused(f"steps is {steps}; this student was made for {len(model.levels)}, and may take fewer")
+    return model.levels[: steps or len(model.levels)]
+
+
+def _same_shape(teacher: FamilyConfig, config: Config) -> None:
+    mine, its = (_flat(family.model_dump(mode="json")) for family in (config.family, teacher))
+    if differs := [
+        f"{name} is {its.get(name)}, not {mine.get(name)}"
+        for name in mine | its
+        if mine.get(name) != its.get(name)
+    ]:
         raise Refused(
             f"the teacher is of another shape than recipe {config.recipe!r}: {', '.join(differs[:3])}; use the recipe it was made for, or set --family to match"
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if k != "network"} | settings.get("network", {})
+
+
+def _same_vae(teacher: Path, samples: Manifest, data: str) -> None:
+    """Latents mean something to a network only if they were made with its VAE."""
+    if samples.kind == "latents" and samples.facts["vae"] != find(str(teacher), text=False).digest:
+        raise Refused(
+            f"the latents in {data} were made with another VAE than the teacher's; encode the shards again with --vae set to the teacher's folder"
         )
 
 
@@ -369,7 +673,7 @@ def _belong_together(folders: dict[str, str], manifests: dict[str, Manifest]) ->
 
 def _size(network: nn.Module, steps: int, batch: int) -> dict[str, Any]:
     return {
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": _count(network),
         "steps": steps,
         "images": steps * batch,
     }
@@ -380,34 +684,59 @@ def _on(device: torch.device, model: Model) -> Model:
     return model
 
 
-def _columns(classes: int) -> list[int]:
-    """Labels of a picture grid: a column per class."""
-    return [label for _ in range(PREVIEW_ROWS) for label in range(min(classes, 10))]
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
 
 
-def balanced(holdout: Batch, count: int) -> list[int]:
-    """Classes to draw, in the shares of the held-out images."""
-    return list(itertools.islice(itertools.cycle(holdout.label.tolist()), count))
+def _columns(family: FamilyConfig) -> int:
+    """Of a picture grid: a class each, as far as ten go."""
+    return min(10 if family.image[1] <= SMALL else 4, family.classes)
 
 
-def sampled(name: str, sampler: Sampler, labels: list[int], settings: EvaluateConfig) -> torch.Tensor:
-    """Images for all labels; each part has its own seed, so that a part can be made again alone."""
+def _cells(family: FamilyConfig) -> int:
+    return _columns(family) * (8 if family.image[1] <= SMALL else 2)
+
+
+def _classes(family: EdmConfig) -> list[Prompt]:
+    return [cell % _columns(family) for cell in range(_cells(family))]
+
+
+def _pictured(family: FamilyConfig, shards: Shards) -> list[Prompt]:
+    """What the pictures of a run show: each class in a column, or captions of the data."""
+    cells = _cells(family)
+    if isinstance(family, EdmConfig):
+        return _classes(family)
+    return list(itertools.islice(itertools.cycle(shards.in_order(cells).text), cells))
+
+
+def _picture(family: FamilyConfig, sampler: Sampler, prompts: Sequence[Prompt], seed: int) -> Image.Image:
+    return grid(sampler(prompts, seed), _columns(family))
+
+
+def _any(family: FamilyConfig, manifest: Manifest) -> list[Prompt]:
+    """What to show if nobody says."""
+    if isinstance(family, EdmConfig):
+        return list(range(family.classes))
+    if not (prompts := manifest.facts.get("prompts")):
+        raise Refused("this network is told by text; give --prompts")
+    return list(prompts)
+
+
+def balanced(family: FamilyConfig, holdout: Batch, count: int) -> list[Prompt]:
+    """What to draw, in the shares of the held-out images."""
+    shown = holdout.label.tolist() if isinstance(family, EdmConfig) else holdout.text
+    return list(itertools.islice(itertools.cycle(shown), count))
+
+
+def sampled(name: str, sampler: Sampler, prompts: list[Prompt], settings: EvaluateConfig) -> torch.Tensor:
+    """Images for all prompts; each part has its own seed, so that a part can be made again alone."""
     images = []
-    with Progress(f"sample {name}", len(labels), "images") as progress:
-        for start in range(0, len(labels), settings.batch):
-            part = labels[start : start + settings.batch]
+    with Progress(f"sample {name}", len(prompts), "images") as progress:
+        for start in range(0, len(prompts), settings.batch):
+            part = prompts[start : start + settings.batch]
             images.append(sampler(part, settings.seed * 1_000_003 + start))
             progress.advance(len(part))
     return torch.cat(images)
-
-
-def _grids(folder: Path, config: Config, samplers: dict[str, Sampler]) -> None:
-    """A picture of each sampler, all from the same noise and classes."""
-    labels = _columns(config.family.network.classes)
-    for name, sampler in samplers.items():
-        _save_png(
-            grid(sampler(labels, config.evaluate.seed), len(labels) // PREVIEW_ROWS), folder / f"{name}.png"
-        )
 
 
 def _save_png(picture: Image.Image, path: Path) -> None:
@@ -428,7 +757,8 @@ def _delivered(out: str) -> Iterator[Path]:
 
 
 def _network(folder: str, manifest: Manifest) -> Model:
-    return load_network(opened(folder, manifest, "network.*", "vae/*"))
+    parts = ("vae", "unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    return load_network(opened(folder, manifest, "network.*", "model_index.json", *(f"{p}/*" for p in parts)))
 
 
 def _samples(config: Config, data: str) -> Manifest:
@@ -439,6 +769,10 @@ def _samples(config: Config, data: str) -> Manifest:
 def _digests(samples: Manifest) -> dict[str, str]:
     """As an input; that of the images too, from which latents were made."""
     return {samples.kind: samples.digest} | {k: v for k, v in samples.inputs.items() if k == "shards"}
+
+
+def _digest_of(prompts: str) -> dict[str, str]:
+    return {"prompts": sha256(fetched(prompts))} if prompts else {}
 
 
 def _part(text: str) -> tuple[int, int]:

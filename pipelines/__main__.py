@@ -40,8 +40,8 @@ def run_local(
 
     Args:
         root: Folder that receives everything the run makes.
-        source: `digits`, or a folder of images with one sub-folder per class.
-        teacher: Folder of a teacher; empty to train a small one on the source.
+        source: `digits`, or the address of images in one of the layouts that `dmd2 shard` knows.
+        teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
     """
@@ -66,6 +66,7 @@ def summarize(root: Path, wall_s: float) -> dict[str, Any]:
     kinds = {
         "shards": "shard",
         "teacher": "teach",
+        "latents": "encode",
         "run": "distill",
         "evaluation": "evaluate",
         "gate": "gate",
@@ -87,6 +88,7 @@ def summarize(root: Path, wall_s: float) -> dict[str, Any]:
     )
     return {name: scores[name] for name in names} | {
         "features": scores["features"],
+        "variants": [{name: v[name] for name in ("recipe", "steps", "fd")} for v in scores["variants"]],
         "seconds": seconds | {"total": round(sum(seconds.values()), 1), "wall": round(wall_s, 1)},
         "gate": gate["decision"],
         "reason": gate["reason"],
@@ -98,19 +100,15 @@ def summarize(root: Path, wall_s: float) -> dict[str, Any]:
 def show(summary: dict[str, Any]) -> None:
     console = Console()
     table = Table(title=f"{summary['images']} images each, FID on: {summary['features']}")
-    for column in ("", "network calls", "FID", "/ teacher's"):
+    for column in ("", "steps", "FID", "/ teacher's"):
         table.add_column(column, justify="right" if column else "left")
-    calls = {
-        "student": summary["nfe_student"],
-        "teacher": summary["nfe_teacher"],
-        "teacher_1step": 1,
-        "real": "-",
-    }
-    labels = {"teacher_1step": "teacher in one step", "real": "real training images"}
-    for name, count in calls.items():
-        fid = summary[f"fid_{name}"]
-        table.add_row(labels.get(name, name), str(count), f"{fid:.2f}", f"{fid / summary['fid_teacher']:.2f}")
+    rows = [(v["recipe"], str(v["steps"]), v["fd"]) for v in summary["variants"]]
+    for name, steps, fid in [*rows, ("real training images", "-", summary["fid_real"])]:
+        table.add_row(name, steps, f"{fid:.2f}", f"{fid / summary['fid_teacher']:.2f}")
     console.print(table)
+    console.print(
+        f"network calls per image: student {summary['nfe_student']}, teacher {summary['nfe_teacher']}"
+    )
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["seconds"].items())
     console.print(f"{summary['gate']}: {summary['reason']}\ntime: {spent}", highlight=False)
     for what in ("report", "package"):

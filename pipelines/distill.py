@@ -1,8 +1,9 @@
-"""The pipeline: shards, teacher, distillation, evaluation, gate, package, report. Wiring only."""
+"""The pipeline: shards, teacher, latents, distillation, evaluation, gate, package, report. Wiring only."""
 
 from kfp import dsl
 
 from components.distill.component import distill as distill_stage
+from components.encode_latents.component import encode_latents
 from components.evaluate.component import evaluate
 from components.gate.component import gate
 from components.package_model.component import package_model
@@ -23,8 +24,8 @@ def distill(
 
     Args:
         root: Folder that receives everything the run makes.
-        source: `digits`, or a folder of images with one sub-folder per class.
-        teacher: Folder of a teacher; empty to train a small one on the source, for demos and tests.
+        source: `digits`, or the address of images in one of the layouts that `dmd2 shard` knows.
+        teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
     """
@@ -32,7 +33,8 @@ def distill(
     settings = {"recipe": recipe, "overrides": overrides, "root": root}
     shards = uncached(shard_dataset(source=source, **settings)).outputs["shards"]
     resolved = uncached(resolve_teacher(teacher=teacher, shards=shards, **settings)).outputs["resolved"]
-    run = uncached(distill_stage(shards=shards, teacher=resolved, **settings)).outputs["run"]
+    samples = uncached(encode_latents(shards=shards, teacher=resolved, **settings)).outputs["samples"]
+    run = uncached(distill_stage(samples=samples, teacher=resolved, **settings)).outputs["run"]
     judged = uncached(evaluate(shards=shards, teacher=resolved, run=run, **settings))
     scores = judged.outputs["evaluation"]
     decision = uncached(gate(evaluation=scores, **settings))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from dmd2 import recipes, stages
-from dmd2.config import Config
+from dmd2 import build, recipes, stages
+from dmd2.config import AdmConfig, Config, EdmConfig
+from dmd2.trainer import Trainer
 from tests.bucket import bucket, object_store, proxy  # noqa: F401 - fixtures
+from tests.tiny_sdxl import pipeline, squares  # noqa: F401 - fixtures
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread only waits
 
@@ -30,6 +34,24 @@ def flags(overrides: tuple[str, ...] = MICRO) -> list[str]:
     """The overrides as the command line takes them."""
     pairs = [override.split("=") for override in overrides]
     return [word for field, value in pairs for word in (f"--{field}", *value.split(","))]
+
+
+def adm(config: Config) -> AdmConfig:
+    """The size of the network of an EDM recipe."""
+    assert isinstance(config.family, EdmConfig)
+    return config.family.network
+
+
+def with_adm(config: Config, **changes: Any) -> Config:
+    """An EDM recipe whose network has another size."""
+    network = AdmConfig.model_validate({**dict(adm(config)), **changes})
+    return config.model_copy(update={"family": config.family.model_copy(update={"network": network})})
+
+
+def trainer(config: Config, teacher: nn.Module) -> Trainer:
+    game = build.game(config, build.family(config.family), teacher, torch.device("cpu"))
+    assert isinstance(game, Trainer)
+    return game
 
 
 @pytest.fixture(scope="session")

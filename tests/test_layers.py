@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "dmd2"
 LAYERS = [
     {"config", "errors", "storage", "folders", "progress", "pictures"},
-    {"diffusion", "sample", "losses"},
+    {"diffusion", "sample", "losses", "tensors"},
     {"denoiser", "ema", "parallel"},
     {"models", "data", "sampler"},
     {"terms", "checkpoint", "evaluation"},

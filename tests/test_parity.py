@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dmd2 import build
 from dmd2.config import Config, DistillConfig, GanConfig
 from dmd2.sample import Conditioning, Sample
+from tests.conftest import trainer
 
 SIGMA_DATA = 0.5
 
@@ -52,7 +53,7 @@ def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.Monkey
     teacher = family.network()
     for parameter in teacher.parameters():
         nn.init.normal_(parameter, std=0.15)
-    game = build.trainer(config, teacher, torch.device("cpu"))
+    game = trainer(config, teacher)
     student, critic = game.student.module, game.critic.module["network"]  # type: ignore[index]
     head = game.critic.module["head"] if gan else None  # type: ignore[index]
     with torch.no_grad():

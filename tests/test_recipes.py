@@ -6,6 +6,7 @@ import pytest
 
 from dmd2 import build, recipes
 from dmd2.config import DmdConfig
+from tests.conftest import adm
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -43,7 +44,7 @@ def test_overrides_replace_fields_and_lists() -> None:
     )
     assert (
         config.distill.steps,
-        config.family.network.multipliers,
+        adm(config).multipliers,
         config.teach.player.ema,
         config.seed,
     ) == (7, (2, 1), (), 4)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from dmd2 import checkpoint, stages
-from dmd2.checkpoint import load_tensors
 from dmd2.config import Config
 from dmd2.errors import Diverged, Interrupted
 from dmd2.folders import read
 from dmd2.run import read_metrics
+from dmd2.tensors import load_tensors
 from tests.conftest import MICRO, flags
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}

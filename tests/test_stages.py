@@ -13,15 +13,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dmd2 import package, stages
-from dmd2.config import AdmConfig, Config
+from dmd2.config import Config
 from dmd2.folders import read
 from dmd2.models.edm import Edm
+from dmd2.pictures import grid
 from dmd2.sampler import Noise
+from tests.conftest import with_adm
 
 
 def paths(made: Path, *names: str) -> Any:
@@ -49,9 +52,7 @@ def test_evaluation_says_how_many_images_which_features_and_which_seed(made: Pat
 def test_student_and_teacher_start_from_the_same_noise(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[torch.Tensor] = []
     monkeypatch.setattr(package, "generate", lambda denoiser, eps, *rest: starts.append(eps) or eps)
-    monkeypatch.setattr(
-        Edm, "sample_teacher", lambda self, network, eps, cond, steps: starts.append(eps) or eps
-    )
+    monkeypatch.setattr(Edm, "sample_teacher", lambda self, network, eps, *rest: starts.append(eps) or eps)
     package.load_network(made / "run").sample([0, 1, 2], seed=3)
     package.load_network(made / "teacher").sample_teacher([0, 1, 2], seed=3, steps=2)
     assert torch.equal(*starts)
@@ -190,8 +191,7 @@ def test_evaluation_of_another_run_does_not_count(
 def test_a_teacher_of_another_shape_is_refused(
     made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    network = AdmConfig.model_validate({**dict(micro.family.network), "channels": 16})
-    other = micro.model_copy(update={"family": micro.family.model_copy(update={"network": network})})
+    other = with_adm(micro, channels=16)
     sentence = refusal(
         lambda: stages.distill(other, **paths(made, "shards", "teacher"), out=str(tmp_path / "run"))
     )
@@ -202,8 +202,7 @@ def test_a_teacher_of_another_shape_is_refused(
 def test_shards_of_another_size_are_refused(
     made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    network = AdmConfig.model_validate({**dict(micro.family.network), "resolution": 16})
-    other = micro.model_copy(update={"family": micro.family.model_copy(update={"network": network})})
+    other = with_adm(micro, resolution=16)
     assert "8x8 pixels" in refusal(
         lambda: stages.teach(other, str(made / "shards"), str(tmp_path / "teacher"))
     )
@@ -217,10 +216,47 @@ def test_sample_draws_the_asked_classes(packaged: Path, tmp_path: Path, refusal:
     )
 
 
-def test_sampling_a_teacher_is_refused(made: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
-    assert "is a teacher folder; a package or run folder is needed" in refusal(
-        lambda: stages.sample(str(made / "teacher"), str(tmp_path / "a.png"))
+@pytest.mark.parametrize(("asked", "taken"), [(0, 30), (2, 2)])
+def test_a_teacher_is_sampled_by_its_own_sampler_in_30_steps_or_as_many_as_asked(
+    made: Path, tmp_path: Path, asked: int, taken: int
+) -> None:
+    teacher = str(made / "teacher")
+    picture = stages.sample(teacher, str(tmp_path / "a.png"), count=6, seed=4, labels=(2, 1), steps=asked)
+    images = package.load_network(teacher).sample_teacher([2, 1, 2, 1, 2, 1], seed=4, steps=taken)
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(grid(images, 2)))
+
+
+@pytest.mark.parametrize("kind", ["shards", "evaluation", "gate"])
+def test_sampling_what_holds_no_network_is_refused(
+    made: Path, tmp_path: Path, kind: str, refusal: Callable[..., str]
+) -> None:
+    assert f"is a {kind} folder; a package or run or teacher folder is needed" in refusal(
+        lambda: stages.sample(str(made / kind), str(tmp_path / "a.png"))
     )
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("teacher", "no null class"), ("run", "distilled into a student")]
+)
+def test_guidance_that_cannot_be_followed_is_refused(
+    made: Path, tmp_path: Path, kind: str, words: str, refusal: Callable[..., str]
+) -> None:
+    sentence = refusal(lambda: stages.sample(str(made / kind), str(tmp_path / "a.png"), guidance=3.0))
+    assert "guidance is 3.0" in sentence
+    assert words in sentence
+
+
+def test_a_student_takes_the_first_of_its_levels_and_no_more_than_it_has(
+    made: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    assert "steps is 2; this student was made for 1" in refusal(
+        lambda: stages.sample(str(made / "run"), str(tmp_path / "a.png"), steps=2)
+    )
+    default, one = (
+        stages.sample(str(made / "run"), str(tmp_path / f"{n}.png"), count=3, steps=n) for n in (0, 1)
+    )
+    assert np.array_equal(np.asarray(Image.open(default)), np.asarray(Image.open(one)))
 
 
 class Links(HTMLParser):
@@ -290,8 +326,7 @@ def test_network_json_is_data(made: Path) -> None:
 def test_a_refused_teacher_can_be_trained_after_the_mistake_is_corrected(
     made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    network = AdmConfig.model_validate({**dict(micro.family.network), "resolution": 16})
-    wrong = micro.model_copy(update={"family": micro.family.model_copy(update={"network": network})})
+    wrong = with_adm(micro, resolution=16)
     refusal(lambda: stages.teach(wrong, str(made / "shards"), str(tmp_path / "teacher")))
     assert not list(tmp_path.iterdir())
     stages.teach(micro, str(made / "shards"), str(tmp_path / "teacher"))
@@ -324,7 +359,7 @@ def test_a_changed_teacher_is_not_distilled(
 def test_sampling_nothing_or_nowhere_is_refused(
     made: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    assert "expected a package or run folder" in refusal(
+    assert "expected a package or run or teacher folder" in refusal(
         lambda: stages.sample("/nowhere", str(tmp_path / "a.png"))
     )
     assert "at least one" in refusal(

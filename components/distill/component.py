@@ -8,7 +8,7 @@ def distill(
     recipe: str,
     overrides: str,
     root: str,
-    shards: dsl.Input[dsl.Dataset],
+    samples: dsl.Input[dsl.Dataset],
     teacher: dsl.Input[dsl.Model],
     run: dsl.Output[dsl.Model],
 ) -> None:
@@ -18,7 +18,7 @@ def distill(
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         root: Folder of the run; the result goes to `<root>/run`.
-        shards: Real images.
+        samples: Real images, or their latents.
         teacher: The teacher.
         run: Points to the student by URI and digest; the file itself is the manifest of the run.
     """
@@ -27,5 +27,5 @@ def distill(
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
-        stages.distill(config, shards.metadata["uri"], teacher.metadata["uri"], f"{root}/run")
+        stages.distill(config, samples.metadata["uri"], teacher.metadata["uri"], f"{root}/run")
         run.metadata.update(folders.point(f"{root}/run", "run", run.path))

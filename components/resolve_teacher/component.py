@@ -12,13 +12,13 @@ def resolve_teacher(
     shards: dsl.Input[dsl.Dataset],
     resolved: dsl.Output[dsl.Model],
 ) -> None:
-    """Find the teacher, or train a small one on the shards if none is given.
+    """Find the teacher, bring it from elsewhere, or train a small one on the shards if none is given.
 
     Args:
-        teacher: Folder of a teacher; empty to train one, for demos and tests.
+        teacher: Folder of a teacher; a pipeline of diffusers, a checkpoint or a pickle; empty to train one, for demos.
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
-        root: Folder of the run; a trained teacher goes to `<root>/teacher`.
+        root: Folder of the run; one that is brought or trained goes to `<root>/teacher`.
         shards: The shards to train on.
         resolved: Points to the teacher by URI and digest; the file itself is its manifest.
     """
@@ -26,7 +26,6 @@ def resolve_teacher(
     from dmd2.errors import one_sentence
 
     with one_sentence():
-        folder = teacher or f"{root}/teacher"
-        if not teacher:
-            stages.teach(recipes.resolve(recipe, overrides.split()), shards.metadata["uri"], folder)
+        config = recipes.resolve(recipe, overrides.split())
+        folder = stages.a_teacher(config, teacher, shards.metadata["uri"], f"{root}/teacher")
         resolved.metadata.update(folders.point(folder, "teacher", resolved.path))

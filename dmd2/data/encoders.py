@@ -21,11 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dmd2 import parallel
 from dmd2.config import EncodeConfig
 from dmd2.errors import Refused, brief
 from dmd2.storage import at, cache, is_local, local, sha256
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
+DENOISER = {
+    "unet/": (CONFIG, VAE_WEIGHTS),
+    "scheduler/": ("scheduler_config.json",),
+    "": ("model_index.json",),
+}
+"""Of a whole pipeline, what is neither VAE nor text encoder."""
 VAE_FILES = (CONFIG, VAE_WEIGHTS)
 TOKENIZER_FILES = (
     "vocab.json",
@@ -36,6 +43,8 @@ TOKENIZER_FILES = (
 )
 WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Without either, a tokenizer would be made that knows no word."""
+VAES = ("AutoencoderKL", "AutoencoderTiny")
+"""The second only makes images, quickly, of the latents of the first."""
 CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """The text encoders of Stable Diffusion 1.5 and 2 (the first) and XL (both), by folder."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -60,11 +69,11 @@ class Networks:
             json.dumps([(name, sha256(path)) for name, path in sorted(self.files.items())]).encode()
         ).hexdigest()
 
-    def copy_vae(self, folder: Path) -> None:
-        """For whoever makes images of the latents later."""
-        folder.mkdir(exist_ok=True)
-        for name in VAE_FILES:
-            shutil.copyfile(self.vae / name, folder / name)
+    def copy(self, folder: Path) -> None:
+        """Put the files into a pipeline folder: for whoever makes images of the latents later."""
+        for name, path in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
 
 class Embedded(NamedTuple):
@@ -74,9 +83,9 @@ class Embedded(NamedTuple):
     """float16 (B, width), if there are two encoders."""
 
 
-def find(place: str, text: bool) -> Networks:
-    """The files of a VAE, and with `text` of the text encoders beside it."""
-    parts: dict[str, tuple[str, ...]] = {"": VAE_FILES, "vae/": VAE_FILES}
+def find(place: str, text: bool, whole: bool = False) -> Networks:
+    """The files of a VAE, with `text` of the text encoders beside it, and of a `whole` pipeline all that there is."""
+    parts: dict[str, tuple[str, ...]] = {"vae/": VAE_FILES} | (DENOISER if whole else {"": VAE_FILES})
     for number in ("", "_2") if text else ():
         parts |= {f"text_encoder{number}/": (CONFIG, TEXT_WEIGHTS), f"tokenizer{number}/": TOKENIZER_FILES}
     folder = _brought(place, [part + name for part, names in parts.items() for name in names])
@@ -85,8 +94,10 @@ def find(place: str, text: bool) -> Networks:
         raise Refused(
             f"{place} is no VAE: it has neither {CONFIG} nor vae/{CONFIG}; give the folder of a diffusers AutoencoderKL, or of a pipeline with one"
         )
-    _check(root, VAE_WEIGHTS, [_config(root).get("_class_name")], "AutoencoderKL")
+    _check(root, VAE_WEIGHTS, [_config(root).get("_class_name")], *VAES)
     files = {f"vae/{name}": root / name for name in VAE_FILES}
+    if whole:
+        files |= _denoiser(folder)
     texts = tuple(
         (folder / part, folder / part.replace("text_encoder", "tokenizer"))
         for part in (CLIP if text else ())
@@ -101,6 +112,16 @@ def find(place: str, text: bool) -> Networks:
         here = [path for path in (*encoder.iterdir(), *tokenizer.glob("*")) if _read(path)]
         files |= {f"{path.parent.name}/{path.name}": path for path in here}
     return Networks(place, root, texts, files)
+
+
+def _denoiser(folder: Path) -> dict[str, Path]:
+    if not (folder / "unet" / CONFIG).is_file():
+        raise Refused(f"{folder} has no unet/{CONFIG}; give the folder of a whole Stable Diffusion pipeline")
+    _check(
+        folder / "unet", VAE_WEIGHTS, [_config(folder / "unet").get("_class_name")], "UNet2DConditionModel"
+    )
+    names = [part + name for part, of_part in DENOISER.items() for name in of_part]
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def _read(path: Path) -> bool:
@@ -145,9 +166,11 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check(folder: Path, weights: str, said: Sequence[str | None], wanted: str) -> None:
-    if wanted not in said:
-        raise Refused(f"{folder} holds a {' '.join(map(str, said)) or 'network of no name'}, not a {wanted}")
+def _check(folder: Path, weights: str, said: Sequence[str | None], *wanted: str) -> None:
+    if not {*wanted} & {*said}:
+        raise Refused(
+            f"{folder} holds a {' '.join(map(str, said)) or 'network of no name'}, not a {' or '.join(wanted)}"
+        )
     if not (folder / weights).is_file():
         raise Refused(
             f"{folder} has no {weights}; weights in other formats are not read, since a pickle (.bin) can run code: convert them to safetensors"
@@ -178,22 +201,34 @@ def _from_files(kind: Any, folder: Path, names: Sequence[str], **settings: Any) 
             raise Refused(f"{folder} cannot be loaded as a {kind.__name__}: {said}") from None
 
 
+DECODED_TOGETHER = 8
+"""Latents that go through the VAE in one call."""
+
+
 class Vae:
-    """The encoder of a VAE, with the shift and scale of its family."""
+    """A VAE, with the shift and scale of its family."""
 
     def __init__(self, networks: Networks, settings: EncodeConfig, device: torch.device) -> None:
-        from diffusers import AutoencoderKL
+        import diffusers
 
+        kind = getattr(diffusers, _config(networks.vae)["_class_name"])
         self.device, self.dtype = device, getattr(torch, settings.dtype)
-        self.network = _loaded(AutoencoderKL, networks.vae, VAE_WEIGHTS, device, self.dtype)
+        self.place, self.network = (
+            networks.place,
+            _loaded(kind, networks.vae, VAE_WEIGHTS, device, self.dtype),
+        )
         config = self.network.config
-        if config.latents_mean or config.latents_std:
+        if config.get("latents_mean") or config.get("latents_std"):
             raise Refused(f"{networks.vae} scales each channel apart (latents_mean), which is not supported")
-        self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
-        self.stride = 2 ** (len(config.block_out_channels) - 1)
+        self.scale, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
 
     def shape(self, image: tuple[int, ...]) -> tuple[int, int, int, int]:
         """(2, C, h, w) of the moments of an image of shape (C, H, W), which must fit."""
+        if type(self.network).__name__ != VAES[0]:
+            raise Refused(
+                f"{self.place} holds an AutoencoderTiny, which is for looking at latents; encode with the VAE of the teacher"
+            )
+        self.stride = 2 ** (len(self.network.config.block_out_channels) - 1)
         channels, height, width = image
         if height % self.stride or width % self.stride:
             raise Refused(
@@ -215,12 +250,22 @@ class Vae:
         std = torch.exp(0.5 * posterior.logvar.float()) * self.scale
         return torch.stack((mean, std), 1).half().cpu()
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """Latents (B, c, h, w), scaled and shifted as by `moments` -> float32 (B, C, H, W) in [-1, 1], with gradient."""
+        z = x.to(self.device, self.dtype) / self.scale + self.shift
+        pixels: Tensor = self.network.decode(z).sample
+        return pixels.float()
+
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
-        """Latents (B, c, h, w), scaled and shifted as by `moments` -> images, uint8 (B, C, H, W)."""
-        z = x.to(self.device, self.dtype) / self.scale + self.shift
-        pixels = self.network.decode(z).sample.float()
-        return (pixels * 127.5 + 128).clamp(0, 255).to(torch.uint8).cpu()
+        """Latents, as for `pixels` -> images, uint8 (B, C, H, W)."""
+        parts = [self.pixels(part) * 127.5 + 128 for part in x.split(DECODED_TOGETHER)]
+        return torch.cat([part.clamp(0, 255).to(torch.uint8).cpu() for part in parts])
+
+
+def load_vae(folder: Path | str) -> Vae:
+    """From a folder, a bucket or the hub; in float32, on the device of this process."""
+    return Vae(find(str(folder), text=False), EncodeConfig(), parallel.device())
 
 
 class Texts:
@@ -242,8 +287,14 @@ class Texts:
             tokenizer = _from_files(transformers.CLIPTokenizer, words, TOKENIZER_FILES)
             self.parts.append((tokenizer, encoder))
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Embedded:
+        """As it is stored."""
+        states, pooled = self.states(texts)
+        return Embedded(states.half().cpu(), None if pooled is None else pooled.half().cpu())
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """float32 (B, tokens, width) and, if there are two encoders, (B, width) of the second, on the device."""
         states, pooled = [], None
         for tokenizer, encoder in self.parts:
             length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
@@ -252,8 +303,8 @@ class Texts:
             with _repeatable(self.device):
                 out = encoder(tokens.to(self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2] if len(self.parts) > 1 else out.last_hidden_state)
-            pooled = out.text_embeds.half().cpu() if "text_embeds" in out else None
-        return Embedded(torch.cat(states, -1).half().cpu(), pooled)
+            pooled = out.text_embeds.float() if "text_embeds" in out else None
+        return torch.cat(states, -1).float(), pooled
 
 
 @contextmanager

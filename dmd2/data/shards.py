@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,10 +107,10 @@ Task = Callable[[Unit, Job, Count], str]
 def plan(source: Source, config: Config) -> list[Unit]:
     """Cut a source into units."""
     data, known = config.data, len(source.classes)
-    if known > config.family.network.classes:
+    if known > config.family.classes:
         raise Refused(
             f"the source has {known} classes, the network of recipe {config.recipe!r} knows "
-            f"{config.family.network.classes}; set --family.network.classes {known} or drop classes"
+            f"{config.family.classes}; set --family.network.classes {known} or drop classes"
         )
     if source.records:
         return _pieces(source.records, config)
@@ -314,6 +315,8 @@ class OpenShard:
         return self.measured.facts()
 
     def drop(self) -> None:
+        with suppress(ValueError, OSError):  # already closed, or no room for the end of it
+            self.writer.close()
         self.measured.close()
         self.measured.path.unlink(missing_ok=True)
 

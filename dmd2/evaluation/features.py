@@ -24,7 +24,8 @@ from dmd2.config import Config, InceptionConfig
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Batch, Shards
 from dmd2.errors import Refused
-from dmd2.evaluation import classifier
+from dmd2.evaluation import classifier, efficientnet
+from dmd2.progress import Progress
 from dmd2.storage import local, sha256
 
 FIT_IMAGES = 20_000
@@ -44,9 +45,12 @@ class Features:
 
     def __call__(self, images: Tensor) -> np.ndarray:
         """uint8 (N, C, H, W) -> float64 (N, D)."""
-        return np.concatenate([self._batch(part) for part in classifier.rgb(images).split(64)]).astype(
-            np.float64
-        )
+        parts = []
+        with Progress("features", len(images), "images") as progress:
+            for part in classifier.rgb(images).split(64):
+                parts.append(self._batch(part))
+                progress.advance(len(part))
+        return np.concatenate(parts).astype(np.float64)
 
     def _batch(self, images: Tensor) -> np.ndarray:
         resized = np.stack([self.resize(image) for image in images.permute(0, 2, 3, 1).numpy()])
@@ -67,13 +71,20 @@ def by_name(config: Config, data: str, holdout: Batch, device: torch.device) -> 
 def _classifier(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
     size = config.family.image[1]
     train = Shards(data, TRAIN).in_order(FIT_IMAGES)
-    network = classifier.fit(train, config.family.network.classes, config.evaluate.seed, device)
+    network = classifier.fit(train, config.family.classes, config.evaluate.seed, device)
     facts = {
         "features": f"classifier fitted to {len(train.image)} training images, seed {config.evaluate.seed}",
         "features_accuracy": classifier.accuracy(network, holdout, device),
         "features_accuracy_images": len(holdout.image),
     }
-    return Features(network, make_resizer("PIL", False, "bicubic", (size, size)), facts, device)
+    return Features(network, _bicubic(size), facts, device)
+
+
+def _efficientnet(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
+    weights = efficientnet.weights()
+    network = efficientnet.load(weights).to(device)
+    facts = {"features": f"EfficientNet-Lite0 (ImageNet), sha256 {sha256(weights)[:12]}"}
+    return Features(network, _bicubic(efficientnet.SIZE), facts, device)
 
 
 def _inception(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
@@ -85,7 +96,17 @@ def _inception(config: Config, data: str, holdout: Batch, device: torch.device) 
     return Features(network, build_resizer("clean"), facts, device)
 
 
-MAKERS: dict[str, Maker] = {"classifier": _classifier, "inception": _inception}
+MAKERS: dict[str, Maker] = {
+    "classifier": _classifier,
+    "efficientnet": _efficientnet,
+    "inception": _inception,
+}
+
+
+def _bicubic(size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 (H, W, 3) -> float32 (size, size, 3)."""
+    resize: Callable[[np.ndarray], np.ndarray] = make_resizer("PIL", False, "bicubic", (size, size))
+    return resize
 
 
 def fetch(settings: InceptionConfig, target: Path) -> None:

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dmd2.config import EdmConfig
-from dmd2.data.encoders import Vae
+from dmd2.data.encoders import Vae, load_vae
 from dmd2.data.latents import latent
 from dmd2.data.stream import Batch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.errors import Refused
 from dmd2.models.adm import Adm
+from dmd2.models.family import Prompt, Shown
 from dmd2.models.heads import ConvHead
 from dmd2.sample import Conditioning, Sample
-from dmd2.sampler import heun
+from dmd2.sampler import Levels, heun
+from dmd2.tensors import load_tensors, save_tensors
 
-DECODED_TOGETHER = 8
-"""Latents that go through the VAE in one call."""
+WEIGHTS = "network.safetensors"
 
 
 class Edm:
     """A `ModelFamily`."""
 
-    def __init__(self, config: EdmConfig, vae: Vae | None) -> None:
-        """`vae` makes images of latents; without it a family of latents can train, but show nothing."""
-        self.config, self.vae = config, vae
+    def __init__(self, config: EdmConfig, frozen: Path | None) -> None:
+        """`frozen` holds `vae/`, which makes images of latents; without it a family of latents can show nothing."""
+        self.config, self.frozen = config, frozen
         self.diffusion = self._process(config.levels)
+
+    @cached_property
+    def vae(self) -> Vae:
+        assert self.frozen is not None, "a network of latents is loaded with its VAE"
+        return load_vae(self.frozen / "vae")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,6 +55,10 @@ class Edm:
                 torch.zeros(1, *self.shape), torch.zeros(1), cond, features_only=True
             )
         return tuple(out.shape[1:])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {}
 
     def network(self) -> nn.Module:
         return Adm(self.config.network)
@@ -76,31 +88,47 @@ class Edm:
             return latent(image, torch.randn(len(image), *self.shape))
         return image.float() / 127.5 - 1
 
+    def read_pairs(self, batch: Batch) -> Sample:
+        return Sample(batch.image.float(), Conditioning(label=batch.label), Conditioning())
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return self.vae.pixels(x) if self.config.latent else x
+
     def decode(self, x: Tensor) -> Tensor:
         if self.config.latent:
-            assert self.vae is not None, "a network of latents is loaded with its VAE"
-            return torch.cat([self.vae.decode(part) for part in x.split(DECODED_TOGETHER)])
+            return self.vae.decode(x)
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
-    def condition(self, labels: Sequence[int]) -> Conditioning:
+    def condition(self, prompts: Sequence[Prompt]) -> Shown:
         classes = self.config.network.classes
-        if wrong := [label for label in labels if not 0 <= label < classes]:
-            raise Refused(f"class {wrong[0]} is outside 0 to {classes - 1}, the classes of the network")
-        return Conditioning(label=torch.tensor(labels))
+        for prompt in prompts:
+            if not isinstance(prompt, int):
+                raise Refused(f"{prompt!r} is no class; this network shows classes, given by number")
+            if not 0 <= prompt < classes:
+                raise Refused(f"class {prompt} is outside 0 to {classes - 1}, the classes of the network")
+        return Shown(Conditioning(label=torch.tensor(prompts)), Conditioning())
 
-    def sample_teacher(self, network: nn.Module, eps: Tensor, cond: Conditioning, steps: int) -> Tensor:
-        return heun(Denoiser(network, self._process(steps)), eps, cond)
+    def sample_teacher(
+        self, network: nn.Module, eps: Tensor, shown: Shown, steps: int, guidance: float
+    ) -> Tensor:
+        if guidance != 1:
+            raise Refused(f"guidance is {guidance}; an EDM network has no null class, so only 1 is possible")
+        return heun(Denoiser(network, self._process(steps)), eps, shown.cond)
 
-    def teacher_calls(self, steps: int) -> int:
+    def teacher_calls(self, steps: int, guidance: float) -> int:
         return 2 * steps - 1
-
-    def teaching_levels(self, ln_sigma: Tensor) -> Tensor:
-        table = self.diffusion.schedule.sigma.log().to(ln_sigma)
-        middle = (table[1:] + table[:-1]) / 2
-        return torch.bucketize(ln_sigma, middle)
 
     def denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.diffusion)
+
+    def save(self, weights: dict[str, Tensor], folder: Path, levels: Levels) -> None:
+        save_tensors(weights, folder / WEIGHTS)
+        if self.config.latent:
+            assert self.frozen is not None
+            shutil.copytree(self.frozen / "vae", folder / "vae", dirs_exist_ok=True)
+
+    def weights(self, folder: Path) -> dict[str, Tensor]:
+        return load_tensors(folder / WEIGHTS)
 
     def _process(self, levels: int) -> Diffusion:
         c = self.config

@@ -1,12 +1,13 @@
 """What a model family must answer; everything that differs between EDM, Stable Diffusion, ... is behind it.
 
-No member is optional. So far there is one family; a second one also makes `Config.family` a union and `build.family` a choice.
+No member is optional.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -14,6 +15,18 @@ from dmd2.data.stream import Batch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion
 from dmd2.sample import Conditioning, Sample
+from dmd2.sampler import Levels
+
+Prompt = int | str
+"""What a sample is to show: a class, or a text."""
+
+
+class Shown(NamedTuple):
+    """What samples show, as networks are told."""
+
+    cond: Conditioning
+    null: Conditioning
+    """Its unconditional counterpart; empty where a network knows none."""
 
 
 class ModelFamily(Protocol):
@@ -27,11 +40,15 @@ class ModelFamily(Protocol):
     def diffusion(self) -> Diffusion:
         """The process that teacher, student and critic share."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest of a teacher says of it."""
+
     def network(self) -> nn.Module:
         """A freshly initialised network."""
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        """The units of sharding and checkpointing: tens of them, each parameter in at most one."""
+        """The units of sharding and checkpointing: tens of them. A parameter belongs to the first one that has it."""
 
     def head(self) -> nn.Module:
         """A GAN head that fits the network's features."""
@@ -39,20 +56,32 @@ class ModelFamily(Protocol):
     def read(self, batch: Batch) -> Sample:
         """Samples from a batch of the loader."""
 
+    def read_pairs(self, batch: Batch) -> Sample:
+        """The same from a batch of pairs; x is (B, 2, C, H, W), noise and answer."""
+
     def decode(self, x: Tensor) -> Tensor:
         """Samples (B, C, H, W) -> images, uint8 (B, C, H, W)."""
 
-    def condition(self, labels: Sequence[int]) -> Conditioning:
-        """What samples of these classes are conditioned on."""
+    def pixels(self, x: Tensor) -> Tensor:
+        """Samples (B, C, H, W) -> images as float32 (B, C, H, W) in [-1, 1], with gradient."""
 
-    def sample_teacher(self, network: nn.Module, eps: Tensor, cond: Conditioning, steps: int) -> Tensor:
+    def condition(self, prompts: Sequence[Prompt]) -> Shown:
+        """What samples of these prompts are conditioned on."""
+
+    def sample_teacher(
+        self, network: nn.Module, eps: Tensor, shown: Shown, steps: int, guidance: float
+    ) -> Tensor:
         """The teacher's own many-step sampler, from pure noise eps (B, C, H, W)."""
 
-    def teacher_calls(self, steps: int) -> int:
+    def teacher_calls(self, steps: int, guidance: float) -> int:
         """Network calls that takes per image."""
 
-    def teaching_levels(self, ln_sigma: Tensor) -> Tensor:
-        """Levels nearest to ln(sigma) (B,), for training a teacher."""
-
     def denoiser(self, network: nn.Module) -> Denoiser:
-        """The network under the family's process."""
+        """The network under the family's process, in float32."""
+
+    def save(self, weights: dict[str, Tensor], folder: Path, levels: Levels) -> None:
+        """Write the weights of a network, and beside them all that stays as it is (VAE, text encoders, ...). `levels` are
+        those of a student's steps, and none for a teacher."""
+
+    def weights(self, folder: Path) -> dict[str, Tensor]:
+        """The weights that were saved there, in float32."""

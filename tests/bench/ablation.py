@@ -71,10 +71,10 @@ def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[s
     holdout = Shards(shards, HOLDOUT).in_order(settings.images)
     features = by_name(base, shards, holdout, device)
     real = features(holdout.image)
-    labels = stages.balanced(holdout, settings.images)
+    classes = stages.balanced(base.family, holdout, settings.images)
     rows = []
     for variant, seed in jobs:
-        images = stages.sampled(variant, load_network(_run(variant, seed)).sample, labels, settings)
+        images = stages.sampled(variant, load_network(_run(variant, seed)).sample, classes, settings)
         rows.append({"variant": variant, "seed": seed, "fid": distance(features(images), real)})
     return rows
 

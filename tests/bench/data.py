@@ -1,8 +1,8 @@
 """The data plane against plain webdataset: `make bench-data`.
 
 Interleaved in one run, each measurement in a process of its own, as ratios: above 1, ours is faster. Sharding reads
-the emoji of `emoji-datasource-google` (3,786 PNGs of 64 px with transparency, fetched with npm) and 20,000 synthetic
-JPEGs; the baseline is a plain loop over `webdataset.ShardWriter` with the same preparation of each image. Reading
+the emoji of `tests.emoji.source` (3,786 captioned PNGs of 64 px with transparency, fetched with npm) and 20,000 synthetic
+JPEGs; the baseline is a plain loop over `webdataset.ShardWriter` with the same images, prepared in the same way. Reading
 compares an epoch of decoded batches from the same shards, with a shuffle buffer as long as our block. The order is
 started on a made-up manifest of 10^9 images in 4,000 shards. Prints a table, writes runs/bench/data.json.
 """
@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +32,7 @@ from dmd2.config import Config, LoaderConfig
 from dmd2.data.decode import prepare
 from dmd2.data.sources import open_source
 from dmd2.data.stream import Shards, Stream
+from tests.emoji import source as emoji
 
 ROOT = Path("runs/bench/data")
 ROUNDS = 3
@@ -60,7 +60,7 @@ def shard_plain(source: str, out: str) -> dict[str, float]:
     from webdataset import ShardWriter
 
     config = settings()
-    size = config.family.network.resolution
+    channels, size, _ = config.family.image
 
     def loop() -> None:
         Path(out).mkdir(parents=True)
@@ -73,9 +73,10 @@ def shard_plain(source: str, out: str) -> dict[str, float]:
                     sink.write(
                         {
                             "__key__": f"{index:09d}",
-                            "png": prepare(image, size, 3),
+                            "png": prepare(image, size, channels),
                             "cls": str(record.label).encode(),
                         }
+                        | ({"txt": record.text} if record.text else {})
                     )
 
     return measured(loop)
@@ -162,7 +163,7 @@ def _mb(what: str) -> float:
 
 
 def main() -> None:
-    sets = {"emoji": emoji(), "synthetic": synthetic()}
+    sets = {"emoji": emoji.source(ROOT / "emoji"), "synthetic": synthetic()}
     sharding = {name: compare_sharding(str(source)) for name, source in sets.items()}
     data = str(ROOT / "set")
     manifest = stages.shard(settings(), str(sets["synthetic"]), data)
@@ -213,25 +214,6 @@ def alone(name: str, *arguments: str) -> dict[str, float]:
         f"{name} {' '.join(arguments)}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True
     )
     return result
-
-
-def emoji() -> Path:
-    """The 3,786 emoji, as a folder."""
-    target = ROOT / "emoji"
-    if not target.is_dir():
-        ROOT.mkdir(parents=True, exist_ok=True)
-        package = "emoji-datasource-google@16.0.0"
-        subprocess.run(["npm", "pack", "--silent", package, "--pack-destination", ROOT], check=True)
-        draft = ROOT / ".emoji"
-        draft.mkdir(exist_ok=True)
-        with tarfile.open(next(ROOT.glob("emoji-*.tgz"))) as package_file:
-            for member in package_file:
-                if member.name.startswith("package/img/google/64/") and member.isfile():
-                    content = package_file.extractfile(member)
-                    assert content is not None
-                    (draft / Path(member.name).name).write_bytes(content.read())
-        draft.replace(target)
-    return target
 
 
 def synthetic() -> Path:

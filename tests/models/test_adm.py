@@ -8,6 +8,7 @@ from dmd2.config import Config
 from dmd2.models.adm import Adm, sinusoid
 from dmd2.models.heads import ConvHead
 from dmd2.sample import Conditioning
+from tests.conftest import adm
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_imagenet64_blocks_are_tens_and_disjoint(published: Adm) -> None:
 
 def test_features_stop_after_the_encoder(micro: Config) -> None:
     """The decoder may be anything, even nothing, when features are asked for."""
-    network = Adm(micro.family.network)
+    network = Adm(adm(micro))
     x, cond = torch.randn(2, 1, 8, 8), Conditioning(label=torch.tensor([0, 1]))
     before = network(x, torch.zeros(2), cond, features_only=True)
     with torch.no_grad():
@@ -56,7 +57,7 @@ def test_features_stop_after_the_encoder(micro: Config) -> None:
 
 
 def test_a_fresh_network_outputs_zero_so_its_denoiser_is_the_skip(micro: Config) -> None:
-    network = Adm(micro.family.network)
+    network = Adm(adm(micro))
     out = network(torch.randn(2, 1, 8, 8), torch.zeros(2), Conditioning(label=torch.tensor([0, 1])))
     assert (out == out[:, :, :1, :1]).all()
     assert (out == 0).all()
@@ -64,7 +65,7 @@ def test_a_fresh_network_outputs_zero_so_its_denoiser_is_the_skip(micro: Config)
 
 def test_label_and_level_change_the_output(micro: Config) -> None:
     torch.manual_seed(0)
-    network = Adm(micro.family.network)
+    network = Adm(adm(micro))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -21,6 +21,7 @@ from dmd2.run import read_metrics
 from pipelines.__main__ import COMPILED, run_local
 from pipelines.distill import distill
 from tests.conftest import MICRO
+from tests.tiny_sdxl import SMALL
 
 
 @pytest.fixture
@@ -78,6 +79,22 @@ def test_a_rejected_run_ends_cleanly_with_its_reason_and_no_package(run: Callabl
     assert "report" not in ran
 
 
+def test_text_to_image_runs_from_a_diffusers_folder_to_a_package_through_latents(
+    run: Callable[..., Path], pipeline: Path, squares: Path
+) -> None:
+    root = run(
+        source=str(squares), teacher=str(pipeline), recipe="sdxl-4step-emoji", overrides=" ".join(SMALL)
+    )
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["gate"] == "accepted"
+    assert {"shard", "teach", "encode", "distill", "evaluate", "gate", "package"} < summary["seconds"].keys()
+    assert [(v["recipe"], v["steps"]) for v in summary["variants"]] == [
+        ("sdxl-4step-emoji", 4), ("teacher", 2), ("teacher", 1), ("sdxl-4step-emoji", 1), ("teacher", 4)
+    ]  # fmt: skip
+    assert (root / "package" / "model_index.json").is_file()
+    assert "encode-latents" in tasks(root)
+
+
 def test_a_teacher_that_is_given_is_used(run: Callable[..., Path], made: Path) -> None:
     root = run("gate.factor=1e9", teacher=str(made / "teacher"))
     assert not (root / "teacher").exists()
@@ -115,6 +132,7 @@ def test_artifacts_are_typed_so_that_the_ui_shows_them(compiled: dict[str, Any])
     }
     assert outputs["comp-shard-dataset"] == {"shards": "system.Dataset"}
     assert outputs["comp-resolve-teacher"] == {"resolved": "system.Model"}
+    assert outputs["comp-encode-latents"] == {"samples": "system.Dataset"}
     assert outputs["comp-distill"] == {"run": "system.Model"}
     assert outputs["comp-evaluate"]["metrics"] == "system.Metrics"
     assert outputs["comp-package-model"] == {"package": "system.Model"}
@@ -135,7 +153,7 @@ def test_nothing_is_cached_and_nothing_is_installed_at_run_time(compiled: dict[s
         for name, task in dag["tasks"].items()
         if "dag" not in compiled["components"][task["componentRef"]["name"]]
     }
-    assert len(tasks) == 8
+    assert len(tasks) == 9
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
     for executor in compiled["deploymentSpec"]["executors"].values():
         assert "pip install" not in " ".join(executor["container"]["command"])

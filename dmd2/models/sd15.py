@@ -1,0 +1,19 @@
+"""Stable Diffusion 1.5 (Rombach et al. 2022), and 2 of the same form: one text encoder, nothing else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dmd2.models.family import Shown
+from dmd2.models.stable import Stable
+from dmd2.sample import Conditioning
+
+
+class Sd15(Stable):
+    """A `ModelFamily`. Text: the last hidden states; null: those of an empty text."""
+
+    pipeline, embedding = "StableDiffusionPipeline", None
+
+    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> Shown:
+        empty = self.nothing[0].to(states.device).expand_as(states)
+        return Shown(Conditioning(text=states), Conditioning(text=empty))

@@ -1,0 +1,26 @@
+"""SDXL (Podell et al. 2023): two text encoders, a pooled embedding, and the size of the image as conditions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmd2.models.family import Shown
+from dmd2.models.stable import Stable
+from dmd2.sample import Conditioning
+
+
+class Sdxl(Stable):
+    """A `ModelFamily`. Text: the last but one hidden states of both encoders, side by side; null: zeros."""
+
+    pipeline, embedding = "StableDiffusionXLPipeline", "text_time"
+
+    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> Shown:
+        assert pooled is not None, "SDXL has a second text encoder"
+        side = float(self.config.resolution)
+        # Original size, corner of the crop, target size (ibid., sec. 2.2): the same for all, real or fake.
+        size = torch.tensor([[side, side, 0, 0, side, side]], device=states.device).repeat(len(states), 1)
+        cond = Conditioning(text=states, pooled=pooled, size=size)
+        return Shown(
+            cond, Conditioning(text=torch.zeros_like(states), pooled=torch.zeros_like(pooled), size=size)
+        )

@@ -1,0 +1,363 @@
+"""What Stable Diffusion 1.5 and XL share: diffusers' U-Net, wrapped and not forked, under its scheduler's noise levels.
+
+A family is made from a pipeline folder of diffusers: the U-Net's and the scheduler's configs decide the network and the
+process, the text encoders and the VAE are loaded when first asked for, and none of them ever learns. `published` has
+such folders, without weights, of the models that people know.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from dmd2 import parallel
+from dmd2.config import EncodeConfig, StableConfig
+from dmd2.data.encoders import Texts, Vae, find, load_vae
+from dmd2.data.latents import latent
+from dmd2.data.stream import Batch
+from dmd2.denoiser import Denoiser
+from dmd2.diffusion import (
+    Diffusion,
+    Prediction,
+    Schedule,
+    discrete_schedule,
+    predict_eps,
+    predict_v,
+    predict_x0,
+)
+from dmd2.errors import Refused, near_miss
+from dmd2.models.family import Prompt, Shown
+from dmd2.models.heads import ConvHead
+from dmd2.sample import Conditioning, Sample
+from dmd2.sampler import Levels
+from dmd2.tensors import load_tensors, save_tensors
+
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+SAMPLER = "LCMScheduler"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PREDICTIONS: dict[str, Prediction] = {"epsilon": predict_eps, "v_prediction": predict_v, "sample": predict_x0}
+"""By the scheduler's `prediction_type`."""
+SCHEDULERS = (
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+"""Samplers of the variance preserving process with betas; those of flows and of EDM have other levels."""
+SHORT_TRANSFORMER = 2
+"""A transformer of up to so many layers is one unit; of longer ones, each layer is."""
+
+
+class Unet(nn.Module):
+    """A `Network`: (x (B, 4, h, w), time (B,), cond) -> out (B, 4, h, w), or the output of the mid block (B, C, s, s)."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
+        if cond.text is None:
+            raise ValueError("the U-Net is told by text: the sample carries none")
+        dtype = self.unet.conv_in.weight.dtype
+        inputs: dict[str, Any] = {
+            "sample": x.to(dtype),
+            "timestep": time,  # stays in float32: bfloat16 knows no 999
+            "encoder_hidden_states": cond.text.to(dtype),
+            "return_dict": False,
+        }
+        if cond.pooled is not None:
+            inputs["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.size}
+        if features_only:
+            return _first_input(self.unet.up_blocks[0], lambda: self.unet(**inputs))
+        out: Tensor = self.unet(**inputs)[0]
+        return out
+
+
+class _Reached(Exception):
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _first_input(block: nn.Module, forward: Any) -> Tensor:
+    """What reaches a block, without computing it or anything after it: for the first up block, what the mid block made."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> NoReturn:
+        raise _Reached(inputs["hidden_states"])
+
+    # First of all hooks, before one that would gather the weights of the block.
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        forward()
+    except _Reached as reached:
+        return reached.value
+    finally:
+        hook.remove()
+    raise AssertionError("the block was not reached")
+
+
+class Stable:
+    """A `ModelFamily`, but for what its kind says in the class variables and in `_conditioning`."""
+
+    pipeline: ClassVar[str]
+    """The pipeline of diffusers that such a folder is for."""
+    embedding: ClassVar[str | None]
+    """The U-Net's `addition_embed_type`."""
+
+    def __init__(self, config: StableConfig, folder: Path, vae: str = "") -> None:
+        """`folder` is a pipeline of diffusers; of its U-Net, only the config is read here. `vae` is another than its own."""
+        self.config, self.folder, self.place = config, folder, vae or folder / "vae"
+        self.unet, self.scheduler = _json(folder / UNET), _json(folder / SCHEDULER)
+        self._check()
+        self.diffusion = Diffusion(schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        side = self.config.resolution // self.config.latent
+        return self.unet["in_channels"], side, side
+
+    @property
+    def features(self) -> tuple[int, int, int]:
+        """(C, s, s) of what the mid block makes."""
+        widths = self.unet["block_out_channels"]
+        side = self.shape[1] >> (len(widths) - 1)
+        return widths[-1], side, side
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        told = {"predicts": self.scheduler["prediction_type"], "scheduler": self.scheduler["_class_name"]}
+        return told | {"zero_terminal_snr": bool(self.diffusion.schedule.alpha[-1] == 0)}
+
+    @cached_property
+    def texts(self) -> Texts:
+        return Texts(find(str(self.folder), text=True), EncodeConfig(), parallel.device())
+
+    @cached_property
+    def vae(self) -> Vae:
+        return load_vae(self.place)
+
+    @cached_property
+    def nothing(self) -> tuple[Tensor, Tensor | None]:
+        """(1, L, D) and (1, P): what the text encoders make of an empty text."""
+        return self.texts.states([""])
+
+    def network(self) -> nn.Module:
+        make: Any = UNet2DConditionModel
+        return Unet(make.from_config(self.unet))
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        unet = cast(Unet, network).unet
+        inner, outer = [], []
+        for module in unet.modules():
+            if isinstance(module, ResnetBlock2D | Downsample2D | Upsample2D | Transformer2DModel):
+                outer.append(module)
+            if isinstance(module, Transformer2DModel) and len(module.transformer_blocks) > SHORT_TRANSFORMER:
+                inner += [b for b in module.transformer_blocks if isinstance(b, BasicTransformerBlock)]
+        ends = [
+            getattr(unet, n, None)
+            for n in ("conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out")
+        ]
+        return [*inner, *outer, *(end for end in ends if end is not None)]
+
+    def head(self) -> nn.Module:
+        return ConvHead(*self.features[:2])
+
+    def read(self, batch: Batch) -> Sample:
+        if tuple(batch.image.shape[2:]) != self.shape or batch.image.ndim != 5:
+            raise Refused(
+                f"the data holds arrays of shape {tuple(batch.image.shape[1:])}, the network works on latents of shape "
+                f"(2, {', '.join(map(str, self.shape))}); make them with the VAE of the teacher and this recipe's resolution"
+            )
+        x = latent(batch.image, torch.randn(len(batch.image), *self.shape))
+        return Sample(x, *self.condition(batch.text))
+
+    def read_pairs(self, batch: Batch) -> Sample:
+        return Sample(batch.image.float(), *self.condition(batch.text))
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return self.vae.pixels(x)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.vae.decode(x)
+
+    def condition(self, prompts: Sequence[Prompt]) -> Shown:
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise Refused(f"{prompt!r} is no text; this network shows what texts say")
+        return self._conditioning(*self.texts.states(cast(Sequence[str], prompts)))
+
+    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> Shown:
+        raise NotImplementedError
+
+    def sample_teacher(
+        self, network: nn.Module, eps: Tensor, shown: Shown, steps: int, guidance: float
+    ) -> Tensor:
+        import diffusers
+
+        cond, null = shown
+        pooled = (
+            {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": null.pooled}
+            if cond.pooled is not None
+            else {}
+        )
+        pipe = self._pipeline(diffusers, network)
+        out: Tensor = pipe(
+            prompt_embeds=cond.text,
+            negative_prompt_embeds=null.text,
+            **pooled,
+            latents=eps,
+            height=self.config.resolution,
+            width=self.config.resolution,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images
+        return out
+
+    def _pipeline(self, diffusers: Any, network: nn.Module) -> Any:
+        """Diffusers' own, with the scheduler of the folder."""
+        parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        if self.embedding is None:
+            parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+            parts["requires_safety_checker"] = False
+        kind = getattr(diffusers, self.scheduler["_class_name"])
+        pipe = getattr(diffusers, self.pipeline)(
+            vae=self.vae.network,
+            unet=cast(Unet, network).unet,
+            scheduler=kind.from_config(self.scheduler),
+            **parts,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def teacher_calls(self, steps: int, guidance: float) -> int:
+        import diffusers
+
+        scheduler = getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
+        scheduler.set_timesteps(steps)
+        return len(scheduler.timesteps) * (2 if guidance != 1 else 1)
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        return Denoiser(network, self.diffusion)
+
+    def save(self, weights: dict[str, Tensor], folder: Path, levels: Levels) -> None:
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder)
+            if path.is_file() and name.parts[0] in (*FROZEN, "unet") and str(name) != WEIGHTS:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+        save_tensors({name.removeprefix("unet."): value for name, value in weights.items()}, folder / WEIGHTS)
+        if levels:
+            self._write_sampler(folder)
+
+    def _write_sampler(self, folder: Path) -> None:
+        """Diffusers' name for a student's chain of steps is LCM: denoise, noise again to the next level."""
+        kept = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "prediction_type",
+            "rescale_betas_zero_snr",
+        )
+        config = {"_class_name": SAMPLER} | {k: self.scheduler[k] for k in kept if k in self.scheduler}
+        (folder / SCHEDULER).write_text(json.dumps(config, indent=1) + "\n")
+        index = _json(folder / "model_index.json")
+        (folder / "model_index.json").write_text(
+            json.dumps(index | {"scheduler": ["diffusers", SAMPLER]}, indent=1) + "\n"
+        )
+
+    def weights(self, folder: Path) -> dict[str, Tensor]:
+        return {f"unet.{name}": value.float() for name, value in load_tensors(folder / WEIGHTS).items()}
+
+    def _check(self) -> None:
+        """Refuse a network or a schedule that the formulas here are not of."""
+        unet, told = self.unet, f"the U-Net in {self.folder}"
+        if unet.get("_class_name") != "UNet2DConditionModel":
+            raise Refused(f"{told} is a {unet.get('_class_name')}; only UNet2DConditionModel is known")
+        channels = unet.get("in_channels"), unet.get("out_channels")
+        if channels != (4, 4):
+            raise Refused(
+                f"{told} takes {channels[0]} channels and makes {channels[1]}; only 4 and 4 are known: inpainting, "
+                "depth and upscaling models need inputs that a student is not given"
+            )
+        if (kind := unet.get("addition_embed_type")) != self.embedding:
+            raise Refused(
+                f"{told} has addition_embed_type {kind!r}, a {self.config.kind} network has {self.embedding!r}; use a recipe of its kind"
+            )
+        for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
+            if unet.get(name) is not None:
+                raise Refused(
+                    f"{told} has {name} {unet[name]!r}, an input that is not supported; use a base model"
+                )
+
+
+FROZEN = (
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+    "model_index.json",
+)
+"""What in a pipeline folder no player changes."""
+
+
+def schedule(config: dict[str, Any]) -> Schedule:
+    """The noise levels that a scheduler's config describes."""
+    name, kind = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    config["prediction_type"] = kind  # older configs leave out what was the only choice
+    if name not in SCHEDULERS:
+        raise Refused(
+            f"the teacher's scheduler is {name!r}, of a process that is not known; {near_miss(str(name), list(SCHEDULERS))}"
+        )
+    if kind not in PREDICTIONS:
+        raise Refused(f"the teacher's prediction_type is {kind!r}; {near_miss(str(kind), list(PREDICTIONS))}")
+    if config.get("trained_betas") is not None:
+        raise Refused(
+            "the teacher's scheduler lists trained_betas, which are not supported; it must name a beta_schedule"
+        )
+    low, high = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    count, form = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    if form == "scaled_linear":
+        beta = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
+    elif form == "linear":
+        beta = torch.linspace(low, high, count, dtype=torch.float64)
+    else:
+        raise Refused(f"the teacher's beta_schedule is {form!r}; known: linear, scaled_linear")
+    zero_terminal = bool(config.get("rescale_betas_zero_snr"))
+    if zero_terminal and kind == "epsilon":
+        raise Refused(
+            "the teacher predicts noise under a schedule with zero terminal SNR (rescale_betas_zero_snr), where noise says "
+            "nothing of the image; such a teacher must predict v"
+        )
+    return discrete_schedule(beta, zero_terminal)
+
+
+def published(name: str) -> Path:
+    """A pipeline folder without weights: `sd15` or `sdxl`, as they were published."""
+    return Path(__file__).parent / "published" / name
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise Refused(f"{path} is missing; a pipeline folder of diffusers has one") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Refused(f"{path} is not JSON, or not a config; get the folder again")
+    return found

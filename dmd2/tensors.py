@@ -1,0 +1,33 @@
+"""Named tensors <-> a safetensors file: data, from which nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmd2.errors import Refused
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(
+            int(number[1]) if number else errno.EIO, f"cannot write ({error})", str(path)
+        ) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise Refused(
+            f"{path} cannot be read as safetensors ({error}); remove it to use the one before, or start anew"
+        ) from None

@@ -1,0 +1,59 @@
+"""A tiny SDXL, complete but for any learning, and captioned pictures for it: fixtures of several tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SMALL = (
+    "family.resolution=32", "family.latent=2", "data.holdout=6", "data.images_per_shard=10", "loader.block=2",
+    "distill.steps=6", "distill.batch=4", "distill.micro_batch=2", "distill.log_every=2", "distill.save_every=3",
+    "distill.preview_every=6", "evaluate.images=6", "evaluate.teacher_steps=2", "evaluate.batch=6", "gate.factor=1e9",
+    "pairs.count=10", "pairs.per_shard=4", "pairs.batch=2", "pairs.steps=2",
+)  # fmt: skip
+"""Overrides that make the emoji recipes a matter of seconds, with efficientnet's features of six images."""
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole SDXL with random weights: 32 pixels, latents of 4x16x16."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from tests.emoji import teacher as emoji  # all three are slow to import
+
+    torch.manual_seed(0)
+    make: Any = AutoencoderKL
+    vae = make(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    whole: Any = emoji.assembled(vae, ("a red square", "a green square", "a blue square"), (16, 32, 32))
+    whole.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 captioned pictures."""
+    folder, rng, lines = tmp_path_factory.mktemp("squares"), np.random.default_rng(0), []
+    for index in range(30):
+        name = list(COLOURS)[index % 3]
+        picture = np.full((32, 32, 3), 255, np.uint8)
+        x, y = rng.integers(2, 14, 2)
+        picture[y : y + 16, x : x + 16] = COLOURS[name]
+        Image.fromarray(picture).save(folder / f"{index:02d}.png")
+        lines.append(json.dumps({"file_name": f"{index:02d}.png", "text": f"a {name} square"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
