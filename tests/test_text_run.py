@@ -111,9 +111,8 @@ def test_an_evaluation_scores_student_and_teacher_at_few_and_many_steps(root: Pa
 
 def test_a_report_shows_every_variant(root: Path, tmp_path: Path) -> None:
     names = ("shards", "teacher", "run", "evaluation", "gate")
-    page = stages.report(
-        *(str(root / n) for n in names), str(tmp_path / "report.html"), str(root / "package")
-    )
+    folders = {name if name != "shards" else "data": str(root / name) for name in names}
+    page = stages.report(**folders, out=str(tmp_path / "report.html"), package=str(root / "package"))
     text = Path(page).read_text()
     for told in ("student in 1 step", "teacher in 4 steps", "teacher in 1 step", "Held-out real images"):
         assert told in text
@@ -219,9 +218,9 @@ def test_a_picture_of_any_folder_with_a_network(root: Path, tmp_path: Path) -> N
 def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -> None:
     whole = distilled(root, tmp_path / "whole", "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
     parts = tmp_path / "parts"
-    from dmd2 import run as runs
+    from dmd2 import checkpoint
 
-    original, seen = runs.checkpoint.save, []
+    original, seen = checkpoint.save, []
 
     def save(*given: Any) -> None:
         original(*given)
@@ -230,7 +229,7 @@ def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.checkpoint, "save", save)
+        patch.setattr(checkpoint, "save", save)
         with pytest.raises(KeyboardInterrupt):
             distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
     distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")

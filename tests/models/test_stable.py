@@ -28,7 +28,7 @@ SIZES = {"sd15": 512, "sdxl": 1024}
 
 
 def family(kind: str, folder: Path | None = None) -> Stable:
-    made = build.family(StableConfig(kind=kind, resolution=SIZES[kind]), folder)  # type: ignore[arg-type]
+    made = build.family(StableConfig(kind=kind, resolution=SIZES[kind]), folder)
     assert isinstance(made, Stable)
     return made
 
@@ -88,8 +88,15 @@ def test_features_come_from_the_mid_block_at_the_cost_of_the_encoder(
     assert round(spent[1] / spent[0], 3) == {"sd15": 0.325, "sdxl": 0.434}[kind]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("recipe", ["sd15-1step-gan", "sdxl-4step", "sdxl-4step-lora", "sdxl-4step-shared"])
+@pytest.mark.parametrize(
+    ("recipe", "checkpointing"),
+    [
+        ("sd15-1step-gan", True),
+        ("sdxl-4step", False),
+        ("sdxl-4step-lora", False),
+        ("sdxl-4step-shared", True),
+    ],
+)
 def test_a_step_of_both_players_runs_at_the_real_shape_in_bfloat16(recipe: str, checkpointing: bool) -> None:
     config = recipes.resolve(recipe, [f"distill.checkpointing={checkpointing}", "distill.micro_batch=1"])
     with FakeTensorMode():

@@ -1,0 +1,67 @@
+"""One step of both players on a U-Net of the size of Stable Diffusion 1.5, on this machine: `make bench-memory`.
+
+859.52 M random weights in bfloat16, shared by student, critic and teacher, an update of rank 64 on each of the first
+two, the GAN's head, one 512-pixel image, as the recipe has it otherwise. Prints seconds and peak memory, writes
+runs/bench/memory.json; fails above 20 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from dmd2 import build, recipes, storage
+from dmd2.config import Config, DistillConfig, LoraConfig
+from dmd2.models.stable import Stable, published
+from dmd2.sample import Conditioning, Sample
+
+LIMIT_GB = 20.0
+
+
+def main() -> None:
+    config = shared()
+    family = build.family(config.family, published("sd15"))
+    assert isinstance(family, Stable)
+    empty = peak_gb()
+    torch.set_default_dtype(torch.bfloat16)
+    teacher = family.network()
+    torch.set_default_dtype(torch.float32)
+    game = build.game(config, family, teacher, torch.device("cpu"))
+    start = time.monotonic()
+    text = torch.randn(1, 77, 768)
+    sample = Sample(torch.randn(1, *family.shape), Conditioning(text=text), Conditioning(text=text * 0))
+    told = game.step(sample, 0)
+    assert all(value.isfinite() for value in told.values()), told
+    figures = {
+        "weights_m": round(sum(p.numel() for p in teacher.parameters()) / 1e6, 2),
+        "learning_m": round(
+            sum(p.numel() for p in game.student.module.parameters() if p.requires_grad) / 1e6, 2
+        ),
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_gb": round(peak_gb(), 2),
+        "before_gb": round(empty, 2),
+    }
+    storage.write(Path("runs/bench/memory.json"), json.dumps(figures, indent=1) + "\n")
+    print(figures)
+    if figures["peak_gb"] > LIMIT_GB:
+        raise SystemExit(f"the step took {figures['peak_gb']} GB, more than {LIMIT_GB}")
+
+
+def shared() -> Config:
+    base = recipes.get("sd15-1step-gan")
+    changes = {"lora": LoraConfig(shared_base=True), "batch": 1, "micro_batch": 1}
+    distill = DistillConfig.model_validate({**dict(base.distill), **changes})
+    return base.model_copy(update={"distill": distill})
+
+
+def peak_gb() -> float:
+    """Resident memory of this process at its largest, in units of 1e9 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()
