@@ -107,7 +107,8 @@ def samplers(base: Config, only: tuple[str, ...]) -> list[tuple[str, str, int, s
     guide = load_network(ROOT / "teacher")
     found: list[tuple[str, str, int, stages.Sampler]] = []
     for steps in (base.evaluate.teacher_steps, 4, 1):
-        found.append((f"teacher, {steps} guided steps", "teacher", steps, guided(guide, steps, base)))
+        name = f"teacher, {steps} guided step{'s' if steps > 1 else ''}"
+        found.append((name, "teacher", steps, guided(guide, steps, base)))
     for recipe in only:
         student = load_network(ROOT / recipe)
         for count in sorted({len(student.levels), 1}, reverse=True):
