@@ -94,7 +94,8 @@ def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
 
     between(noises[1:])
     chain = generate(student, noises[0], cond, levels, lambda x: torch.randn_like(x))
-    x, told = noises[0], []
+    x = noises[0]
+    told: list[Tensor] = []
     for index, level in enumerate(levels):  # by hand
         if index:
             alpha, sigma = PROCESS.schedule.alpha[level], PROCESS.schedule.sigma[level]
@@ -163,7 +164,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch: int) -> None:
         def draw(real: Sample, step: int) -> Sample:
             return replace(real, x=student(real.x, torch.zeros(len(real.x)), real.cond))
 
-        game = Trainer(*players, [Pull(critic)], draw, 1, parts)
+        game = Trainer(players[0], players[1], [Pull(critic)], draw, 1, parts)
         real = Sample(torch.randn(5, 1, 2, 2), shown(0.5, 5), shown(0, 5))
         told = [game.step(real, step) for step in range(3)]
         assert {"student/pull", "critic/pull"} < told[0].keys()
