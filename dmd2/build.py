@@ -73,6 +73,10 @@ def game(
 
     `prompts` draws what so many fakes show; without it, they show what the real samples of the step do.
     """
+    if prompts and (config.distill.regression or config.distill.inputs == "noised-real"):
+        raise Refused(
+            "prompts are given, but this recipe learns from samples with captions of their own; leave out --prompts"
+        )
     parallel.reseed(config.seed, 0, 0)
     teacher = teacher.to(device).requires_grad_(False)
     networks = _networks(config.distill, teacher, start)
@@ -91,7 +95,8 @@ def _networks(
     lora, dtype = settings.lora, getattr(torch, settings.dtype)
     if lora and start:
         raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
-    critic = teacher if lora and lora.shared_base else copy.deepcopy(teacher).requires_grad_(True)
+    alone = settings.regression is not None  # nobody to play against
+    critic = teacher if alone or (lora and lora.shared_base) else copy.deepcopy(teacher).requires_grad_(True)
     student = teacher if lora else copy.deepcopy(teacher).requires_grad_(True)
     teacher.to(dtype)
     if start:
@@ -102,7 +107,7 @@ def _networks(
         from dmd2.models.lora import updated
 
         student = updated(teacher, lora)
-        critic = updated(teacher, lora) if lora.shared_base else critic
+        critic = updated(teacher, lora) if lora.shared_base and not alone else critic
     return student, critic
 
 

@@ -68,7 +68,7 @@ def denoise_real(student: Denoiser, real: Sample, levels: Levels) -> Tensor:
 
 def step_levels(count: int, table: int = 1000) -> Levels:
     """Levels of a student of `count` steps at even distances (reference, sec. 2.7): 4 -> 999, 749, 499, 249."""
-    return tuple(range(table - 1, 0, -(table // count)))
+    return tuple(range(table - 1, 0, -(table // count)))[:count]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ A stage that is called again with what it was already given returns at once; one
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -772,7 +773,9 @@ def _digests(samples: Manifest) -> dict[str, str]:
 
 
 def _digest_of(prompts: str) -> dict[str, str]:
-    return {"prompts": sha256(fetched(prompts))} if prompts else {}
+    if not prompts:
+        return {}
+    return {"prompts": hashlib.sha256(json.dumps(read_prompts(prompts)).encode()).hexdigest()}
 
 
 def _part(text: str) -> tuple[int, int]:

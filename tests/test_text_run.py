@@ -200,12 +200,18 @@ def test_pairs_killed_between_shards_continue_with_the_same_bytes(
     assert len(calls) == 4 + 3  # the first shard, two batches, was kept
 
 
-def test_prompts_of_a_file_replace_those_of_the_data(root: Path, tmp_path: Path) -> None:
+def test_prompts_of_a_file_replace_those_of_the_data_and_not_captions_of_real_samples(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a green square\na blue square\n")
     run = distilled(root, tmp_path / "run", "sdxl-4step-emoji", prompts=str(prompts))
     assert not torch.equal(learned(run), learned(root / "run"))
     assert "prompts" in read(run, "run").inputs
+    other = "sdxl-4step-noised-real-emoji"
+    assert "leave out --prompts" in refusal(
+        lambda: distilled(root, tmp_path / "x", other, prompts=str(prompts))
+    )
 
 
 def test_a_picture_of_any_folder_with_a_network(root: Path, tmp_path: Path) -> None:
@@ -249,6 +255,8 @@ def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -
         (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", "family.latent=4"), "latent is 2, not 4"),
         (lambda r: distilled(r, r / "x", "sdxl-4step-lora-emoji", start=str(r / "run")), "leave out --start"),
         (lambda r: distilled(r, r / "x", "sdxl-1step-warmup-emoji"), "a pairs folder is needed"),
+        (lambda r: distilled(r, r / "x", "sdxl-4step-noised-real-emoji", prompts=__file__[:-2] + "txt"), "does not exist"),
+        (lambda r: stages.sample(str(r / "teacher"), str(r / "x.png"), prompts=("a",), guidance=0.5), "guides above 1"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_answered_in_one_sentence(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dmd2 import build, losses
+from dmd2.config import Player as PlayerConfig
+from dmd2.config import StableConfig
 from dmd2.denoiser import Denoiser, guided
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
 from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels, denoise_real, generate, simulate, step_levels, walk
-from dmd2.trainer import Player, Trainer, Weights
+from dmd2.trainer import Player, Regression, Trainer, Weights
 
 PROCESS = Diffusion(scaled_linear_schedule(), predict_eps)
 LEVELS = (0, 20, 249, 399, 499, 749, 980, 999)
@@ -22,9 +26,9 @@ ALPHA_BAR = (0.99915, 0.98131, 0.67543, 0.42609, 0.27767, 0.05662, 0.00584, 0.00
 class Toy(nn.Module):
     """eps = weight * x + what is shown + time / 1000: enough for every input to matter."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float = 0.7) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor(0.7))
+        self.weight = nn.Parameter(torch.tensor(weight))
 
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
         assert cond.label is not None
@@ -110,6 +114,32 @@ def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
     assert simulate(student, noises[0], cond, levels, 0).requires_grad
 
 
+@pytest.mark.parametrize("stop", range(4))
+def test_a_rollout_of_a_real_network_is_its_chain_up_to_the_step_where_it_stops(
+    stop: int, pipeline: Path
+) -> None:
+    """The same seed draws the same noises, and only the last step has a gradient."""
+    fam = build.family(StableConfig(kind="sdxl", resolution=32, latent=2), pipeline)
+    network = fam.network()
+    network.load_state_dict(fam.weights(pipeline))
+    student, levels = fam.denoiser(network), step_levels(4)
+    eps, cond = torch.randn(2, *fam.shape), fam.condition(["a red square", "a blue square"]).cond
+    torch.manual_seed(3)
+    sampled = generate(student, eps, cond, levels[: stop + 1])
+    torch.manual_seed(3)
+    rolled = simulate(student, eps, cond, levels, stop)
+    assert torch.equal(rolled, sampled)
+    assert rolled.requires_grad
+
+
+def test_one_step_at_the_last_level_reads_pure_noise_by_that_level() -> None:
+    student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), shown(0.1, 2)
+    out = student.output(eps, torch.tensor([999, 999]), cond)
+    torch.testing.assert_close(
+        generate(student, eps, cond, (999,)).double(), x0(eps, out, 999), rtol=1e-5, atol=1e-4
+    )
+
+
 def test_one_step_at_level_399_reads_pure_noise_by_that_level() -> None:
     student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), shown(0.1, 2)
     out = student.output(eps, torch.tensor([399, 399]), cond)
@@ -174,8 +204,124 @@ def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch: int) -> None:
         torch.testing.assert_close(ours, whole)
 
 
+class Matched:
+    """The losses of DMD, each sample under noise of its own that is known before."""
+
+    name = "matched"
+
+    def __init__(self, teacher: Denoiser, critic: Denoiser, looks: dict[float, tuple[Tensor, int]]) -> None:
+        self.teacher, self.critic, self.looks = teacher, critic, looks
+
+    def look(self, fake: Sample) -> tuple[Tensor, Tensor]:
+        assert fake.cond.label is not None
+        eps, level = zip(*(self.looks[label] for label in fake.cond.label.tolist()), strict=True)
+        return PROCESS.add_noise(fake.x, torch.stack(eps), torch.tensor(level)), torch.tensor(level)
+
+    def student_loss(self, fake: Sample) -> Tensor:
+        with torch.no_grad():
+            x_t, level = self.look(fake)
+            teacher, critic = (net(x_t, level, fake.cond) for net in (self.teacher, self.critic))
+        return losses.distribution_matching(fake.x, teacher, critic)
+
+    def critic_loss(self, fake: Sample, real: Sample) -> Tensor:
+        x_t, level = self.look(fake)
+        return losses.denoising(self.critic.output(x_t, level, fake.cond), PROCESS.target(fake.x, x_t, level))
+
+
+def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    looks = {label: (torch.randn(1, 2, 2), 200 + 150 * i) for i, label in enumerate(labels.tolist())}
+    real = Sample(torch.randn(4, 1, 2, 2), Conditioning(label=labels), shown(0, 4))
+
+    def gradients(micro_batch: int) -> list[Tensor]:
+        networks = [Toy(weight) for weight in (0.7, 0.8, 0.9)]
+        student, critic, teacher = (Denoiser(network, PROCESS) for network in networks)
+        first, second = (
+            Player(n, m, torch.optim.SGD(m.parameters(), 1.0), lambda step: 1.0, 1e9)
+            for n, m in zip(("student", "critic"), networks[:2], strict=True)
+        )
+
+        def draw(part: Sample, step: int) -> Sample:
+            return replace(part, x=student(part.x, torch.full((len(part.x),), 499), part.cond))
+
+        before = [network.weight.detach().clone() for network in networks]
+        Trainer(first, second, [Matched(teacher, critic, looks)], draw, 1, micro_batch).step(real, 0)
+        return [old - network.weight.detach() for old, network in zip(before, networks, strict=True)]
+
+    (student, critic, teacher), whole = gradients(2), gradients(0)
+    torch.testing.assert_close([student, critic], whole[:2])
+    assert student.abs() > 1e-4
+    assert critic.abs() > 1e-4
+    assert teacher == 0
+
+
+def regression(player: Player, level: int, micro_batch: int) -> Regression:
+    denoiser = Denoiser(player.module, PROCESS)
+    return Regression(player, denoiser, level, losses.denoising, micro_batch)
+
+
+def test_a_regression_learns_a_known_answer() -> None:
+    """Half of the noise: (eps - sigma w eps) / alpha = eps / 2 at w = (1 - alpha / 2) / sigma."""
+    torch.manual_seed(0)
+    network, level = Toy(), 399
+    settings = PlayerConfig(lr=2e-2, weight_decay=0)
+    game = regression(build.player("student", network, settings, 400), level, micro_batch=3)
+    cond = shown(-level / 1000, 8)  # takes away what the toy adds for the time
+    told = []
+    for step in range(400):
+        eps = torch.randn(8, 1, 4, 4)
+        told.append(game.step(Sample(torch.stack((eps, eps / 2), 1), cond, cond), step))
+    alpha, sigma = PROCESS.schedule.alpha[level].item(), PROCESS.schedule.sigma[level].item()
+    assert network.weight.item() == pytest.approx((1 - alpha / 2) / sigma, abs=1e-3)
+    assert told[-1]["student/regression"] < 1e-4 < told[0]["student/regression"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_a_regression_in_parts_moves_as_on_the_whole_batch(micro_batch: int) -> None:
+    pairs = Sample(torch.randn(8, 2, 1, 2, 2), shown(0.1, 8), shown(0, 8))
+
+    def played(parts: int) -> tuple[Tensor, Tensor]:
+        network = Toy()
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        told = regression(Player("student", network, optimizer, lambda step: 0.1, 1e9), 399, parts).step(
+            pairs, 0
+        )
+        return network.weight.detach(), told["student/regression"]
+
+    torch.testing.assert_close(played(micro_batch), played(0))
+    assert played(0)[0] != Toy().weight
+
+
+def test_a_player_is_used_with_its_average_and_goes_on_with_its_weights() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    player = build.player("student", module, PlayerConfig(lr=0.1, ema=(0.5, 0.99)), 8)
+    for step in range(3):
+        module(torch.randn(4, 3)).square().sum().backward()
+        player.update(step)
+
+    def weights() -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    before, used = weights(), player.averages[1].shadow
+    with player.as_used():
+        inside = weights()
+    with pytest.raises(KeyboardInterrupt), player.as_used():
+        raise KeyboardInterrupt
+    assert before.keys() == inside.keys() == weights().keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights().items())
+    assert all(torch.equal(weight, used.get(name, before[name])) for name, weight in inside.items())
+    assert not torch.equal(inside["0.weight"], before["0.weight"])
+
+
 def test_a_checkpoint_holds_what_learns_and_nothing_else() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     assert Weights(module).state_dict().keys() == {"0.weight", "0.bias"}
     with pytest.raises(ValueError, match="another network"):
         Weights(module).load_state_dict({"0.weight": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("count", range(1, 33))
+def test_a_student_of_so_many_steps_has_so_many_levels(count: int) -> None:
+    assert len(step_levels(count)) == count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dmd2.errors import Refused
 from dmd2.models.adm import group_norm
 
 
@@ -18,7 +19,7 @@ class ConvHead(nn.Module):
         super().__init__()
         halvings = (size // 4).bit_length() - 1
         if halvings < 0 or size != 4 * 2**halvings:
-            raise ValueError(
+            raise Refused(
                 f"the GAN head needs features of 4, 8, 16, ... pixels, not {size}; change the depth of the network"
             )
         layers: list[nn.Module] = []

@@ -121,6 +121,10 @@ class Stable:
         self.unet, self.scheduler = _json(folder / UNET), _json(folder / SCHEDULER)
         self._check()
         self.diffusion = Diffusion(schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]])
+        if len(self.diffusion) != config.levels:
+            raise Refused(
+                f"the scheduler in {folder} has {len(self.diffusion)} levels, family.levels is {config.levels}; set both alike"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -205,6 +209,8 @@ class Stable:
     ) -> Tensor:
         import diffusers
 
+        if guidance < 1:
+            raise Refused(f"guidance is {guidance}; diffusers guides above 1 only, and 1 is none")
         cond, null = shown
         pooled = (
             {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": null.pooled}
@@ -246,7 +252,7 @@ class Stable:
 
         scheduler = getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
         scheduler.set_timesteps(steps)
-        return len(scheduler.timesteps) * (2 if guidance != 1 else 1)
+        return len(scheduler.timesteps) * (2 if guidance > 1 else 1)
 
     def denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.diffusion)
@@ -273,10 +279,13 @@ class Stable:
         )
         config = {"_class_name": SAMPLER} | {k: self.scheduler[k] for k in kept if k in self.scheduler}
         (folder / SCHEDULER).write_text(json.dumps(config, indent=1) + "\n")
-        index = _json(folder / "model_index.json")
-        (folder / "model_index.json").write_text(
-            json.dumps(index | {"scheduler": ["diffusers", SAMPLER]}, indent=1) + "\n"
-        )
+        index = _json(folder / "model_index.json") | {"scheduler": ["diffusers", SAMPLER]}
+        # Diffusers looks for all that is listed: of Stable Diffusion 1.5 also a safety checker, which is not brought along.
+        gone = [n for n, part in index.items() if isinstance(part, list) and not (folder / n).is_dir()]
+        index |= {name: [None, None] for name in gone}
+        if "requires_safety_checker" in index:
+            index["requires_safety_checker"] = False
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return {f"unet.{name}": value.float() for name, value in load_tensors(folder / WEIGHTS).items()}

@@ -5,6 +5,7 @@ import torch
 
 from dmd2 import build, recipes
 from dmd2.config import Config
+from dmd2.errors import Refused
 from dmd2.models.adm import Adm, sinusoid
 from dmd2.models.heads import ConvHead
 from dmd2.sample import Conditioning
@@ -86,7 +87,7 @@ def test_sinusoid_is_cosines_then_sines_of_geometric_frequencies() -> None:
 @pytest.mark.parametrize(("size", "ok"), [(4, True), (8, True), (32, True), (6, False), (2, False)])
 def test_head_halves_to_four_pixels_or_says_why_not(size: int, ok: bool) -> None:
     if not ok:
-        with pytest.raises(ValueError, match=f"not {size}"):
+        with pytest.raises(Refused, match=f"not {size}"):
             ConvHead(8, size)
         return
     assert ConvHead(8, size)(torch.randn(3, 8, size, size)).shape == (3,)

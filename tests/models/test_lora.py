@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
 
-from dmd2 import build
+from dmd2 import build, recipes
 from dmd2.config import LoraConfig, StableConfig
-from dmd2.models.lora import merged, tied, updated
-from dmd2.models.stable import published
-from dmd2.sample import Conditioning
+from dmd2.models.lora import TARGETS, exported, merged, tied, updated
+from dmd2.models.stable import Unet, published
+from dmd2.sample import Conditioning, Sample
+from dmd2.tensors import save_tensors
+from dmd2.trainer import Trainer
 
 SMALL = LoraConfig(rank=4, alpha=2)
 
@@ -21,9 +26,14 @@ def test_the_update_of_sdxl_has_the_published_layers_and_size() -> None:
     family = build.family(StableConfig(kind="sdxl", resolution=1024), published("sdxl"))
     with torch.device("meta"):
         network = updated(family.network(), LoraConfig())
+        plain = family.network()
     learned = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
     assert sum(".lora_A." in name for name in learned) == 788
     assert round(sum(learned.values()) / 1e6, 2) == 196.75
+    ends = tuple(f".{end}" for end in TARGETS)
+    layers: list[Any] = [m for name, m in plain.named_modules() if name.endswith(ends)]
+    shapes = [layer.weight.shape for layer in layers]
+    assert sum(64 * (math.prod(shape[1:]) + shape[0]) for shape in shapes) == sum(learned.values())
 
 
 def tiny(pipeline: Path) -> tuple[Any, nn.Module, tuple[Any, ...]]:
@@ -69,6 +79,52 @@ def test_merged_weights_are_the_network_with_its_update(pipeline: Path) -> None:
     update = {name: p for name, p in student.named_parameters() if p.requires_grad}
     plain.load_state_dict(merged(weights, update, SMALL))
     torch.testing.assert_close(plain(*inputs), student(*inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_players_on_one_base_move_their_own_updates_and_nothing_else(pipeline: Path) -> None:
+    family, base, inputs = tiny(pipeline)
+    changes = {"lora": LoraConfig(rank=4, alpha=2, shared_base=True), "dtype": "bfloat16"}
+    config = recipes._with(recipes.get("sdxl-4step-shared-emoji"), "shared", **changes)
+    game = build.game(config, family, base, torch.device("cpu"))
+    assert isinstance(game, Trainer)
+    players = {"student": game.student.module, "critic": game.critic.module}
+    frozen = {id(p) for p in base.parameters()}
+    assert all(frozen < {id(p) for p in module.parameters()} for module in players.values())
+
+    def state() -> dict[str, list[Tensor]]:
+        learns = {n: [p for p in m.parameters() if p.requires_grad] for n, m in players.items()}
+        assert not {id(p) for p in learns["student"]} & {id(p) for p in learns["critic"]}
+        with torch.no_grad():
+            known = {"base": list(base.parameters()), "teacher": [base(*inputs)], **learns}
+        return {name: [t.detach().clone() for t in tensors] for name, tensors in known.items()}
+
+    real = Sample(torch.randn(2, *family.shape), *family.condition(["a red square", "a blue square"]))
+    states = [state()]
+    for step in (1, 0):
+        game.step(real, step)
+        states.append(state())
+    for (before, after), moves in zip(pairwise(states), ({"critic"}, {"critic", "student"}), strict=True):
+        same = {n: all(torch.equal(a, b) for a, b in zip(before[n], after[n], strict=True)) for n in before}
+        assert {name for name, still in same.items() if not still} == moves
+
+
+def test_an_exported_update_is_read_by_diffusers_and_gives_the_same_output(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    _, base, inputs = tiny(pipeline)
+    student = updated(base, SMALL)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if ".lora_B." in name:
+                p.normal_(std=0.1)
+    update = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+    save_tensors(exported(update, SMALL), tmp_path / "pytorch_lora_weights.safetensors")
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        before, ours, theirs = base(*inputs), student(*inputs), Unet(pipe.unet)(*inputs)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+    assert (ours - before).abs().max() > 1e-2
 
 
 def test_what_learns_is_float32_on_a_base_of_bfloat16(pipeline: Path) -> None:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel
 
 from dmd2 import build, recipes
 from dmd2.config import Config, StableConfig
 from dmd2.models.family import Shown
-from dmd2.models.stable import Stable, published, schedule
+from dmd2.models.stable import SCHEDULER, UNET, Stable, published, schedule
 from dmd2.package import load_network
 from dmd2.sample import Conditioning, Sample
+from dmd2.sampler import Levels, generate
 from dmd2.trainer import Trainer
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -89,30 +102,32 @@ def test_features_come_from_the_mid_block_at_the_cost_of_the_encoder(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "checkpointing"),
+    ("recipe", "changes", "steps"),
     [
-        ("sd15-1step-gan", True),
-        ("sdxl-4step", False),
-        ("sdxl-4step-lora", False),
-        ("sdxl-4step-shared", True),
+        ("sd15-1step-gan", {}, (0, 1)),
+        ("sdxl-4step", {}, (0,)),
+        ("sdxl-4step", {"checkpointing": True}, (1,)),
     ],
 )
-def test_a_step_of_both_players_runs_at_the_real_shape_in_bfloat16(recipe: str, checkpointing: bool) -> None:
-    config = recipes.resolve(recipe, [f"distill.checkpointing={checkpointing}", "distill.micro_batch=1"])
+def test_a_step_runs_at_the_real_shape_in_bfloat16(
+    recipe: str, changes: dict[str, Any], steps: tuple[int, ...]
+) -> None:
+    """At the recipe's micro-batch: of both players at step 0, of the critic alone at step 1."""
+    few = recipes.resolve(recipe, ["seed=6"])  # a seed that draws short rollouts
+    config = recipes._with(few, recipe, **changes)
+    count = config.distill.micro_batch
     with FakeTensorMode():
         fam = family(config.family.kind)
         teacher = fam.network()
         game = fake_game(config, fam, teacher)
-        cond = told(fam, 2)
-        game.step(Sample(torch.zeros(2, *fam.shape), cond, cond), 0)
-        learned = [
-            p for player in (game.student, game.critic) for p in player.module.parameters() if p.requires_grad
-        ]
-        assert {p.dtype for p in learned} == {torch.float32}
-        assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
-        for player in (game.student, game.critic):
-            stepped = player.optimizer.state
-            assert len(stepped) == sum(p.requires_grad for p in player.module.parameters())
+        cond = told(fam, count)
+        for step in steps:
+            game.step(Sample(torch.zeros(count, *fam.shape), cond, cond), step)
+    for player in (game.student, game.critic):
+        learns = [p for p in player.module.parameters() if p.requires_grad]
+        assert {p.dtype for p in learns} == {torch.float32}
+        assert len(player.optimizer.state) == (len(learns) if player is game.critic or 0 in steps else 0)
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
 
 
 def fake_game(config: Config, fam: Stable, teacher: nn.Module) -> Trainer:
@@ -157,42 +172,118 @@ def test_one_shared_base_takes_an_eighth_of_the_memory_of_three_networks() -> No
     assert round(lora["all"], 1) == round(18 * 2.567464 + 16 * (0.196748 + 0.104874), 1) == 51.0
 
 
-def test_features_are_what_the_mid_block_returns_and_reach_its_weights(pipeline: Path) -> None:
-    fam, network = tiny(pipeline)
-    x, level = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
-    cond, _ = fam.condition(["a red square", "a blue square"])
-    seen: list[Tensor] = []
-    unet: Any = network.unet
-    hook = unet.mid_block.register_forward_hook(lambda module, args, out: seen.append(out))
-    out = fam.denoiser(network).output(x, level, cond)
-    features = fam.denoiser(network).features(x, level, cond)
-    hook.remove()
-    assert torch.equal(features, seen[0])
-    features.square().mean().backward()
-    assert unet.conv_in.weight.grad.abs().sum() > 0
-    assert all(p.grad is None for p in unet.up_blocks.parameters())
-    assert torch.equal(fam.denoiser(network).output(x, level, cond), out)  # no hook is left behind
+@pytest.fixture(scope="session")
+def stable15(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Stable Diffusion 1.5 with random weights, and the VAE of the tiny SDXL: latents of 4x16x16."""
+    from tests.emoji import teacher as emoji
+
+    torch.manual_seed(0)
+    words = emoji.tokenizer(("a red square", "a blue square"), pad="<|endoftext|>")
+    cross = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        down_block_types=(cross[0], cross[0], "DownBlock2D"),
+        up_block_types=("UpBlock2D", cross[1], cross[1]),
+        attention_head_dim=2,
+        cross_attention_dim=64,
+        norm_num_groups=8,
+    )
+    make: Any = StableDiffusionPipeline
+    whole = make(
+        AutoencoderKL.from_pretrained(pipeline / "vae"),
+        CLIPTextModel(emoji.text_config(words, 64)),
+        words,
+        unet,
+        PNDMScheduler.from_config(json.loads((published("sd15") / SCHEDULER).read_text())),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("stable15")
+    whole.save_pretrained(folder)
+    return folder
 
 
-def test_an_error_on_the_way_to_the_features_leaves_no_hook(pipeline: Path) -> None:
-    fam, network = tiny(pipeline)
-    cond, _ = fam.condition(["a red square"])
-    with pytest.raises(RuntimeError):
-        fam.denoiser(network).features(torch.randn(1, 5, 16, 16), torch.tensor([3]), cond)
-    unet: Any = network.unet
-    assert not unet.up_blocks[0]._forward_pre_hooks
-
-
-def tiny(pipeline: Path) -> tuple[Stable, Any]:
-    fam = build.family(StableConfig(kind="sdxl", resolution=32, latent=2), pipeline)
+def tiny(kind: str, folder: Path) -> tuple[Stable, Any]:
+    fam = build.family(StableConfig(kind=kind, resolution=32, latent=2), folder)
     assert isinstance(fam, Stable)
     network = fam.network()
-    network.load_state_dict(fam.weights(pipeline))
+    network.load_state_dict(fam.weights(folder))
     return fam, network
 
 
+@pytest.fixture(params=["sd15", "sdxl"])
+def small(request: pytest.FixtureRequest, pipeline: Path, stable15: Path) -> tuple[Stable, Any, Conditioning]:
+    """A family, its network with random weights, and what two samples show."""
+    fam, network = tiny(request.param, stable15 if request.param == "sd15" else pipeline)
+    return fam, network, fam.condition(["a red square", "a blue square"]).cond
+
+
+LEVELS = torch.tensor([10, 900])
+
+
+def test_features_are_what_the_mid_block_returns_and_reach_the_weights_before_it(
+    small: tuple[Stable, Any, Conditioning],
+) -> None:
+    fam, network, cond = small
+    x, unet, seen = torch.randn(2, 4, 16, 16), network.unet, []
+    hook = unet.mid_block.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = fam.denoiser(network).output(x, LEVELS, cond)
+    features = fam.denoiser(network).features(x, LEVELS, cond)
+    hook.remove()
+    assert torch.equal(features, seen[0])
+    assert tuple(features.shape) == (2, *fam.features)
+    features.square().mean().backward()
+    encoder = [unet.conv_in, unet.time_embedding, unet.down_blocks, unet.mid_block]
+    assert all(p.grad is not None for part in encoder for p in part.parameters())
+    assert all(p.grad is None for p in unet.up_blocks.parameters())
+    assert torch.equal(fam.denoiser(network).output(x, LEVELS, cond), out)  # no hook is left behind
+
+
+def test_an_error_on_the_way_to_the_features_leaves_no_hook(small: tuple[Stable, Any, Conditioning]) -> None:
+    fam, network, cond = small
+    with pytest.raises(RuntimeError):
+        fam.denoiser(network).features(torch.randn(2, 5, 16, 16), LEVELS, cond)
+    assert not network.unet.up_blocks[0]._forward_pre_hooks
+
+
+def test_features_let_go_of_the_activations_they_passed(small: tuple[Stable, Any, Conditioning]) -> None:
+    """At once: an exception that held its frames would keep them until the garbage collector comes."""
+    fam, network, cond = small
+    passed: list[weakref.ref[Tensor]] = []
+    block = network.unet.down_blocks[0]
+    block.register_forward_hook(lambda module, args, out: passed.append(weakref.ref(out[0])))
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            fam.denoiser(network).features(torch.randn(2, 4, 16, 16), LEVELS, cond)
+        assert passed[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("recipe", ["sdxl-4step-emoji", "sdxl-4step-shared-emoji"])
+def test_activations_computed_again_give_the_very_same_step(recipe: str, pipeline: Path) -> None:
+    def played(checkpointing: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+        fam, teacher = tiny("sdxl", pipeline)
+        changes = {"checkpointing": checkpointing, "dtype": "bfloat16"}
+        config = recipes._with(recipes.get(recipe), recipe, **changes)
+        game = build.game(config, fam, teacher, torch.device("cpu"))
+        assert isinstance(game, Trainer)
+        torch.manual_seed(0)
+        told = game.step(Sample(torch.randn(2, *fam.shape), *fam.condition(["a red", "a blue"])), 0)
+        return told, [p.detach() for p in game.student.module.parameters() if p.requires_grad]
+
+    kept, again = played(False), played(True)
+    assert kept[0] == again[0]
+    assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
+
+
 def test_nothing_is_zeros_for_sdxl_of_the_same_size(pipeline: Path) -> None:
-    fam, _ = tiny(pipeline)
+    fam, _ = tiny("sdxl", pipeline)
     cond, null = fam.condition(["a red square"])
     assert cond.text is not None
     assert null.text is not None
@@ -206,9 +297,7 @@ def test_nothing_is_zeros_for_sdxl_of_the_same_size(pipeline: Path) -> None:
 
 
 def test_what_sdxl_is_told_is_what_diffusers_own_pipeline_tells_it(pipeline: Path) -> None:
-    from diffusers import StableDiffusionXLPipeline
-
-    fam, _ = tiny(pipeline)
+    fam, _ = tiny("sdxl", pipeline)
     cond, _ = fam.condition(["a red square", "a blue"])
     pipe = StableDiffusionXLPipeline.from_pretrained(pipeline)
     states, _, pooled, _ = pipe.encode_prompt(["a red square", "a blue"], do_classifier_free_guidance=False)
@@ -216,49 +305,111 @@ def test_what_sdxl_is_told_is_what_diffusers_own_pipeline_tells_it(pipeline: Pat
     torch.testing.assert_close(cond.pooled, pooled)
 
 
-def test_nothing_is_the_empty_text_for_sd15(pipeline: Path, tmp_path: Path) -> None:
-    fam = sd15(pipeline, tmp_path)
-    cond, null = fam.condition(["a red square", ""])
-    assert isinstance(fam.condition(["x"]), Shown)
+def test_nothing_is_the_empty_text_for_sd15(stable15: Path) -> None:
+    fam, _ = tiny("sd15", stable15)
+    shown = fam.condition(["a red square", ""])
+    assert isinstance(shown, Shown)
+    cond, null = shown
     assert cond.text is not None
     assert null.text is not None
     torch.testing.assert_close(null.text[0], cond.text[1])
+    torch.testing.assert_close(null.text[1], cond.text[1])
     assert not torch.equal(cond.text[0], null.text[0])
-    assert cond.pooled is None
+    assert cond.pooled is cond.size is null.pooled is None
 
 
-def sd15(pipeline: Path, folder: Path) -> Stable:
-    """One text encoder of the tiny SDXL, and a U-Net's config that it fits."""
-    for name in ("text_encoder", "tokenizer", "vae"):
-        shutil.copytree(pipeline / name, folder / name)
-    shutil.copytree(published("sd15") / "unet", folder / "unet")
-    shutil.copytree(published("sd15") / "scheduler", folder / "scheduler")
-    return family("sd15", folder)
+def test_the_teacher_of_sd15_is_sampled_by_diffusers_own_pipeline(stable15: Path) -> None:
+    fam, network = tiny("sd15", stable15)
+    prompts, eps = ["a red square", "a blue"], torch.randn(2, *fam.shape)
+    with torch.no_grad():
+        x = fam.sample_teacher(network, eps, fam.condition(prompts), steps=3, guidance=3.0)
+    assert torch.equal(x, drawn(stable15, prompts, eps, num_inference_steps=3, guidance_scale=3.0))
+    assert fam.teacher_calls(3, 3.0) == 2 * 4  # PNDM takes one step twice
 
 
-BASE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+@pytest.mark.parametrize(
+    "scheduler", [{}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}]
+)
+@pytest.mark.parametrize("levels", [(999,), (399,), (999, 499)])
+def test_a_student_of_sd15_in_stock_diffusers_draws_what_our_sampler_does(
+    levels: Levels, scheduler: dict[str, Any], stable15: Path, tmp_path: Path
+) -> None:
+    given, made = tmp_path / "given", tmp_path / "made"
+    shutil.copytree(stable15, given)
+    change(given / SCHEDULER, scheduler)
+    fam, network = tiny("sd15", given)
+    made.mkdir()
+    fam.save(network.state_dict(), made, levels)
+    prompts, eps = ["a red square", "a blue"], torch.randn(2, *fam.shape)
+    theirs = drawn(made, prompts, eps, seed=1, timesteps=list(levels), guidance_scale=0)
+    between = torch.Generator().manual_seed(1)
+    noise = partial(torch.randn, generator=between)
+    cond = fam.condition(prompts).cond
+    ours = generate(fam.denoiser(network), eps, cond, levels, lambda x0: noise(x0.shape))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def drawn(folder: Path, prompts: list[str], eps: Tensor, seed: int = 0, **settings: Any) -> Tensor:
+    """Latents that diffusers alone makes of a pipeline folder."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    drawing = torch.Generator().manual_seed(seed)
+    side = {"height": 32, "width": 32, "output_type": "latent"}
+    return pipe(prompts, latents=eps, generator=drawing, **side, **settings).images
+
+
+def change(path: Path, values: dict[str, Any]) -> None:
+    """Other values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 
 
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("form", ["linear", "scaled_linear"])
 def test_noise_levels_are_those_of_diffusers(form: str, zero: bool) -> None:
-    config = BASE | {"beta_schedule": form, "rescale_betas_zero_snr": zero, "prediction_type": "v_prediction"}
+    told = {**BASE, "beta_schedule": form, "rescale_betas_zero_snr": zero, "prediction_type": "v_prediction"}
     make: Any = DDPMScheduler
-    theirs = make(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule=form,
-        rescale_betas_zero_snr=zero,
-        prediction_type="v_prediction",
-    ).alphas_cumprod
-    ours = schedule(config)
-    torch.testing.assert_close(ours.alpha.square().float(), theirs, atol=1e-6, rtol=1e-4)
+    theirs = make(**told).alphas_cumprod
+    ours = schedule({"_class_name": "DDPMScheduler", **told})
+    torch.testing.assert_close(ours.alpha.square().float(), theirs, atol=1e-6, rtol=0)
     assert (ours.alpha[-1] == 0) == zero
     torch.testing.assert_close(ours.alpha**2 + ours.sigma**2, torch.ones(1000, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("predicts", "zero"),
+    [
+        ("epsilon", False),
+        ("v_prediction", False),
+        ("v_prediction", True),
+        ("sample", False),
+        ("sample", True),
+    ],
+)
+def test_the_scheduler_of_the_folder_says_how_an_output_is_read(
+    predicts: str, zero: bool, tmp_path: Path
+) -> None:
+    """As diffusers reads it, also where nothing is left of the signal."""
+    shutil.copytree(published("sdxl"), tmp_path / "p")
+    told = {"prediction_type": predicts, "rescale_betas_zero_snr": zero}
+    change(tmp_path / "p" / SCHEDULER, told)
+    fam = family("sdxl", tmp_path / "p")
+    assert (fam.facts["predicts"], fam.facts["zero_terminal_snr"]) == (predicts, zero)
+    make: Any = DDIMScheduler
+    scheduler = make(**BASE, beta_schedule="scaled_linear", clip_sample=False, **told)
+    scheduler.set_timesteps(1000)
+    x_t, out = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
+    for level in (0, 20, 399, 980, 999):
+        ours = fam.diffusion.to_x0(out, x_t, torch.tensor([level]))
+        theirs = scheduler.step(out, level, x_t).pred_original_sample
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=2e-4)  # its table is in float32
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "of a process that is not known"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
@@ -268,14 +419,14 @@ def test_noise_levels_are_those_of_diffusers(form: str, zero: bool) -> None:
     ],
 )
 def test_a_schedule_that_is_not_understood_is_refused(
-    change: dict[str, Any], said: str, refusal: Refusal
+    changed: dict[str, Any], said: str, refusal: Refusal
 ) -> None:
-    config = BASE | {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"} | change
+    config = {"_class_name": "DDIMScheduler", **BASE, "beta_schedule": "scaled_linear", **changed}
     assert said in refusal(lambda: schedule(config))
 
 
 @pytest.mark.parametrize(
-    ("kind", "like", "change", "said"),
+    ("kind", "like", "changed", "said"),
     [
         ("sdxl", "sdxl", {"in_channels": 9}, "takes 9 channels and makes 4"),
         ("sd15", "sdxl", {}, "addition_embed_type 'text_time'"),
@@ -286,20 +437,21 @@ def test_a_schedule_that_is_not_understood_is_refused(
     ],
 )
 def test_a_network_that_is_not_understood_is_refused(
-    kind: str, like: str, change: dict[str, Any], said: str, tmp_path: Path, refusal: Refusal
+    kind: str, like: str, changed: dict[str, Any], said: str, tmp_path: Path, refusal: Refusal
 ) -> None:
     shutil.copytree(published(like), tmp_path / "p")
-    path = tmp_path / "p" / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change(tmp_path / "p" / UNET, changed)
     assert said in refusal(lambda: family(kind, tmp_path / "p"))
 
 
-def test_a_config_that_is_missing_or_broken_is_refused(tmp_path: Path, refusal: Refusal) -> None:
+@pytest.mark.parametrize("name", [UNET, SCHEDULER])
+def test_a_config_that_is_missing_or_broken_is_refused(name: str, tmp_path: Path, refusal: Refusal) -> None:
     shutil.copytree(published("sdxl"), tmp_path / "p")
-    (tmp_path / "p" / "unet" / "config.json").write_text('{"in_ch')
-    assert "is not JSON" in refusal(lambda: family("sdxl", tmp_path / "p"))
-    (tmp_path / "p" / "unet" / "config.json").unlink()
-    assert "is missing" in refusal(lambda: family("sdxl", tmp_path / "p"))
+    for broken in ('{"in_ch', "[1, 2]"):
+        (tmp_path / "p" / name).write_text(broken)
+        assert f"{name} is not JSON" in refusal(lambda: family("sdxl", tmp_path / "p"))
+    (tmp_path / "p" / name).unlink()
+    assert f"{name} is missing" in refusal(lambda: family("sdxl", tmp_path / "p"))
 
 
 def test_the_committed_teacher_is_below_12_mb_and_complete() -> None:
@@ -308,3 +460,30 @@ def test_the_committed_teacher_is_below_12_mb_and_complete() -> None:
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pkl", ".pt", ".ckpt")]
     with pytest.raises(Exception, match=r"network\.json"):
         load_network(folder)  # it is a pipeline of diffusers, for `resolve`
+
+
+def test_a_student_of_the_published_sd15_loads_without_the_safety_checker_its_teacher_lists(
+    stable15: Path, tmp_path: Path
+) -> None:
+    given, made = tmp_path / "given", tmp_path / "made"
+    shutil.copytree(stable15, given)
+    listed = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
+    }
+    change(given / "model_index.json", listed)
+    fam, network = tiny("sd15", given)
+    made.mkdir()
+    fam.save(network.state_dict(), made, (999,))
+    drawn(made, ["a red square"], torch.randn(1, *fam.shape), timesteps=[999], guidance_scale=0)
+
+
+def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
+    tmp_path: Path, refusal: Refusal
+) -> None:
+    shutil.copytree(published("sd15"), tmp_path / "p")
+    change(tmp_path / "p" / "scheduler" / "scheduler_config.json", {"num_train_timesteps": 500})
+    assert "500 levels" in refusal(lambda: family("sd15", tmp_path / "p"))
+    wide = build.family(StableConfig(kind="sd15", resolution=768), published("sd15"))
+    assert "not 12" in refusal(wide.head)
