@@ -130,7 +130,7 @@ def _distance(
     if settings.metric == "lpips":
         from dmd2.evaluation.perceptual import lpips
 
-        compare = lpips(device)
+        compare = lpips(settings.vgg, device)
     else:
         compare = losses.denoising
     pixels = load_vae(settings.decoder).pixels if settings.decoder else fam.pixels

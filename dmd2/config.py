@@ -300,6 +300,15 @@ class GanConfig(Section):
     """Levels below this share of the table noise what the head sees."""
 
 
+class WeightsConfig(Section):
+    """Where the weights of a network that judges are read from."""
+
+    uri: str
+    """Local path, gs:// or https: address of the file."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+    """Digest the file must have, or how it begins; a file with another one is never loaded."""
+
+
 class LoraConfig(Section):
     """Low-rank updates (Hu et al. 2021) instead of whole networks: weight + alpha / rank * up @ down."""
 
@@ -316,7 +325,11 @@ class RegressionConfig(Section):
     """Warm-up of a one-step student on the teacher's ODE pairs (DMD2, sec. 4.5 and appendix on SDXL)."""
 
     metric: Literal["lpips", "mse"] = "lpips"
-    """Distance of two images: `lpips` (VGG, weights fetched by torchvision), or the mean squared error of pixels."""
+    """Distance of two images: `lpips`, or the mean squared error of pixels."""
+    vgg: WeightsConfig = WeightsConfig(
+        uri="https://download.pytorch.org/models/vgg16-397923af.pth", sha256="397923af"
+    )
+    """The network that `lpips` looks with, as published by torchvision; read as tensors only."""
     decoder: str = ""
     """Folder or hub name of the VAE that makes the images, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
 
@@ -382,24 +395,17 @@ class DistillConfig(Section):
         return self
 
 
-class InceptionConfig(Section):
-    """Where clean-fid's Inception network is read from."""
-
-    uri: str = (
-        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-    )
-    """Local path, file: or https: address of the TorchScript file."""
-    sha256: str = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-    """Digest the file must have; a file with another one is never loaded."""
-
-
 class EvaluateConfig(Section):
     """How good a student is, and compared with what."""
 
     features: Literal["classifier", "efficientnet", "inception"] = "inception"
     """`inception`: clean-fid's network. `efficientnet`: EfficientNet-Lite0 trained on ImageNet, of an installed package.
     `classifier`: a small one fitted to the training shards by the stage."""
-    inception: InceptionConfig = InceptionConfig()
+    inception: WeightsConfig = WeightsConfig(
+        uri="https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+        sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    )
+    """clean-fid's network, as TorchScript."""
     images: PositiveInt = 50_000
     """Generated images per score."""
     batch: PositiveInt = 128

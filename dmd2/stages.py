@@ -206,9 +206,10 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     """
     from dmd2.models import imports
 
-    path = local(source) if is_local(source) and local(source).is_dir() else fetched(source)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    inputs = {"source": sha256(*files[:1]), "teacher": read(teacher, "teacher").digest}
+    path = local(source) if is_local(source) else fetched(source)
+    if not path.exists():
+        raise Refused(f"{source} does not exist; give weights, or a training folder")
+    inputs = {"source": _content(path), "teacher": read(teacher, "teacher").digest}
     if done := finished(out, "run", config, inputs):
         return done
     model = _network(teacher, read(teacher, "teacher"))
@@ -277,7 +278,9 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
     if done := finished(out, "pairs", config, inputs):
         return done
     model, settings = _on(parallel.device(), _network(teacher, original)), config.pairs
-    texts = read_prompts(prompts) if prompts else _captions(data, described.kind, settings.count)
+    texts = (
+        read_prompts(prompts) if prompts else _captions(Shards(data, TRAIN, described.kind), settings.count)
+    )
 
     def answer(part: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         return model.pairs(part, seed, settings.steps, settings.guidance)
@@ -325,7 +328,7 @@ def distill(
         )
         student = replace(_student(model, config), network=game.student.module)
         looked = replace(student, family=_decoding(config, model, opened(teacher, original)))
-        draft.facts["prompts"] = _pictured(config.family, Shards(data, TRAIN, samples.kind))
+        draft.facts["prompts"] = _pictured(config.family, Shards(data, TRAIN, samples.kind), prompts)
 
         def preview(step: int) -> None:
             with game.student.as_used():
@@ -624,10 +627,12 @@ def _drawn(family: ModelFamily, prompts: str, device: torch.device) -> Callable[
     return draw
 
 
-def _captions(data: str, kind: str, count: int) -> list[str]:
-    found = [text for text in Shards(data, TRAIN, kind).in_order(count).text if text]
+def _captions(shards: Shards, count: int) -> list[str]:
+    found = [text for text in shards.in_order(count).text if text]
     if not found:
-        raise Refused(f"{data} has no captions to sample; give --prompts, or shard a source with captions")
+        raise Refused(
+            f"{shards.uri} has no captions to draw; give --prompts, or shard a source with captions"
+        )
     return found
 
 
@@ -702,12 +707,12 @@ def _classes(family: EdmConfig) -> list[Prompt]:
     return [cell % _columns(family) for cell in range(_cells(family))]
 
 
-def _pictured(family: FamilyConfig, shards: Shards) -> list[Prompt]:
-    """What the pictures of a run show: each class in a column, or captions of the data."""
-    cells = _cells(family)
+def _pictured(family: FamilyConfig, shards: Shards, prompts: str = "") -> list[Prompt]:
+    """What the pictures of a run show: each class in a column, prompts of a file, or captions of the data."""
     if isinstance(family, EdmConfig):
         return _classes(family)
-    return list(itertools.islice(itertools.cycle(shards.in_order(cells).text), cells))
+    texts = read_prompts(prompts) if prompts else _captions(shards, _cells(family))
+    return list(itertools.islice(itertools.cycle(texts), _cells(family)))
 
 
 def _picture(family: FamilyConfig, sampler: Sampler, prompts: Sequence[Prompt], seed: int) -> Image.Image:
@@ -770,6 +775,15 @@ def _samples(config: Config, data: str) -> Manifest:
 def _digests(samples: Manifest) -> dict[str, str]:
     """As an input; that of the images too, from which latents were made."""
     return {samples.kind: samples.digest} | {k: v for k, v in samples.inputs.items() if k == "shards"}
+
+
+def _content(path: Path) -> str:
+    """Digest of a file, or of all files of a folder."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    told = [(str(p.relative_to(path)), sha256(p)) for p in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _digest_of(prompts: str) -> dict[str, str]:

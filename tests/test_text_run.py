@@ -352,3 +352,54 @@ def test_a_tiny_vae_makes_previews_and_warm_up_images_but_no_latents(
     assert "which is for looking at latents" in refusal(
         lambda: stages.encode(config(), str(root / "shards"), str(tmp_path / "tiny"), str(tmp_path / "x"))
     )
+
+
+def test_data_without_captions_is_not_learned_from_as_if_it_had_some(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    (tmp_path / "source").mkdir()
+    for index in range(12):
+        Image.new("RGB", (32, 32), (20 * index, 90, 30)).save(tmp_path / "source" / f"{index}.png")
+    shards, latents, teacher = str(tmp_path / "shards"), str(tmp_path / "latents"), str(root / "teacher")
+    stages.shard(config(), str(tmp_path / "source"), shards, workers=1)
+    stages.encode(config(), shards, teacher, latents)
+    assert "no captions to draw" in refusal(
+        lambda: stages.distill(config(), latents, teacher, str(tmp_path / "run"))
+    )
+    (tmp_path / "prompts.txt").write_text("a green square")
+    run = tmp_path / "told"
+    stages.distill(config(), latents, teacher, str(run), prompts=str(tmp_path / "prompts.txt"))
+    assert set(read(run, "run").facts["prompts"]) == {"a green square"}
+
+
+def test_adopting_depends_on_every_file_of_a_training_folder(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    folder, out = tmp_path / "training", tmp_path / "run"
+    folder.mkdir()
+    (folder / "a.json").write_text("{}")
+    weights = load_tensors(root / "run" / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    stages.adopt(config(), str(folder), str(root / "teacher"), str(out))
+    torch.save({k: v + 1 for k, v in weights.items()}, folder / "pytorch_model.bin")
+    again = [str(folder), str(root / "teacher"), str(out)]
+    assert "made from other inputs" in refusal(lambda: stages.adopt(config(), *again))
+    (tmp_path / "empty").mkdir()
+
+    def adopted(name: str) -> object:
+        return stages.adopt(config(), str(tmp_path / name), str(root / "teacher"), str(tmp_path / "x"))
+
+    assert "without pytorch_model.bin" in refusal(lambda: adopted("empty"))
+    assert "does not exist" in refusal(lambda: adopted("no.bin"))
+
+
+def test_a_report_of_an_adopted_student_has_no_curves_and_is_written(root: Path, tmp_path: Path) -> None:
+    weights = root / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+    folders = {name: str(root / name) for name in ("shards", "teacher")}
+    run, evaluation, gate = (str(tmp_path / name) for name in ("run", "evaluation", "gate"))
+    stages.adopt(config(), str(weights), folders["teacher"], run)
+    stages.evaluate(config(), folders["shards"], folders["teacher"], run, evaluation)
+    stages.gate(config(), evaluation, gate)
+    out = str(tmp_path / "report.html")
+    stages.report(folders["shards"], folders["teacher"], run, evaluation, gate, out)
+    assert "student in 1 step" in Path(out).read_text()

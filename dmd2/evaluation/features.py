@@ -5,9 +5,7 @@ Resizing, Inception and the Frechet formula are clean-fid's (Parmar et al. 2022)
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +18,13 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer, make_resizer
 from torch import Tensor
 
-from dmd2.config import Config, InceptionConfig
+from dmd2.config import Config
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Batch, Shards
-from dmd2.errors import Refused
 from dmd2.evaluation import classifier, efficientnet
+from dmd2.evaluation.weights import fetch
 from dmd2.progress import Progress
-from dmd2.storage import local, sha256
+from dmd2.storage import sha256
 
 FIT_IMAGES = 20_000
 """Images that the classifier is fitted to, at most."""
@@ -90,7 +88,7 @@ def _efficientnet(config: Config, data: str, holdout: Batch, device: torch.devic
 def _inception(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
     settings = config.evaluate.inception
     with tempfile.TemporaryDirectory() as folder:
-        fetch(settings, Path(folder) / "inception-2015-12-05.pt")
+        fetch(settings, Path(folder) / "inception-2015-12-05.pt", "--evaluate.inception")
         network = InceptionV3W(folder, download=False).to(device)
     facts = {"features": f"Inception-v3 of clean-fid, sha256 {settings.sha256[:12]}"}
     return Features(network, build_resizer("clean"), facts, device)
@@ -107,24 +105,6 @@ def _bicubic(size: int) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 (H, W, 3) -> float32 (size, size, 3)."""
     resize: Callable[[np.ndarray], np.ndarray] = make_resizer("PIL", False, "bicubic", (size, size))
     return resize
-
-
-def fetch(settings: InceptionConfig, target: Path) -> None:
-    """Copy the weights from their address, and refuse them if they are not the ones that were meant."""
-    try:
-        if settings.uri.startswith("https://"):
-            with urllib.request.urlopen(settings.uri, timeout=60) as source, target.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-        else:
-            shutil.copyfile(local(settings.uri), target)
-    except OSError as error:
-        raise Refused(
-            f"the weights of Inception cannot be read from {settings.uri} ({error}); set --evaluate.inception.uri to a copy of them"
-        ) from None
-    if (found := sha256(target)) != settings.sha256:
-        raise Refused(
-            f"{settings.uri} has sha256 {found}, not {settings.sha256} as evaluate.inception.sha256 demands; it was not loaded"
-        )
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

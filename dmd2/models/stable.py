@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -107,7 +108,7 @@ def _first_input(block: nn.Module, forward: Any) -> Tensor:
     raise AssertionError("the block was not reached")
 
 
-class Stable:
+class Stable(ABC):
     """A `ModelFamily`, but for what its kind says in the class variables and in `_conditioning`."""
 
     pipeline: ClassVar[str]
@@ -118,7 +119,7 @@ class Stable:
     def __init__(self, config: StableConfig, folder: Path, vae: str = "") -> None:
         """`folder` is a pipeline of diffusers; of its U-Net, only the config is read here. `vae` is another than its own."""
         self.config, self.folder, self.place = config, folder, vae or folder / "vae"
-        self.unet, self.scheduler = _json(folder / UNET), _json(folder / SCHEDULER)
+        self.unet, self.scheduler = _json(folder / UNET), completed(_json(folder / SCHEDULER))
         self._check()
         self.diffusion = Diffusion(schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]])
         if len(self.diffusion) != config.levels:
@@ -201,8 +202,9 @@ class Stable:
                 raise Refused(f"{prompt!r} is no text; this network shows what texts say")
         return self._conditioning(*self.texts.states(cast(Sequence[str], prompts)))
 
+    @abstractmethod
     def _conditioning(self, states: Tensor, pooled: Tensor | None) -> Shown:
-        raise NotImplementedError
+        """What text encoders made of texts (B, L, D) and (B, P) -> what networks are told."""
 
     def sample_teacher(
         self, network: nn.Module, eps: Tensor, shown: Shown, steps: int, guidance: float
@@ -324,22 +326,28 @@ FROZEN = (
 """What in a pipeline folder no player changes."""
 
 
-def schedule(config: dict[str, Any]) -> Schedule:
-    """The noise levels that a scheduler's config describes."""
-    name, kind = config.get("_class_name"), config.get("prediction_type", "epsilon")
-    config["prediction_type"] = kind  # older configs leave out what was the only choice
-    if name not in SCHEDULERS:
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's config with what it leaves to the defaults of its class, which differ."""
+    import diffusers
+
+    if (name := config.get("_class_name")) not in SCHEDULERS:
         raise Refused(
             f"the teacher's scheduler is {name!r}, of a process that is not known; {near_miss(str(name), list(SCHEDULERS))}"
         )
+    defaults = getattr(diffusers, str(name))().config
+    return {k: v for k, v in defaults.items() if not k.startswith("_")} | config
+
+
+def schedule(config: dict[str, Any]) -> Schedule:
+    """The noise levels that a scheduler's config describes, once it is `completed`."""
+    kind, form = config["prediction_type"], config["beta_schedule"]
     if kind not in PREDICTIONS:
         raise Refused(f"the teacher's prediction_type is {kind!r}; {near_miss(str(kind), list(PREDICTIONS))}")
-    if config.get("trained_betas") is not None:
+    if config["trained_betas"] is not None:
         raise Refused(
             "the teacher's scheduler lists trained_betas, which are not supported; it must name a beta_schedule"
         )
-    low, high = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    count, form = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    low, high, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if form == "scaled_linear":
         beta = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
     elif form == "linear":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmd2.config import Config, InceptionConfig
+from dmd2.config import Config, WeightsConfig
 from dmd2.data.stream import Shards
 from dmd2.evaluation import classifier
 from dmd2.evaluation.features import by_name, distance
@@ -72,7 +72,7 @@ def weights(tmp_path: Path) -> Path:
 
 def inception(config: Config, uri: str, digest: str) -> Config:
     settings = config.evaluate.model_copy(
-        update={"features": "inception", "inception": InceptionConfig(uri=uri, sha256=digest)}
+        update={"features": "inception", "inception": WeightsConfig(uri=uri, sha256=digest)}
     )
     return config.model_copy(update={"evaluate": settings})
 

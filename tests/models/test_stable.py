@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -30,7 +31,7 @@ from transformers import CLIPTextModel
 from dmd2 import build, recipes
 from dmd2.config import Config, StableConfig
 from dmd2.models.family import Shown
-from dmd2.models.stable import SCHEDULER, UNET, Stable, published, schedule
+from dmd2.models.stable import SCHEDULER, SCHEDULERS, UNET, Stable, completed, published, schedule
 from dmd2.package import load_network
 from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels, generate
@@ -372,7 +373,7 @@ def test_noise_levels_are_those_of_diffusers(form: str, zero: bool) -> None:
     told = {**BASE, "beta_schedule": form, "rescale_betas_zero_snr": zero, "prediction_type": "v_prediction"}
     make: Any = DDPMScheduler
     theirs = make(**told).alphas_cumprod
-    ours = schedule({"_class_name": "DDPMScheduler", **told})
+    ours = schedule(completed({"_class_name": "DDPMScheduler", **told}))
     torch.testing.assert_close(ours.alpha.square().float(), theirs, atol=1e-6, rtol=0)
     assert (ours.alpha[-1] == 0) == zero
     torch.testing.assert_close(ours.alpha**2 + ours.sigma**2, torch.ones(1000, dtype=torch.float64))
@@ -422,7 +423,7 @@ def test_a_schedule_that_is_not_understood_is_refused(
     changed: dict[str, Any], said: str, refusal: Refusal
 ) -> None:
     config = {"_class_name": "DDIMScheduler", **BASE, "beta_schedule": "scaled_linear", **changed}
-    assert said in refusal(lambda: schedule(config))
+    assert said in refusal(lambda: schedule(completed(config)))
 
 
 @pytest.mark.parametrize(
@@ -487,3 +488,12 @@ def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
     assert "500 levels" in refusal(lambda: family("sd15", tmp_path / "p"))
     wide = build.family(StableConfig(kind="sd15", resolution=768), published("sd15"))
     assert "not 12" in refusal(wide.head)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_a_config_leaves_out_is_the_default_of_its_own_class(name: str) -> None:
+    theirs = getattr(diffusers, name)()
+    given = {"_class_name": name}
+    ours = schedule(completed(given))
+    torch.testing.assert_close(ours.alpha.square().float(), theirs.alphas_cumprod, atol=1e-6, rtol=0)
+    assert given == {"_class_name": name}

@@ -1,0 +1,29 @@
+"""Weights of networks that judge, from where they are published: the file that was meant, or none."""
+
+from __future__ import annotations
+
+import shutil
+import urllib.request
+from pathlib import Path
+
+from dmd2.config import WeightsConfig
+from dmd2.errors import Refused
+from dmd2.storage import fetched, sha256
+
+
+def fetch(settings: WeightsConfig, target: Path, option: str) -> None:
+    """Copy the weights from their address, and refuse them if they are not the ones that were meant."""
+    try:
+        if settings.uri.startswith("https://"):
+            with urllib.request.urlopen(settings.uri, timeout=60) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        else:
+            shutil.copyfile(fetched(settings.uri.removeprefix("file://")), target)
+    except OSError as error:
+        raise Refused(
+            f"the weights at {settings.uri} cannot be read ({error}); set {option}.uri to a copy of them"
+        ) from None
+    if not (found := sha256(target)).startswith(settings.sha256):
+        raise Refused(
+            f"{settings.uri} has sha256 {found}, not {settings.sha256} as {option.removeprefix('--')}.sha256 demands; it was not loaded"
+        )
