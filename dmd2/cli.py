@@ -81,7 +81,7 @@ def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[...
 
 def _overview() -> str:
     verbs = "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
-    names = "\n".join(f"  {name:<22} {_first_line(make)}" for name, make in recipes.RECIPES.items())
+    names = "\n".join(f"  {name:<33} {_first_line(make)}" for name, make in recipes.RECIPES.items())
     return f"""usage: dmd2 VERB [RECIPE] --flags
 
 Distil a diffusion teacher into a one- or few-step student. Each verb reads folders and makes one.

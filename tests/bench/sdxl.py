@@ -39,6 +39,7 @@ RUNS = {
     "sdxl-1step-emoji": "1 step, after its warm-up",
     "sdxl-4step-lora-emoji": "4 steps, low-rank student",
     "sdxl-4step-noised-real-emoji": "4 steps, noised real inputs",
+    "sdxl-4step-lora-noised-real-emoji": "4 steps, low-rank, noised real inputs",
 }
 SHOWN = 20
 """Emoji in each picture, five in a row."""
