@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from dmd2 import config as c
-from dmd2 import losses, parallel
+from dmd2 import losses, memory, parallel
 from dmd2.data.encoders import load_vae
 from dmd2.denoiser import Denoiser, guided
 from dmd2.ema import Average
 from dmd2.errors import Refused
 from dmd2.models.edm import Edm
 from dmd2.models.family import ModelFamily, Shown
+from dmd2.parallel import World
+from dmd2.rng import Rng, draw_shared, reseed
 from dmd2.sample import Sample
-from dmd2.sampler import denoise_real, simulate
-from dmd2.terms import Adversarial, DistributionMatching, Teacher, Term
-from dmd2.trainer import Player, Regression, Teaching, Trainer
+from dmd2.sampler import Rollouts, denoise_real, simulate
+from dmd2.terms import (
+    Adversarial,
+    CriticPasses,
+    DistributionMatching,
+    Teacher,
+    Term,
+    apart,
+    shared_view,
+)
+from dmd2.trainer import HEAD, Moments, Player, Regression, Teaching, Trainer
 
 
 def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") -> ModelFamily:
@@ -39,14 +50,17 @@ def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") ->
     return kinds[config.kind](config, frozen or published(config.kind), vae)
 
 
-def teaching(config: c.Config, device: torch.device) -> Teaching:
+def teaching(config: c.Config, world: World) -> Teaching:
     """A network that learns to be a teacher."""
-    parallel.reseed(config.seed, 0, 0)
+    reseed(config.seed)
     fam, settings = family(config.family), config.teach
-    network = fam.network().to(device)
+    network = fam.network().to(world.device)
+    mesh = world.meshed(config.engine.shards)
+    if mesh:
+        parallel.shard(network, fam.blocks(network), mesh, torch.float32, resident=True)
 
-    def levels(count: int) -> Tensor:
-        return fam.diffusion.nearest(settings.p_mean + settings.p_std * torch.randn(count))
+    def levels(noise: Tensor) -> Tensor:
+        return fam.diffusion.nearest(settings.p_mean + settings.p_std * noise)
 
     return Teaching(
         player("teacher", network, settings.player, settings.steps), fam.denoiser(network), levels
@@ -61,54 +75,104 @@ class Start:
     critic: Mapping[str, Tensor] | None = None
 
 
+Prompts = Callable[[Rng], Shown]
+"""Draws what fakes show, a prompt for each row."""
+
+
 def game(
     config: c.Config,
     fam: ModelFamily,
-    teacher: nn.Module,
-    device: torch.device,
+    teacher: Mapping[str, Tensor],
+    world: World,
     start: Start | None = None,
-    prompts: Callable[[int], Shown] | None = None,
+    prompts: Prompts | None = None,
 ) -> Trainer | Regression:
     """What the recipe plays: DMD2, or the regression that comes before it.
 
-    `prompts` draws what so many fakes show; without it, they show what the real samples of the step do.
+    `teacher` are its weights, and `start` those of an earlier run, on the main process; the others give none, and no
+    process holds more than one whole float32 copy. `prompts` draws what fakes show; without it, they show what the real
+    samples of the step do.
     """
     if prompts and (config.distill.regression or config.distill.inputs == "noised-real"):
         raise Refused(
             "prompts are given, but this recipe learns from samples with captions of their own; leave out --prompts"
         )
-    parallel.reseed(config.seed, 0, 0)
-    teacher = teacher.to(device).requires_grad_(False)
-    networks = _networks(config.distill, teacher, start)
-    if config.distill.checkpointing:
-        for network in networks:
-            checkpointed(fam, network)
+    reseed(config.seed)
+    networks = _networks(config, fam, teacher, world, start)
+    if config.engine.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if config.engine.checkpointing != "none":
+        for network in networks[1:]:
+            checkpointed(fam, network, config.engine.checkpointing)
+    for network in networks if config.engine.compile else ():
+        compiled(fam, network)
     if config.distill.regression:
-        return _regression(config, fam, networks[0], device)
-    return _trainer(config, fam, teacher, *networks, device, prompts)
+        return _regression(config, fam, networks[1], world.device)
+    return _trainer(config, fam, *networks, world, prompts)
 
 
 def _networks(
-    settings: c.DistillConfig, teacher: nn.Module, start: Start | None
-) -> tuple[nn.Module, nn.Module]:
-    """Student and critic. The teacher keeps its weights in the type it computes in."""
+    config: c.Config, fam: ModelFamily, weights: Mapping[str, Tensor], world: World, start: Start | None
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Teacher, student and critic, on the device and divided as the mesh says. The teacher keeps its weights in the type it
+    computes in."""
+    settings, mesh = config.distill, world.meshed(config.engine.shards)
     lora, dtype = settings.lora, getattr(torch, settings.dtype)
     if lora and start:
         raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
-    alone = settings.regression is not None  # nobody to play against
-    critic = teacher if alone or (lora and lora.shared_base) else copy.deepcopy(teacher).requires_grad_(True)
-    student = teacher if lora else copy.deepcopy(teacher).requires_grad_(True)
-    teacher.to(dtype)
-    if start:
-        student.load_state_dict(start.student)
-        if start.critic:
-            critic.load_state_dict(start.critic)
-    if lora:
-        from dmd2.models.lora import updated
+    resident = mesh is None or is_resident(config, fam, mesh.shape, world)
+    shared = bool(lora and lora.shared_base) or settings.regression is not None
 
-        student = updated(teacher, lora)
-        critic = updated(teacher, lora) if lora.shared_base and not alone else critic
-    return student, critic
+    def placed(weights: Mapping[str, Tensor], dtype: torch.dtype, learns: bool, divided: bool) -> nn.Module:
+        with torch.device("meta"):
+            network = fam.network().to(dtype).requires_grad_(learns)
+        if mesh and divided:
+            parallel.shard(network, fam.blocks(network), mesh, computed, resident=resident)
+        network = network.to_empty(device=world.device)
+        parallel.spread(network, weights, world)
+        return network
+
+    computed = dtype
+    teacher = placed(weights, dtype, learns=False, divided=not resident and not lora)
+    if lora:
+        student = updated(teacher, fam, lora, mesh, dtype)
+    else:
+        student = placed(start.student if start else weights, torch.float32, learns=True, divided=True)
+    if shared:
+        critic = updated(teacher, fam, lora, mesh, dtype) if lora and not settings.regression else teacher
+    else:
+        its = start.critic if start and start.critic else weights
+        critic = placed(its, torch.float32, learns=True, divided=True)
+    return teacher, student, critic
+
+
+def updated(
+    base: nn.Module, fam: ModelFamily, lora: c.LoraConfig, mesh: DeviceMesh | None, dtype: torch.dtype
+) -> nn.Module:
+    """A network with a low-rank update of its own, on a base that stays whole on every process."""
+    from dmd2.models import lora as low_rank
+
+    network = low_rank.updated(base, lora)
+    if mesh:
+        frozen = [p for p in network.parameters() if not p.requires_grad]
+        parallel.shard(network, fam.blocks(network), mesh, dtype, resident=True, whole=frozen)
+    return network
+
+
+def is_resident(config: c.Config, fam: ModelFamily, shape: Sequence[int], world: World) -> bool:
+    """Whether every process keeps the networks whole, and why."""
+    if config.engine.weights != "auto":
+        return config.engine.weights == "resident"
+    needed, there = memory.static_gb(config, fam, shape, resident=True), memory.device_gb(world.device)
+    resident = needed <= memory.ROOM * there
+    if world.main:
+        print(
+            f"weights {'resident' if resident else 'sharded'}: whole networks would take {needed:.1f} GB of the {there:.1f} GB "
+            f"of a device, {'at most' if resident else 'more than'} {memory.ROOM:.0%} (--engine.weights chooses)",
+            file=sys.stderr,
+            flush=True,
+        )
+    return resident
 
 
 def _regression(config: c.Config, fam: ModelFamily, student: nn.Module, device: torch.device) -> Regression:
@@ -119,7 +183,7 @@ def _regression(config: c.Config, fam: ModelFamily, student: nn.Module, device: 
         Denoiser(student, fam.diffusion, getattr(torch, settings.dtype)),
         settings.student_levels[0],
         _distance(settings.regression, fam, device),
-        settings.micro_batch,
+        config.engine.micro_batch,
     )
 
 
@@ -143,8 +207,8 @@ def _trainer(
     teacher: nn.Module,
     student_network: nn.Module,
     critic_network: nn.Module,
-    device: torch.device,
-    prompts: Callable[[int], Shown] | None,
+    world: World,
+    prompts: Prompts | None,
 ) -> Trainer:
     settings, dtype = config.distill, getattr(torch, config.distill.dtype)
     student, critic = (Denoiser(n, fam.diffusion, dtype) for n in (student_network, critic_network))
@@ -154,40 +218,92 @@ def _trainer(
         guide = _teacher(Denoiser(teacher, fam.diffusion, dtype), settings.guidance)
         terms.append(DistributionMatching(guide, critic, _levels(settings.dmd, len(fam.diffusion))))
     if settings.gan:
-        critics["head"] = fam.head().to(device)
+        critics[HEAD] = _head(config, fam, world)
         max_level = max(1, round(settings.gan.max_level * len(fam.diffusion)))
         terms.append(
             Adversarial(
-                critic, critics["head"], max_level, settings.gan.student_weight, settings.gan.critic_weight
+                critic, critics[HEAD], max_level, settings.gan.student_weight, settings.gan.critic_weight
             )
         )
-
-    def draw(shown: Sample, step: int) -> Tensor:
-        if settings.inputs == "noised-real":
-            return denoise_real(student, shown, settings.student_levels)
-        stop = parallel.draw_shared(config.seed, step, len(settings.student_levels))
-        return simulate(student, torch.randn_like(shown.x), shown.cond, settings.student_levels, stop)
-
-    def generate(real: Sample, step: int) -> Sample:
-        shown = real if prompts is None else Sample(real.x, *prompts(len(real.x)))
-        return replace(shown, x=draw(shown, step))
-
     return Trainer(
         player("student", student.network, settings.student, settings.steps),
         player("critic", critics, settings.critic, settings.steps),
         terms,
-        generate,
+        _generate(config, student, prompts),
         settings.critic_updates,
-        settings.micro_batch,
+        config.engine.micro_batch,
+        _passes(settings, terms),
+        carries=settings.every_stop,
     )
 
 
-def checkpointed(fam: ModelFamily, network: nn.Module) -> None:
+def _head(config: c.Config, fam: ModelFamily, world: World) -> nn.Module:
+    """In float32, and the same on every process at the start."""
+    head, mesh = fam.head().to(world.device), world.meshed(config.engine.shards)
+    if mesh:
+        parallel.shard(head, [], mesh, torch.float32, resident=True)
+    return head
+
+
+def _passes(settings: c.DistillConfig, terms: Sequence[Term]) -> CriticPasses:
+    match terms:
+        case [DistributionMatching() as dmd, Adversarial() as gan] if (
+            settings.gan and settings.gan.shared_view
+        ):
+            return shared_view(dmd, gan)
+        case _:
+            return apart(terms)
+
+
+def _generate(
+    config: c.Config, student: Denoiser, prompts: Prompts | None
+) -> Callable[[Sample, int], Sample]:
+    settings = config.distill
+    if settings.every_stop:
+        return Rollouts(student, settings.student_levels, settings.critic_updates, config.seed, prompts)
+
+    def generate(real: Sample, step: int) -> Sample:
+        shown = real if prompts is None else replace(real, **prompts(real.rng)._asdict())
+        if settings.inputs == "noised-real":
+            return replace(shown, x=denoise_real(student, shown, settings.student_levels))
+        stop = draw_shared(config.seed, step, len(settings.student_levels))
+        noise = real.rng.normal_like
+        x = simulate(student, noise(real.x), shown.cond, settings.student_levels, stop, noise)
+        return replace(shown, x=x)
+
+    return generate
+
+
+def checkpointed(fam: ModelFamily, network: nn.Module, how: str) -> None:
     """Let each of the family's units, but those that hold others, compute its activations again when they are needed."""
-    units = list(fam.blocks(network))
-    for unit in units:
-        if not any(other is not unit and other in units for other in unit.modules()):
-            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+    kept = partial(create_selective_checkpoint_contexts, KEPT) if how == "selective" else noop_context_fn
+    for unit in parallel.innermost(fam.blocks(network)):
+        unit.forward = partial(checkpoint, unit.forward, use_reentrant=False, context_fn=kept)
+
+
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing does not compute again: the results that cost the most for their size."""
+
+
+def compiled(fam: ModelFamily, network: nn.Module) -> None:
+    """Compile each of the family's units, but those that hold others; what is around them, and their sharding, is not."""
+    torch._dynamo.config.recompile_limit = max(RECOMPILED, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = 16 * RECOMPILED
+    for unit in parallel.innermost(fam.blocks(network)):
+        unit.forward = torch.compile(unit.forward, dynamic=False)
+
+
+RECOMPILED = 256
+"""Units share their code and differ in their shapes; beyond torch's usual 8, they would silently not be compiled."""
 
 
 def player(name: str, module: nn.Module, settings: c.Player, steps: int) -> Player:
@@ -205,6 +321,7 @@ def player(name: str, module: nn.Module, settings: c.Player, steps: int) -> Play
         gone = (step - settings.warmup) / max(1, steps - settings.warmup)
         return settings.lr * (1 - gone * (1 - settings.final))
 
+    Moments(optimizer)
     averages = [Average(module, decay) for decay in settings.ema]
     return Player(name, module, optimizer, lr, settings.max_grad_norm, averages)
 

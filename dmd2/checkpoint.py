@@ -1,79 +1,171 @@
-"""Checkpoints: named objects <-> a folder of safetensors files.
+"""Checkpoints: named objects <-> a folder of safetensors files, one per process, by torch.distributed.checkpoint.
 
-What is saved is a dictionary of objects that have `state_dict` and `load_state_dict`. A checkpoint is complete if
-its folder has its final name; nothing in it is ever unpickled. What can be derived from the step (learning rates,
-random numbers, position in the data) is not in it.
+What is saved is a dictionary of objects whose `state_dict` is tensors. They are copied at once and written while the
+run goes on; a checkpoint is there when all processes have written theirs, which its manifest, the last file, says.
+It can be loaded by any number of processes, and nothing in it is ever unpickled. What can be derived from the step
+(learning rates, random numbers, position in the data) is not in it.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_together
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from dmd2.storage import flush
-from dmd2.tensors import load_tensors, save_tensors
+from dmd2.errors import Refused
+from dmd2.folders import MANIFEST
+from dmd2.parallel import World
+from dmd2.storage import flush, write
 
 
 class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: Any) -> object: ...
 
 
-def save(root: Path, step: int, objects: Mapping[str, Stateful], keep: int) -> None:
-    """Write `root/<step>`, the state after `step` steps, and delete all but the newest `keep`."""
-    draft = root / f".{step:08d}.partial"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        for name, thing in objects.items():
-            save_tensors(_tensors(thing), draft / f"{name}.safetensors")
-            flush(draft / f"{name}.safetensors")
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
-    target = root / f"{step:08d}"
-    shutil.rmtree(target, ignore_errors=True)
-    draft.replace(target)
-    for old in steps(root)[:-keep]:
-        shutil.rmtree(root / f"{old:08d}")
+@dataclass
+class Checkpoints:
+    """The checkpoints of a run, as all its processes keep them together."""
+
+    root: Path
+    world: World
+    keep: int
+    """Newest ones that are kept."""
+    _writing: tuple[int, Future[Any]] | None = field(default=None, init=False)
+
+    def begin(self, step: int, objects: Mapping[str, Stateful]) -> None:
+        """Write the state after `step` steps, in the background; wait for what is being written first."""
+        self.finish()
+        draft = self._draft(step)
+        if self.world.main:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        self.world.wait()
+        writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+        with warnings.catch_warnings(action="ignore"):
+            future = async_save(
+                _tensors(objects),
+                storage_writer=writer,
+                process_group=self.world.writers,
+                no_dist=not self.world.control,
+            )
+        self._writing = step, cast("Future[Any]", future)
+
+    @property
+    def written(self) -> bool:
+        """Whether nothing is being written by this process."""
+        return not self._writing or self._writing[1].done()
+
+    def finish(self) -> bool:
+        """Let what was begun be there, once all have written it; whether there was anything."""
+        if not self._writing:
+            return False
+        (step, future), self._writing = self._writing, None
+        draft = self._draft(step)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                future.result()
+        except CheckpointException as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise _cause(error, draft) from None
+        self.world.wait()
+        if self.world.main:
+            self._publish(draft, step)
+        self.world.wait()
+        return True
+
+    def _publish(self, draft: Path, step: int) -> None:
+        files = {path.name: path.stat().st_size for path in sorted(draft.glob("*.safetensors"))}
+        for name in files:
+            flush(draft / name)
+        write(draft / MANIFEST, json.dumps({"step": step, "processes": self.world.size, "files": files}))
+        target = self.root / f"{step:08d}"
+        shutil.rmtree(target, ignore_errors=True)
+        draft.replace(target)
+        for old in steps(self.root)[: -self.keep]:
+            shutil.rmtree(self.root / f"{old:08d}")
+
+    def _draft(self, step: int) -> Path:
+        return self.root / f".{step:08d}.partial"
 
 
 def steps(root: Path) -> list[int]:
     """The steps with a complete checkpoint, oldest first."""
-    return sorted(int(p.name) for p in root.glob("[0-9]*") if p.is_dir()) if root.is_dir() else []
+    return sorted(int(p.parent.name) for p in root.glob(f"[0-9]*/{MANIFEST}")) if root.is_dir() else []
 
 
-def load(root: Path, step: int, objects: Mapping[str, Stateful]) -> None:
+def load(root: Path, step: int, objects: Mapping[str, Stateful], world: World | None = None) -> None:
     """Bring the objects to the state they had after `step` steps."""
+    folder = root / f"{step:08d}"
+    _check(folder)
+    tensors = _tensors(objects)
+    there = _reader(folder).read_metadata().state_dict_metadata
+    if odd := sorted(there.keys() ^ tensors.keys()):
+        raise Refused(
+            f"{folder} is of another network: {odd[0]} is on one side only; remove the run's folder and start anew"
+        )
+    alone = not (world and world.control)
+    with warnings.catch_warnings(action="ignore"):
+        load_together(tensors, storage_reader=_reader(folder), no_dist=alone)
     for name, thing in objects.items():
-        tensors = load_tensors(root / f"{step:08d}" / f"{name}.safetensors")
-        if isinstance(thing, torch.optim.Optimizer):
-            thing.load_state_dict(
-                {"state": _unflat(tensors), "param_groups": thing.state_dict()["param_groups"]}
-            )
-        else:
-            thing.load_state_dict(tensors)
+        prefix = f"{name}/"
+        thing.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
-def _tensors(thing: Stateful) -> dict[str, Tensor]:
-    """The state as tensors; an optimizer's groups are left out, for the Config says them."""
-    state = thing.state_dict()
-    if not isinstance(thing, torch.optim.Optimizer):
-        return state
+def whole(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one object of a checkpoint; none if it has no such object."""
+    found = _reader(folder).read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        key: torch.empty(told.size, dtype=told.properties.dtype)  # type: ignore[union-attr]
+        for key, told in found.items()
+        if key.startswith(f"{name}/")
+    }
+    with warnings.catch_warnings(action="ignore"):
+        load_together(tensors, storage_reader=_reader(folder), no_dist=True)
+    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items()}
+
+
+def _cause(error: CheckpointException, draft: Path) -> BaseException:
+    """What went wrong on one of the processes: the disk's own words, if it was the disk."""
+    first = next(iter(error.failures.values()))[0]
+    if isinstance(first, SafetensorError):
+        number = re.search(r"os error (\d+)", str(first))
+        return OSError(int(number[1]) if number else errno.EIO, f"cannot write ({first})", str(draft))
+    return first
+
+
+def _tensors(objects: Mapping[str, Stateful]) -> dict[str, Any]:
     return {
-        f"{index}.{key}": value for index, slots in state["state"].items() for key, value in slots.items()
+        f"{name}/{key}": value for name, thing in objects.items() for key, value in thing.state_dict().items()
     }
 
 
-def _unflat(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    return state
+def _reader(folder: Path) -> HuggingFaceStorageReader:
+    return HuggingFaceStorageReader(str(folder))
+
+
+def _check(folder: Path) -> None:
+    """Refuse what is not whole."""
+    told = json.loads((folder / MANIFEST).read_text())["files"]
+    for name, size in told.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise Refused(
+                f"{path} is missing or truncated; remove {folder} to go on from the checkpoint before it"
+            )

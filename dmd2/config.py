@@ -298,6 +298,8 @@ class GanConfig(Section):
     """Weight in the critic's loss."""
     max_level: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Levels below this share of the table noise what the head sees."""
+    shared_view: bool = False
+    """The fakes that the head is shown are those of the critic's denoising loss, under the same noise: one pass less."""
 
 
 class WeightsConfig(Section):
@@ -334,6 +336,30 @@ class RegressionConfig(Section):
     """Folder or hub name of the VAE that makes the images, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
 
 
+class EngineConfig(Section):
+    """How the work is done, and on how much hardware. Nothing here changes what comes out, but for rounding, so a run may go
+    on with other settings."""
+
+    micro_batch: NonNegativeInt = 0
+    """Images that go through the networks of a process together; the gradients of several are added up to its share of the
+    batch. 0 = all of the share."""
+    shards: NonNegativeInt = 0
+    """Processes among which the weights that learn, their gradients and moments are divided (FSDP); groups of so many are
+    replicas of each other (HSDP). 1 = every process has all (DDP), 0 = the processes of one machine."""
+    weights: Literal["auto", "resident", "sharded"] = "auto"
+    """`resident`: every process keeps the networks whole, in the type they compute in, and gathers them once per update.
+    `sharded`: a unit is gathered when it is needed, and let go. `auto`: resident if that leaves room for activations."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: `full`, all inside a unit, for less memory and a third
+    more work; `selective`, all but the results of matrix products, convolutions and attention."""
+    compile: bool = False
+    """Compile each unit with torch.compile: a minute or more at the start, faster steps."""
+    deterministic: bool = False
+    """The same bits in every run on the same hardware; slower."""
+    hang_s: PositiveFloat = 1800.0
+    """Seconds without a finished step after which a process writes where it hangs, and ends, to be started again."""
+
+
 class DistillConfig(Section):
     """The game between student and critic."""
 
@@ -341,13 +367,8 @@ class DistillConfig(Section):
     """Critic updates; the student has one update in `critic_updates` of them."""
     batch: PositiveInt
     """Images per step, over all processes."""
-    micro_batch: NonNegativeInt = 0
-    """Images that go through the networks together; the gradients of several are added up to the batch. 0 = all of a
-    process's share."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in. Weights that learn stay in float32, the teacher's are kept in this."""
-    checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     student: Player
     critic: Player
     critic_updates: PositiveInt = 5
@@ -357,6 +378,9 @@ class DistillConfig(Section):
     inputs: Literal["rollout", "noised-real"] = "rollout"
     """What a student of several steps learns from: `rollout`, its own earlier steps (backward simulation, DMD2 sec. 4.5),
     or `noised-real`, real samples under noise of a drawn level."""
+    every_stop: bool = False
+    """Between the student's turns, go on with one rollout, a step for each update of the critic, and show the critic every
+    stop of it: one network call for a sample instead of (steps + 1) / 2."""
     lora: LoraConfig | None = None
     guidance: NonNegativeFloat = 1.0
     """Scale of the teacher's classifier-free guidance; 1 = none."""
@@ -383,8 +407,8 @@ class DistillConfig(Section):
             raise ValueError(
                 "regression is a warm-up of its own; set dmd and gan to None, and start the distillation from its run"
             )
-        if self.micro_batch > self.batch:
-            raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}; lower it")
+        if self.every_stop and (self.inputs != "rollout" or len(self.student_levels) < 2):
+            raise ValueError("every_stop is about the rollouts of a student of several steps; turn it off")
         if (
             list(self.student_levels) != sorted(set(self.student_levels), reverse=True)
             or not self.student_levels
@@ -454,6 +478,7 @@ class Config(Section):
     pairs: PairsConfig = PairsConfig()
     teach: TeachConfig = TeachConfig()
     distill: DistillConfig
+    engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
 
@@ -465,6 +490,10 @@ class Config(Section):
                 f"distill.student_levels has {top}, beyond the {self.family.levels} levels of the family"
             )
         self.family.check(self.distill)
+        if self.engine.micro_batch > self.distill.batch:
+            raise ValueError(
+                f"engine.micro_batch {self.engine.micro_batch} is larger than distill.batch {self.distill.batch}; lower it"
+            )
         return self
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dmd2.parallel import local
+
 
 class Average:
     """shadow <- decay * shadow + (1 - decay) * weights, of those that learn, with a smaller decay over the first updates."""
@@ -17,9 +19,8 @@ class Average:
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [p for p in network.parameters() if p.requires_grad], 1 - decay
-        )
+        weights = [local(p.detach()) for p in network.parameters() if p.requires_grad]
+        torch._foreach_lerp_([local(value) for value in self.shadow.values()], weights, 1 - decay)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -28,4 +29,4 @@ class Average:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.updates = int(state["updates"])
         for name, value in self.shadow.items():
-            value.copy_(state[f"shadow.{name}"])
+            local(value).copy_(local(state[f"shadow.{name}"]))

@@ -296,6 +296,11 @@ def _worth_keeping(draft: Draft, error: BaseException) -> bool:
     return any(fnmatch(entry.name, pattern) for entry in draft.store.list() for pattern in WORTH_KEEPING)
 
 
+def joined(out: str | Path, kind: str) -> Draft:
+    """The hidden folder that another process of the same run has begun, on this machine."""
+    return _draft(out, kind)
+
+
 @contextmanager
 def ready(
     out: str | Path,

@@ -33,4 +33,14 @@ def gan_student(fake_logits: Tensor) -> Tensor:
 
 def gan_critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The critic wants to tell real from generated (DMD2, eq. 4)."""
-    return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+    return gan_fake(fake_logits) + gan_real(real_logits)
+
+
+def gan_fake(logits: Tensor) -> Tensor:
+    """The share of the generated samples in the critic's loss."""
+    return F.softplus(logits).mean()
+
+
+def gan_real(logits: Tensor) -> Tensor:
+    """The share of the real samples in the critic's loss."""
+    return F.softplus(-logits).mean()

@@ -103,8 +103,8 @@ def save_network(folder: Path, model: Model, weights: dict[str, Tensor]) -> None
     (folder / "network.json").write_text(json.dumps(facts, indent=1))
 
 
-def load_network(folder: str | Path) -> Model:
-    """The network of a teacher, run or package folder."""
+def load_network(folder: str | Path, weights: bool = True) -> Model:
+    """The network of a teacher, run or package folder; without weights, only its form."""
     path = local(folder)
     if not (path / "network.json").is_file():
         raise Refused(f"{path} holds no network (no network.json); give a teacher, run or package folder")
@@ -114,7 +114,8 @@ def load_network(folder: str | Path) -> Model:
     with torch.device("meta"):  # every weight comes from the file
         network = family.network().requires_grad_(False).eval()
     try:
-        network.load_state_dict(family.weights(path), assign=True)
+        if weights:
+            network.load_state_dict(family.weights(path), assign=True)
     except RuntimeError as error:
         raise Refused(
             f"the weights in {path} do not fit its network: {str(error).splitlines()[1].strip()}"

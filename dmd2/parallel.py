@@ -1,34 +1,232 @@
-"""Where a process runs, and the address of its randomness.
+"""The processes of a run, and how they share the weights: a mesh of (replicas, shards).
 
-Nothing keeps a random state between steps: each step sets the seed again from (seed, rank, step), so a resumed
-run draws what the uninterrupted one would have drawn. What decides how many network calls are made is drawn
-from (seed, step) alone and is the same on all ranks, or sharded training would deadlock.
+(1, 1) is one device, (W, 1) is DDP, (1, W) is FSDP and (R, S) is HSDP, all by FSDP2's `fully_shard`. Weights that learn
+are float32 and divided among the shards, with their gradients and moments; what is computed with is gathered from
+them, in the type it is computed in. `resident` networks are gathered whole and once per update of theirs: they stay
+gathered through rollouts, passes and parts of a batch, and their gradients travel once. Weights that are frozen are
+whole on every device, and never travel.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor import DTensor
 
 from dmd2.errors import Refused
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for each other where only one of them works, as when it writes a result."""
+LOST = timedelta(minutes=10)
+"""How long a collective of a step may take."""
 
 
 def device() -> torch.device:
     """The accelerator of this process, or the CPU."""
-    state = PartialState()
-    if state.num_processes > 1:
-        raise Refused(
-            f"started with {state.num_processes} processes; training runs in one process for now, start it without torchrun"
+    return torch.device(PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE).device)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that torchrun started, or the only one."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among those of this machine."""
+    local_size: int = 1
+    control: dist.ProcessGroup | None = None
+    """For words between hosts, beside the work of the devices; none if there is only one process."""
+    writers: dist.ProcessGroup | None = None
+    """The same for what is written in the background."""
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, batch: int) -> range:
+        """The rows of the whole batch that are this process's."""
+        if batch % self.size:
+            raise Refused(
+                f"a batch of {batch} images cannot be divided among {self.size} processes; choose a multiple"
+            )
+        return range(self.rank, batch, self.size)
+
+    def wait(self) -> None:
+        """For all the others."""
+        if self.control:
+            dist.barrier(self.control)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The main process first, so that a mistake is told once; then the others."""
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over the processes, of numbers on the host."""
+        if self.control:
+            dist.all_reduce(values, group=self.control)
+        return values / self.size
+
+    def meshed(self, shards: int) -> DeviceMesh | None:
+        """The mesh with so many shards (0 = a machine's processes); none where no process group is."""
+        if not self.control:
+            return None
+        shards = shards or self.local_size
+        if self.size % shards:
+            raise Refused(
+                f"engine.shards is {shards}, which does not divide the {self.size} processes; choose a divisor"
+            )
+        shape = (self.size // shards, shards)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
+
+
+def join() -> World:
+    """Meet the processes that torchrun started this one with; without torchrun, be alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return World(device())
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = torch.device(accelerator.type, local_rank) if accelerator else torch.device("cpu")
+    if accelerator:
+        torch.accelerator.set_device_index(local_rank)
+    if not dist.is_initialized():
+        backend = (
+            f"cpu:gloo,{here.type}:{dist.get_default_backend_for_device(here)}" if accelerator else "gloo"
         )
-    return torch.device(state.device)
+        dist.init_process_group(backend, timeout=LOST)
+    control, writers = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    assert isinstance(control, dist.ProcessGroup)
+    assert isinstance(writers, dist.ProcessGroup)
+    return World(here, dist.get_rank(), dist.get_world_size(), local_rank, local_size, control, writers)
 
 
-def reseed(seed: int, rank: int, step: int) -> None:
-    """Give this step of this rank its own random numbers."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]))
+def shard(
+    network: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    *,
+    resident: bool,
+    whole: Iterable[nn.Parameter] = (),
+) -> None:
+    """Divide the weights of `network` among the shards of the mesh, in place: each unit on its own, then what is left of
+    it. What is `whole` stays so on every process. Resident, only the outermost units are used: fewer, larger messages."""
+    policy = MixedPrecisionPolicy(
+        None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # in bfloat16 the timestep 999 is 1000 and 749 is 748
+    )
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "reshard_after_forward": not resident,
+        "ignored_params": set(whole),
+    }
+    for unit in outermost(units) if resident else units:
+        fully_shard(unit, **settings)
+    fully_shard(network, **settings)
+    for gathered_apart in _sharded(network):
+        if resident:
+            gathered_apart.set_reshard_after_backward(False, recurse=False)
+        if dtype == torch.bfloat16 and mesh.shape[1] > 1:
+            gathered_apart.set_custom_reduce_scatter(AddedInFloat32())
 
 
-def draw_shared(seed: int, step: int, count: int) -> int:
-    """A number in [0, count) that is the same on all ranks."""
-    return int(np.random.default_rng([seed, step]).integers(count))
+def outermost(units: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that no other one holds."""
+    inner = {id(m) for unit in units for m in unit.modules() if m is not unit}
+    return [unit for unit in units if id(unit) not in inner]
+
+
+def innermost(units: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that hold no other one."""
+    ids = {id(unit) for unit in units}
+    return [unit for unit in units if not any(id(m) in ids for m in unit.modules() if m is not unit)]
+
+
+class AddedInFloat32(ReduceScatter):
+    """Gradients travel as the backward pass made them, in bfloat16, and are added up in float32: half the bytes of a
+    float32 reduction, and its sums."""
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        sent = input_tensor.to(torch.bfloat16)
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=group)
+        torch.sum(got.view(group.size(), -1), dim=0, dtype=torch.float32, out=output_tensor)
+        if op == dist.ReduceOp.AVG:
+            output_tensor.div_(group.size())
+
+
+def spread(network: nn.Module, weights: Mapping[str, Tensor], world: World) -> None:
+    """Give the network the weights that the main process has, each process what it keeps of them; the others give none."""
+    if not world.control:
+        network.load_state_dict(weights)
+        return
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(network, dict(weights) if world.main else {}, options=options)
+
+
+def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors, on the host of the main process, one after the other; nothing on the others, which must take part."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.main:
+            found[name] = whole.cpu() if world.control else whole
+    return found
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of what was gathered: the parameters of the module are again the divided ones, those that learn."""
+    for unit in _sharded(module):
+        unit.reshard()
+
+
+def reduces(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass adds its gradients up over the processes, or keeps them for a later one to do so."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+
+
+def norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, over the shards."""
+    total = nn.utils.get_total_norm(gradients, foreach=True)
+    return total.full_tensor() if isinstance(total, DTensor) else total
+
+
+def _sharded(module: nn.Module) -> Iterator[FSDPModule]:
+    return (unit for unit in module.modules() if isinstance(unit, FSDPModule))

@@ -18,10 +18,11 @@ LINE_EVERY_S = 15.0
 class Progress:
     """`with Progress("distill", 1000, "steps") as progress: progress.advance(note="...")`."""
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
         self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
         self.start = self.last_line = time.monotonic()
-        self.console = Console(file=sys.stderr)
+        self.console = Console(file=sys.stderr, quiet=not shown)
+        self.shown = shown
         columns = (
             bars.TextColumn("[bold]{task.description}"),
             bars.BarColumn(),
@@ -32,7 +33,9 @@ class Progress:
             bars.TimeRemainingColumn(),
             bars.TextColumn("{task.fields[note]}"),
         )
-        self.bar = bars.Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar = bars.Progress(
+            *columns, console=self.console, disable=not (shown and self.console.is_terminal)
+        )
         self.task = self.bar.add_task(what, total=total, completed=done, note="")
 
     def __enter__(self) -> Self:
@@ -63,6 +66,8 @@ class Progress:
 
     def _line(self, note: str) -> None:
         self.last_line = time.monotonic()
+        if not self.shown:
+            return
         left = f"{self.eta_s:.0f} s left" if self.done < self.total else "done"
         line = f"{self.what}: {self.done}/{self.total} {self.unit}, {left}{', ' if note else ''}{note}"
         with suppress(BrokenPipeError):  # nobody listens any more; the work goes on, to its next checkpoint

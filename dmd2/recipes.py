@@ -16,6 +16,7 @@ from dmd2.config import (
     DataConfig,
     DistillConfig,
     EdmConfig,
+    EngineConfig,
     EvaluateConfig,
     GanConfig,
     GateConfig,
@@ -104,9 +105,7 @@ def sd15_1step() -> Config:
         distill=DistillConfig(
             steps=39_000,
             batch=2048,
-            micro_batch=32,
             dtype="bfloat16",
-            checkpointing=True,
             student=player,
             critic=player,
             critic_updates=10,
@@ -115,6 +114,7 @@ def sd15_1step() -> Config:
             preview_every=1000,
             save_every=1000,
         ),
+        engine=EngineConfig(micro_batch=32, checkpointing="full"),
         evaluate=EvaluateConfig(images=30_000, batch=64, teacher_steps=50, teacher_guidance=3.0),
     )
 
@@ -137,7 +137,6 @@ def sdxl_4step() -> Config:
         distill=DistillConfig(
             steps=19_000,
             batch=128,
-            micro_batch=2,
             dtype="bfloat16",
             student=player,
             critic=player,
@@ -147,6 +146,7 @@ def sdxl_4step() -> Config:
             preview_every=500,
             save_every=500,
         ),
+        engine=EngineConfig(micro_batch=2),
         evaluate=EvaluateConfig(images=10_000, batch=32, teacher_steps=100, teacher_guidance=6.0),
     )
 
@@ -168,14 +168,14 @@ def sdxl_1step_warmup() -> Config:
     changes = {
         "steps": 2_000,
         "batch": 256,
-        "checkpointing": True,
         "student": Player(lr=1e-5, warmup=500),
         "student_levels": (399,),
         "dmd": None,
         "gan": None,
         "regression": RegressionConfig(decoder="madebyollin/taesdxl"),
     }
-    return _with(sdxl_4step(), "sdxl-1step-warmup", **changes)
+    warmup = _with(sdxl_4step(), "sdxl-1step-warmup", **changes)
+    return warmup.model_copy(update={"engine": EngineConfig(micro_batch=4, checkpointing="full")})
 
 
 def sdxl_1step() -> Config:
@@ -200,9 +200,7 @@ def emoji(config: Config, **changes: Any) -> Config:
     settings = {
         "steps": 800,
         "batch": 16,
-        "micro_batch": 0,
         "dtype": "float32",
-        "checkpointing": False,
         "student": Player(lr=rate, warmup=20, final=0.05, ema=(0.98,)),
         "critic": Player(
             lr=rate if config.distill.lora and config.distill.lora.shared_base else 2e-4,
@@ -218,6 +216,7 @@ def emoji(config: Config, **changes: Any) -> Config:
     return small.model_copy(
         update={
             "seed": 0,
+            "engine": EngineConfig(),
             "family": StableConfig(kind="sdxl", resolution=64, latent=4),
             "data": DataConfig(holdout=786),
             "pairs": PairsConfig(count=1_020, batch=60, steps=30, guidance=3.0),

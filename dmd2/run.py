@@ -1,14 +1,17 @@
 """A run: a game played to its last step, in a folder from which it can be resumed at any time.
 
 The loop is here, and what people see of it: progress with images/s and an ETA, `metrics.jsonl`, TensorBoard,
-previews. A number that is not finite stops the run, named, before it can reach a checkpoint. A signal ends the
-step, saves, and stops.
+previews. An update whose gradient is not finite is skipped, counted and told; several in a row stop the run, with the
+term named. A signal ends the step on all processes, saves, and stops. Hosts talk beside the devices, once a step, and
+never wait for a device but where numbers are told.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +20,24 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from accelerate.tracking import TensorBoardTracker
+from torch import Tensor
 
-from dmd2 import checkpoint, parallel
+from dmd2 import checkpoint
+from dmd2.checkpoint import Checkpoints
 from dmd2.errors import Diverged, Interrupted
 from dmd2.folders import Draft
+from dmd2.parallel import World
 from dmd2.progress import Progress
 from dmd2.sample import Sample
-from dmd2.trainer import Game, Metrics
+from dmd2.trainer import SKIPPED, Game, Metrics
 
 METRICS = "metrics.jsonl"
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """What a run that was stopped by a signal exits with; 75 says: saved, start me again."""
+IN_A_ROW = 5
+"""Updates of one player that may be skipped in a row, because their gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Pace:
     save_every: int
     preview_every: int
     keep: int
-    seed: int
+    hang_s: float
 
 
 def play(
@@ -51,38 +60,77 @@ def play(
     pace: Pace,
     draft: Draft,
     preview: Callable[[int], None],
+    world: World,
 ) -> None:
     """Play from the newest checkpoint in the draft, or from the start, to the last step."""
     folder = draft.path
-    saved = checkpoint.steps(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", world, pace.keep)
+    saved = checkpoint.steps(checkpoints.root)
     first = saved[-1] if saved else 0
     if first:
-        checkpoint.load(folder / "checkpoints", first, game.state())
+        checkpoint.load(checkpoints.root, first, game.state(), world)
 
-    def save(step: int) -> None:
-        journal.flush()
-        checkpoint.save(folder / "checkpoints", step, game.state(), pace.keep)
-        draft.push()
+    def finish() -> None:
+        if checkpoints.finish() and world.main:
+            draft.push()
 
-    with Progress(name, pace.steps, "steps", first) as progress, _signals() as asked:
-        journal = Journal(folder, progress, pace, first)
+    with (
+        Progress(name, pace.steps, "steps", first, world.main) as progress,
+        _signals() as asked,
+        _watched(pace.hang_s) as alive,
+    ):
+        journal, words = Journal(folder, progress, pace, first, world), Words(world)
         stream = batches(first)
         for step in range(first, pace.steps):
-            parallel.reseed(pace.seed, 0, step + 1)
             asked_for = time.monotonic()
             real = next(stream)
             waited = torch.tensor(time.monotonic() - asked_for)
             journal.record(step, game.step(real, step) | {"loader/wait_s": waited})
             if _due(step, pace.preview_every, pace.steps):
                 preview(step + 1)
-            if _due(step, pace.save_every, pace.steps) or asked:
-                save(step + 1)
-            if asked and step + 1 < pace.steps:
-                raise Interrupted(
-                    f"stopped after step {step + 1} of {pace.steps}, saved; the same command resumes",
-                    asked[0],
-                )
+            stop, writing = words.heard(max(asked, default=0), not checkpoints.written)
+            if not writing:
+                finish()
+            if game.complete(step) and (stop or _save_due(game, step, pace)):
+                journal.flush()
+                finish()
+                checkpoints.begin(step + 1, game.state())
+                if stop or step + 1 == pace.steps:
+                    finish()
+                if stop and step + 1 < pace.steps:
+                    raise Interrupted(
+                        f"stopped after step {step + 1} of {pace.steps}, saved; the same command resumes",
+                        stop,
+                    )
+            words.say(max(asked, default=0), not checkpoints.written)
+            alive()
         journal.close()
+
+
+class Words:
+    """What the hosts tell each other after a step: whether one was asked to stop, and whether one is still writing. Nobody
+    waits for the answers; they are heard a step later, by all alike."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.said: tuple[Tensor, dist.Work] | None = None
+
+    def say(self, stop: int, writing: bool) -> None:
+        if self.world.control:
+            words = torch.tensor([stop, int(writing)])
+            work = dist.all_reduce(words, dist.ReduceOp.MAX, self.world.control, async_op=True)
+            assert work is not None
+            self.said = words, work
+
+    def heard(self, stop: int, writing: bool) -> tuple[int, bool]:
+        """The largest exit status that was asked for, and whether any is writing; of a single process, its own."""
+        if not self.world.control:
+            return stop, writing
+        if not self.said:
+            return 0, True
+        words, work = self.said
+        work.wait()
+        return int(words[0]), bool(words[1])
 
 
 @dataclass
@@ -93,13 +141,17 @@ class Journal:
     progress: Progress
     pace: Pace
     first: int
+    world: World
     window: list[tuple[int, Metrics]] = field(default_factory=list)
+    skips: dict[str, int] = field(default_factory=dict)
+    """By player: updates that were skipped, one after the other, up to now."""
 
     def __post_init__(self) -> None:
-        _forget(self.folder / METRICS, self.first)
-        self.tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=self.first)
-        self.tracker.start()
         self.since = time.monotonic()
+        if self.world.main:
+            _forget(self.folder / METRICS, self.first)
+            self.tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=self.first)
+            self.tracker.start()
 
     def record(self, step: int, metrics: Metrics) -> None:
         self.window.append((step, metrics))
@@ -111,29 +163,51 @@ class Journal:
         if not self.window:
             return ""
         steps = [step for step, _ in self.window]
-        values = {
-            name: _column(self.window, name) for name in dict.fromkeys(n for _, m in self.window for n in m)
-        }
-        _check_finite(steps, values, self.folder)
+        names = dict.fromkeys(n for _, m in self.window for n in m)
+        values = {name: _column(self.window, name, self.world) for name in names}
+        self._count_skips(steps, values)
         seconds = time.monotonic() - self.since
         rate = len(steps) * self.pace.batch / seconds
-        means = {name: sum(column.values()) / len(column) for name, column in values.items()}
+        means = {name: _told(name, list(column.values())) for name, column in values.items()}
         line = {"step": steps[-1] + 1, **means, "images_per_s": rate, "eta_s": self.progress.eta_s}
-        with (self.folder / METRICS).open("a") as stream:
-            stream.write(
-                json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items()}) + "\n"
-            )
-        self.tracker.log(line, step=steps[-1] + 1)
         self.window.clear()
         self.since = time.monotonic()
+        if self.world.main:
+            self._write(line)
         losses = " ".join(
-            f"{n} {v:.4g}" for n, v in means.items() if not n.endswith(("_gradient", "grad_norm"))
+            f"{n} {v:.4g}" for n, v in means.items() if not n.endswith(("_gradient", "grad_norm", SKIPPED))
         )
         return f"{losses} {rate:.0f} images/s"
 
+    def _write(self, line: dict[str, float]) -> None:
+        told = {k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items() if abs(v) < float("inf")}
+        with (self.folder / METRICS).open("a") as stream:
+            stream.write(json.dumps(told) + "\n")
+        self.tracker.log(told, step=int(line["step"]))
+
+    def _count_skips(self, steps: list[int], values: dict[str, dict[int, float]]) -> None:
+        """Tell of updates that were skipped, with the first number that was none; too many in a row end the run."""
+        for name in [name for name in values if name.endswith(f"/{SKIPPED}")]:
+            player = name.split("/")[0]
+            for step in (step for step in steps if step in values[name]):
+                if not values[name][step]:
+                    self.skips[player] = 0
+                    continue
+                self.skips[player] = self.skips.get(player, 0) + 1
+                what = _first_odd(step, player, values)
+                if self.skips[player] >= IN_A_ROW:
+                    raise Diverged(
+                        f"{what} at step {step}, and {IN_A_ROW} updates of the {player} were skipped in a row; what {self.folder} "
+                        f"has saved is from before it: lower the learning rate of the {player}, remove that folder if it is "
+                        "there, and start anew"
+                    )
+                if self.world.main:
+                    print(f"{what} at step {step}; this update is skipped", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         self.flush()
-        self.tracker.finish()
+        if self.world.main:
+            self.tracker.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -145,22 +219,34 @@ def _due(step: int, every: int, steps: int) -> bool:
     return (step + 1) % every == 0 or step + 1 == steps
 
 
-def _column(window: list[tuple[int, Metrics]], name: str) -> dict[int, float]:
-    """{step: value} of one metric, read from the device at once."""
+def _save_due(game: Game, step: int, pace: Pace) -> bool:
+    """At the first step from which a run can be resumed, once a checkpoint is due."""
+    since = step
+    while since > 0 and not game.complete(since - 1):
+        since -= 1
+    return any(_due(s, pace.save_every, pace.steps) for s in range(since, step + 1))
+
+
+def _column(window: list[tuple[int, Metrics]], name: str, world: World) -> dict[int, float]:
+    """{step: value} of one metric, read from the device at once; the mean over the processes."""
     there = [(step, metrics[name]) for step, metrics in window if name in metrics]
-    values = torch.stack([value.float() for _, value in there]).tolist()
-    return dict(zip((step for step, _ in there), values, strict=True))
+    values = torch.stack([value.float() for _, value in there]).cpu()
+    return dict(zip((step for step, _ in there), world.mean(values).tolist(), strict=True))
 
 
-def _check_finite(steps: list[int], values: dict[str, dict[int, float]], folder: Path) -> None:
-    """Stop at the first step with a value that is no number, and name it."""
-    for step in steps:
-        for name, column in values.items():
-            if step in column and not abs(column[step]) < float("inf"):
-                raise Diverged(
-                    f"{name} became {column[step]} at step {step}; what {folder} has saved is from before it: lower the "
-                    f"learning rate of the {name.split('/')[0]}, remove that folder if it is there, and start anew"
-                )
+def _told(name: str, values: list[float]) -> float:
+    """Of a window: how many were skipped; of anything else the mean of the numbers that are one."""
+    if name.endswith(f"/{SKIPPED}"):
+        return sum(values)
+    finite = [value for value in values if abs(value) < float("inf")]
+    return sum(finite) / len(finite) if finite else float("nan")
+
+
+def _first_odd(step: int, player: str, values: dict[str, dict[int, float]]) -> str:
+    """The loss or gradient of the player that was no number."""
+    mine = {n: column[step] for n, column in values.items() if n.startswith(f"{player}/") and step in column}
+    odd = [f"{name} became {value}" for name, value in mine.items() if not abs(value) < float("inf")]
+    return odd[0] if odd else f"{player}/grad_norm became infinite"
 
 
 def _forget(path: Path, first: int) -> None:
@@ -168,6 +254,20 @@ def _forget(path: Path, first: int) -> None:
     if path.is_file():
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]
         path.write_text("".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def _watched(patience_s: float) -> Iterator[Callable[[], None]]:
+    """While inside, a process that gives no sign of life for so long writes its stacks to stderr and ends."""
+
+    def alive() -> None:
+        faulthandler.dump_traceback_later(patience_s, exit=True, file=2)
+
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from dmd2.rng import Rng
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,14 @@ class Sample:
     cond: Conditioning
     null: Conditioning
     """The unconditional counterpart of `cond`, for guidance."""
+    rng: Rng = field(default_factory=Rng)
+    """What is drawn for these rows comes from here."""
 
     def to(self, device: torch.device) -> Sample:
-        return Sample(self.x.to(device), self.cond.to(device), self.null.to(device))
+        return Sample(self.x.to(device), self.cond.to(device), self.null.to(device), self.rng)
 
     def split(self, size: int) -> list[Sample]:
         """Parts of `size` rows, the last one shorter; a size of 0 makes no parts of it."""
         starts = range(0, len(self.x), size or len(self.x))
         rows = [slice(start, start + (size or len(self.x))) for start in starts]
-        return [Sample(self.x[r], self.cond[r], self.null[r]) for r in rows]
+        return [Sample(self.x[r], self.cond[r], self.null[r], self.rng[r]) for r in rows]

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dmd2 import build, parallel
+from dmd2 import build, checkpoint, parallel
 from dmd2 import report as reports
 from dmd2.config import Config, EdmConfig, EvaluateConfig, FamilyConfig
 from dmd2.data import latents
@@ -34,15 +34,17 @@ from dmd2.data.shards import HOLDOUT, TRAIN, deliver, told, write_shards
 from dmd2.data.sources import open_source
 from dmd2.data.stream import Batch, Shards, Stream
 from dmd2.errors import Refused
-from dmd2.folders import MANIFEST, Draft, Manifest, drafted, finished, opened, read
+from dmd2.folders import MANIFEST, Draft, Manifest, drafted, finished, joined, opened, read
 from dmd2.models.family import ModelFamily, Prompt, Shown
 from dmd2.package import Model, load_network, model_card, save_network
+from dmd2.parallel import World
 from dmd2.pictures import grid
 from dmd2.progress import Progress
+from dmd2.rng import Rng
 from dmd2.run import Pace, play
 from dmd2.sample import Sample
 from dmd2.storage import at, fetched, is_local, local, replaced, sha256
-from dmd2.tensors import load_tensors, save_tensors
+from dmd2.tensors import save_tensors
 
 SMALL = 64
 """Pixels along a side up to which a picture grid has 8 rows of 10; of larger images, 2 rows of 4."""
@@ -244,9 +246,9 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         raise Refused(
             f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
         )
-    device, settings = parallel.device(), config.teach
-    with drafted(out, "teacher", config, inputs, resumable=True) as draft:
-        game = build.teaching(config, device)
+    world, settings = parallel.join(), config.teach
+    with _together(world, out, "teacher", config, inputs) as draft:
+        game = build.teaching(config, world)
         pace = Pace(
             settings.steps,
             settings.batch,
@@ -254,13 +256,15 @@ def teach(config: Config, data: str, out: str) -> Manifest:
             settings.save_every,
             settings.steps,
             1,
-            config.seed,
+            config.engine.hang_s,
         )
         family = build.family(config.family, opened(data, samples, "vae/*") if config.family.latent else None)
-        batches = _reader(config, data, settings.batch, device, samples.kind, family.read)
-        play("teach", game, batches, pace, draft, lambda step: None)
-        save_network(draft.path, Model(config.family, family, game.teacher.module, ()), game.teacher.result())
-        draft.facts |= _size(game.teacher.module, settings.steps, settings.batch)
+        batches = _reader(config, data, settings.batch, world, samples.kind, family.read)
+        play("teach", game, batches, pace, draft, lambda step: None, world)
+        result = parallel.gathered(game.teacher.result(), world)
+        if world.main:
+            save_network(draft.path, Model(config.family, family, game.teacher.module, ()), result)
+            draft.facts |= _size(game.teacher.module, settings.steps, settings.batch)
     return read(out, "teacher")
 
 
@@ -304,19 +308,24 @@ def distill(
         start: Run to start from, instead of the teacher: its student, and its critic if it had one.
         prompts: File of prompts for the student to draw, instead of those of the data.
     """
-    samples = read(data, "pairs") if config.distill.regression else _samples(config, data)
-    original = read(teacher, "teacher")
-    inputs = _digests(samples) | {"teacher": original.digest} | _digest_of(prompts)
-    inputs |= {"start": read(start, "run").digest} if start else {}
-    if done := finished(out, "run", config, inputs):
-        return done
-    model = _network(teacher, original)
-    _same_shape(model.config, config)
-    _same_vae(opened(teacher, original, "vae/*"), samples, data)
-    device, settings = parallel.device(), config.distill
-    with drafted(out, "run", config, inputs, resumable=True) as draft:
-        shown = _drawn(model.family, prompts, device) if prompts else None
-        game = build.game(config, model.family, model.network, device, _start(start), shown)
+    world, settings = parallel.join(), config.distill
+    with world.in_turn():
+        samples = read(data, "pairs") if settings.regression else _samples(config, data)
+        original = read(teacher, "teacher")
+        inputs = _digests(samples) | {"teacher": original.digest} | _digest_of(prompts)
+        inputs |= {"start": read(start, "run").digest} if start else {}
+        if done := finished(out, "run", config, inputs):
+            return done
+        model = _network(teacher, original, weights=world.main)
+        _same_shape(model.config, config)
+        _same_vae(opened(teacher, original, "vae/*"), samples, data)
+        world.rows(settings.batch)
+    with _together(world, out, "run", config, inputs) as draft:
+        shown = _drawn(model.family, prompts, world.device) if prompts else None
+        weights = model.network.state_dict() if world.main else {}
+        begun = _start(start, weights=world.main)
+        game = build.game(config, model.family, weights, world, begun, shown)
+        del weights
         pace = Pace(
             settings.steps,
             settings.batch,
@@ -324,7 +333,7 @@ def distill(
             settings.save_every,
             settings.preview_every,
             settings.keep,
-            config.seed,
+            config.engine.hang_s,
         )
         student = replace(_student(model, config), network=game.student.module)
         looked = replace(student, family=_decoding(config, model, opened(teacher, original)))
@@ -333,15 +342,34 @@ def distill(
         def preview(step: int) -> None:
             with game.student.as_used():
                 picture = _picture(config.family, looked.sample, draft.facts["prompts"], config.seed)
-            (draft.path / "previews").mkdir(exist_ok=True)
-            picture.save(draft.path / "previews" / f"{step:08d}.png")
+            if world.main:
+                (draft.path / "previews").mkdir(exist_ok=True)
+                picture.save(draft.path / "previews" / f"{step:08d}.png")
 
         read_batch = model.family.read_pairs if settings.regression else model.family.read
-        batches = _reader(config, data, settings.batch, device, samples.kind, read_batch)
-        play("distill", game, batches, pace, draft, preview)
-        _save_student(draft, config, student, game.student.result(), teacher, original)
-        draft.facts |= _size(game.student.module, settings.steps, settings.batch)
+        batches = _reader(config, data, settings.batch, world, samples.kind, read_batch)
+        play("distill", game, batches, pace, draft, preview, world)
+        result = parallel.gathered(game.student.result(), world)
+        if world.main:
+            _save_student(draft, config, student, result, teacher, original)
+            draft.facts |= _size(game.student.module, settings.steps, settings.batch)
     return read(out, "run")
+
+
+@contextmanager
+def _together(world: World, out: str, kind: str, config: Config, inputs: dict[str, str]) -> Iterator[Draft]:
+    """A folder that all processes work at: the main one begins it, and gives it its name when all are done."""
+    if not world.main:
+        world.wait()
+        yield joined(out, kind)
+        world.wait()
+        world.wait()
+        return
+    with drafted(out, kind, config, inputs, resumable=True) as draft:
+        world.wait()
+        yield draft
+        world.wait()
+    world.wait()
 
 
 def _save_student(
@@ -581,13 +609,22 @@ def _reader(
     config: Config,
     data: str,
     batch: int,
-    device: torch.device,
+    world: World,
     kind: str,
-    read_batch: Callable[[Batch], Sample],
+    read_batch: Callable[[Batch, Rng], Sample],
 ) -> Callable[[int], Iterator[Sample]]:
+    """From a step on, this process's rows of each batch, with their random numbers."""
     shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
-    stream = Stream(shards, batch, config.seed, config.loader)
-    return lambda first: (read_batch(part).to(device) for part in stream.batches(first))
+    stream, rows = (
+        Stream(shards, batch, config.seed, config.loader, world.rank, world.size),
+        world.rows(batch),
+    )
+
+    def samples(first: int) -> Iterator[Sample]:
+        for step, part in enumerate(stream.batches(first), first):
+            yield read_batch(part, Rng.at(config.seed, step, rows, world.device)).to(world.device)
+
+    return samples
 
 
 def _decoding(config: Config, teacher: Model, folder: Path) -> ModelFamily:
@@ -601,27 +638,26 @@ def _student(teacher: Model, config: Config) -> Model:
     return replace(teacher, levels=config.distill.student_levels)
 
 
-def _start(run: str) -> build.Start | None:
+def _start(run: str, weights: bool) -> build.Start | None:
     """Student and, if that run had one, critic; a head starts anew."""
-    if not run:
-        return None
+    if not run or not weights:
+        return build.Start({}) if run else None
     made = read(run, "run")
     student = _network(run, made).network.state_dict()
-    name = next((f.path for f in reversed(made.files) if f.path.endswith("/critic.safetensors")), None)
-    if not name or not made.config or made.config.distill.lora:
+    saved = sorted({f.path.rpartition("/")[0] for f in made.files if f.path.startswith("checkpoints/")})
+    if not saved or not made.config or made.config.distill.lora:
         return build.Start(student)
-    critic = load_tensors(opened(run, made, name) / name)
-    return build.Start(
-        student, {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
-    )
+    critic = checkpoint.whole(opened(run, made, f"{saved[-1]}/*") / saved[-1], "critic")
+    network = {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
+    return build.Start(student, network or None)
 
 
-def _drawn(family: ModelFamily, prompts: str, device: torch.device) -> Callable[[int], Shown]:
-    """Draws what so many samples show from a file of prompts."""
+def _drawn(family: ModelFamily, prompts: str, device: torch.device) -> build.Prompts:
+    """Draws what samples show from a file of prompts."""
     texts = read_prompts(prompts)
 
-    def draw(count: int) -> Shown:
-        cond, null = family.condition([texts[i] for i in torch.randint(len(texts), (count,)).tolist()])
+    def draw(rng: Rng) -> Shown:
+        cond, null = family.condition([texts[i] for i in rng.choose(len(texts))])
         return Shown(cond.to(device), null.to(device))
 
     return draw
@@ -762,9 +798,10 @@ def _delivered(out: str) -> Iterator[Path]:
         at(folder).put(Path(place) / name, name)
 
 
-def _network(folder: str, manifest: Manifest) -> Model:
+def _network(folder: str, manifest: Manifest, weights: bool = True) -> Model:
     parts = ("vae", "unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    return load_network(opened(folder, manifest, "network.*", "model_index.json", *(f"{p}/*" for p in parts)))
+    path = opened(folder, manifest, "network.*", "model_index.json", *(f"{p}/*" for p in parts))
+    return load_network(path, weights)
 
 
 def _samples(config: Config, data: str) -> Manifest:

@@ -14,11 +14,16 @@ from torch import nn
 
 from dmd2 import build, recipes, stages
 from dmd2.config import AdmConfig, Config, EdmConfig
+from dmd2.denoiser import Denoiser
+from dmd2.parallel import World
+from dmd2.terms import DistributionMatching
 from dmd2.trainer import Trainer
 from tests.bucket import bucket, object_store, proxy  # noqa: F401 - fixtures
 from tests.tiny_sdxl import pipeline, squares  # noqa: F401 - fixtures
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread only waits
+
+ALONE = World(torch.device("cpu"))
 
 MICRO = (
     "family.network.resolution=8", "family.network.channels=8", "family.network.multipliers=1", "family.network.attention=8",
@@ -49,9 +54,18 @@ def with_adm(config: Config, **changes: Any) -> Config:
 
 
 def trainer(config: Config, teacher: nn.Module) -> Trainer:
-    game = build.game(config, build.family(config.family), teacher, torch.device("cpu"))
+    game = build.game(config, build.family(config.family), teacher.state_dict(), ALONE)
     assert isinstance(game, Trainer)
     return game
+
+
+def teacher_of(game: Trainer) -> nn.Module:
+    """The network that the game's distribution matching looks at."""
+    (matching,) = (term for term in game.terms if isinstance(term, DistributionMatching))
+    found = [
+        c.cell_contents for c in matching.teacher.__closure__ or () if isinstance(c.cell_contents, Denoiser)
+    ]
+    return found[0].network
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "dmd2"
 LAYERS = [
     {"config", "errors", "storage", "folders", "progress", "pictures"},
-    {"diffusion", "sample", "losses", "tensors"},
-    {"denoiser", "ema", "parallel"},
+    {"diffusion", "sample", "losses", "tensors", "rng"},
+    {"denoiser", "parallel", "ema"},
     {"models", "data", "sampler"},
-    {"terms", "checkpoint", "evaluation"},
+    {"terms", "checkpoint", "memory", "evaluation"},
     {"trainer", "run"},
     {"build", "package", "report"},
     {"recipes", "stages", "cli", "__main__"},

@@ -115,10 +115,7 @@ def by_formulas(
     both.zero_grad(set_to_none=True)
 
     fake = x.detach()
-    sigma, eps = look(0, 1000)
-    error = denoised(critic, fake + sigma * eps, sigma, label) - fake
-    losses["critic/dmd"] = ((sigma**-2 + SIGMA_DATA**-2) * error**2).mean()
-    total = losses["critic/dmd"]
+    total = torch.zeros(())
     if gan:
         sigma, eps = look(0, 1000)
         real_logits = head(raw(critic, real.x + sigma * eps, sigma, label, features=True))
@@ -127,7 +124,10 @@ def by_formulas(
         adversarial = torch.log1p(torch.exp(fake_logits)).mean() + torch.log1p(torch.exp(-real_logits)).mean()
         losses["critic/gan"] = gan.critic_weight * adversarial
         total = total + losses["critic/gan"]
-    total.backward()
+    sigma, eps = look(0, 1000)
+    error = denoised(critic, fake + sigma * eps, sigma, label) - fake
+    losses["critic/dmd"] = ((sigma**-2 + SIGMA_DATA**-2) * error**2).mean()
+    (total + losses["critic/dmd"]).backward()
     return {name: loss.detach() for name, loss in losses.items()}, tables | {"critic": gradients(both)}
 
 

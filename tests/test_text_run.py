@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
 from PIL import Image
 
-from dmd2 import recipes, stages
+from dmd2 import checkpoint, recipes, stages
+from dmd2.checkpoint import Checkpoints
 from dmd2.config import Config
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
@@ -138,9 +139,7 @@ def test_a_low_rank_student_is_published_whole_and_as_an_update_that_gives_the_s
 
 def test_in_shared_base_mode_a_checkpoint_holds_only_what_learns(root: Path, tmp_path: Path) -> None:
     run = distilled(root, tmp_path / "run", "sdxl-4step-shared-emoji")
-    saved = [
-        load_tensors(run / "checkpoints" / "00000006" / f"{n}.safetensors") for n in ("student", "critic")
-    ]
+    saved = [checkpoint.whole(run / "checkpoints" / "00000006", name) for name in ("student", "critic")]
     assert all(".lora_" in name for name in saved[0])
     assert {name.split(".")[0] for name in saved[1]} == {"network", "head"}
     assert all(".lora_" in name for name in saved[1] if name.startswith("network."))
@@ -224,18 +223,17 @@ def test_a_picture_of_any_folder_with_a_network(root: Path, tmp_path: Path) -> N
 def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -> None:
     whole = distilled(root, tmp_path / "whole", "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
     parts = tmp_path / "parts"
-    from dmd2 import checkpoint
+    original, seen = Checkpoints.finish, []
 
-    original, seen = checkpoint.save, []
-
-    def save(*given: Any) -> None:
-        original(*given)
-        seen.append(given[1])
-        if len(seen) == 1:
-            raise KeyboardInterrupt
+    def finish(self: Checkpoints) -> bool:
+        if original(self):
+            seen.append(1)
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+        return bool(seen)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save)
+        patch.setattr(Checkpoints, "finish", finish)
         with pytest.raises(KeyboardInterrupt):
             distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
     distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")

@@ -187,7 +187,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch: int) -> None:
         torch.manual_seed(0)
         student, critic = Toy(), nn.Linear(2, 2)
         players = [
-            Player(n, m, torch.optim.SGD(m.parameters(), 0.1), lambda step: 0.1, 1e9)
+            Player(n, m, torch.optim.SGD(m.parameters(), 0.1, fused=True), lambda step: 0.1, 1e9)
             for n, m in (("student", student), ("critic", critic))
         ]
 
@@ -238,7 +238,7 @@ def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> 
         networks = [Toy(weight) for weight in (0.7, 0.8, 0.9)]
         student, critic, teacher = (Denoiser(network, PROCESS) for network in networks)
         first, second = (
-            Player(n, m, torch.optim.SGD(m.parameters(), 1.0), lambda step: 1.0, 1e9)
+            Player(n, m, torch.optim.SGD(m.parameters(), 1.0, fused=True), lambda step: 1.0, 1e9)
             for n, m in zip(("student", "critic"), networks[:2], strict=True)
         )
 
@@ -283,7 +283,7 @@ def test_a_regression_in_parts_moves_as_on_the_whole_batch(micro_batch: int) -> 
 
     def played(parts: int) -> tuple[Tensor, Tensor]:
         network = Toy()
-        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
         told = regression(Player("student", network, optimizer, lambda step: 0.1, 1e9), 399, parts).step(
             pairs, 0
         )

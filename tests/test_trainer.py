@@ -15,7 +15,7 @@ from dmd2.ema import Average
 from dmd2.sample import Conditioning, Sample
 from dmd2.terms import DistributionMatching
 from dmd2.trainer import Trainer
-from tests.conftest import trainer
+from tests.conftest import teacher_of, trainer
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -73,8 +73,8 @@ def test_critics_turn_leaves_no_gradient_in_the_student(game: Trainer, real: Sam
 
 
 def test_teacher_never_moves(micro: Config, real: Sample) -> None:
-    teacher = build.family(micro.family).network()
-    game = trainer(micro, teacher)
+    game = trainer(micro, build.family(micro.family).network())
+    teacher = teacher_of(game)
     before = weights(teacher)
     for step in range(2):
         game.step(real, step)

@@ -60,6 +60,11 @@ class Adm(nn.Module):
             h = block(h if block.resample else torch.cat([h, skips.pop()], dim=1), embedding)
         return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.config.patch)
 
+    @property
+    def decoder_start(self) -> nn.Module:
+        """The module whose first input is the bottleneck features."""
+        return self.middle[0]
+
     def _embed(self, time: Tensor, cond: Conditioning) -> Tensor:
         if cond.label is None:
             raise ValueError("the ADM network is class-conditional: the sample carries no label")

@@ -21,6 +21,7 @@ from dmd2.errors import Refused
 from dmd2.models.adm import Adm
 from dmd2.models.family import Prompt, Shown
 from dmd2.models.heads import ConvHead
+from dmd2.rng import Rng
 from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels, heun
 from dmd2.tensors import load_tensors, save_tensors
@@ -70,7 +71,7 @@ class Edm:
     def head(self) -> nn.Module:
         return ConvHead(self.features[0], self.features[1])
 
-    def read(self, batch: Batch) -> Sample:
+    def read(self, batch: Batch, rng: Rng) -> Sample:
         if tuple(batch.image.shape[-3:]) != self.shape:
             raise Refused(
                 f"the shards hold samples of {_size(batch.image.shape[-3:])}, the network makes {_size(self.shape)}; shard again with this recipe"
@@ -81,15 +82,15 @@ class Edm:
                 f"class {worst} is outside 0 to {classes - 1}, the classes of the network; shard again with --family.network.classes {worst + 1}"
             )
         # An EDM network knows no class "none", so there is nothing to guide away from.
-        return Sample(self._x(batch.image), Conditioning(label=batch.label), Conditioning())
+        return Sample(self._x(batch.image, rng), Conditioning(label=batch.label), Conditioning(), rng)
 
-    def _x(self, image: Tensor) -> Tensor:
+    def _x(self, image: Tensor, rng: Rng) -> Tensor:
         if self.config.latent:
-            return latent(image, torch.randn(len(image), *self.shape))
+            return latent(image.to(rng.device), rng.normal(*self.shape))
         return image.float() / 127.5 - 1
 
-    def read_pairs(self, batch: Batch) -> Sample:
-        return Sample(batch.image.float(), Conditioning(label=batch.label), Conditioning())
+    def read_pairs(self, batch: Batch, rng: Rng) -> Sample:
+        return Sample(batch.image.float(), Conditioning(label=batch.label), Conditioning(), rng)
 
     def pixels(self, x: Tensor) -> Tensor:
         return self.vae.pixels(x) if self.config.latent else x

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dmd2.data.stream import Batch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion
+from dmd2.rng import Rng
 from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels
 
@@ -48,15 +49,16 @@ class ModelFamily(Protocol):
         """A freshly initialised network."""
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        """The units of sharding and checkpointing: tens of them. A parameter belongs to the first one that has it."""
+        """The units of sharding and checkpointing: tens of them. A parameter belongs to the first one that has it, and the
+        few that no unit has, to the network."""
 
     def head(self) -> nn.Module:
         """A GAN head that fits the network's features."""
 
-    def read(self, batch: Batch) -> Sample:
+    def read(self, batch: Batch, rng: Rng) -> Sample:
         """Samples from a batch of the loader."""
 
-    def read_pairs(self, batch: Batch) -> Sample:
+    def read_pairs(self, batch: Batch, rng: Rng) -> Sample:
         """The same from a batch of pairs; x is (B, 2, C, H, W), noise and answer."""
 
     def decode(self, x: Tensor) -> Tensor:

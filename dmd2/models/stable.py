@@ -42,6 +42,7 @@ from dmd2.diffusion import (
 from dmd2.errors import Refused, near_miss
 from dmd2.models.family import Prompt, Shown
 from dmd2.models.heads import ConvHead
+from dmd2.rng import Rng
 from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels
 from dmd2.tensors import load_tensors, save_tensors
@@ -81,9 +82,14 @@ class Unet(nn.Module):
         if cond.pooled is not None:
             inputs["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.size}
         if features_only:
-            return _first_input(self.unet.up_blocks[0], lambda: self.unet(**inputs))
+            return _first_input(self.decoder_start, lambda: self.unet(**inputs))
         out: Tensor = self.unet(**inputs)[0]
         return out
+
+    @property
+    def decoder_start(self) -> nn.Module:
+        """The module whose first input is the bottleneck features."""
+        return cast(nn.Module, self.unet.up_blocks[0])
 
 
 class _Reached(Exception):
@@ -169,26 +175,22 @@ class Stable(ABC):
                 outer.append(module)
             if isinstance(module, Transformer2DModel) and len(module.transformer_blocks) > SHORT_TRANSFORMER:
                 inner += [b for b in module.transformer_blocks if isinstance(b, BasicTransformerBlock)]
-        ends = [
-            getattr(unet, n, None)
-            for n in ("conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out")
-        ]
-        return [*inner, *outer, *(end for end in ends if end is not None)]
+        return [*inner, *outer]
 
     def head(self) -> nn.Module:
         return ConvHead(*self.features[:2])
 
-    def read(self, batch: Batch) -> Sample:
+    def read(self, batch: Batch, rng: Rng) -> Sample:
         if tuple(batch.image.shape[2:]) != self.shape or batch.image.ndim != 5:
             raise Refused(
                 f"the data holds arrays of shape {tuple(batch.image.shape[1:])}, the network works on latents of shape "
                 f"(2, {', '.join(map(str, self.shape))}); make them with the VAE of the teacher and this recipe's resolution"
             )
-        x = latent(batch.image, torch.randn(len(batch.image), *self.shape))
-        return Sample(x, *self.condition(batch.text))
+        x = latent(batch.image.to(rng.device), rng.normal(*self.shape))
+        return Sample(x, *self.condition(batch.text), rng)
 
-    def read_pairs(self, batch: Batch) -> Sample:
-        return Sample(batch.image.float(), *self.condition(batch.text))
+    def read_pairs(self, batch: Batch, rng: Rng) -> Sample:
+        return Sample(batch.image.float(), *self.condition(batch.text), rng)
 
     def pixels(self, x: Tensor) -> Tensor:
         return self.vae.pixels(x)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from dmd2 import build, recipes, storage
+from dmd2 import build, parallel, recipes, storage
 from dmd2.config import Config, DistillConfig, LoraConfig
 from dmd2.models.stable import UNET, Stable, published
 from dmd2.sample import Conditioning, Sample
@@ -39,7 +39,7 @@ def main(small: bool = False) -> None:
     torch.set_default_dtype(torch.bfloat16)
     teacher = family.network()
     torch.set_default_dtype(torch.float32)
-    game = build.game(config, family, teacher, torch.device("cpu"))
+    game = build.game(config, family, teacher.state_dict(), parallel.World(torch.device("cpu")))
     start = time.monotonic()
     text = torch.randn(1, 77, 768)
     sample = Sample(torch.randn(1, *family.shape), Conditioning(text=text), Conditioning(text=text * 0))
@@ -71,7 +71,7 @@ def narrow(folder: Path) -> Path:
 
 def shared() -> Config:
     base = recipes.get("sd15-1step-gan")
-    changes = {"lora": LoraConfig(shared_base=True), "batch": 1, "micro_batch": 1}
+    changes = {"lora": LoraConfig(shared_base=True), "batch": 1}
     distill = DistillConfig.model_validate({**dict(base.distill), **changes})
     return base.model_copy(update={"distill": distill})
 

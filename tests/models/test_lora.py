@@ -18,6 +18,7 @@ from dmd2.models.stable import Unet, published
 from dmd2.sample import Conditioning, Sample
 from dmd2.tensors import save_tensors
 from dmd2.trainer import Trainer
+from tests.conftest import ALONE, teacher_of
 
 SMALL = LoraConfig(rank=4, alpha=2)
 
@@ -85,10 +86,12 @@ def test_players_on_one_base_move_their_own_updates_and_nothing_else(pipeline: P
     family, base, inputs = tiny(pipeline)
     changes = {"lora": LoraConfig(rank=4, alpha=2, shared_base=True), "dtype": "bfloat16"}
     config = recipes._with(recipes.get("sdxl-4step-shared-emoji"), "shared", **changes)
-    game = build.game(config, family, base, torch.device("cpu"))
+    game = build.game(config, family, base.state_dict(), ALONE)
     assert isinstance(game, Trainer)
     players = {"student": game.student.module, "critic": game.critic.module}
-    frozen = {id(p) for p in base.parameters()}
+    frozen = {id(p) for p in players["student"].parameters() if not p.requires_grad}
+    base = teacher_of(game)
+    assert frozen == {id(p) for p in base.parameters()}
     assert all(frozen < {id(p) for p in module.parameters()} for module in players.values())
 
     def state() -> dict[str, list[Tensor]]:
