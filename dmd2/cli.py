@@ -23,6 +23,7 @@ VERBS = {
     "resolve": "pipeline, checkpoint or pickle -> teacher",
     "teach": "shards -> teacher (small, for demos and tests)",
     "pairs": "teacher -> pairs of noise and answer, for a warm-up",
+    "plan": "recipe + hardware -> memory, time and cost, before paying",
     "distill": "shards or latents + teacher -> run",
     "adopt": "a published student -> run",
     "sample": "package, run or teacher -> picture",

@@ -1,12 +1,24 @@
-"""What a distillation holds on each device between its passes, in bytes by part; activations are not here."""
+"""What a distillation holds on each device: between its passes, in bytes by part, and what a pass adds to that.
+
+`static` is arithmetic. `Meter` watches a pass, real or under FakeTensorMode: the storages that are alive, and the work
+done. Gradients of weights are told apart: a mesh divides them among its shards as they come.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from dmd2.config import Config
 from dmd2.config import Player as PlayerConfig
@@ -19,40 +31,57 @@ FLOAT32 = 4
 MOMENTS = 2 * FLOAT32
 
 
-def static(config: Config, fam: ModelFamily, shards: int, resident: bool) -> dict[str, float]:
-    """Bytes by part, on a device of a mesh with so many shards."""
-    settings = config.distill
-    width = torch.finfo(getattr(torch, settings.dtype)).bits // 8
+def static(
+    config: Config, fam: ModelFamily, shards: int, resident: bool, parts: int = 1, reached: int | None = None
+) -> dict[str, float]:
+    """Bytes by part, on a device of a mesh with so many shards, for a batch that is divided into `parts` on each device.
+    `reached` are the weights that the GAN's gradient reaches; not known, it is all of them."""
+    settings, width = config.distill, config_width(config)
     with torch.device("meta"):
         body, head = fam.network(), fam.head() if settings.gan else nn.Identity()
-    whole, unit = count(body), max(map(count, outermost(fam.blocks(body))), default=0)
-    base_shards = 1 if resident or settings.lora else shards
-    parts = {"teacher": width * whole / base_shards}
-    learns = {"student": _learning(config, body), "critic": 0}
-    if not settings.regression:
-        shared = settings.lora is not None and settings.lora.shared_base
-        learns["critic"] = learns["student"] if shared else whole
-    gathered = 0.0
+    units = outermost(fam.blocks(body)) if resident else fam.blocks(body)
+    whole, unit, heads = count(body), max(map(count, units), default=0), count(head)
+    low_rank = settings.lora is not None
+    parts_of = {"teacher": width * whole / (1 if resident or low_rank else shards)}
+    learns = _learning(config, body)
+    gathered = 0.0 if resident and shards == 1 else 2.0 * width * unit
     for name, player in (("student", settings.student), ("critic", settings.critic)):
-        parts |= _player(name, player, learns[name], shards)
+        parts_of |= _player(name, player, learns[name], shards)
         # Gathered in the type it is computed in; in float32 on one device, that is the weights themselves.
         copy = width * learns[name] if shards > 1 or width < FLOAT32 else 0
-        gathered += copy if resident else 0
-    if not resident:
-        gathered = 2 * width * unit
-    parts["gathered weights"] = gathered
-    biggest = max(learns.values())
-    accumulates = resident and 0 < config.engine.micro_batch < settings.batch
-    parts["gradients on their way"] = (FLOAT32 if accumulates else width) * (
-        biggest if accumulates else 2 * unit
-    )
-    parts |= _player("head", settings.critic, count(head), shards) if settings.gan else {}
-    return {name: size for name, size in parts.items() if size}
+        gathered += copy if resident or (low_rank and learns[name] < whole) else 0
+    parts_of |= _player("head", settings.critic, heads, shards)
+    parts_of["gathered weights"] = gathered + (FLOAT32 * heads if shards > 1 else 0)
+    # A player forgets its gradients before the other one's turn.
+    parts_of["gradients"] = FLOAT32 * max(learns["student"], learns["critic"] + heads) / shards
+    parts_of["gradients on their way"] = _kept(config, learns, parts, reached) + 2 * width * unit
+    return {name: size for name, size in parts_of.items() if size}
+
+
+def _kept(config: Config, learns: dict[str, int], parts: int, reached: int | None) -> float:
+    """Bytes of whole gradients, in float32, that wait for a later pass to be added up over the processes: all of a part
+    that is not the last, else those of the critic's first pass."""
+    if parts > 1:
+        return FLOAT32 * max(learns.values())
+    two_passes = config.distill.gan and config.distill.dmd
+    return FLOAT32 * min(learns["critic"], reached or learns["critic"]) if two_passes else 0
 
 
 def static_gb(config: Config, fam: ModelFamily, shape: Sequence[int], resident: bool) -> float:
     """Their sum in 1e9 bytes, on a mesh of (replicas, shards)."""
-    return sum(static(config, fam, shape[1], resident).values()) / 1e9
+    parts = parts_of(config, shape[0] * shape[1])
+    return sum(static(config, fam, shape[1], resident, parts).values()) / 1e9
+
+
+def parts_of(config: Config, devices: int) -> int:
+    """Into how many parts a device's share of the batch is divided."""
+    share = -(-config.distill.batch // devices)
+    return -(-share // (config.engine.micro_batch or share))
+
+
+def config_width(config: Config) -> int:
+    """Bytes of a weight as it is computed with."""
+    return torch.finfo(getattr(torch, config.distill.dtype)).bits // 8
 
 
 def device_gb(device: torch.device) -> float:
@@ -67,21 +96,128 @@ def count(module: nn.Module) -> int:
 
 
 def _player(name: str, settings: PlayerConfig, weights: int, shards: int) -> dict[str, float]:
-    """Float32 masters and gradients, moments, running averages: divided among the shards."""
+    """Float32 masters, moments, running averages: divided among the shards."""
     mine = weights / shards
     return {
         f"{name}: weights": FLOAT32 * mine,
-        f"{name}: gradients": FLOAT32 * mine,
         f"{name}: moments": MOMENTS * mine,
         f"{name}: averages": FLOAT32 * mine * len(settings.ema),
     }
 
 
-def _learning(config: Config, body: nn.Module) -> int:
-    """Weights of the student that learn."""
-    if not config.distill.lora:
-        return count(body)
+def _learning(config: Config, body: nn.Module) -> dict[str, int]:
+    """Weights of student and critic that learn. Changes `body`."""
+    whole, settings = count(body), config.distill
+    if not settings.lora:
+        return {"student": whole, "critic": 0 if settings.regression else whole}
     from dmd2.models import lora
 
-    network = lora.updated(body, config.distill.lora)
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+    network = lora.updated(body, settings.lora)
+    update = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    critic = update if settings.lora.shared_base else whole
+    return {"student": update, "critic": 0 if settings.regression else critic}
+
+
+def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula of torch, marked as one that takes tensors and not their shapes."""
+    marked: Any = partial(formula)
+    marked._get_raw = True
+    return marked
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_tensors(sdpa_flop),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_tensors(sdpa_backward_flop),
+}
+"""The attention of the CPU, which FlopCounterMode counts as nothing, by its formulas for that of a GPU."""
+FORMULAS = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
+"""FLOPs by operator: those of FlopCounterMode, completed."""
+
+
+CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+
+
+class Meter(TorchDispatchMode):
+    """Counts what is computed inside: FLOPs by the formulas of FlopCounterMode, and bytes of the storages that are alive."""
+
+    def __init__(self, *outside: nn.Module) -> None:
+        """What belongs to the modules is not counted."""
+        super().__init__()
+        self.flops = 0
+        self.live = self.peak = 0
+        """Bytes now, and at most."""
+        self.gradients = self.peak_apart = 0
+        """Bytes of gradients of weights now; bytes of all else at most."""
+        self.reached: dict[int, int] = {}
+        """Sizes of the weights that got a gradient, by id."""
+        self.convolutions = 0
+        """Those of the FLOPs."""
+        self.kernels = 0
+        """Operators that made something new."""
+        self._sizes: dict[int, int] = {}
+        self._weights = {id(p): p for module in outside for p in module.parameters()}
+        for tensor in (*self._weights.values(), *(b for module in outside for b in module.buffers())):
+            self._note(tensor, 0)
+        learn = [p for p in self._weights.values() if p.requires_grad]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._collect) for p in learn]
+
+    def release(self) -> None:
+        """Forget the gradients, and watch them no more."""
+        for hook in self._hooks:
+            hook.remove()
+        for weight in self._weights.values():
+            weight.grad = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := FORMULAS.get(func._overloadpacket):
+            done = formula(*args, **kwargs, out_val=out)
+            self.flops += done
+            self.convolutions += done if func._overloadpacket in CONVOLUTIONS else 0
+        new = [self._note(tensor) for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        self.kernels += any(new)
+        return out
+
+    def _note(self, tensor: Tensor, size: int | None = None) -> bool:
+        """Whether its storage is a new one."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return False
+        self._sizes[key] = storage.nbytes() if size is None else size
+        weakref.finalize(storage, self._forget, key)
+        self.live += self._sizes[key]
+        self.peak = max(self.peak, self.live)
+        self.peak_apart = max(self.peak_apart, self.live - self.gradients)
+        return True
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def _collect(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        self.reached[id(weight)] = weight.numel()
+        self.gradients += self._sizes.get(weight.grad.untyped_storage()._cdata, 0)
+
+
+@contextmanager
+def norms_as_on_cuda(*networks: nn.Module) -> Iterator[None]:
+    """While inside, autocast on the CPU computes norms in float32, as it does on CUDA, whose results are then kept so."""
+    kinds = nn.GroupNorm | nn.LayerNorm
+    norms = [m for m in dict.fromkeys(m for n in networks for m in n.modules()) if isinstance(m, kinds)]
+    for norm in norms:
+        norm.forward = partial(_in_float32, norm)  # type: ignore[method-assign]
+    yield
+    for norm in norms:
+        del norm.forward
+
+
+def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return type(norm).forward(norm, x)  # type: ignore[arg-type]
+    x = x.float()
+    weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)

@@ -39,6 +39,7 @@ from dmd2.models.family import ModelFamily, Prompt, Shown
 from dmd2.package import Model, load_network, model_card, save_network
 from dmd2.parallel import World
 from dmd2.pictures import grid
+from dmd2.plan import plan as plan
 from dmd2.progress import Progress
 from dmd2.rng import Rng
 from dmd2.run import Pace, play

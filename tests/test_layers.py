@@ -11,7 +11,7 @@ LAYERS = [
     {"models", "data", "sampler"},
     {"terms", "checkpoint", "memory", "evaluation"},
     {"trainer", "run"},
-    {"build", "package", "report"},
+    {"build", "package", "plan", "report"},
     {"recipes", "stages", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -124,7 +124,7 @@ def save(draft: Draft, step: int) -> None:
     """What stands for a checkpoint: two files, and a log beside it."""
     folder = draft.path / "checkpoints" / f"{step:08d}"
     folder.mkdir(parents=True)
-    for name in ("critic", "student"):
+    for name in ("critic", MANIFEST):
         (folder / name).write_text(f"{name} {step}")
     (draft.path / "log").write_text(str(step))
 

@@ -124,22 +124,45 @@ def test_ctrl_c_in_a_real_process_saves_and_exits_130(made: Path, tmp_path: Path
     assert checkpoint.steps(tmp_path / ".run.partial" / "checkpoints")
 
 
-def test_a_number_that_is_not_finite_stops_the_run_and_names_the_term(
-    micro: Config, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the critic's GAN loss no number in these of its updates."""
     from dmd2.terms import Adversarial
 
-    original, calls = Adversarial.student_loss, []
+    original, calls = Adversarial.critic_loss, []
 
-    def poisoned(self: Adversarial, fake: object) -> Tensor:
+    def poisoned(self: Adversarial, fake: object, real: object) -> Tensor:
         calls.append(1)
-        return original(self, fake) * (float("nan") if len(calls) == 2 else 1)  # type: ignore[arg-type]
+        return original(self, fake, real) * (float("nan") if len(calls) - 1 in steps else 1)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Adversarial, "student_loss", poisoned)
-    with pytest.raises(Diverged, match="student/gan_gradient became nan at step 5"):
+    monkeypatch.setattr(Adversarial, "critic_loss", poisoned)
+
+
+def test_an_update_without_a_number_is_skipped_counted_and_told(
+    micro: Config,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    poison(monkeypatch, 2, 7)
+    distill(micro, made, tmp_path / "run")
+    assert "critic/gan became nan at step 2; this update is skipped" in capfd.readouterr().err
+    assert [line["critic/skipped"] for line in read_metrics(tmp_path / "run")] == [0, 1, 0, 1, 0]
+    kept = tensors(tmp_path / "run" / "checkpoints")
+    assert all(t.isfinite().all() for t in kept.values())
+    counted = {float(t) for name, t in kept.items() if "critic.optimizer/" in name and name.endswith(".step")}
+    assert counted == {6, 8}, (
+        "of the checkpoints after 8 and 10 steps, each without the two that were skipped"
+    )
+
+
+def test_too_many_in_a_row_stop_the_run_and_name_the_term(
+    micro: Config, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, *range(4, 10))
+    with pytest.raises(Diverged, match="critic/gan became nan at step 8, and 5 updates of the critic were"):
         distill(micro, made, tmp_path / "run")
     kept = tmp_path / ".run.partial" / "checkpoints"
-    assert checkpoint.steps(kept) == [4]
     assert all(t.isfinite().all() for t in tensors(kept).values())
 
 
@@ -185,16 +208,18 @@ def test_a_full_disk_keeps_the_last_checkpoint(micro: Config, made: Path, tmp_pa
     )
     code = """
 import resource, signal, sys
-from dmd2 import checkpoint, stages
+from dmd2 import stages
+from dmd2.checkpoint import Checkpoints
 from dmd2.config import Config
 from dmd2.errors import one_sentence
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = checkpoint.save
-def limited(root, step, *rest):
+begin = Checkpoints.begin
+def limited(self, step, objects):
     if step == 8:
+        self.finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    save(root, step, *rest)
-checkpoint.save = limited
+    begin(self, step, objects)
+Checkpoints.begin = limited
 with one_sentence():
     stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
 """
@@ -220,9 +245,9 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(made / "run" / "checkpoints", folder)
-    file = folder / "00000010" / "student.safetensors"
+    (file,) = (folder / "00000010").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
-    assert "student.safetensors cannot be read" in refusal(
+    assert f"{file} is missing or truncated" in refusal(
         lambda: checkpoint.load(folder, 10, {"student": torch.nn.Linear(1, 1)})
     )
 

@@ -66,7 +66,7 @@ class Edm:
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         adm = cast(Adm, network)
-        return [*adm.encoder, *adm.middle, *adm.decoder]
+        return [*adm.encoder, *adm.middle, *adm.decoder, adm.norm, adm.out]
 
     def head(self) -> nn.Module:
         return ConvHead(self.features[0], self.features[1])

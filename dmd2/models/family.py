@@ -50,7 +50,8 @@ class ModelFamily(Protocol):
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The units of sharding and checkpointing: tens of them. A parameter belongs to the first one that has it, and the
-        few that no unit has, to the network."""
+        few that no unit has, to the network. A unit lies before the bottleneck or behind it, and so do those few before it:
+        a pass that ends there then reaches a unit whole or not at all."""
 
     def head(self) -> nn.Module:
         """A GAN head that fits the network's features."""

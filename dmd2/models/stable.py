@@ -175,7 +175,7 @@ class Stable(ABC):
                 outer.append(module)
             if isinstance(module, Transformer2DModel) and len(module.transformer_blocks) > SHORT_TRANSFORMER:
                 inner += [b for b in module.transformer_blocks if isinstance(b, BasicTransformerBlock)]
-        return [*inner, *outer]
+        return [*inner, *outer, unet.conv_norm_out, unet.conv_out]
 
     def head(self) -> nn.Module:
         return ConvHead(*self.features[:2])

@@ -1,0 +1,423 @@
+"""How fast a student learns: the engine against a plain implementation of the same algorithm.
+
+Three networks: the digits of the demo, the emoji SDXL with its teacher's weights, and an ADM U-Net of 30 M parameters. A
+round is one whole update of the student, `critic_updates` steps, by each of the variants in turn, and what counts is
+the CPU time of the process: ratios taken within a round hold on a shared machine, where seconds do not. A process has
+one thread: two wait for each other in loops, oneDNN's bfloat16 kernels most of all, and on a busy machine the waiting would
+be counted as work. Each switch is measured alone: those that are always on by adding them to the plain implementation,
+the others by turning them on in the engine.
+
+Steps are also compared with what they are made of: every pass of a network, and the optimizer, run alone.
+
+Prints a table for each network, adds to runs/bench/engine.json. Draws of how far a rollout goes are the same for all
+variants of a round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from dmd2 import build, recipes, storage
+from dmd2.config import AdmConfig, Config
+from dmd2.denoiser import Denoiser
+from dmd2.models.family import ModelFamily, Shown
+from dmd2.parallel import World
+from dmd2.rng import Rng, draw_shared
+from dmd2.sample import Conditioning, Sample
+from dmd2.trainer import HEAD, Player, Trainer
+from tests.bench.baseline import Baseline, Learner, Process, View
+
+RESULT = Path("runs/bench/engine.json")
+TEACHER = Path("tests/emoji/pipeline")
+CPU = torch.device("cpu")
+MIDDLE = AdmConfig(
+    resolution=64,
+    image_channels=3,
+    classes=1000,
+    channels=64,
+    multipliers=(1, 2, 4, 4),
+    blocks=1,
+    attention=(16, 8),
+    patch=2,
+)
+"""The published ImageNet-64 network, a third as wide, on folded pixels."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """What is trained, and on what."""
+
+    config: Config
+    family: ModelFamily
+    weights: dict[str, Tensor]
+    """The teacher's."""
+    shown: Shown
+
+    def real(self, rows: int) -> Tensor:
+        return torch.randn(rows, *self.family.shape)
+
+
+def digits() -> Net:
+    return _random(recipes.get("edm-digits"))
+
+
+def middle() -> Net:
+    base = recipes.get("edm-imagenet64")
+    family = base.family.model_copy(update={"network": MIDDLE})
+    distill = base.distill.model_copy(update={"batch": 8})
+    return _random(base.model_copy(update={"family": family, "distill": distill}))
+
+
+def emoji() -> Net:
+    config = recipes.get("sdxl-4step-emoji")
+    family = build.family(config.family, TEACHER)
+    texts = [f"emoji number {row}" for row in range(config.distill.batch)]
+    with torch.no_grad():
+        shown = family.condition(texts)
+    return Net(config, family, family.weights(TEACHER), shown)
+
+
+def _random(config: Config) -> Net:
+    """Weights that have learnt nothing: speed does not depend on them, but for zeros."""
+    family = build.family(config.family)
+    torch.manual_seed(0)
+    network = family.network()
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    labels = torch.arange(config.distill.batch) % config.family.classes
+    return Net(config, family, network.state_dict(), Shown(Conditioning(label=labels), Conditioning()))
+
+
+NETS: dict[str, Callable[[], Net]] = {"edm-digits": digits, "sdxl-4step-emoji": emoji, "edm-middle": middle}
+
+
+class OneKernel(Learner):
+    """AdamW in one kernel; norms and averages over lists of tensors."""
+
+    def _optimizer(self, **how: bool) -> torch.optim.Optimizer:
+        return super()._optimizer(fused=True)
+
+    def _clip(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm, foreach=True)
+
+    @torch.no_grad()
+    def _average(self, average: list[Tensor], kept: float) -> None:
+        torch._foreach_lerp_(average, list[Tensor](self.parameters), 1 - kept)
+
+
+class Fused(Baseline):
+    learner = OneKernel
+
+
+class Together(Baseline):
+    """Fake and real in one batch."""
+
+    def _both_judged(self, fake: View, real: View, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        x_t, level = torch.cat([fake[0], real[0]]), torch.cat([fake[1], real[1]])
+        of_fake, of_real = self._judged(x_t, level, cond.cat(cond)).chunk(2)
+        return of_fake, of_real
+
+
+class TwoPasses(Baseline):
+    """Guidance by two passes of the teacher."""
+
+    def _two_outs(self, x_t: Tensor, level: Tensor, real: Sample) -> tuple[Tensor, Tensor]:
+        out = partial(self.process.out, self.teacher, x_t, level)
+        return out(real.null), out(real.cond)
+
+
+class ToTheEnd(Process):
+    def features(self, network: nn.Module, x_t: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
+        return Denoiser(network, self.family.diffusion).output_and_features(x_t, level, cond)[1]
+
+
+class NoExit(Baseline):
+    """Features of the bottleneck by a whole pass."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.process = ToTheEnd(self.family)
+
+
+PLAIN: dict[str, type[Baseline]] = {
+    "baseline": Baseline,
+    "baseline, fused AdamW, norms and averages": Fused,
+    "baseline, real and fake in one batch": Together,
+    "baseline, guidance by two passes": TwoPasses,
+    "baseline, features by a whole pass": NoExit,
+}
+PARITY: dict[str, Any] = {}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "parity": PARITY,
+    "parity, compile": {"compile": True},
+    "parity, bfloat16": {"dtype": "bfloat16"},
+    "parity, shared view": {"shared_view": True},
+    "parity, every stop": {"every_stop": True},
+    "fast without compile": {"dtype": "bfloat16", "shared_view": True, "every_stop": True},
+    "fast": {"compile": True, "dtype": "bfloat16", "shared_view": True, "every_stop": True},
+}
+Step = Callable[[int], object]
+"""One turn of the loop, of a number."""
+
+
+def main(quick: bool = False, only: tuple[str, ...] = tuple(NETS), rounds: int = 7) -> None:
+    """Measure.
+
+    Args:
+        quick: Two rounds, nothing compiled; written beside the result.
+        only: Networks.
+        rounds: Updates of the student that are timed, of each variant.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    path = RESULT.with_stem("engine-quick") if quick else RESULT
+    for name in only:
+        with ProcessPoolExecutor(
+            1, get_context("spawn")
+        ) as pool:  # of its own, so that it sees the environment
+            rows = pool.submit(measure, name, 2 if quick else rounds, quick).result()
+        show(name, rows)
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        found["nets"] = found.get("nets", {}) | {name: rows}
+        storage.write(path, json.dumps(found, indent=1) + "\n")
+
+
+def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:
+    net = NETS[name]()
+    net = seeded(net, rounds)
+    variants = {label: plain(net, kind) for label, kind in PLAIN.items() if _differs(net, label)}
+    games: dict[str, Trainer] = {}
+    for label, switches in SWITCHES.items():
+        if _differs(net, label) and not (quick and switches.get("compile")):
+            games[label] = engine(net, switches)
+            variants[label] = partial(turn, net, games[label])
+    parts = Parts(net, games["parity"])
+    seconds: dict[str, list[float]] = {label: [] for label in variants}
+    alone: dict[str, list[float]] = {label: [] for label in parts.calls}
+    cycle = net.config.distill.critic_updates
+    for number in range(-1, rounds):  # the first warms up
+        for label, step in variants.items():
+            start = time.process_time()
+            for index in range(cycle):
+                step((number + 1) * cycle + index)
+            seconds[label].append(time.process_time() - start)
+        for label, call in parts.calls.items():
+            alone[label].append(cpu_seconds(call))
+    return facts(net, parts, {k: v[1:] for k, v in seconds.items()}, {k: v[1:] for k, v in alone.items()})
+
+
+def seeded(net: Net, rounds: int) -> Net:
+    """With a seed whose rollouts are as long as they are on average."""
+    steps, levels = net.config.distill.critic_updates, len(net.config.distill.student_levels)
+    span = range(steps, steps * (rounds + 1))
+
+    def mean(seed: int) -> float:
+        return statistics.mean(draw_shared(seed, step, levels) for step in span)
+
+    seed = next(seed for seed in count() if abs(mean(seed) - (levels - 1) / 2) < 0.05)
+    return Net(net.config.model_copy(update={"seed": seed}), net.family, net.weights, net.shown)
+
+
+def plain(net: Net, kind: type[Baseline]) -> Step:
+    game = kind(net.config, net.family, net.weights, net.family.head().state_dict())
+    x = net.real(net.config.distill.batch)
+    return lambda step: game.step(Sample(x, *net.shown), step)  # noise from torch's global generator
+
+
+def engine(net: Net, switches: dict[str, Any]) -> Trainer:
+    switches = dict(switches)
+    units = net.config.engine.model_copy(update={"compile": switches.pop("compile", False)})
+    gan = net.config.distill.gan
+    assert gan
+    gan = gan.model_copy(update={"shared_view": switches.pop("shared_view", False)})
+    if len(net.config.distill.student_levels) == 1:
+        switches.pop("every_stop", None)
+    distill = net.config.distill.model_copy(update=switches | {"gan": gan})
+    config = net.config.model_copy(update={"distill": distill, "engine": units})
+    game = build.game(config, net.family, net.weights, World(CPU))
+    assert isinstance(game, Trainer)
+    return game
+
+
+def turn(net: Net, game: Trainer, step: int) -> object:
+    x = net.real(net.config.distill.batch)
+    return game.step(Sample(x, *net.shown, Rng.at(net.config.seed, step, range(len(x)), CPU)), step)
+
+
+class Parts:
+    """What an update of the student is made of: calls of networks and of optimizers, each alone."""
+
+    def __init__(self, net: Net, game: Trainer) -> None:
+        batch, self.net = net.config.distill.batch, net
+        network = net.family.network().requires_grad_(False)
+        network.load_state_dict(net.weights)
+        assert isinstance(game.critic.module, nn.ModuleDict)
+        student, critic, head = game.student.module, game.critic.module["network"], game.critic.module[HEAD]
+        x, level = net.real(batch), torch.full((batch,), len(net.family.diffusion) // 2)
+        inputs = (*net.family.diffusion.network_input(x, level), net.shown.cond)
+        twice = (*(torch.cat([t, t]) for t in inputs[:2]), net.shown.cond.cat(net.shown.cond))
+        guided = net.config.distill.guidance != 1
+        of_teacher = (*twice[:2], net.shown.cond.cat(net.shown.null)) if guided else inputs
+
+        def judged(x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+            logits: Tensor = head(critic(x, time, cond, features_only=True))
+            return logits
+
+        def at_samples() -> None:
+            x = inputs[0].detach().requires_grad_()
+            torch.autograd.grad(judged(x, *inputs[1:]).sum(), x)
+
+        self.passes: dict[str, Callable[[], object]] = {
+            "student, no gradient": partial(forward, student, inputs),
+            "student, forward and backward": partial(both_ways, student, inputs, game.student.module),
+            "teacher": partial(forward, network, of_teacher),
+            "critic, no gradient": partial(forward, critic, inputs),
+            "critic to the head, backward to the samples": at_samples,
+            "critic to the head, twice the batch, both ways": partial(
+                both_ways, judged, twice, game.critic.module
+            ),
+            "critic, forward and backward": partial(both_ways, critic, inputs, game.critic.module),
+        }
+        self.optimizers: dict[str, Callable[[], object]] = {
+            "update of the student": partial(update, game.student, gradients(game.student)),
+            "update of the critic": partial(update, game.critic, gradients(game.critic)),
+        }
+        self.calls = self.passes | self.optimizers
+
+    def counts(self, number: int) -> dict[str, int]:
+        """How often a round of the engine in parity mode needs each."""
+        config = self.net.config
+        updates, levels = config.distill.critic_updates, len(config.distill.student_levels)
+        steps = range((number + 1) * updates, (number + 2) * updates)
+        rollouts = sum(draw_shared(config.seed, step, levels) for step in steps)
+        each = {name: updates for name in self.calls if name.endswith(("both ways", "of the critic"))}
+        each |= {"critic, forward and backward": updates, "student, no gradient": rollouts + updates - 1}
+        return dict.fromkeys(self.calls, 1) | each
+
+
+Inputs = tuple[Any, ...]
+
+
+@torch.no_grad()
+def forward(network: Callable[..., Tensor], inputs: Inputs) -> None:
+    network(*inputs)
+
+
+def both_ways(network: Callable[..., Tensor], inputs: Inputs, learns: nn.Module) -> None:
+    network(*inputs).sum().backward()
+    learns.zero_grad()
+
+
+def gradients(player: Player) -> list[Tensor]:
+    return [torch.zeros_like(p) for p in player.module.parameters()]
+
+
+def update(player: Player, gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(player.module.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    player.update(0)
+
+
+def cpu_seconds(call: Callable[[], object], times: int = 3) -> float:
+    """Of one call."""
+    start = time.process_time()
+    for _ in range(times):
+        call()
+    return (time.process_time() - start) / times
+
+
+def facts(
+    net: Net, parts: Parts, seconds: dict[str, list[float]], alone: dict[str, list[float]]
+) -> dict[str, Any]:
+    def against(of: str, mode: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[of], seconds[mode], strict=True))
+
+    def overhead(names: Iterable[str]) -> float:
+        shares = []
+        for number, whole in enumerate(seconds["parity"]):
+            counts = parts.counts(number)
+            shares.append(whole / sum(counts[name] * statistics.median(alone[name]) for name in names))
+        return statistics.median(shares)
+
+    network = net.family.network()
+    return {
+        "parameters_m": round(sum(p.numel() for p in network.parameters()) / 1e6, 2),
+        "batch": net.config.distill.batch,
+        "parity_ratio": against("baseline", "parity"),
+        "fast_ratio": against("baseline", "fast") if "fast" in seconds else None,
+        "step_overhead": overhead(parts.calls),
+        "step_over_network_passes": overhead(parts.passes),
+        "lines": {
+            label: {
+                "cpu_s": statistics.median(values),
+                "against_baseline": against("baseline", label),
+                "against_parity": against("parity", label),
+            }
+            for label, values in seconds.items()
+        },
+        "passes": {
+            name: {
+                "cpu_s": statistics.median(values),
+                "in_an_update": statistics.mean(parts.counts(n)[name] for n in range(len(values))),
+            }
+            for name, values in alone.items()
+        },
+    }
+
+
+def show(name: str, rows: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(
+        title=f"{name}: an update of the student, {rows['parameters_m']} M parameters, batch {rows['batch']}"
+    )
+    for column in ("", "CPU s", "baseline / it", "parity / it"):
+        table.add_column(column, justify="right" if column else "left")
+    for label, line in rows["lines"].items():
+        table.add_row(
+            label, f"{line['cpu_s']:.2f}", f"{line['against_baseline']:.2f}", f"{line['against_parity']:.2f}"
+        )
+    console.print(table)
+    table = Table(title=f"{name}: what a parity step is made of, each alone")
+    for column in ("", "CPU s", "times", "CPU s in an update"):
+        table.add_column(column, justify="right" if column else "left")
+    for label, line in rows["passes"].items():
+        table.add_row(
+            label,
+            f"{line['cpu_s']:.4f}",
+            f"{line['in_an_update']:.1f}",
+            f"{line['cpu_s'] * line['in_an_update']:.3f}",
+        )
+    console.print(table)
+    console.print(
+        f"step / (passes + optimizer) = {rows['step_overhead']:.3f}, step / passes = {rows['step_over_network_passes']:.3f}\n"
+    )
+
+
+def _differs(net: Net, label: str) -> bool:
+    """Whether the variant is another one for this network."""
+    distill = net.config.distill
+    return not (
+        (distill.guidance == 1 and "guidance" in label)
+        or (len(distill.student_levels) == 1 and label.endswith("every stop"))
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

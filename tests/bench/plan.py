@@ -1,0 +1,109 @@
+"""The memory that `dmd2 plan` predicts, against what steps really take on this machine: `python -m tests.bench.plan`.
+
+A mid-size EDM network in float32, a fresh process on the CPU. Measured is how much its resident memory has grown at most,
+from before anything of the game was made; predicted is what the plan says of one device. Prints both, writes
+runs/bench/plan.json, and fails if they differ by more than a tenth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+from pathlib import Path
+
+import torch
+import tyro
+
+from dmd2 import build, parallel, plan, recipes, storage
+from dmd2.config import Config
+from dmd2.sample import Conditioning, Sample
+
+LIMIT = 0.10
+SIZE = (
+    "family.network.channels=64", "family.network.multipliers=1,2,4", "family.network.blocks=2",
+    "family.network.attention=16,8", "family.network.image_channels=3", "family.network.patch=1",
+)  # fmt: skip
+"""Of 20 to 30 M weights, on 32x32 pixels in colour."""
+
+
+def main(batch: int = 16, checkpointing: str = "none", steps: int = 2, gan: bool = True) -> None:
+    """Some steps, of both players at the first.
+
+    Args:
+        batch: Images.
+        checkpointing: none, selective or full.
+        steps: To play.
+        gan: Whether there is a GAN term.
+    """
+    config = mid_size(batch, checkpointing, gan)
+    parts = predicted(config)
+    warm(config)
+    before = resident_gb("VmRSS")
+    measured = play(config, steps) - before
+    total = sum(parts.values())
+    figures = {
+        "batch": batch,
+        "checkpointing": checkpointing,
+        "predicted_gb": round(total, 3),
+        "measured_gb": round(measured, 3),
+        "ratio": round(total / measured, 3),
+        "parts_gb": {name: round(size, 3) for name, size in parts.items()},
+    }
+    storage.write(Path("runs/bench/plan.json"), json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    if abs(total / measured - 1) > LIMIT:
+        raise SystemExit(f"the prediction is {total / measured:.2f} times what was measured")
+
+
+def mid_size(batch: int, checkpointing: str, gan: bool) -> Config:
+    name = "edm-digits" if gan else "edm-digits-no-gan"
+    changes = [f"distill.batch={batch}", f"engine.checkpointing={checkpointing}"]
+    return recipes.resolve(name, [*SIZE, *changes])
+
+
+def predicted(config: Config) -> dict[str, float]:
+    """In 1e9 bytes, by part."""
+    fam = build.family(config.family)
+    made = plan.planned(config, fam, "l40s-48gb", plan.Layout(1, 1, 1))
+    return {name: size / plan.GB for name, size in made.memory.items()}
+
+
+def warm(config: Config) -> None:
+    """Load what libraries load when they are first used, by a step of a network a few times narrower."""
+    narrow = recipes.resolve(config.recipe, ["distill.batch=2"])
+    play(narrow, 1)
+
+
+def play(config: Config, steps: int) -> float:
+    """The most memory that was resident during the steps, in 1e9 bytes."""
+    fam = build.family(config.family)
+    game = build.game(config, fam, fam.network().state_dict(), parallel.World(torch.device("cpu")))
+    tidy()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    batch = config.distill.batch
+    cond = Conditioning(label=torch.zeros(batch, dtype=torch.int64))
+    real = Sample(torch.randn(batch, *fam.shape), cond, Conditioning())
+    for step in range(steps):
+        game.step(real, step)
+    most = resident_gb("VmHWM")
+    del game, real
+    tidy()
+    return most
+
+
+def tidy() -> None:
+    """Give back to the system what is free."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_gb(field: str) -> float:
+    """Of this process, in 1e9 bytes; VmRSS is now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kilobytes) * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

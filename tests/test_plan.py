@@ -1,0 +1,252 @@
+"""The plan counts what a real step of the real trainer does, and its arithmetic is that of the published run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmd2 import build, memory, plan, recipes
+from dmd2.config import Config, DistillConfig
+from dmd2.models.family import ModelFamily
+from dmd2.plan import Layout, Pass
+from dmd2.sample import Conditioning, Sample
+from dmd2.trainer import Trainer
+from tests.conftest import ALONE, MICRO
+
+Refusal = Callable[[Callable[[], object]], str]
+
+
+def digits(*changes: str) -> Config:
+    """`-gan` and `-dmd` leave a term out."""
+    out = {change[1:]: None for change in changes if change.startswith("-")}
+    kept = [change for change in changes if not change.startswith("-")]
+    config = recipes.resolve("edm-digits", [*MICRO, "distill.batch=4", *kept])
+    distill = DistillConfig.model_validate({**dict(config.distill), **out})
+    return config.model_copy(update={"distill": distill})
+
+
+def emoji(name: str, *changes: str) -> Config:
+    small = ["family.resolution=32", "family.latent=2", "distill.batch=4", "engine.micro_batch=2"]
+    return recipes.resolve(name, [*small, *changes])
+
+
+def counted(config: Config, fam: ModelFamily, teacher: nn.Module, real: Sample) -> list[int]:
+    """FLOPs of each step of a turn of the real trainer and the first of the next."""
+    game = build.game(config, fam, teacher.state_dict(), ALONE)
+    assert isinstance(game, Trainer)
+    found = []
+    for step in range(config.distill.critic_updates + 1):
+        with FlopCounterMode(display=False, custom_mapping=memory.CPU_ATTENTION) as counter:
+            game.step(real, step)
+        found.append(counter.get_total_flops())
+    return found
+
+
+def predicted(config: Config, fam: ModelFamily) -> list[float]:
+    nets = plan.networks(config, fam)
+    with plan.checkpointing(fam, nets, config.engine.checkpointing):
+        passes = plan.Rehearsal(config, fam, nets, 1, cuda=False).run()
+    steps = range(config.distill.critic_updates + 1)
+    batch = config.distill.batch
+    return [sum(plan.flops(passes, plan.calls_at(config, step), batch).values()) for step in steps]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("-gan",),
+        ("-dmd",),
+        ("distill.gan.shared_view=True",),
+        ("engine.micro_batch=2", "engine.checkpointing=full", "distill.critic_updates=2"),
+        ("engine.checkpointing=selective",),
+        ("distill.student_levels=999,600,200",),
+        ("distill.student_levels=999,600,200", "distill.every_stop=True", "distill.critic_updates=7"),
+        ("distill.student_levels=999,600,200", "distill.inputs=noised-real"),
+    ],
+)
+def test_flops_of_every_step_of_a_turn_are_those_of_the_real_trainer(changes: tuple[str, ...]) -> None:
+    config = digits(*changes)
+    fam = build.family(config.family)
+    cond = Conditioning(label=torch.zeros(4, dtype=torch.int64))
+    real = Sample(torch.randn(4, *fam.shape), cond, Conditioning())
+    assert predicted(config, build.family(config.family)) == counted(config, fam, fam.network(), real)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("sdxl-4step-emoji", ()),
+        ("sdxl-4step-emoji", ("engine.checkpointing=full", "distill.every_stop=True")),
+        ("sdxl-4step-lora-emoji", ()),
+        ("sdxl-4step-shared-emoji", ("distill.gan.shared_view=True",)),
+        ("sdxl-1step-emoji", ("engine.checkpointing=selective",)),
+    ],
+)
+def test_flops_of_a_turn_of_a_small_sdxl_are_those_of_the_real_trainer(
+    recipe: str, changes: tuple[str, ...], pipeline: Path
+) -> None:
+    config = emoji(recipe, *changes)
+    fam: Any = build.family(config.family, pipeline)
+    shown = fam.condition(["a red square", "a blue", "a green square", ""])
+    real = Sample(torch.randn(4, *fam.shape), *shown)
+    assert predicted(config, build.family(config.family, pipeline)) == counted(
+        config, fam, fam.network(), real
+    )
+
+
+def test_an_average_step_is_the_mean_over_turns_and_stops() -> None:
+    config = digits("distill.student_levels=999,600,200")
+    assert plan.mean_calls(config) == pytest.approx(
+        {
+            plan.ROLLOUT: 1
+            + 4 / 5,  # (3 - 1) / 2 before the last, which only the student's turn takes with its graph
+            plan.STUDENT: 1 / 5,
+            plan.TEACHER: 1 / 5,
+            plan.SCORE: 1 / 5,
+            plan.STUDENT_GAN: 1 / 5,
+            plan.CRITIC_GAN: 1,
+            plan.CRITIC: 1,
+        }
+    )
+
+
+def test_work_is_in_proportion_and_memory_on_a_line() -> None:
+    one, two = Pass(1, 10, kept=7, peak=9), Pass(2, 20, kept=12, peak=16)
+    assert one.at(4, two) == Pass(4, 40, kept=22, peak=30)
+    assert two.at(4) == Pass(4, 40, kept=24, peak=32)
+
+
+def test_memory_of_a_pass_is_on_a_line_through_two_sizes() -> None:
+    config = digits()
+    fam = build.family(config.family)
+    nets = plan.networks(config, fam)
+    one, two, five = (plan.Rehearsal(config, fam, nets, rows, cuda=False).run() for rows in (1, 2, 5))
+    line = one[plan.STUDENT].at(5, two[plan.STUDENT])
+    assert line.kept == five[plan.STUDENT].kept
+    assert line.peak == pytest.approx(five[plan.STUDENT].peak, rel=0.02)
+    assert line.flops == five[plan.STUDENT].flops
+
+
+def test_the_meter_sees_what_lives_and_lets_go_of_what_died() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    with memory.Meter(layer) as meter:
+        x = torch.ones(2, 4)
+        y = layer(x)
+        assert meter.live == 2 * 32
+        assert meter.flops == 2 * 2 * 4 * 4
+        del x
+        assert meter.live == 2 * 32  # the graph has it
+        y.sum().backward()
+        del y
+    assert meter.gradients == 4 * 16
+    assert list(meter.reached.values()) == [16]
+    assert meter.live == meter.gradients
+    meter.release()
+    assert layer.weight.grad is None
+
+
+def test_norms_are_kept_in_float32_as_on_cuda() -> None:
+    norm, x = nn.GroupNorm(2, 4), torch.ones(1, 4, 3, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm.bfloat16()(x).dtype == torch.bfloat16
+        with memory.norms_as_on_cuda(norm):
+            assert norm(x).dtype == torch.float32
+
+
+def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(micro: Config) -> None:
+    config, fam = digits("distill.batch=8"), build.family(micro.family)
+    nets, mesh = plan.networks(config, fam), Layout(8, 4, 4)
+    passes = plan.Rehearsal(config, fam, nets, 1, cuda=False).run()
+    sent = plan.traffic(config, fam, nets, mesh, True, passes, 1)
+    units = len(plan.owned(fam, nets.student, outermost=True))
+    calls = units / 5 + units + 1  # student, critic, head
+    weights = memory.count(nets.student) * 6 / 5 + memory.count(fam.head())
+    assert sent[plan.GATHER] == pytest.approx((calls, 4 * weights * 3 / 4))
+    assert sent[plan.SCATTER] == pytest.approx((calls, 4 * weights * 3 / 4))
+    # Between two replicas, a shard there and back; and the two norms.
+    assert sent[plan.REDUCE] == pytest.approx((calls + 6 / 5, 4 * weights / 4 + 4 * 6 / 5))
+
+
+def test_sharded_weights_are_gathered_in_every_pass(micro: Config) -> None:
+    config, fam = digits("distill.batch=8", "-gan"), build.family(micro.family)
+    nets, mesh = plan.networks(config, fam), Layout(4, 4, 4)
+    passes = plan.Rehearsal(config, fam, nets, 2, cuda=False).run()
+    units = len(plan.owned(fam, nets.student, outermost=False))
+    once, twice = (plan.traffic(config, fam, nets, mesh, False, passes, rows) for rows in (2, 1))
+    # Of five steps: four rollouts, a student both ways, a teacher, a score, five critics both ways.
+    assert once[plan.GATHER][0] == pytest.approx((4 + 2 + 1 + 1 + 10) / 5 * units)
+    assert twice[plan.GATHER][0] == pytest.approx(2 * once[plan.GATHER][0])
+    assert twice[plan.SCATTER] == once[plan.SCATTER]
+
+
+def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:
+    config = digits()
+    made = plan.planned(config, build.family(config.family), "h100-80gb", Layout(1, 1, 1), price=2.0)
+    assert made.traffic == {}
+    assert made.facts["gpu_hours"] == pytest.approx(made.seconds_per_step * 10 / 3600)
+    assert made.facts["cost"] == pytest.approx(2 * made.gpu_hours)
+    assert made.largest == config.distill.batch
+    assert made.weights["learn"] == made.weights["student"] + made.weights["critic"] + made.weights["head"]
+    # Masters and two moments of all that learns, and the student's average.
+    assert made.checkpoint == 4 * (3 * made.weights["learn"] + made.weights["student"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gpu": "h100-80g"}, "unknown GPU 'h100-80g'; did you mean 'h100-80gb'?"),
+        ({"gpu": "l4-24gb", "gpus_per_node": 3}, "cannot be divided among 3 GPUs"),
+        ({"gpu": "l4-24gb", "nodes": 0}, "give at least one"),
+        ({"gpu": "l4-24gb", "teacher": "/nowhere"}, "/nowhere is not a folder"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: dict[str, Any], said: str, refusal: Refusal) -> None:
+    assert said in refusal(lambda: plan.plan(digits(), **arguments))
+
+
+def test_the_tables_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan.plan(digits("distill.batch=8"), "l4-24gb", gpus_per_node=2, price=0.7)
+    told = capsys.readouterr().out
+    assert made.facts["fits"]
+    for word in (
+        "critic denoising",
+        "gathered weights",
+        "all-gather",
+        "GPU-hours",
+        "cost at 0.7",
+        "selective",
+        "assumption",
+    ):
+        assert word in told
+
+
+def test_a_warm_up_is_its_student_alone(pipeline: Path) -> None:
+    config = emoji("sdxl-1step-warmup-emoji")
+    made = plan.planned(config, build.family(config.family, pipeline), "l4-24gb", Layout(2, 2, 2))
+    assert list(made.flops) == [plan.STUDENT]
+    assert "critic" not in made.weights
+    assert any("decoder" in line for line in plan.unknown(made))
+
+
+def test_the_published_run_is_slow_by_its_units_and_ours_is_not() -> None:
+    """SDXL at its real shape on 64 A100: 10.8 s a step were published (README of the reference)."""
+    config = recipes.get("sdxl-4step")
+    fam = build.family(config.family)
+    nets = plan.networks(config, fam)
+    rehearsal = plan.Rehearsal(config, fam, nets, 2, cuda=True)
+    passes = rehearsal.run()
+    one = passes[plan.ROLLOUT].at(1).flops
+    assert round(one / 1e12, 2) == 6.76
+    told = plan._compared(config, fam, nets, {"none": plan.Measured(passes)}, rehearsal.reached)
+    assert told.units == pytest.approx(880, rel=0.01)
+    assert told.unit_calls == pytest.approx(8000, rel=0.1)
+    assert told.computing_s < 1.5
+    assert told.seconds == pytest.approx(told.published_s, rel=0.1)
+    assert told.ours_s < 1.5

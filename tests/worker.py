@@ -1,0 +1,91 @@
+"""Plays a few steps on made-up samples with every mesh of its world, and writes down what happened.
+
+Started by torchrun in `test_processes.py`, and called there directly for the one process that all is compared with.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmd2 import build, parallel, recipes
+from dmd2.config import Config
+from dmd2.rng import Rng
+from dmd2.sample import Conditioning, Sample
+from dmd2.trainer import Trainer
+from tests.conftest import MICRO
+from tests.tiny_sdxl import SMALL
+
+TWO_STEPS = "distill.student_levels=999,499"
+CASES = {
+    "edm": ("edm-digits", (*MICRO, "distill.student.ema=0.9"), 20),
+    "parts": ("edm-digits", (*MICRO, "engine.micro_batch=1"), 6),
+    "fast": ("edm-digits", (*MICRO, TWO_STEPS, "distill.every_stop=True", "distill.gan.shared_view=True"), 6),
+    "sdxl": ("sdxl-4step-emoji", (*SMALL, "engine.micro_batch=0"), 6),
+    "shared-base": ("sdxl-4step-shared-emoji", SMALL, 6),
+    "bfloat16": ("edm-digits", (*MICRO, "distill.dtype=bfloat16", "engine.micro_batch=1"), 6),
+}
+"""Recipe, overrides, steps: the ways in which passes and gradients are divided."""
+WORLDS = {
+    2: ("sdxl 2 resident", "sdxl 2 sharded", "shared-base 2 resident", "edm 1 resident", "edm 2 sharded", "fast 2 resident"),
+    4: (
+        "edm 1 sharded", "edm 2 resident", "edm 2 sharded", "edm 4 resident", "edm 4 sharded", "parts 2 resident",
+        "fast 4 sharded", "bfloat16 2 resident", "bfloat16 4 sharded", "bfloat16 1 resident",
+    ),
+}  # fmt: skip
+"""Case, shards and weights of what so many processes play: DDP, HSDP and FSDP."""
+
+
+def played(config: Config, family: build.ModelFamily, steps: int, world: parallel.World) -> dict[str, Tensor]:
+    """Losses, sizes of gradients and weights of some steps, from a teacher whose weights are noise."""
+    torch.manual_seed(1)
+    teacher = {name: 0.1 * torch.randn_like(p) for name, p in family.network().state_dict().items()}
+    game = build.game(config, family, teacher if world.main else {}, world)
+    assert isinstance(game, Trainer)
+    told: dict[str, Tensor] = {}
+    for step in range(steps):
+        for name, value in game.step(real(config, family, step, world), step).items():
+            told[f"{step:02d} {name}"] = world.mean(value.detach().float().clone())
+    for player in (game.student, game.critic):
+        weights = parallel.gathered(player.state()[player.name].state_dict(), world)
+        told |= {f"{player.name}: {name}": w.clone() for name, w in weights.items()}
+        averages = parallel.gathered(player.result(), world)
+        told |= {f"{player.name}, used: {name}": w.clone() for name, w in averages.items()}
+    return told
+
+
+def real(config: Config, family: build.ModelFamily, step: int, world: parallel.World) -> Sample:
+    """This process's rows of a batch."""
+    batch = config.distill.batch
+    rows = world.rows(batch)
+    drawn = Rng.at(7, step, range(batch), world.device)
+    x, label = drawn.normal(*family.shape)[list(rows)], torch.tensor([row % 3 for row in rows])
+    rng = Rng.at(config.seed, step, rows, world.device)
+    if config.family.kind == "edm":
+        return Sample(x, Conditioning(label=label), Conditioning(), rng)
+    cond, null = family.condition([("a red square", "a green square", "a blue square")[i] for i in label])
+    return Sample(x, cond, null, rng)
+
+
+def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, build.ModelFamily, int]:
+    recipe, overrides, steps = CASES[case]
+    config = recipes.resolve(recipe, (*overrides, *more))
+    return config, build.family(config.family, pipeline if config.family.kind != "edm" else None), steps
+
+
+def main(out: Path, pipeline: Path) -> None:
+    torch.set_num_threads(1)
+    world = parallel.join()
+    for game in WORLDS[world.size]:
+        case, shards, weights = game.split()
+        mesh = f"engine.shards={shards}", f"engine.weights={weights}"
+        told = played(*resolved(case, pipeline, *mesh), world)
+        if world.main:
+            torch.save(told, out / f"{game}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
