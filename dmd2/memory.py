@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from dmd2.config import Config
 from dmd2.config import Player as PlayerConfig
@@ -130,7 +129,7 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_tensors(sdpa_backward_flop),
 }
 """The attention of the CPU, which FlopCounterMode counts as nothing, by its formulas for that of a GPU."""
-FORMULAS = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
+FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **CPU_ATTENTION}
 """FLOPs by operator: those of FlopCounterMode, completed."""
 
 
@@ -142,7 +141,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, *outside: nn.Module) -> None:
         """What belongs to the modules is not counted."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.live = self.peak = 0
         """Bytes now, and at most."""
@@ -201,16 +200,11 @@ class Meter(TorchDispatchMode):
         self.gradients += self._sizes.get(weight.grad.untyped_storage()._cdata, 0)
 
 
-@contextmanager
-def norms_as_on_cuda(*networks: nn.Module) -> Iterator[None]:
-    """While inside, autocast on the CPU computes norms in float32, as it does on CUDA, whose results are then kept so."""
-    kinds = nn.GroupNorm | nn.LayerNorm
-    norms = [m for m in dict.fromkeys(m for n in networks for m in n.modules()) if isinstance(m, kinds)]
-    for norm in norms:
-        norm.forward = partial(_in_float32, norm)  # type: ignore[method-assign]
-    yield
-    for norm in norms:
-        del norm.forward
+def norms_as_on_cuda(*networks: nn.Module) -> None:
+    """Let autocast on the CPU compute norms in float32, as it does on CUDA, whose results are then kept so."""
+    for norm in (module for network in networks for module in network.modules()):
+        if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
+            norm.forward = partial(_in_float32, norm)  # type: ignore[method-assign]
 
 
 def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -115,9 +115,15 @@ class Pass:
             slope = (its - mine) / (other.rows - self.rows) if other else mine / self.rows
             return math.ceil(mine + slope * (rows - self.rows))
 
-        sizes = {name: line(name) for name in ("kept", "peak", "with_gradients")}
-        work = {name: getattr(self, name) * rows // self.rows for name in ("flops", "convolutions")}
-        return replace(self, rows=rows, **work, **sizes)
+        return replace(
+            self,
+            rows=rows,
+            flops=self.flops * rows // self.rows,
+            convolutions=self.convolutions * rows // self.rows,
+            kept=line("kept"),
+            peak=line("peak"),
+            with_gradients=line("with_gradients"),
+        )
 
 
 Passes = dict[str, Pass]
@@ -139,7 +145,7 @@ class Networks:
 
 
 def networks(config: Config, fam: ModelFamily) -> Networks:
-    """In the type they compute in, as they are when gathered."""
+    """In the type they compute in, as they are when gathered; what they keep is what they would on CUDA."""
     settings, dtype = config.distill, getattr(torch, config.distill.dtype)
     with torch.device("meta"):
         student = teacher = critic = fam.network()
@@ -156,6 +162,7 @@ def networks(config: Config, fam: ModelFamily) -> Networks:
             _fake(network, dtype, fakes)
         if head:
             _fake(head, torch.float32, fakes)
+    memory.norms_as_on_cuda(*dict.fromkeys((teacher, student, critic)))
     return Networks(teacher, student, critic, head, mode)
 
 
@@ -204,8 +211,6 @@ class Rehearsal:
     fam: ModelFamily
     nets: Networks
     rows: int
-    cuda: bool
-    """Whether to keep what autocast keeps on CUDA, not on the CPU."""
     found: Passes = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
     """Weights that the GAN's gradient reaches, by id."""
@@ -303,8 +308,6 @@ class Rehearsal:
                 for index, unit in enumerate(self.fam.blocks(network)):
                     hook = unit.register_forward_pre_hook(partial(_note, entered, str(index)))
                     stack.callback(hook.remove)
-            if self.cuda:
-                stack.enter_context(memory.norms_as_on_cuda(*modules[:3]))
             meter = stack.enter_context(memory.Meter(*modules))
             yield meter
         sizes = {
@@ -335,12 +338,15 @@ def _note(entered: dict[str, None], name: str, *_: Any) -> None:
 def checkpointing(fam: ModelFamily, nets: Networks, how: str) -> Iterator[None]:
     """While inside, student and critic compute activations again."""
     changed = list(dict.fromkeys((nets.student, nets.critic))) if how != "none" else []
+    units = [unit for network in changed for unit in parallel.innermost(fam.blocks(network))]
+    before = [unit.__dict__.get("forward") for unit in units]
     for network in changed:
         build.checkpointed(fam, network, how)
     yield
-    for network in changed:
-        for unit in parallel.innermost(fam.blocks(network)):
-            del unit.forward
+    for unit, forward in zip(units, before, strict=True):
+        del unit.forward
+        if forward:
+            unit.forward = forward
 
 
 def calls(config: Config, students_turn: bool, stop: int) -> dict[str, int]:
@@ -858,16 +864,16 @@ def _compared(
 
 def rehearsed(config: Config, fam: ModelFamily, nets: Networks) -> tuple[dict[str, Measured], set[int]]:
     """The passes by checkpointing, the recipe's own at two sizes; and the weights that the GAN's gradient reaches, by id."""
-    own, cuda = config.engine.checkpointing, config.distill.dtype == "bfloat16"
+    own = config.engine.checkpointing
     found: dict[str, Measured] = {}
     for how in (own, *(mode for mode in MODES if mode != own)):
         with checkpointing(fam, nets, how):
             known = found[own].others if found else None
-            high = Rehearsal(config, fam, nets, SIZES[1], cuda)
+            high = Rehearsal(config, fam, nets, SIZES[1])
             passes = high.run(known)
             if how == own:
                 reached = high.reached
-                found[how] = Measured(Rehearsal(config, fam, nets, SIZES[0], cuda).run(), passes)
+                found[how] = Measured(Rehearsal(config, fam, nets, SIZES[0]).run(), passes)
             else:
                 found[how] = Measured(passes)
     return found, reached
@@ -962,7 +968,7 @@ def _reference_table(of: Reference) -> tuple[str, Table]:
     )
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[str, Table]:
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, Table]:
     table = Table(show_header=any(columns))
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")

@@ -51,7 +51,7 @@ def counted(config: Config, fam: ModelFamily, teacher: nn.Module, real: Sample) 
 def predicted(config: Config, fam: ModelFamily) -> list[float]:
     nets = plan.networks(config, fam)
     with plan.checkpointing(fam, nets, config.engine.checkpointing):
-        passes = plan.Rehearsal(config, fam, nets, 1, cuda=False).run()
+        passes = plan.Rehearsal(config, fam, nets, 1).run()
     steps = range(config.distill.critic_updates + 1)
     batch = config.distill.batch
     return [sum(plan.flops(passes, plan.calls_at(config, step), batch).values()) for step in steps]
@@ -127,7 +127,7 @@ def test_memory_of_a_pass_is_on_a_line_through_two_sizes() -> None:
     config = digits()
     fam = build.family(config.family)
     nets = plan.networks(config, fam)
-    one, two, five = (plan.Rehearsal(config, fam, nets, rows, cuda=False).run() for rows in (1, 2, 5))
+    one, two, five = (plan.Rehearsal(config, fam, nets, rows).run() for rows in (1, 2, 5))
     line = one[plan.STUDENT].at(5, two[plan.STUDENT])
     assert line.kept == five[plan.STUDENT].kept
     assert line.peak == pytest.approx(five[plan.STUDENT].peak, rel=0.02)
@@ -156,14 +156,14 @@ def test_norms_are_kept_in_float32_as_on_cuda() -> None:
     norm, x = nn.GroupNorm(2, 4), torch.ones(1, 4, 3, 3, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm.bfloat16()(x).dtype == torch.bfloat16
-        with memory.norms_as_on_cuda(norm):
-            assert norm(x).dtype == torch.float32
+        memory.norms_as_on_cuda(norm)
+        assert norm(x).dtype == torch.float32
 
 
 def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(micro: Config) -> None:
     config, fam = digits("distill.batch=8"), build.family(micro.family)
     nets, mesh = plan.networks(config, fam), Layout(8, 4, 4)
-    passes = plan.Rehearsal(config, fam, nets, 1, cuda=False).run()
+    passes = plan.Rehearsal(config, fam, nets, 1).run()
     sent = plan.traffic(config, fam, nets, mesh, True, passes, 1)
     units = len(plan.owned(fam, nets.student, outermost=True))
     calls = units / 5 + units + 1  # student, critic, head
@@ -177,7 +177,7 @@ def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(
 def test_sharded_weights_are_gathered_in_every_pass(micro: Config) -> None:
     config, fam = digits("distill.batch=8", "-gan"), build.family(micro.family)
     nets, mesh = plan.networks(config, fam), Layout(4, 4, 4)
-    passes = plan.Rehearsal(config, fam, nets, 2, cuda=False).run()
+    passes = plan.Rehearsal(config, fam, nets, 2).run()
     units = len(plan.owned(fam, nets.student, outermost=False))
     once, twice = (plan.traffic(config, fam, nets, mesh, False, passes, rows) for rows in (2, 1))
     # Of five steps: four rollouts, a student both ways, a teacher, a score, five critics both ways.
@@ -240,7 +240,7 @@ def test_the_published_run_is_slow_by_its_units_and_ours_is_not() -> None:
     config = recipes.get("sdxl-4step")
     fam = build.family(config.family)
     nets = plan.networks(config, fam)
-    rehearsal = plan.Rehearsal(config, fam, nets, 2, cuda=True)
+    rehearsal = plan.Rehearsal(config, fam, nets, 2)
     passes = rehearsal.run()
     one = passes[plan.ROLLOUT].at(1).flops
     assert round(one / 1e12, 2) == 6.76

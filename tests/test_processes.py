@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import cache, partial
 from pathlib import Path
 
@@ -12,7 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import ALONE
+from dmd2 import checkpoint, recipes, stages
+from dmd2.config import Config
+from dmd2.run import read_metrics
+from tests.conftest import ALONE, MICRO, flags
+from tests.test_run import numbers
 from tests.worker import WORLDS, played, resolved
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -71,3 +77,72 @@ def test_in_bfloat16_they_are_within_its_noise(world: int, game: str, told: Path
 
     assert distance(mine, exact) > 0
     assert distance(theirs, mine) < 1.5 * distance(mine, exact)
+
+
+STEPS = 30
+LONG = (
+    *MICRO,
+    f"distill.steps={STEPS}",
+    "distill.save_every=3",
+    "distill.log_every=1",
+    "distill.student.ema=0.9",
+)
+
+
+def distilling(made: Path, out: Path, *more: str) -> list[str]:
+    places = ["--data", str(made / "shards"), "--teacher", str(made / "teacher"), "--out", str(out)]
+    return ["-m", "dmd2", "distill", "edm-digits", *places, *flags((*LONG, *more))]
+
+
+def reached(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Wait until an unfinished run has told of a step."""
+    while process.poll() is None and max((line["step"] for line in read_metrics(out)), default=0) < step:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1][-3000:]
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def started(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_that_is_stopped_and_killed_on_other_numbers_of_processes_is_the_uninterrupted_one(
+    micro: Config, made: Path, tmp_path: Path
+) -> None:
+    """SIGTERM on four; SIGKILL of one of two, which torchrun starts again by itself; SIGKILL of all; the end on one."""
+    whole, out, unfinished = tmp_path / "whole", tmp_path / "run", tmp_path / ".run.partial"
+    places = [str(made / name) for name in ("shards", "teacher")]
+    stages.distill(recipes.resolve("edm-digits", LONG), *places, str(whole))
+
+    four = started(torchrun(4, *distilling(made, out)))
+    reached(four, unfinished, 4)
+    four.send_signal(signal.SIGTERM)
+    said = four.communicate(timeout=120)[1]
+    assert four.returncode != 0
+    assert "saved; the same command resumes" in said
+    (stopped,) = checkpoint.steps(unfinished / "checkpoints")[-1:]
+    assert max(line["step"] for line in read_metrics(unfinished)) == stopped, "it saved where it stopped"
+
+    two = started(torchrun(2, "--max-restarts=1", *distilling(made, out, "engine.weights=sharded")))
+    reached(two, unfinished, stopped + 5)
+    os.kill(workers(two)[1], signal.SIGKILL)
+    lost = time.monotonic()
+    again = max(checkpoint.steps(unfinished / "checkpoints"))
+    while len(now := workers(two)) < 2 or all(line["step"] <= again for line in read_metrics(unfinished)):
+        assert two.poll() is None, two.communicate()[1][-3000:]
+        assert time.monotonic() - lost < 180, "started again and going on"
+        time.sleep(0.05)
+    reached(two, unfinished, min(STEPS - 6, again + 4))
+    for pid in (two.pid, *now):
+        os.kill(pid, signal.SIGKILL)
+    two.communicate()
+
+    assert (
+        subprocess.run([sys.executable, *distilling(made, out)], env=ENVIRONMENT, check=False).returncode == 0
+    )
+    for mine, theirs in zip(numbers(out), numbers(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)

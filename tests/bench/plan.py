@@ -20,14 +20,18 @@ from dmd2.config import Config
 from dmd2.sample import Conditioning, Sample
 
 LIMIT = 0.10
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h: from so many bytes on, a block is the system's own."""
 SIZE = (
-    "family.network.channels=64", "family.network.multipliers=1,2,4", "family.network.blocks=2",
-    "family.network.attention=16,8", "family.network.image_channels=3", "family.network.patch=1",
+    "family.network.channels=64", "family.network.multipliers=1,2,4", "family.network.blocks=1",
+    "family.network.attention=8", "family.network.image_channels=3", "family.network.patch=1",
 )  # fmt: skip
 """Of 20 to 30 M weights, on 32x32 pixels in colour."""
 
 
-def main(batch: int = 16, checkpointing: str = "none", steps: int = 2, gan: bool = True) -> None:
+def main(
+    batch: int = 16, checkpointing: str = "none", steps: int = 1, gan: bool = True, returned: bool = True
+) -> None:
     """Some steps, of both players at the first.
 
     Args:
@@ -35,7 +39,10 @@ def main(batch: int = 16, checkpointing: str = "none", steps: int = 2, gan: bool
         checkpointing: none, selective or full.
         steps: To play.
         gan: Whether there is a GAN term.
+        returned: Tell the allocator to give back to the system at once what is free; else it keeps some, as it likes.
     """
+    if returned:
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)
     config = mid_size(batch, checkpointing, gan)
     parts = predicted(config)
     warm(config)
@@ -45,6 +52,7 @@ def main(batch: int = 16, checkpointing: str = "none", steps: int = 2, gan: bool
     figures = {
         "batch": batch,
         "checkpointing": checkpointing,
+        "returned": returned,
         "predicted_gb": round(total, 3),
         "measured_gb": round(measured, 3),
         "ratio": round(total / measured, 3),
