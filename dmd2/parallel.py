@@ -10,6 +10,7 @@ whole on every device, and never travel.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,10 @@ def join() -> World:
     return World(here, dist.get_rank(), dist.get_world_size(), local_rank, local_size, control, writers)
 
 
+RESIDENT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Networks that stay gathered, and whose gradients stay whole until they are complete."""
+
+
 def shard(
     network: nn.Module,
     units: Sequence[nn.Module],
@@ -144,6 +149,8 @@ def shard(
     for unit in outermost(units) if resident else units:
         fully_shard(unit, **settings)
     fully_shard(network, **settings)
+    if resident:
+        RESIDENT.add(network)
     for gathered_apart in _sharded(network):
         if resident:
             gathered_apart.set_reshard_after_backward(False, recurse=False)
@@ -217,8 +224,9 @@ def reshard(module: nn.Module) -> None:
 
 
 def reduces(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass adds its gradients up over the processes, or keeps them for a later one to do so."""
-    if isinstance(module, FSDPModule):
+    """Whether the next backward pass of a resident network adds its gradients up over the processes, or keeps them for a
+    later one to do so. Others always do, for they have no room to keep them whole."""
+    if isinstance(module, FSDPModule) and module in RESIDENT:
         module.set_requires_gradient_sync(now)
 
 

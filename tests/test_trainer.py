@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmd2 import build
+from dmd2 import build, recipes
 from dmd2.config import Config, DmdConfig
 from dmd2.config import Player as PlayerConfig
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.ema import Average
+from dmd2.rng import Rng
 from dmd2.sample import Conditioning, Sample
 from dmd2.terms import DistributionMatching
 from dmd2.trainer import Trainer
-from tests.conftest import teacher_of, trainer
+from tests.conftest import MICRO, teacher_of, trainer
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -80,6 +85,37 @@ def test_teacher_never_moves(micro: Config, real: Sample) -> None:
         game.step(real, step)
     assert torch.equal(before, weights(teacher))
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read from it, and shapes that depend on its numbers."""
+
+    names = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.found += [name] if name in self.names else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("distill.student_levels=999,499", "distill.every_stop=True", "distill.gan.shared_view=True")],
+)
+def test_no_step_waits_for_the_device(micro: Config, real: Sample, overrides: tuple[str, ...]) -> None:
+    config = recipes.resolve("edm-digits", (*MICRO, "distill.student.ema=0.9", *overrides))
+    game = trainer(config, build.family(config.family).network())
+    sample = replace(real, rng=Rng.at(0, 0, range(8), torch.device("cpu")))
+    with Waits() as waits:
+        for step in range(3):
+            game.step(sample, step)
+        assert not waits.found
+        float(sample.x.sum())
+    assert waits.found == ["_local_scalar_dense"], "the last line, to see that they are counted"
 
 
 def test_gradient_through_the_samples_equals_the_plain_backward(game: Trainer, real: Sample) -> None:

@@ -1,0 +1,223 @@
+"""Messages between the processes of a step of SDXL, counted on the real shapes without the hardware.
+
+`python -m tests.bench.collectives`: a process group that sends nothing, tensors without data. The reference's scheme is
+its published one: every layer of 3,000 weights or more a unit of its own, gathered in float32 for every pass and let go
+after it, the two looks of the GAN apart. Both are counted by running the steps: a student's turn and a critic's step,
+with rollouts that stop after one and after two steps, whose mean is that of all stops.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmd2 import build, parallel, recipes, storage
+from dmd2.config import Config
+from dmd2.models.stable import Stable, published
+from dmd2.parallel import World
+from dmd2.rng import draw_shared
+from dmd2.sample import Conditioning, Sample
+from dmd2.trainer import Trainer
+
+OUT = Path("runs/bench/engine.json")
+MACHINE = 8
+SMALLEST = 3_000
+"""Weights from which on a layer is a unit in the reference's configuration of May 2024."""
+
+
+class Messages(TorchDispatchMode):
+    """Calls and bytes of collectives; of each, the size of the whole message."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            flat = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+            if flat:
+                name = func.overloadpacket.__name__.strip("_").removesuffix("_base")
+                self.calls[name] += 1
+                self.bytes[name] += max(t.numel() * t.element_size() for t in flat)
+        return func(*args, **(kwargs or {}))
+
+
+class Meshed(World):
+    """A world whose mesh was made before tensors lost their data."""
+
+    def meshed(self, shards: int) -> DeviceMesh | None:
+        return MESH[0]
+
+
+MESH: list[DeviceMesh] = []
+
+
+def reference_units(network: nn.Module) -> list[nn.Module]:
+    """By size, from the leaves up: what has enough weights that are in no unit yet."""
+    found: list[nn.Module] = []
+
+    def left(module: nn.Module) -> int:
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        rest = own + sum(left(child) for child in module.children())
+        if rest < SMALLEST or isinstance(module, nn.ModuleList):
+            return rest
+        found.append(module)
+        return 0
+
+    left(network)
+    return [unit for unit in found if unit is not network]
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Fake tensors cannot be changed in place, so modules get new parameters."""
+
+    def replaced(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    part._parameters[name] = nn.Parameter(convert(p.detach()), p.requires_grad)
+        return module
+
+    before = nn.Module._apply, parallel.spread
+    nn.Module._apply, parallel.spread = replaced, lambda network, weights, world: None  # type: ignore[method-assign]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        nn.Module._apply, parallel.spread = before  # type: ignore[method-assign]
+
+
+def made(config: Config, family: Stable, world: World, reference: bool) -> Trainer:
+    if not reference:
+        game = build.game(config, family, {}, world)
+        assert isinstance(game, Trainer)
+        return game
+    shard = parallel.shard
+
+    def in_float32(
+        network: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, *_: Any, **__: Any
+    ) -> None:
+        frozen = not any(p.requires_grad for p in network.parameters())
+        dtype = torch.bfloat16 if frozen else torch.float32
+        shard(network, reference_units(network), mesh, dtype, resident=False)
+        parallel.RESIDENT.add(network)  # so that gradients are added up once in a step, as there
+
+    parallel.shard = in_float32
+    try:
+        game = build.game(config, family, {}, world)
+    finally:
+        parallel.shard = shard
+    assert isinstance(game, Trainer)
+    game.passes = apart_in_three(game)
+    return game
+
+
+def apart_in_three(game: Trainer) -> Any:
+    """The GAN looks at real and fake in passes of their own."""
+    matching, gan = game.terms
+
+    def passes(fake: Sample, real: Sample) -> list[Callable[[], dict[str, Tensor]]]:
+        def of_fake() -> dict[str, Tensor]:
+            features = gan.critic.features(*build_look(gan, fake), fake.cond)  # type: ignore[attr-defined]
+            return {"gan": gan.fake_loss(features)}  # type: ignore[attr-defined]
+
+        return [
+            of_fake,
+            lambda: {"gan": gan.real_loss(real)},  # type: ignore[attr-defined]
+            lambda: {"dmd": matching.critic_loss(fake, real)},
+        ]
+
+    return passes
+
+
+def build_look(gan: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    from dmd2.terms import look
+
+    return look(sample, gan.critic.diffusion, 0, gan.max_level)
+
+
+def counted(
+    config: Config, family: Stable, world: World, reference: bool
+) -> tuple[Counter[str], Counter[str]]:
+    """Calls and bytes of a mean step, by kind."""
+    calls: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    turns = config.distill.critic_updates
+    try:
+        with without_data():
+            game = made(config, family, world, reference)
+            rows = config.engine.micro_batch
+            cond = Conditioning(
+                text=torch.zeros(rows, 77, 2048), pooled=torch.zeros(rows, 1280), size=torch.ones(rows, 6)
+            )
+            sample = Sample(torch.zeros(rows, *family.shape), cond, cond)
+            game.step(sample, 0)  # what is only done once is not counted
+            for stop in (1, 2):
+                setattr(build, "draw_shared", lambda *_, stop=stop: stop)  # noqa: B010
+                for step, share in ((0, 1 / turns), (1, 1 - 1 / turns)):
+                    messages = Messages()
+                    with messages:
+                        game.step(sample, step)
+                    for kind in messages.calls:
+                        calls[kind] += messages.calls[kind] * share / 2  # type: ignore[assignment]
+                        sizes[kind] += messages.bytes[kind] * share / 2  # type: ignore[assignment]
+    finally:
+        setattr(build, "draw_shared", draw_shared)  # noqa: B010
+    return calls, sizes
+
+
+def main(ranks: tuple[int, ...] = (8, 64), recipe: str = "sdxl-4step") -> None:
+    """Count, print, and add to runs/bench/engine.json.
+
+    Args:
+        ranks: Numbers of processes, 8 to a machine.
+        recipe: Which one.
+    """
+    table = Table(title=f"{recipe}: collectives of a mean step, on each process")
+    for column in ("processes", "scheme", "calls", "GB", "by kind"):
+        table.add_column(column, justify="left" if column in ("scheme", "by kind") else "right")
+    figures: dict[str, dict[str, float]] = {"collective_calls_ratio": {}, "collective_bytes_ratio": {}}
+    for size in ranks:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        world = Meshed(torch.device("cpu"), 0, size, 0, MACHINE, dist.group.WORLD)
+        MESH[:] = [World.meshed(world, MACHINE)]  # type: ignore[list-item]
+        found = {}
+        for scheme in ("reference", "resident"):
+            settings = ["engine.weights=resident" if scheme == "resident" else "engine.weights=sharded"]
+            config = recipes.resolve(recipe, settings)
+            family = build.family(config.family, published("sdxl"))
+            assert isinstance(family, Stable)
+            calls, sizes = counted(config, family, world, scheme == "reference")
+            found[scheme] = sum(calls.values()), sum(sizes.values()) / 1e9
+            kinds = ", ".join(f"{k} {calls[k]:.0f} ({sizes[k] / 1e9:.1f} GB)" for k in sorted(calls))
+            table.add_row(str(size), scheme, f"{found[scheme][0]:.0f}", f"{found[scheme][1]:.1f}", kinds)
+        for index, name in enumerate(figures):
+            figures[name][str(size)] = round(found["reference"][index] / found["resident"][index], 2)
+        dist.destroy_process_group()
+    Console(width=150).print(table)
+    print(figures)
+    before = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    storage.write(OUT, json.dumps(before | figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
