@@ -57,6 +57,11 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         self.world.wait()
+        if not draft.is_dir():
+            raise Refused(
+                f"process {self.world.rank} does not see {draft}; on several machines choose an --out, or with a bucket a "
+                "DMD2_CACHE, on a disk that all of them share"
+            )
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
         with warnings.catch_warnings(action="ignore"):
             future = async_save(

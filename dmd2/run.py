@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import re
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from dmd2 import checkpoint
 from dmd2.checkpoint import Checkpoints
-from dmd2.errors import Diverged, Interrupted
+from dmd2.errors import Diverged, Interrupted, brief
 from dmd2.folders import Draft
 from dmd2.parallel import World
 from dmd2.progress import Progress
@@ -36,6 +37,8 @@ from dmd2.trainer import SKIPPED, Game, Metrics
 METRICS = "metrics.jsonl"
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """What a run that was stopped by a signal exits with; 75 says: saved, start me again."""
+LOST = re.compile(r"gloo|[Cc]onnection (closed|reset)|process group")
+"""How the libraries say that the other end of a connection is gone."""
 IN_A_ROW = 5
 """Updates of one player that may be skipped in a row, because their gradient was not finite."""
 
@@ -63,6 +66,26 @@ def play(
     world: World,
 ) -> None:
     """Play from the newest checkpoint in the draft, or from the start, to the last step."""
+    try:
+        _play(name, game, batches, pace, draft, preview, world)
+    except RuntimeError as error:
+        if not world.control or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        raise Interrupted(
+            f"another process of this run was lost ({brief(error)}); started again, it goes on from its last checkpoint",
+            EXIT_STATUS[signal.SIGTERM],
+        ) from error
+
+
+def _play(
+    name: str,
+    game: Game,
+    batches: Callable[[int], Iterator[Sample]],
+    pace: Pace,
+    draft: Draft,
+    preview: Callable[[int], None],
+    world: World,
+) -> None:
     folder = draft.path
     checkpoints = Checkpoints(folder / "checkpoints", world, pace.keep)
     saved = checkpoint.steps(checkpoints.root)
