@@ -120,7 +120,7 @@ def _networks(
     lora, dtype = settings.lora, getattr(torch, settings.dtype)
     if lora and start:
         raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
-    resident = mesh is None or is_resident(config, fam, mesh.shape, world)
+    resident = mesh is None or is_resident(config, fam, mesh.shape[-1], world)
     shared = bool(lora and lora.shared_base) or settings.regression is not None
 
     def placed(weights: Mapping[str, Tensor], dtype: torch.dtype, learns: bool, divided: bool) -> nn.Module:
@@ -159,11 +159,11 @@ def updated(
     return network
 
 
-def is_resident(config: c.Config, fam: ModelFamily, shape: Sequence[int], world: World) -> bool:
+def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -> bool:
     """Whether every process keeps the networks whole, and why."""
     if config.engine.weights != "auto":
         return config.engine.weights == "resident"
-    needed, there = memory.static_gb(config, fam, shape, resident=True), memory.device_gb(world.device)
+    needed, there = memory.static_gb(config, fam, (1, shards), resident=True), memory.device_gb(world.device)
     resident = needed <= memory.ROOM * there
     if world.main:
         print(

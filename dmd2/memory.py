@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,46 +31,72 @@ FLOAT32 = 4
 MOMENTS = 2 * FLOAT32
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of weights."""
+
+    whole: int
+    """Of a network."""
+    head: int
+    student: int
+    """Those that learn."""
+    critic: int
+    outer: int
+    """Of the largest of the outermost units."""
+    unit: int
+    """Of the largest unit."""
+
+
+def sizes(config: Config, fam: ModelFamily) -> Sizes:
+    with torch.device("meta"):
+        body, head = fam.network(), fam.head() if config.distill.gan else nn.Identity()
+    units = fam.blocks(body)
+    outer, unit = (max(map(count, some), default=0) for some in (outermost(units), units))
+    whole, learns = count(body), _learning(config, body)
+    return Sizes(whole, count(head), learns["student"], learns["critic"], outer, unit)
+
+
 def static(
-    config: Config, fam: ModelFamily, shards: int, resident: bool, parts: int = 1, reached: int | None = None
+    config: Config, of: Sizes, shards: int, resident: bool, parts: int = 1, reached: int | None = None
 ) -> dict[str, float]:
     """Bytes by part, on a device of a mesh with so many shards, for a batch that is divided into `parts` on each device.
     `reached` are the weights that the GAN's gradient reaches; not known, it is all of them."""
     settings, width = config.distill, config_width(config)
-    with torch.device("meta"):
-        body, head = fam.network(), fam.head() if settings.gan else nn.Identity()
-    units = outermost(fam.blocks(body)) if resident else fam.blocks(body)
-    whole, unit, heads = count(body), max(map(count, units), default=0), count(head)
-    low_rank = settings.lora is not None
-    parts_of = {"teacher": width * whole / (1 if resident or low_rank else shards)}
-    learns = _learning(config, body)
-    gathered = 0.0 if resident and shards == 1 else 2.0 * width * unit
-    for name, player in (("student", settings.student), ("critic", settings.critic)):
-        parts_of |= _player(name, player, learns[name], shards)
+    low_rank, divided = settings.lora is not None, shards > 1
+    coming = 2.0 * width * (of.outer if resident else of.unit)
+    found = {"teacher": width * of.whole / (1 if resident or low_rank else shards)}
+    gathered = coming if divided or not resident else 0.0
+    for name, player, learns in (
+        ("student", settings.student, of.student),
+        ("critic", settings.critic, of.critic),
+    ):
+        found |= _player(name, player, learns, shards)
         # Gathered in the type it is computed in; in float32 on one device, that is the weights themselves.
-        copy = width * learns[name] if shards > 1 or width < FLOAT32 else 0
-        gathered += copy if resident or (low_rank and learns[name] < whole) else 0
-    parts_of |= _player("head", settings.critic, heads, shards)
-    parts_of["gathered weights"] = gathered + (FLOAT32 * heads if shards > 1 else 0)
+        copied = (divided or width < FLOAT32) and (resident or (low_rank and learns < of.whole))
+        gathered += width * learns if copied else 0
+    found |= _player("head", settings.critic, of.head, shards)
+    found["gathered weights"] = gathered + (FLOAT32 * of.head if divided else 0)
     # A player forgets its gradients before the other one's turn.
-    parts_of["gradients"] = FLOAT32 * max(learns["student"], learns["critic"] + heads) / shards
-    parts_of["gradients on their way"] = _kept(config, learns, parts, reached) + 2 * width * unit
-    return {name: size for name, size in parts_of.items() if size}
+    found["gradients"] = FLOAT32 * max(of.student, of.critic + of.head) / shards
+    found["gradients on their way"] = _kept(config, of, resident, parts, reached) + coming
+    return {name: size for name, size in found.items() if size}
 
 
-def _kept(config: Config, learns: dict[str, int], parts: int, reached: int | None) -> float:
+def _kept(config: Config, of: Sizes, resident: bool, parts: int, reached: int | None) -> float:
     """Bytes of whole gradients, in float32, that wait for a later pass to be added up over the processes: all of a part
-    that is not the last, else those of the critic's first pass."""
+    that is not the last, else those of the critic's first pass. Only what is resident lets them wait."""
+    student = of.student if resident or config.distill.lora else 0
+    critic = of.critic if resident or of.critic < of.whole else 0
     if parts > 1:
-        return FLOAT32 * max(learns.values())
+        return FLOAT32 * max(student, critic)
     two_passes = config.distill.gan and config.distill.dmd
-    return FLOAT32 * min(learns["critic"], reached or learns["critic"]) if two_passes else 0
+    return FLOAT32 * min(critic, reached or critic) if two_passes else 0
 
 
 def static_gb(config: Config, fam: ModelFamily, shape: Sequence[int], resident: bool) -> float:
     """Their sum in 1e9 bytes, on a mesh of (replicas, shards)."""
     parts = parts_of(config, shape[0] * shape[1])
-    return sum(static(config, fam, shape[1], resident, parts).values()) / 1e9
+    return sum(static(config, sizes(config, fam), shape[1], resident, parts).values()) / 1e9
 
 
 def parts_of(config: Config, devices: int) -> int:

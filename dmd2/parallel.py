@@ -96,6 +96,8 @@ class World:
             raise Refused(
                 f"engine.shards is {shards}, which does not divide the {self.size} processes; choose a divisor"
             )
+        if shards == self.size:  # no replicas to agree with
+            return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
         shape = (self.size // shards, shards)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
 
@@ -154,7 +156,7 @@ def shard(
     for gathered_apart in _sharded(network):
         if resident:
             gathered_apart.set_reshard_after_backward(False, recurse=False)
-        if dtype == torch.bfloat16 and mesh.shape[1] > 1:
+        if dtype == torch.bfloat16 and mesh.shape[-1] > 1:
             gathered_apart.set_custom_reduce_scatter(AddedInFloat32())
 
 

@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmd2 import build, memory, plan, recipes
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily
+from dmd2.parallel import World
 from dmd2.plan import Layout, Pass
 from dmd2.sample import Conditioning, Sample
 from dmd2.trainer import Trainer
+from tests.bench import collectives
 from tests.conftest import ALONE, MICRO
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -174,16 +179,54 @@ def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(
     assert sent[plan.REDUCE] == pytest.approx((calls + 6 / 5, 4 * weights / 4 + 4 * 6 / 5))
 
 
-def test_sharded_weights_are_gathered_in_every_pass(micro: Config) -> None:
-    config, fam = digits("distill.batch=8", "-gan"), build.family(micro.family)
-    nets, mesh = plan.networks(config, fam), Layout(4, 4, 4)
-    passes = plan.Rehearsal(config, fam, nets, 2).run()
-    units = len(plan.owned(fam, nets.student, outermost=False))
-    once, twice = (plan.traffic(config, fam, nets, mesh, False, passes, rows) for rows in (2, 1))
-    # Of five steps: four rollouts, a student both ways, a teacher, a score, five critics both ways.
-    assert once[plan.GATHER][0] == pytest.approx((4 + 2 + 1 + 1 + 10) / 5 * units)
-    assert twice[plan.GATHER][0] == pytest.approx(2 * once[plan.GATHER][0])
-    assert twice[plan.SCATTER] == once[plan.SCATTER]
+@pytest.mark.parametrize("weights", ["resident", "sharded"])
+@pytest.mark.parametrize(
+    "changes",
+    [("-gan",), (), ("distill.gan.shared_view=True",), ("engine.micro_batch=1", "engine.checkpointing=full")],
+)
+@pytest.mark.parametrize(("gpus", "per_node"), [(8, 4), (4, 1)])
+def test_calls_of_a_turn_are_those_of_the_real_trainer(
+    weights: str, changes: tuple[str, ...], gpus: int, per_node: int
+) -> None:
+    """In a process group that sends nothing."""
+    config = digits(f"engine.weights={weights}", f"distill.batch={2 * gpus}", *changes)
+    calls = collectives_of_a_turn(config, gpus, per_node)
+    fam = build.family(config.family)
+    nets, rows = plan.networks(config, fam), config.engine.micro_batch or 2
+    with plan.checkpointing(fam, nets, config.engine.checkpointing):
+        passes = plan.Rehearsal(config, fam, nets, rows).run()
+    sent = plan.traffic(
+        config, fam, nets, Layout(gpus, per_node, per_node), weights == "resident", passes, rows
+    )
+    turn = config.distill.critic_updates
+    found = {kind: turn * sent.get(kind, (0, 0))[0] for kind in (plan.GATHER, plan.SCATTER, plan.REDUCE)}
+    assert found == pytest.approx(calls)
+
+
+def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str, int]:
+    calls = dict.fromkeys((plan.GATHER, plan.SCATTER, plan.REDUCE), 0)
+    kinds = {"allgather": plan.GATHER, "reduce_scatter": plan.SCATTER, "reduce": plan.REDUCE}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    try:
+        world = collectives.Meshed(ALONE.device, 0, gpus, 0, per_node, dist.group.WORLD)
+        mesh = World.meshed(world, per_node)
+        assert mesh is not None
+        collectives.MESH[:] = [mesh]
+        fam = build.family(config.family)
+        with collectives.without_data():
+            game = build.game(config, fam, {}, world)
+            rows = config.distill.batch // gpus
+            cond = Conditioning(label=torch.zeros(rows, dtype=torch.int64))
+            real = Sample(torch.zeros(rows, *fam.shape), cond, Conditioning())
+            game.step(real, 0)
+            for step in range(1, 1 + config.distill.critic_updates):
+                with CommDebugMode() as counter:
+                    game.step(real, step)
+                for name, count in counter.get_comm_counts().items():
+                    calls[next(kind for part, kind in kinds.items() if part in str(name))] += count
+    finally:
+        dist.destroy_process_group()
+    return calls
 
 
 def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:

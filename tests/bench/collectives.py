@@ -2,8 +2,8 @@
 
 `python -m tests.bench.collectives`: a process group that sends nothing, tensors without data. The reference's scheme is
 its published one: every layer of 3,000 weights or more a unit of its own, gathered in float32 for every pass and let go
-after it, the two looks of the GAN apart. Both are counted by running the steps: a student's turn and a critic's step,
-with rollouts that stop after one and after two steps, whose mean is that of all stops.
+after it, the two looks of the GAN apart. Both are counted by running the steps: a student's turn,
+the first of the critic's steps after it and a later one, with rollouts that stop after one and after two steps, whose mean is that of all stops.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def counted(
             game.step(sample, 0)  # what is only done once is not counted
             for stop in (1, 2):
                 setattr(build, "draw_shared", lambda *_, stop=stop: stop)  # noqa: B010
-                for step, share in ((0, 1 / turns), (1, 1 - 1 / turns)):
+                for step, share in ((0, 1 / turns), (1, 1 / turns), (2, 1 - 2 / turns)):
                     messages = Messages()
                     with messages:
                         game.step(sample, step)
