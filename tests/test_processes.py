@@ -115,8 +115,9 @@ def test_a_run_that_is_stopped_and_killed_on_other_numbers_of_processes_is_the_u
 ) -> None:
     """SIGTERM on four; SIGKILL of one of two, which torchrun starts again by itself; SIGKILL of all; the end on one."""
     whole, out, unfinished = tmp_path / "whole", tmp_path / "run", tmp_path / ".run.partial"
-    places = [str(made / name) for name in ("shards", "teacher")]
-    stages.distill(recipes.resolve("edm-digits", LONG), *places, str(whole))
+    stages.distill(
+        recipes.resolve("edm-digits", LONG), str(made / "shards"), str(made / "teacher"), str(whole)
+    )
 
     four = started(torchrun(4, *distilling(made, out)))
     reached(four, unfinished, 4)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmd2 import build, parallel, recipes
 from dmd2.config import Config
+from dmd2.models.family import ModelFamily
 from dmd2.rng import Rng
 from dmd2.sample import Conditioning, Sample
 from dmd2.trainer import Trainer
@@ -39,7 +40,7 @@ WORLDS = {
 """Case, shards and weights of what so many processes play: DDP, HSDP and FSDP."""
 
 
-def played(config: Config, family: build.ModelFamily, steps: int, world: parallel.World) -> dict[str, Tensor]:
+def played(config: Config, family: ModelFamily, steps: int, world: parallel.World) -> dict[str, Tensor]:
     """Losses, sizes of gradients and weights of some steps, from a teacher whose weights are noise."""
     torch.manual_seed(1)
     teacher = {name: 0.1 * torch.randn_like(p) for name, p in family.network().state_dict().items()}
@@ -57,7 +58,7 @@ def played(config: Config, family: build.ModelFamily, steps: int, world: paralle
     return told
 
 
-def real(config: Config, family: build.ModelFamily, step: int, world: parallel.World) -> Sample:
+def real(config: Config, family: ModelFamily, step: int, world: parallel.World) -> Sample:
     """This process's rows of a batch."""
     batch = config.distill.batch
     rows = world.rows(batch)
@@ -70,7 +71,7 @@ def real(config: Config, family: build.ModelFamily, step: int, world: parallel.W
     return Sample(x, cond, null, rng)
 
 
-def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, build.ModelFamily, int]:
+def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, ModelFamily, int]:
     recipe, overrides, steps = CASES[case]
     config = recipes.resolve(recipe, (*overrides, *more))
     return config, build.family(config.family, pipeline if config.family.kind != "edm" else None), steps
