@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 ROOT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sdxl teacher-emoji test check format lint types compile bench bench-ablation bench-data bench-sdxl bench-memory clean
+.PHONY: help demo demo-sdxl teacher-emoji test check format lint types compile bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,7 +45,7 @@ types: $(READY) ## Check the types
 compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml
 	$(BIN)/python -m pipelines compile
 
-bench: bench-data bench-ablation bench-sdxl bench-memory ## All benchmarks
+bench: bench-data bench-ablation bench-sdxl bench-memory bench-engine ## All benchmarks
 
 bench-ablation: $(READY) ## The ablation of the paper on digits: 3 variants x 3 seeds, about half an hour
 	$(BIN)/python -m tests.bench.ablation
@@ -58,6 +58,11 @@ bench-sdxl: $(READY) ## Four text-to-image recipes on the emoji teacher, an hour
 
 bench-memory: $(READY) ## A step on a U-Net of the size of Stable Diffusion 1.5: seconds and peak memory
 	$(BIN)/python -m tests.bench.memory
+
+bench-engine: $(READY) ## Steps against a plain loop, messages of SDXL on 8 and 64 processes, memory against the plan: about half an hour
+	$(BIN)/python -m tests.bench.engine
+	$(BIN)/python -m tests.bench.collectives
+	$(BIN)/python -m tests.bench.plan
 
 clean: ## Remove what runs have made; the environment stays
 	rm -rf runs local_outputs .pytest_cache .mypy_cache .ruff_cache
