@@ -10,6 +10,8 @@ whole on every device, and never travel.
 from __future__ import annotations
 
 import os
+import socket
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -115,11 +118,36 @@ def join() -> World:
         backend = (
             f"cpu:gloo,{here.type}:{dist.get_default_backend_for_device(here)}" if accelerator else "gloo"
         )
-        dist.init_process_group(backend, timeout=LOST)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=LOST, store=_meeting(rank, size), rank=rank, world_size=size)
     control, writers = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     assert isinstance(control, dist.ProcessGroup)
     assert isinstance(writers, dist.ProcessGroup)
     return World(here, dist.get_rank(), dist.get_world_size(), local_rank, local_size, control, writers)
+
+
+def _meeting(rank: int, size: int) -> Store:
+    """Where the processes find each other, new with every start. torchrun keeps its own store when it starts them again,
+    and with it the addresses of those that died; so the first one opens another, and tells by torchrun's where. What is
+    found there from an earlier start leads to a port that nobody serves any more."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return TCPStore(host, port, size, rank == 0, LOST)
+    agent = TCPStore(host, port, size, False, LOST)
+    if rank == 0:
+        store = TCPStore(host, 0, size, True, LOST, wait_for_workers=False)
+        agent.set("dmd2", str(store.port))
+        return store
+    until = time.monotonic() + LOST.total_seconds()
+    while True:
+        served = int(agent.get("dmd2"))
+        try:
+            socket.create_connection((host, served), timeout=5).close()
+            return TCPStore(host, served, size, False, LOST, wait_for_workers=False)
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
 
 
 RESIDENT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -226,10 +254,13 @@ def reshard(module: nn.Module) -> None:
 
 
 def reduces(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass of a resident network adds its gradients up over the processes, or keeps them for a
-    later one to do so. Others always do, for they have no room to keep them whole."""
+    """Whether the next backward pass of a resident network, whose forward pass is done, adds its gradients up over the
+    processes, or keeps them for a later one to do so. Others always do, for they have no room to keep them whole."""
     if isinstance(module, FSDPModule) and module in RESIDENT:
         module.set_requires_gradient_sync(now)
+        if not now:
+            for unit in _sharded(module):
+                unit.unshard()  # one that a short pass did not reach must be there to keep nothing
 
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -172,7 +172,7 @@ class Journal:
     def __post_init__(self) -> None:
         self.since = time.monotonic()
         if self.world.main:
-            _forget(self.folder / METRICS, self.first)
+            forget(self.folder / METRICS, self.first)
             self.tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=self.first)
             self.tracker.start()
 
@@ -272,7 +272,7 @@ def _first_odd(step: int, player: str, values: dict[str, dict[int, float]]) -> s
     return odd[0] if odd else f"{player}/grad_norm became infinite"
 
 
-def _forget(path: Path, first: int) -> None:
+def forget(path: Path, first: int) -> None:
     """Drop the lines of steps that will be played again."""
     if path.is_file():
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]

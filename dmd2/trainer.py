@@ -203,8 +203,8 @@ class Trainer:
         told: list[Losses] = []
         passes = (self.passes or apart(self.terms))(fake, real)
         for compute in passes:
-            self.critic.reduces(last_part, last_pass=compute is passes[-1])
             shares = {name: share * loss for name, loss in compute().items()}
+            self.critic.reduces(last_part, last_pass=compute is passes[-1])
             torch.stack(list(shares.values())).sum().backward()
             told.append({name: loss.detach() for name, loss in shares.items()})
         return _named("critic", _added(told))

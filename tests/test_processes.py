@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from dmd2 import checkpoint, recipes, stages
 from dmd2.config import Config
-from dmd2.run import read_metrics
+from dmd2.run import METRICS, forget, read_metrics
 from tests.conftest import ALONE, MICRO, flags
 from tests.test_run import numbers
 from tests.worker import WORLDS, played, resolved
@@ -79,7 +81,7 @@ def test_in_bfloat16_they_are_within_its_noise(world: int, game: str, told: Path
     assert distance(theirs, mine) < 1.5 * distance(mine, exact)
 
 
-STEPS = 30
+STEPS = 72
 LONG = (
     *MICRO,
     f"distill.steps={STEPS}",
@@ -110,37 +112,61 @@ def started(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_run_that_is_stopped_and_killed_on_other_numbers_of_processes_is_the_uninterrupted_one(
+def test_processes_that_are_started_again_find_each_other_and_not_those_that_died() -> None:
+    again = 5
+    words = torchrun(2, f"--max-restarts={again}", "-m", "tests.restarted", str(again))
+    done = subprocess.run(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def forgotten(out: Path) -> int:
+    """The step that a run goes on from; what is told of later ones is removed, so that it can be waited for."""
+    saved = max(checkpoint.steps(out / "checkpoints"), default=0)
+    forget(out / METRICS, saved)
+    return saved
+
+
+def started_again(process: subprocess.Popen[str], out: Path, lost: Sequence[int]) -> None:
+    """Wait until torchrun has started others in their place, and they have told of a step."""
+    since, first = time.monotonic(), forgotten(out)
+    while set(workers(process)) & set(lost) or all(line["step"] <= first for line in read_metrics(out)):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() - since < 180
+        time.sleep(0.05)
+
+
+def test_a_run_that_is_stopped_ten_times_on_other_numbers_of_processes_is_the_uninterrupted_one(
     micro: Config, made: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM on four; SIGKILL of one of two, which torchrun starts again by itself; SIGKILL of all; the end on one."""
+    """By SIGTERM, by SIGKILL of one, in whose place torchrun starts another by itself, and by SIGKILL of all."""
     whole, out, unfinished = tmp_path / "whole", tmp_path / "run", tmp_path / ".run.partial"
     stages.distill(
         recipes.resolve("edm-digits", LONG), str(made / "shards"), str(made / "teacher"), str(whole)
     )
-
-    four = started(torchrun(4, *distilling(made, out)))
-    reached(four, unfinished, 4)
-    four.send_signal(signal.SIGTERM)
-    said = four.communicate(timeout=120)[1]
-    assert four.returncode != 0
-    assert "saved; the same command resumes" in said
-    (stopped,) = checkpoint.steps(unfinished / "checkpoints")[-1:]
-    assert max(line["step"] for line in read_metrics(unfinished)) == stopped, "it saved where it stopped"
-
-    two = started(torchrun(2, "--max-restarts=1", *distilling(made, out, "engine.weights=sharded")))
-    reached(two, unfinished, stopped + 5)
-    os.kill(workers(two)[1], signal.SIGKILL)
-    lost = time.monotonic()
-    again = max(checkpoint.steps(unfinished / "checkpoints"))
-    while len(now := workers(two)) < 2 or all(line["step"] <= again for line in read_metrics(unfinished)):
-        assert two.poll() is None, two.communicate()[1][-3000:]
-        assert time.monotonic() - lost < 180, "started again and going on"
-        time.sleep(0.05)
-    reached(two, unfinished, min(STEPS - 6, again + 4))
-    for pid in (two.pid, *now):
-        os.kill(pid, signal.SIGKILL)
-    two.communicate()
+    draw = random.Random(5)
+    for how in ("term", "one", "all", "term", "all", "term", "one", "term", "all", "term"):
+        size = {"one": 2, "all": draw.choice((1, 2)), "term": draw.choice((1, 2, 4))}[how]
+        weights = f"engine.weights={draw.choice(('resident', 'sharded'))}"
+        saved = forgotten(unfinished)
+        process = started(torchrun(size, "--max-restarts=1", *distilling(made, out, weights)))
+        reached(process, unfinished, saved + draw.choice((1, 2, 3)))
+        if how == "term":
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=120)[1]
+            assert process.returncode != 0
+            assert "saved; the same command resumes" in said
+            (stopped,) = checkpoint.steps(unfinished / "checkpoints")[-1:]
+            assert max(line["step"] for line in read_metrics(unfinished)) == stopped, (
+                "it saved where it stopped"
+            )
+            continue
+        there = workers(process)
+        if how == "one":
+            os.kill(there[1], signal.SIGKILL)
+            started_again(process, unfinished, there)
+        for pid in (process.pid, *workers(process)):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
 
     assert (
         subprocess.run([sys.executable, *distilling(made, out)], env=ENVIRONMENT, check=False).returncode == 0
