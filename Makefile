@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 ROOT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sdxl teacher-emoji test check format lint types compile bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
+.PHONY: help demo demo-sdxl teacher-emoji test check format lint types compile manifests images images-lock images-push submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,8 +42,40 @@ lint: $(READY) ## Check style and formatting
 types: $(READY) ## Check the types
 	$(BIN)/mypy
 
-compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml
+compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml, and components/README.md
 	$(BIN)/python -m pipelines compile
+
+# What a run is given: SOURCE, TEACHER, OVERRIDES, DESTINATION, RUN_ROOT; HOST is the address of the pipelines' UI.
+GIVEN = $(if $(SOURCE),--source '$(SOURCE)') $(if $(OVERRIDES),--overrides '$(OVERRIDES)') $(if $(DESTINATION),--destination '$(DESTINATION)') $(if $(RUN_ROOT),--root '$(RUN_ROOT)')
+HOW = $(if $(HOST),--host '$(HOST)') $(if $(DRY_RUN),--dry-run)
+PRICED = $(if $(PRICE),--price $(PRICE)) $(if $(WAIT),--wait)
+SDXL ?= stabilityai/stable-diffusion-xl-base-1.0
+
+submit-sdxl: $(READY) ## Distil SDXL into four steps on a cluster (SOURCE=gs://..., HOST=..., DRY_RUN=1, PRICE=, WAIT=1)
+	$(BIN)/python -m pipelines submit --recipe sdxl-4step --teacher '$(if $(filter command environment,$(origin TEACHER)),$(TEACHER),$(SDXL))' $(GIVEN) $(HOW) $(PRICED)
+
+submit-%: $(READY) ## Run any other recipe there: submit-sd15-1step, ...
+	$(BIN)/python -m pipelines submit --recipe $* $(if $(filter command environment,$(origin TEACHER)),--teacher '$(TEACHER)') $(GIVEN) $(HOW) $(PRICED)
+
+schedule: $(READY) ## Look for new teachers every week (TEACHERS=, LEDGER=, RUN_ROOT=, SETTINGS='{...}', CRON=, HOST=)
+	$(BIN)/python -m pipelines schedule --teachers '$(TEACHERS)' --ledger '$(LEDGER)' --root '$(RUN_ROOT)' --settings '$(or $(SETTINGS),{})' --account '$(or $(ACCOUNT),watcher)' --service-account '$(or $(RUNS_ACCOUNT),steps)' $(if $(CRON),--cron '$(CRON)') $(HOW)
+
+unschedule: $(READY) ## Look no more
+	$(BIN)/python -m pipelines unschedule $(if $(HOST),--host '$(HOST)')
+
+manifests: $(READY) ## Render the manifests of every overlay to runs/manifests/<overlay>.yaml
+	$(BIN)/python -m manifests
+
+BUILT = $(if $(BUILDER),--builder '$(BUILDER)')
+
+images: $(READY) ## Build the images (BASE=, INDEX=, WHEELS=, BUILDER=)
+	$(BIN)/python -m images build $(if $(BASE),--base '$(BASE)') $(if $(INDEX),--index '$(INDEX)') $(if $(WHEELS),--wheels '$(WHEELS)') $(BUILT)
+
+images-push: $(READY) ## Send them to a registry, and note their digests in images/images.lock (REGISTRY=)
+	$(BIN)/python -m images push --registry '$(REGISTRY)' $(BUILT)
+
+images-lock: $(READY) ## Pin what the images are built of
+	$(BIN)/python -m images lock
 
 bench: bench-data bench-ablation bench-sdxl bench-memory bench-engine ## All benchmarks
 

@@ -30,6 +30,7 @@ VERBS = {
     "evaluate": "shards + teacher + run -> evaluation",
     "gate": "evaluation -> accepted or rejected",
     "package": "run + evaluation + gate -> package",
+    "publish": "package -> models",
     "report": "all of them -> report.html",
 }
 

@@ -29,9 +29,14 @@ from dmd2.config import (
     TeachConfig,
 )
 from dmd2.errors import Refused, near_miss
-from dmd2.sampler import step_levels
 
 Parsed = TypeVar("Parsed")
+
+
+def step_levels(count: int, table: int = 1000) -> tuple[int, ...]:
+    """Levels of a student of `count` steps at even distances (reference, sec. 2.7): 4 -> 999, 749, 499, 249."""
+    return tuple(range(table - 1, 0, -(table // count)))[:count]
+
 
 DIGITS = AdmConfig(
     resolution=32,

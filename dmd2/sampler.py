@@ -126,11 +126,6 @@ def denoise_real(student: Denoiser, real: Sample, levels: Levels) -> Tensor:
     return student(x_t, level, real.cond)
 
 
-def step_levels(count: int, table: int = 1000) -> Levels:
-    """Levels of a student of `count` steps at even distances (reference, sec. 2.7): 4 -> 999, 749, 499, 249."""
-    return tuple(range(table - 1, 0, -(table // count)))[:count]
-
-
 @torch.no_grad()
 def heun(denoiser: Denoiser, eps: Tensor, cond: Conditioning) -> Tensor:
     """The deterministic sampler of EDM (Karras et al. 2022, algorithm 1) over all levels of the denoiser's table.

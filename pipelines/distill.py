@@ -2,45 +2,96 @@
 
 from kfp import dsl
 
+from components.begin.component import begin
+from components.conclude.component import conclude
 from components.distill.component import distill as distill_stage
 from components.encode_latents.component import encode_latents
 from components.evaluate.component import evaluate
-from components.gate.component import gate
+from components.gate.component import gate as gate_stage
 from components.package_model.component import package_model
+from components.publish_model.component import publish_model
 from components.report.component import report
 from components.resolve_teacher.component import resolve_teacher
 from components.shard_dataset.component import shard_dataset
+from dmd2.recipes import RECIPES
+from pipelines.pods import BUSY, HEAVY, LIGHT, on_gpus, pod
 
-
-def uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    return task.set_caching_options(False)
+H100 = {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
 
 
 @dsl.pipeline(name="dmd2-distill")
 def distill(
-    root: str, source: str = "digits", teacher: str = "", recipe: str = "edm-digits", overrides: str = ""
+    source: str = "digits",
+    teacher: str = "",
+    recipe: str = "edm-digits",
+    overrides: str = "",
+    gate: float = 0.0,
+    destination: str = "",
+    root: str = "",
+    nodes: int = 1,
+    gpus: int = 8,
+    pool: dict = H100,  # type: ignore[type-arg]
+    queue: str = "dmd2",
+    claim: str = "",
 ) -> None:
     """Distil a diffusion teacher into a one- or few-step student with DMD2.
 
     Args:
-        root: Folder that receives everything the run makes.
         source: `digits`, or the address of images in one of the layouts that `dmd2 shard` knows.
         teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
+        gate: The student is accepted if its FID is at most this many times the teacher's; 0 for the recipe's factor.
+        destination: Folder of models; an accepted one is published there as `<recipe>/<digest>`. Empty: it stays in the root.
+        root: Folder that receives everything the run makes; the same root continues a run. Empty: beside the run's artifacts.
+        nodes: Machines of the distillation; one for now.
+        gpus: GPUs of the distillation, one process on each; 0 for the CPU.
+        pool: Labels of the nodes with GPUs, as JSON; `{}` for any node.
+        queue: Kueue's LocalQueue for a distillation on more than one machine.
+        claim: What retraining gives to the runs that it starts; leave it empty.
     """
-    # No caching anywhere: a hit would not look whether the folder is still there, and a stage that is done returns at once.
-    settings = {"recipe": recipe, "overrides": overrides, "root": root}
-    shards = uncached(shard_dataset(source=source, **settings)).outputs["shards"]
-    resolved = uncached(resolve_teacher(teacher=teacher, shards=shards, **settings)).outputs["resolved"]
-    samples = uncached(encode_latents(shards=shards, teacher=resolved, **settings)).outputs["samples"]
-    run = uncached(distill_stage(samples=samples, teacher=resolved, **settings)).outputs["run"]
-    judged = uncached(evaluate(shards=shards, teacher=resolved, run=run, **settings))
-    scores = judged.outputs["evaluation"]
-    decision = uncached(gate(evaluation=scores, **settings))
-    told = {"root": root, "shards": shards, "teacher": resolved, "run": run, "evaluation": scores}
-    with dsl.If(decision.output == "accepted", name="accepted"):
-        packaged = uncached(package_model(root=root, run=run, evaluation=scores))
-        uncached(report(decision=decision.output, **told)).after(packaged)
-    with dsl.Else(name="rejected"):
-        uncached(report(decision=decision.output, **told))
+    run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    ended = pod(conclude(root=root, run_id=run, claim=claim), LIGHT, retries=2)
+    with dsl.ExitHandler(ended, name="distil"):
+        begun = begin(
+            root=root, run_id=run, claim=claim, source=source, teacher=teacher, recipe=recipe, overrides=overrides,
+            destination=destination, nodes=nodes, gpus=gpus,
+        )  # fmt: skip
+        pod(begun, LIGHT)
+        folder, gpu = begun.outputs["root"], begun.outputs["gpu"]
+        settings = {"recipe": recipe, "overrides": overrides, "root": folder}
+
+        sharded = pod(shard_dataset(source=source, **settings), BUSY, retries=2)
+        shards = sharded.outputs["shards"]
+        resolved = resolve_teacher(teacher=teacher, shards=shards, **settings)
+        original = on_gpus(pod(resolved, BUSY, retries=2), gpu, pool).outputs["resolved"]
+        encoded = encode_latents(shards=shards, teacher=original, **settings)
+        samples = on_gpus(pod(encoded, BUSY, retries=2), gpu, pool).outputs["samples"]
+        distilled = distill_stage(
+            samples=samples, teacher=original, nodes=nodes, gpus=gpus, queue=queue, **settings
+        )
+        student = on_gpus(pod(distilled, HEAVY, retries=3), gpus, pool).outputs["run"]
+        judged = evaluate(shards=shards, teacher=original, run=student, **settings)
+        scores = on_gpus(pod(judged, BUSY, retries=2), gpu, pool).outputs["evaluation"]
+        decision = pod(gate_stage(evaluation=scores, factor=gate, **settings), LIGHT)
+
+        told = {"root": folder, "shards": shards, "teacher": original, "run": student, "evaluation": scores}
+        with dsl.If(decision.output == "accepted", name="accepted"):
+            packaged = package_model(root=folder, run=student, evaluation=scores)
+            package = pod(packaged, BUSY).outputs["package"]
+            pod(report(decision=decision.output, **told), LIGHT).after(packaged)
+            with dsl.If(destination != "", name="published"):
+                published = publish_model(destination=destination, recipe=recipe, package=package)
+                pod(published, LIGHT, retries=2)
+        with dsl.Else(name="rejected"):
+            pod(report(decision=decision.output, **told), LIGHT)
+
+
+def _choices() -> None:
+    """The form for a run offers the recipes, and the server refuses others; the SDK has no word for that yet."""
+    parameter = distill.pipeline_spec.root.input_definitions.parameters["recipe"]
+    for name in RECIPES:
+        parameter.literals.add().string_value = name
+
+
+_choices()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dmd2"
 LAYERS = [
-    {"config", "errors", "storage", "folders", "progress", "pictures"},
+    {"config", "errors", "storage", "folders", "ledger", "progress", "pictures"},
     {"diffusion", "sample", "losses", "tensors", "rng"},
     {"denoiser", "parallel", "ema"},
     {"models", "data", "sampler"},

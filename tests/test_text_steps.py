@@ -14,8 +14,9 @@ from dmd2.config import Player as PlayerConfig
 from dmd2.config import StableConfig
 from dmd2.denoiser import Denoiser, guided
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
+from dmd2.recipes import step_levels
 from dmd2.sample import Conditioning, Sample
-from dmd2.sampler import Levels, denoise_real, generate, simulate, step_levels, walk
+from dmd2.sampler import Levels, denoise_real, generate, simulate, walk
 from dmd2.trainer import Player, Regression, Trainer, Weights
 
 PROCESS = Diffusion(scaled_linear_schedule(), predict_eps)

@@ -8,24 +8,43 @@ def distill(
     recipe: str,
     overrides: str,
     root: str,
+    nodes: int,
+    gpus: int,
+    queue: str,
     samples: dsl.Input[dsl.Dataset],
     teacher: dsl.Input[dsl.Model],
     run: dsl.Output[dsl.Model],
 ) -> None:
     """Distil the teacher into a student with DMD2. Interrupted, it continues from its last checkpoint.
 
+    It ends with the exit status of the training: 64 a wrong input, 74 the disk or the bucket, 75 stopped after
+    saving, 76 diverged.
+
     Args:
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         root: Folder of the run; the result goes to `<root>/run`.
+        nodes: Machines; one for now.
+        gpus: GPUs of each, one process on each; 0 for one process on the CPU.
+        queue: Kueue's LocalQueue for more than one machine.
         samples: Real images, or their latents.
         teacher: The teacher.
         run: Points to the student by URI and digest; the file itself is the manifest of the run.
     """
-    from dmd2 import folders, recipes, stages
+    from components.distill.launch import Size, Torchrun, flags, through
+    from dmd2 import folders
     from dmd2.errors import one_sentence
 
     with one_sentence():
-        config = recipes.resolve(recipe, overrides.split())
-        stages.distill(config, samples.metadata["uri"], teacher.metadata["uri"], f"{root}/run")
+        words = [
+            "--data",
+            samples.metadata["uri"],
+            "--teacher",
+            teacher.metadata["uri"],
+            "--out",
+            f"{root}/run",
+        ]
+        words = ["distill", recipe, *words, *flags(overrides)]
+        if status := through(Torchrun(words, Size(nodes, gpus, queue))):
+            raise SystemExit(status)
         run.metadata.update(folders.point(f"{root}/run", "run", run.path))

@@ -4,13 +4,14 @@ from components.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def gate(recipe: str, overrides: str, root: str, evaluation: dsl.Input[dsl.Artifact]) -> str:
+def gate(recipe: str, overrides: str, root: str, factor: float, evaluation: dsl.Input[dsl.Artifact]) -> str:
     """Accept or reject the student by its FID. The decision goes to `<root>/gate`, with its reason.
 
     Args:
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         root: Folder of the run.
+        factor: Accepted if FID(student) <= factor * FID(teacher); 0 for the factor of the recipe.
         evaluation: The scores.
 
     Returns:
@@ -20,6 +21,7 @@ def gate(recipe: str, overrides: str, root: str, evaluation: dsl.Input[dsl.Artif
     from dmd2.errors import one_sentence
 
     with one_sentence():
-        config = recipes.resolve(recipe, overrides.split())
+        changes = [*overrides.split(), *([f"gate.factor={factor}"] if factor else [])]
+        config = recipes.resolve(recipe, changes)
         result = stages.gate(config, evaluation.metadata["uri"], f"{root}/gate")
     return str(result.facts["decision"])

@@ -47,7 +47,7 @@ VAES = ("AutoencoderKL", "AutoencoderTiny")
 """The second only makes images, quickly, of the latents of the first."""
 CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """The text encoders of Stable Diffusion 1.5 and 2 (the first) and XL (both), by folder."""
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,9 @@ def _brought(place: str, names: list[str]) -> Path:
 def _from_hub(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise Refused(
             f"{name} is no local folder, and as a name on the hub it cannot be read ({brief(error)}); check the name and the connection, or give a local copy"

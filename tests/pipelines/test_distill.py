@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import yaml
-from kfp import compiler
 
-from dmd2 import checkpoint
+from components.place import place
+from dmd2 import checkpoint, folders, storage
+from dmd2.recipes import RECIPES
 from dmd2.run import read_metrics
-from pipelines.__main__ import COMPILED, run_local
-from pipelines.distill import distill
+from pipelines import readme
+from pipelines.__main__ import COMPILED, PIPELINES, run_local
+from pipelines.cluster import compiled as fresh
+from tests.bucket import contents, listed
 from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
 
@@ -28,7 +31,7 @@ from tests.tiny_sdxl import SMALL
 def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Run the pipeline on the micro recipe -> its root."""
 
-    def call(*overrides: str, **parameters: str) -> Path:
+    def call(*overrides: str, **parameters: Any) -> Path:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         root = tmp_path / "root"
         text = " ".join([*MICRO, *overrides])
@@ -38,16 +41,34 @@ def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return call
 
 
+@pytest.fixture
+def images(bucket: str, pictures: Path) -> str:
+    """The pictures, on a bucket."""
+    names = [entry.name for entry in storage.at(pictures).list()]
+    storage.at(f"{bucket}/images").put_many(pictures, names)
+    return f"{bucket}/images"
+
+
+def outcome(root: Path) -> dict[str, Any]:
+    """What the exit handler wrote."""
+    return dict(json.loads((root / "outcome.json").read_text()))
+
+
 def tasks(root: Path) -> set[str]:
     """Tasks that ran: the local runner makes a folder for each."""
     (latest,) = (root / "kfp").iterdir()
     return {path.name for path in latest.iterdir() if path.is_dir()}
 
 
-def test_an_accepted_run_ends_with_a_package_a_report_and_a_summary(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+STAGES = {
+    "begin", "shard-dataset", "resolve-teacher", "encode-latents", "distill", "evaluate", "gate", "conclude"
+}  # fmt: skip
+
+
+def test_an_accepted_run_goes_from_images_on_a_bucket_to_a_published_package(
+    run: Callable[..., Path], images: str, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = run("gate.factor=1e9")
+    root = run(source=images, destination=f"{bucket}/models", gate=1e9)
     summary = json.loads((root / "summary.json").read_text())
     assert summary["gate"] == "accepted"
     assert Path(summary["package"]) == root / "package"
@@ -57,26 +78,33 @@ def test_an_accepted_run_ends_with_a_package_a_report_and_a_summary(
         "seconds"
     ].keys()
     assert all(summary[name] > 0 for name in ("fid_student", "fid_teacher", "fid_teacher_1step"))
-    ran = tasks(root)
-    assert "package-model" in ran
-    assert "report" in ran
-    assert "report-2" not in ran
+    assert tasks(root) == STAGES | {"package-model", "report", "publish-model"}
+    package = folders.read(root / "package", "package")
+    published = f"{bucket}/models/edm-digits/{package.digest[:16]}"
+    assert folders.read(published, "package").digest == package.digest
+    assert contents(published) == listed(published)
+    assert (outcome(root)["state"], outcome(root)["decision"]) == ("SUCCEEDED", "accepted")
+    assert outcome(root)["folders"]["package"] == package.digest
     shown = capsys.readouterr().out
     assert "accepted" in shown
     assert str(root / "package") in shown.replace("\n", "")
 
 
-def test_a_rejected_run_ends_cleanly_with_its_reason_and_no_package(run: Callable[..., Path]) -> None:
-    root = run("gate.factor=1e-9")
+def test_a_rejected_run_ends_cleanly_with_its_reason_and_no_package(
+    run: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    root = run("gate.factor=1e9", gate=1e-9, teacher=str(made / "teacher"), destination=str(models))
+    assert not (root / "teacher").exists(), "the one that was given is used"
     summary = json.loads((root / "summary.json").read_text())
     assert (summary["gate"], summary["package"]) == ("rejected", None)
     assert "Rejected" in (root / "report.html").read_text()
     assert "is more than 1e-09 x" in summary["reason"]
     assert not (root / "package").exists()
-    ran = tasks(root)
-    assert "package-model" not in ran
-    assert "report-2" in ran
-    assert "report" not in ran
+    assert not models.exists()
+    assert tasks(root) == STAGES | {"report-2"}
+    assert (outcome(root)["state"], outcome(root)["decision"]) == ("SUCCEEDED", "rejected")
+    assert "package" not in outcome(root)["folders"]
 
 
 def test_text_to_image_runs_from_a_diffusers_folder_to_a_package_through_latents(
@@ -92,34 +120,60 @@ def test_text_to_image_runs_from_a_diffusers_folder_to_a_package_through_latents
         ("sdxl-4step-emoji", 4), ("teacher", 2), ("teacher", 1), ("sdxl-4step-emoji", 1), ("teacher", 4)
     ]  # fmt: skip
     assert (root / "package" / "model_index.json").is_file()
-    assert "encode-latents" in tasks(root)
+    assert tasks(root) == STAGES | {"package-model", "report"}, "with no destination nothing is published"
 
 
-def test_a_teacher_that_is_given_is_used(run: Callable[..., Path], made: Path) -> None:
-    root = run("gate.factor=1e9", teacher=str(made / "teacher"))
-    assert not (root / "teacher").exists()
-    assert json.loads((root / "summary.json").read_text())["gate"] == "accepted"
-
-
-def test_a_failing_stage_fails_the_run_with_its_sentence(
-    run: Callable[..., Path], refusal: Callable[..., str], capfd: pytest.CaptureFixture[str]
+def test_a_failing_stage_fails_the_run_with_its_sentence_and_the_exit_handler_reports(
+    run: Callable[..., Path], refusal: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert "shard-dataset" in refusal(lambda: run(source="/nowhere/at/all"))
     told = capfd.readouterr()
     assert "/nowhere/at/all does not exist" in told.out + told.err
-
-
-def test_the_committed_pipeline_is_the_current_one(tmp_path: Path) -> None:
-    assert "DMD2_IMAGE" not in os.environ
-    compiler.Compiler().compile(distill, str(tmp_path / "distill.yaml"))
-    assert (tmp_path / "distill.yaml").read_text() == (COMPILED / "distill.yaml").read_text(), (
-        "run make compile"
+    root = tmp_path / "root"
+    assert tasks(root) == {"begin", "shard-dataset", "conclude"}
+    assert (outcome(root)["state"], outcome(root)["decision"], outcome(root)["folders"]) == (
+        "FAILED",
+        None,
+        {},
     )
+    assert "# failed: " in told.out + told.err
+
+
+def test_a_wrong_parameter_is_refused_before_any_stage(
+    run: Callable[..., Path], refusal: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "begin" in refusal(lambda: run(recipe="sdxl-4step", overrides=""))
+    told = capfd.readouterr()
+    assert "recipe 'sdxl-4step' needs a teacher" in told.out + told.err
+    assert tasks(tmp_path / "root") == {"begin", "conclude"}
+
+
+def test_a_run_without_a_root_lies_beside_its_artifacts(refusal: Callable[..., str]) -> None:
+    artifact = "gs://b/v2/artifacts/dmd2-distill/1234-5678/begin/x/settings"
+    assert place("", "1234-5678", artifact) == "gs://b/v2/artifacts/dmd2-distill/1234-5678/dmd2"
+    assert place("gs://b/runs/a/", "1234-5678", artifact) == "gs://b/runs/a"
+    assert "give a root" in refusal(lambda: place("", "1234", "minio://mlpipeline/v2/1234/x"))
+    assert "give a root" in refusal(lambda: place("", "1234", "gs://b/elsewhere"))
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_the_committed_pipeline_is_the_current_one(name: str) -> None:
+    assert not {"DMD2_IMAGE", "DMD2_LAUNCH_IMAGE"} & os.environ.keys()
+    assert fresh(PIPELINES[name]).text == (COMPILED / f"{name}.yaml").read_text(), "run make compile"
+
+
+def test_the_page_of_the_components_is_the_current_one() -> None:
+    assert readme.PATH.read_text() == readme.text(), "run make compile"
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Any]:
-    return next(yaml.safe_load_all((COMPILED / "distill.yaml").read_text()))
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((COMPILED / "distill.yaml").read_text()))
+
+
+@pytest.fixture(scope="module")
+def compiled(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    return documents[0]
 
 
 def test_artifacts_are_typed_so_that_the_ui_shows_them(compiled: dict[str, Any]) -> None:
@@ -136,24 +190,82 @@ def test_artifacts_are_typed_so_that_the_ui_shows_them(compiled: dict[str, Any])
     assert outputs["comp-distill"] == {"run": "system.Model"}
     assert outputs["comp-evaluate"]["metrics"] == "system.Metrics"
     assert outputs["comp-package-model"] == {"package": "system.Model"}
+    assert outputs["comp-publish-model"] == {"model": "system.Model"}
     assert outputs["comp-report"] == {"page": "system.HTML"}
+    assert outputs["comp-conclude"] == {"summary": "system.Markdown"}
 
 
-def test_every_parameter_but_the_root_has_a_default_and_all_are_described(compiled: dict[str, Any]) -> None:
+def test_every_parameter_has_a_default_and_is_described(compiled: dict[str, Any]) -> None:
     parameters = compiled["root"]["inputDefinitions"]["parameters"]
-    assert {name for name, p in parameters.items() if "defaultValue" not in p} == {"root"}
-    assert all(p["description"] for p in parameters.values())
+    assert all("defaultValue" in p and p["description"] for p in parameters.values())
 
 
-def test_nothing_is_cached_and_nothing_is_installed_at_run_time(compiled: dict[str, Any]) -> None:
+def test_the_form_for_a_run_offers_the_recipes(compiled: dict[str, Any]) -> None:
+    assert compiled["root"]["inputDefinitions"]["parameters"]["recipe"]["literals"] == list(RECIPES)
+
+
+def executors(documents: list[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """{stage: (its container, what Kubernetes is told of its pod)}."""
+    pods = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    containers = documents[0]["deploymentSpec"]["executors"]
+    return {name: (one["container"], pods[name]) for name, one in containers.items()}
+
+
+def test_no_pod_is_root_or_without_limits_and_all_have_a_place_to_write(
+    documents: list[dict[str, Any]],
+) -> None:
+    for container, pod in executors(documents).values():
+        assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": "65532", "runAsGroup": "65532"}
+        assert {"mountPath": "/tmp", "volumeName": "scratch"} in pod["emptyDirMounts"]
+        wanted = {f"resource{what}{how}" for what in ("Cpu", "Memory") for how in ("Request", "Limit")}
+        assert wanted <= container["resources"].keys()
+
+
+def test_stages_with_a_network_get_gpus_from_the_pool_and_shared_memory(
+    documents: list[dict[str, Any]],
+) -> None:
+    on_gpus = {name for name, (c, _) in executors(documents).items() if "accelerator" in c["resources"]}
+    assert on_gpus == {"exec-resolve-teacher", "exec-encode-latents", "exec-distill", "exec-evaluate"}
+    for name in on_gpus:
+        container, pod = executors(documents)[name]
+        count = "gpus" if name == "exec-distill" else "begin-gpu"
+        accelerator = container["resources"]["accelerator"]
+        assert accelerator["resourceType"] == "nvidia.com/gpu"
+        assert accelerator["resourceCount"] == f"{{{{$.inputs.parameters['pipelinechannel--{count}']}}}}"
+        assert pod["nodeSelector"] == {
+            "nodeSelectorJson": {"componentInputParameter": "pipelinechannel--pool"}
+        }
+        assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+        assert pod["podMetadata"] == {"labels": {"kueue.x-k8s.io/queue-name": "dmd2"}}
+        (shared,) = [mount for mount in pod["emptyDirMounts"] if mount["mountPath"] == "/dev/shm"]
+        assert shared["medium"] == "Memory"
+        assert shared["sizeLimit"]
+
+
+def test_a_stage_is_tried_again_only_if_that_can_help(compiled: dict[str, Any]) -> None:
+    tried = {
+        name: task.get("retryPolicy", {}).get("maxRetryCount", 0) for name, task in leaves(compiled).items()
+    }
+    assert tried == {
+        "begin": 0, "shard-dataset": 2, "resolve-teacher": 2, "encode-latents": 2, "distill": 3, "evaluate": 2, "gate": 0,
+        "package-model": 0, "publish-model": 2, "report": 0, "report-2": 0, "conclude": 2,
+    }  # fmt: skip
+
+
+def leaves(compiled: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{task: what is said of it}, of those that run something."""
     dags = [compiled["root"]["dag"], *(c["dag"] for c in compiled["components"].values() if "dag" in c)]
-    tasks = {
+    return {
         name: task
         for dag in dags
         for name, task in dag["tasks"].items()
         if "dag" not in compiled["components"][task["componentRef"]["name"]]
     }
-    assert len(tasks) == 9
+
+
+def test_nothing_is_cached_and_nothing_is_installed_at_run_time(compiled: dict[str, Any]) -> None:
+    tasks = leaves(compiled)
+    assert len(tasks) == 12
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
     for executor in compiled["deploymentSpec"]["executors"].values():
         assert "pip install" not in " ".join(executor["container"]["command"])
@@ -162,7 +274,7 @@ def test_nothing_is_cached_and_nothing_is_installed_at_run_time(compiled: dict[s
 def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(pictures: Path, tmp_path: Path) -> None:
     """As a terminal does it: SIGINT to every process of the group, at some step of the distillation."""
     root = tmp_path / "root"
-    overrides = " ".join((*MICRO, "gate.factor=1e9", "distill.steps=600", "distill.save_every=600"))
+    overrides = " ".join((*MICRO, "gate.factor=1e9", "distill.steps=200", "distill.save_every=200"))
     command = [sys.executable, "-m", "pipelines", "run-local", "--root", str(root), "--source", str(pictures)]
     command += ["--overrides", overrides]
     process = subprocess.Popen(
@@ -178,10 +290,10 @@ def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(pictures: Pa
     assert "Traceback" not in told
     while not (saved := checkpoint.steps(unfinished / "checkpoints")):
         time.sleep(0.05)
-    assert 0 < saved[0] < 600
+    assert 0 < saved[0] < 200
     run_local(root, source=str(pictures), overrides=overrides)
     assert json.loads((root / "summary.json").read_text())["gate"] == "accepted"
     steps = [int(line["step"]) for line in read_metrics(root / "run")]
     assert saved[0] in steps, "the line of the interruption"
     assert steps == sorted(set(steps))
-    assert steps[-1] == 600
+    assert steps[-1] == 200

@@ -1,0 +1,26 @@
+"""What can be said against the parameters of a run before anything of it is paid for."""
+
+from __future__ import annotations
+
+from components.distill.launch import Size
+from dmd2 import recipes, storage
+from dmd2.config import Config, EdmConfig
+from dmd2.errors import Refused
+
+
+def check(
+    source: str, teacher: str, recipe: str, overrides: str, destination: str, nodes: int, gpus: int
+) -> Config:
+    """The Config of the run; refused if the rest does not go with it."""
+    config = recipes.resolve(recipe, overrides.split())
+    Size(nodes, gpus).check()
+    if destination:
+        storage.is_local(destination)
+    if not isinstance(config.family, EdmConfig):
+        if not teacher:
+            raise Refused(
+                f"recipe {recipe!r} needs a teacher; give a folder, a checkpoint or a name on the hub"
+            )
+        if source == "digits":
+            raise Refused(f"recipe {recipe!r} needs images with captions; give the address of some as source")
+    return config

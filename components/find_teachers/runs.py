@@ -1,0 +1,163 @@
+"""The runs of a pipeline, on the platform: start one, find it again by its name, ask how it is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
+
+from dmd2.errors import Refused, brief, near_miss
+from dmd2.ledger import digest
+
+EXPERIMENT = "retrain"
+"""Under which the UI lists the runs."""
+STATES: dict[str, Health] = {
+    "SUCCEEDED": "succeeded", "FAILED": "failed", "SKIPPED": "failed", "CANCELED": "cancelled",
+}  # fmt: skip
+"""The states of a run that is over."""
+Health = Literal["alive", "succeeded", "failed", "cancelled", "gone"]
+
+
+class State(NamedTuple):
+    health: Health
+    reason: str = ""
+
+
+class Runs(Protocol):
+    @property
+    def image(self) -> str:
+        """Digest of the images that a run uses."""
+
+    def start(self, name: str, settings: Mapping[str, Any]) -> str:
+        """Its id. Refused: there is no such run. OSError: there may be one."""
+
+    def find(self, name: str) -> str:
+        """The id of the run of this name, the oldest if there are more; empty if there is none."""
+
+    def state(self, run: str) -> State: ...
+
+
+@dataclass
+class Pipeline:
+    """A pipeline that was uploaded to Kubeflow Pipelines, in its newest version."""
+
+    name: str
+    service_account: str = ""
+    """Of Kubernetes, for the runs; empty for the default of the platform."""
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse what is no parameter of the pipeline, before anything is claimed for it."""
+        known = self._spec["root"].get("inputDefinitions", {}).get("parameters", {})
+        for name, value in settings.items():
+            if name not in known:
+                raise Refused(
+                    f"pipeline {self.name!r} has no parameter {name!r}; {near_miss(name, list(known))}"
+                )
+            if (choices := known[name].get("literals")) and value not in choices:
+                raise Refused(f"{name} is {value!r}; {near_miss(str(value), choices)}")
+
+    @cached_property
+    def image(self) -> str:
+        executors = self._spec.get("deploymentSpec", {}).get("executors", {})
+        return digest(sorted({e["container"]["image"] for e in executors.values() if "container" in e}))
+
+    def start(self, name: str, settings: Mapping[str, Any]) -> str:
+        with _told(f"run {name!r}"):
+            run = self._client.run_pipeline(
+                self._experiment, name, params=dict(settings), pipeline_id=self._version.pipeline_id,
+                version_id=self._version.pipeline_version_id, service_account=self.service_account or None,
+            )  # fmt: skip
+            return str(run.run_id)
+
+    def find(self, name: str) -> str:
+        predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+        with _told(f"runs called {name!r}"):
+            found = self._client.list_runs(
+                experiment_id=self._experiment,
+                sort_by="created_at",
+                filter=json.dumps({"predicates": [predicate]}),
+            )
+        return str(found.runs[0].run_id) if found.runs else ""
+
+    def state(self, run: str) -> State:
+        try:
+            with _told(f"run {run}"):
+                found = self._client.get_run(run)
+        except FileNotFoundError:
+            return State("gone", "the platform does not know the run any more: it was deleted")
+        said = f": {brief(Exception(found.error.message))}" if found.error and found.error.message else ""
+        health = STATES.get(found.state, "alive")
+        return State(health, f"the run ended as {found.state}{said}" if health != "alive" else "")
+
+    @cached_property
+    def _client(self) -> Any:
+        from kfp import Client
+
+        with warnings.catch_warnings(), _told("the API of Kubeflow Pipelines"):
+            warnings.simplefilter("ignore", FutureWarning)  # which servers it is for
+            return Client()
+
+    @cached_property
+    def _experiment(self) -> str:
+        for _ in range(2):
+            try:
+                with _told(f"experiment {EXPERIMENT!r}"):
+                    return str(
+                        self._client.create_experiment(EXPERIMENT).experiment_id
+                    )  # or the one there is
+            except FileExistsError:  # another watcher was faster
+                continue
+        raise OSError(errno.EIO, "it is there and it is not", f"experiment {EXPERIMENT!r}")
+
+    @cached_property
+    def _version(self) -> Any:
+        with _told(f"pipeline {self.name!r}"):
+            found = self._client.get_pipeline_id(self.name)
+            if not found:
+                raise Refused(f"pipeline {self.name!r} is not there; upload it first")
+            versions = self._client.list_pipeline_versions(found, page_size=1, sort_by="created_at desc")
+        if not versions.pipeline_versions:
+            raise Refused(f"pipeline {self.name!r} has no version; upload it again")
+        return versions.pipeline_versions[0]
+
+    @property
+    def _spec(self) -> dict[str, Any]:
+        """What was compiled; where there are settings of Kubernetes beside it, it lies one level deeper."""
+        spec: dict[str, Any] = self._version.pipeline_spec
+        return spec.get("pipeline_spec", spec)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What the client raises, as an error that says what to do."""
+    from kfp_server_api import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except ApiException as error:
+        said = brief(Exception(_message(error)))
+        if error.status == 404:
+            raise FileNotFoundError(errno.ENOENT, f"not known to the platform ({said})", what) from None
+        if error.status == 409:
+            raise FileExistsError(errno.EEXIST, f"there already ({said})", what) from None
+        if error.status in (401, 403):
+            raise PermissionError(errno.EACCES, f"not allowed by the platform ({said})", what) from None
+        if error.status == 400:
+            raise Refused(f"the platform refuses {what}: {said}") from None
+        raise OSError(errno.EIO, f"the platform does not answer as it should ({said})", what) from None
+    except HTTPError as error:
+        raise OSError(errno.EIO, f"the platform does not answer ({brief(error)})", what) from None
+
+
+def _message(error: Any) -> str:
+    """The sentence in the answer, if it is as the API's answers are."""
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return f"{error.status} {error.reason}"

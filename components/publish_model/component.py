@@ -1,0 +1,27 @@
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def publish_model(
+    destination: str, recipe: str, package: dsl.Input[dsl.Model], model: dsl.Output[dsl.Model]
+) -> None:
+    """Copy a package to where models are kept, under its recipe and its digest, the manifest last.
+
+    Published again, it is left as it is; so the address of a model never changes what it holds.
+
+    Args:
+        destination: Folder of published models; the package goes to `<destination>/<recipe>/<digest>`.
+        recipe: Name of its recipe.
+        package: The package.
+        model: Points to the published model by URI and digest; the file itself is its manifest.
+    """
+    from dmd2 import folders, stages
+    from dmd2.errors import one_sentence
+
+    with one_sentence():
+        out = f"{destination.rstrip('/')}/{recipe}/{package.metadata['digest'][:16]}"
+        stages.publish(package.metadata["uri"], out)
+        model.metadata.update(folders.point(out, "package", model.path))
+    print(f"published: {out}")

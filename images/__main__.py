@@ -1,0 +1,153 @@
+"""`python -m images build | lock | push`: the images, with buildah, podman or docker, whichever there is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Literal
+
+import tyro
+
+from dmd2.errors import Refused, one_sentence
+from dmd2.storage import write
+from images import packages, pins
+
+Image = Literal["dmd2", "dmd2-launch"]
+IMAGES: tuple[Image, ...] = ("dmd2", "dmd2-launch")
+BUILDERS = ("buildah", "podman", "docker")
+PORT = 47311
+"""Of the page of wheels: always the same, for builders redo what was built from another address."""
+
+
+def build(
+    images: tuple[Image, ...] = IMAGES,
+    base: str = "",
+    index: str = "",
+    wheels: Path | None = None,
+    builder: str = "",
+) -> None:
+    """Build images, each under its name and the version of the project.
+
+    Args:
+        images: Which.
+        base: Another base than the one pinned in `images.lock`; it must have Python 3.11 as `python`.
+        index: A mirror of the package index, without credentials in it.
+        wheels: A folder with all the wheels, instead of an index: for a build without a network.
+        builder: `buildah`, `podman` or `docker`; empty for the first of them that is installed.
+    """
+    builder = an_installed(builder)
+    base = base or pins.pinned(pins.BASE)
+    if wheels and not any(wheels.glob("*.whl")):
+        raise Refused(f"{wheels} has no *.whl; `pip download -r images/dmd2.lock -d {wheels}` fills it")
+    with served(wheels) as page:
+        arguments = {
+            "BASE": base,
+            "PIP_INDEX_URL": index,
+            "PIP_FIND_LINKS": page,
+            "PIP_NO_INDEX": "1" if page else "",
+        }
+        for image in images:
+            command = [builder, "build", "--file", "images/Dockerfile", "--tag", f"{image}:{version()}"]
+            command += ["--layers"] if builder == "buildah" else []  # the others keep them unasked
+            command += ["--network", "host"] if page else []
+            command += flags("--build-arg", arguments | {"IMAGE": image})
+            command += flags("--label", labels(image, base))
+            run([*command, "."], f"{image} was not built on {base}")
+
+
+def flags(flag: str, values: dict[str, str]) -> list[str]:
+    return [word for name, value in values.items() if value for word in (flag, f"{name}={value}")]
+
+
+def labels(image: str, base: str) -> dict[str, str]:
+    """What differs from build to build; the rest stands in the recipe."""
+    told = {"title": image, "version": version(), "revision": revision(), "base.name": base}
+    return {f"org.opencontainers.image.{name}": value for name, value in told.items()}
+
+
+def lock() -> None:
+    """Write the locks of packages out of `requirements.lock`, and the digest of the base into `images.lock`."""
+    for name, roots in packages.ROOTS.items():
+        write(packages.part(name), packages.select(roots))
+    print(pins.pin(pins.BASE, re.sub(pins.DIGEST, "", pins.reference(pins.BASE))))
+
+
+def push(registry: str, images: tuple[Image, ...] = IMAGES, builder: str = "") -> None:
+    """Push images that are built, and write the digests that the registry has for them into `images.lock`.
+
+    Args:
+        registry: Where to: host and path, without the image's name.
+        images: Which.
+        builder: What they were built with; empty for the first that is installed.
+    """
+    builder = an_installed(builder)
+    if not registry.strip("/"):
+        raise Refused("the registry to push to is empty; give REGISTRY=<host>/<path>")
+    for image in images:
+        there = f"{registry.rstrip('/')}/{image}:{version()}"
+        run([builder, "tag", f"{image}:{version()}", there], f"{image}:{version()} is not there to be pushed")
+        run([builder, "push", there], f"{there} was not pushed")
+        print(pins.pin(image, there))
+
+
+def an_installed(builder: str) -> str:
+    """The builder that is asked for, or the first there is."""
+    asked = [builder] if builder else BUILDERS
+    found = [name for name in asked if shutil.which(name)]
+    if not found:
+        raise Refused(f"no builder of images is installed; install {' or '.join(asked)}, or give --builder")
+    return found[0]
+
+
+def run(command: list[str], failed: str) -> None:
+    """What goes wrong, the command says itself."""
+    status = subprocess.run(command, cwd=packages.ROOT).returncode
+    if status:
+        raise Refused(f"{failed}: `{command[0]} {command[1]}` ended with status {status} and says above why")
+
+
+@contextmanager
+def served(wheels: Path | None) -> Iterator[str]:
+    """The address of a page on this machine that lists the wheels, as pip's find-links wants it; '' for none."""
+    if wheels is None:
+        yield ""
+        return
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", PORT), partial(Quiet, directory=str(wheels)))
+    except OSError as error:
+        raise Refused(f"port {PORT} is needed to serve {wheels} to the builder ({error.strerror})") from None
+    with server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{PORT}/"
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: pip tells what it takes."""
+
+
+def version() -> str:
+    return str(tomllib.loads((packages.ROOT / "pyproject.toml").read_text())["project"]["version"])
+
+
+def revision() -> str:
+    """The commit the images are made of, `-dirty` if files were changed since; `unknown` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    asked = subprocess.run(command, cwd=packages.ROOT, capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        tyro.extras.subcommand_cli_from_dict(
+            {"build": build, "lock": lock, "push": push}, prog="python -m images"
+        )

@@ -1,0 +1,77 @@
+"""Which images are meant, by content: `images.lock`, a line `name: reference` each, read and written here.
+
+A reference ends in `@sha256:...` once a registry has said what it holds under that name. No digest is ever made up:
+what has none can not be built on, unless another base is named.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from hashlib import sha256
+from pathlib import Path
+
+from dmd2.errors import Refused, brief, near_miss
+from dmd2.storage import write
+
+PINS = Path(__file__).with_name("images.lock")
+BASE = "python"
+"""The entry that the images are built on."""
+DIGEST = r"@sha256:[0-9a-f]{64}"
+
+
+def pins(path: Path = PINS) -> dict[str, str]:
+    """{name: reference}, pinned or not."""
+    lines = path.read_text().splitlines()
+    return dict(_pair(line, path) for line in lines if line and not line.startswith("#"))
+
+
+def _pair(line: str, path: Path) -> tuple[str, str]:
+    name, _, reference = line.partition(": ")
+    if not re.fullmatch(rf"[^@\s]+({DIGEST})?", reference):
+        raise Refused(
+            f"{path} has the line {line!r}; a line is `name: reference`, with @sha256: and 64 hexadecimal digits at the end "
+            "if the digest is known"
+        )
+    return name, reference
+
+
+def reference(name: str, path: Path = PINS) -> str:
+    """What the file says of this image."""
+    known = pins(path)
+    if name not in known:
+        raise Refused(f"{path} names no image {name!r}; {near_miss(name, list(known))}")
+    return known[name]
+
+
+def pinned(name: str, path: Path = PINS) -> str:
+    """The same, with its digest."""
+    found = reference(name, path)
+    if "@" not in found:
+        raise Refused(
+            f"{name!r} has no digest in {path}; run `make images-lock` where {found} can be reached, or name "
+            "another base (BASE=<image>)"
+        )
+    return found
+
+
+def pin(name: str, tagged: str, path: Path = PINS) -> str:
+    """Write down what a registry holds now under `tagged` -> the pinned reference."""
+    reference(name, path)
+    found = f"{tagged}@{digest(tagged)}"
+    write(path, re.sub(rf"^{re.escape(name)}: .*$", f"{name}: {found}", path.read_text(), flags=re.MULTILINE))
+    return found
+
+
+def digest(tagged: str) -> str:
+    """The digest of what a registry holds under a name: of the index, if there is one for several platforms."""
+    if not shutil.which("skopeo"):
+        raise Refused(
+            f"skopeo is needed to ask a registry for the digest of {tagged}; install it and run again"
+        )
+    asked = subprocess.run(["skopeo", "inspect", "--raw", f"docker://{tagged}"], capture_output=True)
+    if asked.returncode:
+        told = brief(RuntimeError(asked.stderr.decode(errors="replace").partition("msg=")[2]))
+        raise Refused(f"no registry says what {tagged} is: {told}; no digest was written")
+    return f"sha256:{sha256(asked.stdout).hexdigest()}"

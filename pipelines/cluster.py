@@ -1,0 +1,328 @@
+"""Runs on a cluster, through the API of Kubeflow Pipelines: upload, submit, schedule, status, logs, cancel.
+
+A version of a pipeline is named by its content, so uploading it again changes nothing. A schedule is known by its
+name and, as the API has no update, made anew when it differs. Credentials are those that `kfp.Client` finds by itself, or a
+bearer token in KF_PIPELINES_TOKEN.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from kfp import compiler
+from kfp.client import Client
+from kfp.dsl.base_component import BaseComponent
+from kfp_server_api import (
+    ApiException,
+    V2beta1Pipeline,
+    V2beta1PipelineTaskDetail,
+    V2beta1RecurringRun,
+    V2beta1Run,
+)
+from urllib3.exceptions import HTTPError
+
+from dmd2.errors import Refused, brief
+
+STATUS = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 130}
+"""Exit status of a run, by the states that are final."""
+POLL_S = 10.0
+"""Between two looks at a run that is waited for."""
+PATIENCE = 30
+"""So many looks in a row may fail before one gives up on the server."""
+PAGE = 100
+
+
+class Unavailable(Refused):
+    """The server does not answer, or not as it should."""
+
+    status = 69
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the pipelines run."""
+
+    host: str = os.environ.get("KF_PIPELINES_ENDPOINT", "")
+    """Address of the pipelines' UI, whose server hands on to the API; empty: what the cluster or kubeconfig says."""
+    namespace: str = "dmd2"
+    """Namespace of the runs."""
+    experiment: str = "dmd2"
+    """Runs are gathered under this name."""
+    account: str = ""
+    """Service account of Kubernetes that the run works as; empty: what the platform gives it."""
+
+    @property
+    def client(self) -> Client:
+        with warnings.catch_warnings(), _told(self):
+            warnings.simplefilter("ignore", FutureWarning)
+            token = os.environ.get("KF_PIPELINES_TOKEN")
+            logging.disable()  # it tells of each attempt to reach the server with a stack trace
+            try:
+                return Client(host=self.host or None, namespace=self.namespace, existing_token=token)
+            finally:
+                logging.disable(logging.NOTSET)
+
+    def run(self, run_id: str) -> str:
+        return f"{self.host.rstrip('/')}/#/runs/details/{run_id}"
+
+
+Where = Annotated[Cluster, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A compiled pipeline."""
+
+    name: str
+    text: str
+
+    @property
+    def version(self) -> str:
+        return sha256(self.text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    pipeline: str
+    version: str
+    """The server's ids."""
+
+
+def compiled(pipeline: BaseComponent) -> Package:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(path))
+        return Package(pipeline.name, path.read_text())
+
+
+def upload(cluster: Cluster, package: Package) -> Uploaded:
+    """The pipeline and this version of it on the server; made if they are not there."""
+    client = cluster.client
+    with _told(cluster):
+        pipeline = client.get_pipeline_id(package.name) or _made(client, package.name)
+        known = client.list_pipeline_versions(pipeline, page_size=PAGE, filter=_named(package.version))
+        if known.pipeline_versions:
+            return Uploaded(pipeline, known.pipeline_versions[0].pipeline_version_id)
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            path = Path(folder) / "pipeline.yaml"
+            path.write_text(package.text)
+            made = client.upload_pipeline_version(str(path), package.version, pipeline_id=pipeline)
+    return Uploaded(pipeline, made.pipeline_version_id)
+
+
+def _made(client: Client, name: str) -> str:
+    """Without a version: the client's own `upload_pipeline` would name the first one after the pipeline."""
+    made = client.pipelines.pipeline_service_create_pipeline(V2beta1Pipeline(display_name=name, name=name))
+    return str(made.pipeline_id)
+
+
+def submit(cluster: Cluster, package: Package, name: str, parameters: dict[str, Any]) -> str:
+    """Start a run of this very version -> its id."""
+    uploaded, client = upload(cluster, package), cluster.client
+    with _told(cluster), redirect_stdout(io.StringIO()):
+        run = client.run_pipeline(
+            _experiment(client, cluster), name, params=parameters,
+            pipeline_id=uploaded.pipeline, version_id=uploaded.version, service_account=cluster.account or None,
+        )  # fmt: skip
+    return str(run.run_id)
+
+
+def schedule(cluster: Cluster, package: Package, name: str, cron: str, parameters: dict[str, Any]) -> str:
+    """Have exactly one recurring run of this name, and that it is this one -> its id.
+
+    One run at a time, and none is made up for that was missed.
+    """
+    uploaded, client = upload(cluster, package), cluster.client
+    with _told(cluster), redirect_stdout(io.StringIO()):
+        experiment = _experiment(client, cluster)
+        there = _schedules(client, experiment, name)
+        right = [one for one in there if _same(one, cluster, uploaded, cron, parameters)]
+        kept = str(right[0].recurring_run_id) if right else ""
+        if not kept:
+            made = client.create_recurring_run(
+                experiment, name, cron_expression=cron, max_concurrency=1, no_catchup=True, params=parameters,
+                pipeline_id=uploaded.pipeline, version_id=uploaded.version,
+                service_account=cluster.account or None,
+            )  # fmt: skip
+            kept = str(made.recurring_run_id)
+        for one in there:  # the old ones last, so that there is always one
+            if one.recurring_run_id != kept:
+                client.delete_recurring_run(one.recurring_run_id)
+    return kept
+
+
+def unschedule(cluster: Cluster, name: str) -> int:
+    """Remove the recurring runs of this name -> how many there were."""
+    client = cluster.client
+    with _told(cluster), redirect_stdout(io.StringIO()):
+        there = _schedules(client, _experiment(client, cluster), name)
+        for one in there:
+            client.delete_recurring_run(one.recurring_run_id)
+    return len(there)
+
+
+def _same(
+    one: V2beta1RecurringRun, cluster: Cluster, uploaded: Uploaded, cron: str, parameters: dict[str, Any]
+) -> bool:
+    version, trigger = one.pipeline_version_reference, one.trigger
+    return bool(
+        version
+        and version.pipeline_version_id == uploaded.version
+        and trigger.cron_schedule
+        and trigger.cron_schedule.cron == cron
+        and one.runtime_config.parameters == parameters
+        and str(one.max_concurrency) == "1"
+        and one.no_catchup
+        and cluster.account in ("", one.service_account)
+        and one.status == "ENABLED"
+    )
+
+
+def _schedules(client: Client, experiment: str, name: str) -> list[V2beta1RecurringRun]:
+    return list(
+        _pages(
+            lambda token: client.list_recurring_runs(
+                token, PAGE, experiment_id=experiment, filter=_named(name)
+            ),
+            "recurring_runs",
+        )
+    )
+
+
+def recent(cluster: Cluster, count: int = 10) -> list[V2beta1Run]:
+    """The last runs."""
+    client = cluster.client
+    with _told(cluster), redirect_stdout(io.StringIO()):
+        experiment = _experiment(client, cluster)
+        return client.list_runs("", count, "created_at desc", experiment_id=experiment).runs or []
+
+
+def run(cluster: Cluster, run_id: str) -> V2beta1Run:
+    client = cluster.client
+    with _told(cluster):
+        return client.get_run(run_id)
+
+
+def tasks(found: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
+    """What people call its steps, in the order of their start."""
+    details = (found.run_details and found.run_details.task_details) or []
+    inner = ("-driver", "root", "executor")
+    steps = [t for t in details if t.start_time and not (t.display_name or "").endswith(inner)]
+    return sorted(steps, key=lambda task: task.start_time)
+
+
+def wait(cluster: Cluster, run_id: str, tell: Callable[[str], None]) -> str:
+    """Wait for the end of a run, and tell each new state of it and its steps -> the final state.
+
+    Not the client's own wait, which knows no cancelled runs.
+    """
+    told: dict[str, str] = {}
+    for found in _looks(cluster, run_id):
+        steps = {str(task.display_name): task.state for task in tasks(found)}
+        for name, state in {"run": found.state, **steps}.items():
+            if state and told.get(name) != state:
+                told[name] = state
+                tell(f"{name}: {state.lower()}")
+    return str(found.state)
+
+
+def _looks(cluster: Cluster, run_id: str) -> Iterator[V2beta1Run]:
+    """The run again and again, up to its end, whether the server is away for a while or not."""
+    client, failures = cluster.client, 0
+    while True:
+        try:
+            with _told(cluster):
+                found, failures = client.get_run(run_id), 0
+            yield found
+            if found.state in STATUS:
+                return
+        except Unavailable:
+            failures += 1
+            if failures == PATIENCE:
+                raise
+        time.sleep(POLL_S)
+
+
+def cancel(cluster: Cluster, run_id: str) -> None:
+    """Stop a run. The platform gives its pods no time, and its exit handler none either."""
+    client = cluster.client
+    with _told(cluster):
+        client.terminate_run(run_id)
+
+
+def logs(cluster: Cluster, run_id: str, task: str, lines: int) -> Iterator[tuple[str, str]]:
+    """(step, its log) of each pod of a run that is still there, from the API of Kubernetes."""
+    import kubernetes
+
+    try:
+        named = os.environ.get("KUBECONFIG")
+        kubernetes.config.load_config(**({"config_file": named} if named else {}))
+    except kubernetes.config.ConfigException as error:
+        raise Refused(f"no access to Kubernetes ({brief(error)}); the logs are also in the UI") from None
+    core = kubernetes.client.CoreV1Api()
+    with _told(cluster):
+        pods = core.list_namespaced_pod(cluster.namespace, label_selector=f"pipeline/runid={run_id}").items
+        for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
+            step = (pod.metadata.annotations or {}).get("workflows.argoproj.io/node-name", pod.metadata.name)
+            if task in step and pod.status.phase != "Pending":
+                yield (
+                    step,
+                    core.read_namespaced_pod_log(
+                        pod.metadata.name, cluster.namespace, container="main", tail_lines=lines
+                    ),
+                )
+
+
+def _experiment(client: Client, cluster: Cluster) -> str:
+    return str(client.create_experiment(cluster.experiment).experiment_id)
+
+
+def _named(name: str) -> str:
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+    return json.dumps({"predicates": [predicate]})
+
+
+def _pages(list_from: Callable[[str], Any], what: str) -> Iterator[Any]:
+    token = ""
+    while True:
+        page = list_from(token)
+        yield from getattr(page, what) or []
+        token = page.next_page_token
+        if not token:
+            return
+
+
+@contextmanager
+def _told(cluster: Cluster) -> Iterator[None]:
+    """What the server says against a request, in one sentence."""
+    from kubernetes.client import ApiException as KubernetesException
+
+    where = cluster.host or "the server of kubeconfig"
+    try:
+        yield
+    except (ApiException, KubernetesException) as error:
+        kind = Refused if 400 <= (error.status or 0) < 500 else Unavailable
+        raise kind(f"{where} says {error.status} ({_message(error)})") from None
+    except (HTTPError, TimeoutError) as error:
+        raise Unavailable(f"{where} does not answer ({brief(error)}); is it the address of the UI?") from None
+
+
+def _message(error: Any) -> str:
+    """What the server says in its JSON, or else its page."""
+    try:
+        return brief(Exception(json.loads(error.body)["message"]))
+    except (ValueError, KeyError, TypeError):
+        return brief(Exception(error.body or error.reason))

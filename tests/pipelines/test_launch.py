@@ -1,0 +1,141 @@
+"""The training behind its launcher: real processes under a real torchrun, real signals, the training's own exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.distill.launch import Size, Torchrun, _children, flags
+from dmd2 import checkpoint, folders
+from tests import conftest
+
+RUN = "import sys; from components.distill.launch import *; from dmd2.errors import one_sentence\n"
+RUN += "with one_sentence(): sys.exit(through(Torchrun(sys.argv[2:], Size(gpus=0, nodes=int(sys.argv[1])))))"
+
+
+@pytest.fixture
+def words(made: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`distill` of the micro run, with changes."""
+
+    def call(*overrides: str) -> list[str]:
+        given = [
+            "--data",
+            str(made / "shards"),
+            "--teacher",
+            str(made / "teacher"),
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        return ["distill", "edm-digits", *given, *flags(" ".join((*conftest.MICRO, *overrides)))]
+
+    return call
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """A process that launches, in a group of its own."""
+
+    def call(*words: str, nodes: int = 1) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", RUN, str(nodes), *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    return call
+
+
+Begun = Callable[..., "subprocess.Popen[str]"]
+Words = Callable[..., "list[str]"]
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    told, _ = process.communicate(timeout=120)
+    return process.returncode, told
+
+
+def playing(process: subprocess.Popen[str], folder: Path) -> None:
+    """Wait until steps are being made."""
+    metrics = folder / ".run.partial" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, ended(process)
+        time.sleep(0.05)
+
+
+def test_a_training_that_ends_well_ends_with_0(begun: Begun, words: Words, tmp_path: Path) -> None:
+    status, told = ended(begun(*words()))
+    assert status == 0, told
+    assert "distill: " in told
+    assert folders.read(tmp_path / "run", "run").config
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_training_which_saves_and_says_so(
+    number: signal.Signals, begun: Begun, words: Words, tmp_path: Path
+) -> None:
+    process = begun(*words("distill.steps=100000", "distill.save_every=100000"))
+    playing(process, tmp_path)
+    process.send_signal(number)
+    status, told = ended(process)
+    assert status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number], told
+    assert f"{number.name}: told the training" in told
+    assert "saved; the same command resumes" in told
+    assert "Traceback" not in told
+    assert checkpoint.steps(tmp_path / ".run.partial" / "checkpoints")
+
+
+def test_a_wrong_input_ends_with_64_and_its_sentence(begun: Begun, words: Words) -> None:
+    status, told = ended(begun(*words("distill.steps=-1")))
+    assert status == 64
+    assert "steps: Input should be greater than 0, not -1" in told
+    assert "Traceback" not in told
+
+
+def test_a_wrong_input_of_several_processes_ends_with_64_too(words: Words) -> None:
+    command = [sys.executable, "-m", "components.distill.launch", "2", *words("distill.steps=-1")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 64, done.stderr
+    assert "of 2 ended with 64" in done.stderr
+
+
+def test_a_training_that_diverges_ends_with_76(begun: Begun, words: Words) -> None:
+    status, told = ended(begun(*words("distill.student.lr=1e30", "distill.critic.lr=1e30")))
+    assert status == 76, told
+    assert "became nan" in told or "became inf" in told
+
+
+def test_a_worker_that_is_killed_ends_as_the_shell_says_it(
+    begun: Begun, words: Words, tmp_path: Path
+) -> None:
+    process = begun(*words("distill.steps=100000"))
+    playing(process, tmp_path)
+    (torchrun,) = _children(process.pid)
+    (worker,) = _children(torchrun)
+    os.kill(worker, signal.SIGKILL)
+    status, told = ended(process)
+    assert status == 128 + signal.SIGKILL, told
+
+
+def test_more_machines_than_one_are_refused_in_one_sentence(begun: Begun, words: Words) -> None:
+    status, told = ended(begun(*words(), nodes=2))
+    assert status == 64
+    assert told == "dmd2: nodes is 2; a distillation runs on one machine for now, give it more GPUs instead\n"
+
+
+def test_missing_gpus_are_refused_and_not_replaced_by_the_cpu(refusal: Callable[..., str]) -> None:
+    assert "gpus is 4096, and this machine shows" in refusal(Torchrun([], Size(gpus=4096)).start)
+    assert "gpus is -1" in refusal(Size(gpus=-1).check)
+
+
+def test_overrides_become_flags(refusal: Callable[..., str]) -> None:
+    assert flags("distill.steps=5 family.network.multipliers=1,2") == [
+        "--distill.steps", "5", "--family.network.multipliers", "1", "2"
+    ]  # fmt: skip
+    assert "must have the form field=value" in refusal(lambda: flags("seed"))
