@@ -43,6 +43,8 @@ POLL_S = 10.0
 PATIENCE = 30
 """So many looks in a row may fail before one gives up on the server."""
 PAGE = 100
+ONE_USER = "kubeflow"
+"""What kfp.Client takes for: this platform has no namespaces of users."""
 
 
 class Unavailable(Refused):
@@ -56,9 +58,11 @@ class Cluster:
     """Where the pipelines run."""
 
     host: str = os.environ.get("KF_PIPELINES_ENDPOINT", "")
-    """Address of the pipelines' UI, whose server hands on to the API; empty: what the cluster or kubeconfig says."""
+    """Address of the pipelines' UI, whose server hands on to the API; KF_PIPELINES_ENDPOINT, if it is set."""
     namespace: str = "dmd2"
-    """Namespace of the runs."""
+    """Namespace of the runs, where their pods are."""
+    profile: str = ""
+    """Namespace of a user, where the platform has several of them."""
     experiment: str = "dmd2"
     """Runs are gathered under this name."""
     account: str = ""
@@ -66,12 +70,17 @@ class Cluster:
 
     @property
     def client(self) -> Client:
+        if not self.host:
+            raise Refused(
+                "the host is empty; give the address of the pipelines' UI, as http://localhost:8080 after "
+                f"`kubectl -n {self.namespace} port-forward svc/ml-pipeline-ui 8080:80`, by --host, HOST= or KF_PIPELINES_ENDPOINT"
+            )
         with warnings.catch_warnings(), _told(self):
             warnings.simplefilter("ignore", FutureWarning)
             token = os.environ.get("KF_PIPELINES_TOKEN")
             logging.disable()  # it tells of each attempt to reach the server with a stack trace
             try:
-                return Client(host=self.host or None, namespace=self.namespace, existing_token=token)
+                return Client(host=self.host, namespace=self.profile or ONE_USER, existing_token=token)
             finally:
                 logging.disable(logging.NOTSET)
 
@@ -310,7 +319,7 @@ def _told(cluster: Cluster) -> Iterator[None]:
     """What the server says against a request, in one sentence."""
     from kubernetes.client import ApiException as KubernetesException
 
-    where = cluster.host or "the server of kubeconfig"
+    where = cluster.host or "the cluster"
     try:
         yield
     except (ApiException, KubernetesException) as error:

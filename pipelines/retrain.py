@@ -6,6 +6,8 @@ from components.find_teachers.component import find_teachers
 from pipelines.pods import Need, pod
 
 WATCH = Need(("250m", "1"), ("512Mi", "1Gi"))
+API = "http://ml-pipeline.dmd2.svc.cluster.local:8888"
+"""Where `manifests` have it."""
 LIMIT_S = 3600
 """For one look; the next one goes on where it was."""
 
@@ -21,6 +23,7 @@ def retrain(
     max_runs: int = 2,
     gpu_hours: float = 64.0,
     max_gpu_hours: float = 512.0,
+    api: str = API,
 ) -> None:
     """Distil every teacher that is new, once. Made to be run again and again: what it has begun is in the ledger.
 
@@ -34,10 +37,11 @@ def retrain(
         max_runs: Distillations at a time.
         gpu_hours: What one distillation takes, in GPU-hours.
         max_gpu_hours: What all distillations of seven days may take, in GPU-hours.
+        api: Address of the API of pipelines, as a pod reaches it; empty for the one in the namespace `kubeflow`.
     """
     task = find_teachers(
         teachers=teachers, ledger=ledger, root=root, settings=settings, pipeline=pipeline, service_account=service_account,
-        max_runs=max_runs, gpu_hours=gpu_hours, max_gpu_hours=max_gpu_hours, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        max_runs=max_runs, gpu_hours=gpu_hours, max_gpu_hours=max_gpu_hours, api=api, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )  # fmt: skip
     kubernetes.set_timeout(
         pod(task, WATCH, retries=2), LIMIT_S

@@ -14,6 +14,7 @@ def find_teachers(
     max_runs: int,
     gpu_hours: float,
     max_gpu_hours: float,
+    api: str,
     run_id: str,
     table: dsl.Output[dsl.Markdown],
 ) -> None:
@@ -29,6 +30,7 @@ def find_teachers(
         max_runs: Distillations at a time.
         gpu_hours: What one distillation takes, in GPU-hours.
         max_gpu_hours: What all distillations of seven days may take, in GPU-hours.
+        api: Address of the API of pipelines, as a pod reaches it; empty for the one in the namespace `kubeflow`.
         run_id: The platform's name of this run.
         table: The ledger, for the UI.
     """
@@ -40,7 +42,7 @@ def find_teachers(
     look = {
         "teachers": teachers, "ledger": ledger, "root": root, "settings": settings, "pipeline": pipeline,
         "service_account": service_account, "max_runs": max_runs, "gpu_hours": gpu_hours, "max_gpu_hours": max_gpu_hours,
-        "owner": run_id,
+        "owner": run_id, "api": api,
     }  # fmt: skip
     # In a process of its own: under this variable, which is that of components, kfp has no client.
     environment = {name: value for name, value in os.environ.items() if name != "_KFP_RUNTIME"}

@@ -49,6 +49,8 @@ class Pipeline:
     name: str
     service_account: str = ""
     """Of Kubernetes, for the runs; empty for the default of the platform."""
+    api: str = ""
+    """Address of the API; empty for what the client finds by itself."""
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse what is no parameter of the pipeline, before anything is claimed for it."""
@@ -100,7 +102,7 @@ class Pipeline:
 
         with warnings.catch_warnings(), _told("the API of Kubeflow Pipelines"):
             warnings.simplefilter("ignore", FutureWarning)  # which servers it is for
-            return Client()
+            return Client(self.api or None)
 
     @cached_property
     def _experiment(self) -> str:

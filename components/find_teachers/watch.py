@@ -133,6 +133,7 @@ def retrained(
     gpu_hours: float,
     max_gpu_hours: float,
     owner: str,
+    api: str = "",
 ) -> str:
     """What the component does -> the ledger as a page."""
     limits = Limits(max_runs, max_gpu_hours)
@@ -143,7 +144,7 @@ def retrained(
         )
     if owns := settings.keys() & OWN:
         raise Refused(f"settings has {min(owns)!r}, which retraining sets for each teacher; leave it out")
-    runs, book = Pipeline(pipeline, service_account), Ledger(at(ledger))
+    runs, book = Pipeline(pipeline, service_account, api), Ledger(at(ledger))
     runs.check({**settings, **dict.fromkeys(OWN, "")})
     watch = Watch(book, runs, settings, root, gpu_hours, limits, owner)
     watch.settle()  # whatever the sources say

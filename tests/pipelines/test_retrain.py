@@ -559,7 +559,7 @@ def test_the_pipeline_starts_runs(platform: Platform, locally: Path) -> None:
         teacher(str(locally / "teachers" / name), name)
     retrain(
         teachers=str(locally / "teachers"), ledger=str(locally / "ledger"), root=str(locally / "root"),
-        settings={"recipe": "edm-digits"}, max_runs=2,
+        settings={"recipe": "edm-digits"}, max_runs=2, api="",
     )  # fmt: skip
     assert len(platform.runs) == 2
     entries = Ledger(at(locally / "ledger")).entries()
