@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_together
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dmd2.errors import Refused
-from dmd2.folders import MANIFEST
+from dmd2.folders import MANIFEST, Draft
 from dmd2.parallel import World
 from dmd2.storage import flush, write
 
@@ -47,21 +47,18 @@ class Checkpoints:
     world: World
     keep: int
     """Newest ones that are kept."""
+    place: Draft | None = None
+    """The folder that `root` is in, if it may be another one on each machine."""
     _writing: tuple[int, Future[Any]] | None = field(default=None, init=False)
 
     def begin(self, step: int, objects: Mapping[str, Stateful]) -> None:
         """Write the state after `step` steps, in the background; wait for what is being written first."""
         self.finish()
         draft = self._draft(step)
-        if self.world.main:
+        if self.world.main or self._gives:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         self.world.wait()
-        if not draft.is_dir():
-            raise Refused(
-                f"process {self.world.rank} does not see {draft}; on several machines choose an --out, or with a bucket a "
-                "DMD2_CACHE, on a disk that all of them share"
-            )
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
         with warnings.catch_warnings(action="ignore"):
             future = async_save(
@@ -90,15 +87,29 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
             raise _cause(error, draft) from None
         self.world.wait()
+        if self._gives and self.place:
+            self.place.give(draft, self._name(step), self.world.rank)
+            shutil.rmtree(draft)
+        self.world.wait()
         if self.world.main:
             self._publish(draft, step)
         self.world.wait()
         return True
 
+    @property
+    def _gives(self) -> bool:
+        """Whether this process brings what its machine has written to the bucket, where the main process is on another."""
+        return bool(self.place and self.place.apart and self.world.local_rank == 0)
+
+    def _name(self, step: int) -> str:
+        return f"{self.root.name}/{step:08d}"
+
     def _publish(self, draft: Path, step: int) -> None:
         files = {path.name: path.stat().st_size for path in sorted(draft.glob("*.safetensors"))}
         for name in files:
             flush(draft / name)
+        given = self.place.receive(self._name(step)) if self.place else []
+        files |= {Path(file.path).name: file.size for file in given}
         write(draft / MANIFEST, json.dumps({"step": step, "processes": self.world.size, "files": files}))
         target = self.root / f"{step:08d}"
         shutil.rmtree(target, ignore_errors=True)

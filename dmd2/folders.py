@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -25,7 +26,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dmd2.config import Config
 from dmd2.errors import Interrupted, Refused
-from dmd2.storage import Local, Store, at, cache, is_local, join, local, locked, replaced, sha256, write
+from dmd2.storage import (
+    TOGETHER,
+    Local,
+    Store,
+    at,
+    cache,
+    is_local,
+    join,
+    local,
+    locked,
+    replaced,
+    sha256,
+    write,
+)
 
 MANIFEST = "manifest.json"
 CONTENTS = ".contents.json"
@@ -103,6 +117,12 @@ class Draft:
     """Files that the stage has brought to the store itself."""
     generation: int = 0
     """Of the contents on the bucket: when it changes, another process has taken the draft over."""
+    meeting: int = 0
+    """What the processes that work at it call this start of theirs."""
+    apart: bool = False
+    """Whether this is the folder of another machine than the main process's, which gives its files to the bucket itself."""
+    given: dict[str, File] = field(default_factory=dict)
+    """By name: what other machines have brought to the bucket."""
     _sent: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -119,7 +139,9 @@ class Draft:
             raise Refused(
                 f"{self.store.uri} was finished by another process meanwhile; this result is dropped"
             )
-        here, before = self._here(), self._sent
+        self.given = {name: file for name, file in self.given.items() if (self.path / name).parent.is_dir()}
+        here = self._here() | {name: file.sha256 for name, file in self.given.items()}
+        before = self._sent | {name: file.sha256 for name, file in self.given.items()}
         self.store.put_many(self.path, [name for name, state in here.items() if before.get(name) != state])
         self._sent = here
         self._claim()
@@ -133,6 +155,57 @@ class Draft:
             self.store.fetch(name, self.path / plain(name))
         self._sent = self._here()
         self._claim()
+
+    def call(self, meeting: int) -> None:
+        """Let other processes see whether they are on this machine."""
+        for earlier in self.path.glob(".[0-9]*.lock"):
+            earlier.unlink()
+        self.meeting = meeting
+        (self.path / f".{meeting}.lock").touch()
+
+    def answer(self, meeting: int) -> None:
+        """The other side of `call`."""
+        self.meeting, self.apart = meeting, not (self.path / f".{meeting}.lock").exists()
+        if self.apart and not self.remote:
+            raise Refused(
+                f"{self.path} is not there on a machine of this run; on several machines choose an --out on a bucket, or on "
+                "a disk that all of them share"
+            )
+
+    def take(self, folders: str) -> None:
+        """Have here the last of these folders that the bucket has, as `checkpoints/`."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+        there = json.loads(self.store.read(CONTENTS)) if self.generation else []
+        names = [plain(name) for name in there if name.startswith(folders)]
+        last = max((name.split("/")[1] for name in names), default="")
+        wanted = [name for name in names if name.split("/")[1] == last]
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            list(pool.map(lambda name: self.store.fetch(name, self.path / name), wanted))
+
+    def give(self, path: Path, folder: str, who: int) -> None:
+        """Bring what is at `path` to the bucket as a part of `folder`, and tell the main process."""
+
+        def sent(name: str, size: int) -> File:
+            self.store.put(path / name, f"{folder}/{name}")
+            return File(path=f"{folder}/{name}", size=size, sha256=sha256(path / name))
+
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            files = list(pool.map(lambda entry: sent(entry.name, entry.size), Local(path).list()))
+        told = json.dumps([file.model_dump() for file in files])
+        self.store.write(f"{self._parts(folder)}{who}.json", told.encode())
+
+    def receive(self, folder: str) -> list[File]:
+        """What all the others gave to it."""
+        if not self.remote:
+            return []
+        told = [json.loads(self.store.read(entry.name)) for entry in self.store.list(self._parts(folder))]
+        files = [File.model_validate(file) for part in told for file in part]
+        self.given |= {file.path: file for file in files}
+        return files
+
+    def _parts(self, folder: str) -> str:
+        return f".given/{self.meeting}/{folder}/"
 
     def leave(self) -> None:
         """Give up a place on the bucket where nothing is worth keeping; what lies there already stays ours."""
@@ -406,7 +479,7 @@ def _manifest(folder: str | Path) -> bytes | None:
 
 def _files(draft: Draft) -> list[File]:
     """All files, but the hidden ones, and the manifest of one that was killed before it could publish."""
-    files = {file.path: file for file in draft.delivered}
+    files = {file.path: file for file in (*draft.delivered, *draft.given.values())}
     for name, size, _ in Local(draft.path).list():
         if name not in (*files, MANIFEST) and not any(part.startswith(".") for part in name.split("/")):
             files[name] = File(path=name, size=size, sha256=sha256(draft.path / name))

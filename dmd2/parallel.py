@@ -75,6 +75,13 @@ class World:
         if self.control:
             dist.barrier(self.control)
 
+    def told(self, number: int = 0) -> int:
+        """The number that the main process tells all."""
+        told = torch.tensor(number)
+        if self.control:
+            dist.broadcast(told, 0, self.control)
+        return int(told)
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The main process first, so that a mistake is told once; then the others."""

@@ -87,7 +87,7 @@ def _play(
     world: World,
 ) -> None:
     folder = draft.path
-    checkpoints = Checkpoints(folder / "checkpoints", world, pace.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", world, pace.keep, draft)
     saved = checkpoint.steps(checkpoints.root)
     first = saved[-1] if saved else 0
     if first:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -361,12 +362,17 @@ def distill(
 def _together(world: World, out: str, kind: str, config: Config, inputs: dict[str, str]) -> Iterator[Draft]:
     """A folder that all processes work at: the main one begins it, and gives it its name when all are done."""
     if not world.main:
+        meeting, draft = world.told(), joined(out, kind)
+        draft.answer(meeting)
+        if draft.apart and world.local_rank == 0:
+            draft.take("checkpoints/")
         world.wait()
-        yield joined(out, kind)
+        yield draft
         world.wait()
         world.wait()
         return
     with drafted(out, kind, config, inputs, resumable=True) as draft:
+        draft.call(world.told(secrets.randbits(62)))
         world.wait()
         yield draft
         world.wait()

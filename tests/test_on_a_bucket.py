@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dmd2 import checkpoint, stages
 from dmd2.config import Config
@@ -343,3 +346,64 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(made: Path, bucket: str, p
     opened(folder, manifest, "network.*")
     assert proxy.count(DOWNLOAD) == before + 1
     assert path.read_bytes() == (made / "teacher" / "network.safetensors").read_bytes()
+
+
+def machines(tmp_path: Path, names: str, *words: str) -> list[subprocess.Popen[str]]:
+    """The same command on several machines, each with a disk of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    whole = [
+        f"--nnodes={len(names)}",
+        "--nproc-per-node=1",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *whole, f"--node-rank={rank}", "-m", "dmd2", *words],
+            env=environment | {"DMD2_CACHE": str(tmp_path / name)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
+    micro: Config, made: Path, bucket: str, tmp_path: Path
+) -> None:
+    """Two machines are lost after a checkpoint; two others go on from it, and end as one process does."""
+    run = f"{bucket}/run"
+    places = ("--data", str(made / "shards"), "--teacher", str(made / "teacher"))
+    words = ("distill", "edm-digits", *places, *flags((*MICRO, "engine.shards=2")))
+    first = machines(tmp_path, "ab", *words, "--out", run)
+    until(
+        lambda: (
+            bool(at(run).generation(CONTENTS))
+            and f"checkpoints/00000004/{MANIFEST}" in at(run).read(CONTENTS).decode()
+        )
+    )
+    for process in first:
+        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+        process.kill()
+        process.communicate()
+    told = json.loads(at(run).read(f"checkpoints/00000004/{MANIFEST}"))
+    assert len(told["files"]) == 2
+    assert {name for name in contents(run) if "/00000004/" in name} >= {
+        f"checkpoints/00000004/{n}" for n in told["files"]
+    }
+    for process in machines(tmp_path, "cd", *words, "--out", run):
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said[-3000:]
+    assert contents(run) == listed(run), "nothing else is left there"
+    assert read(run, "run").facts.keys() == read(made / "run", "run").facts.keys()
+    found, alone = (
+        load_file(opened(place, read(place, "run"), "network*") / "network.safetensors")
+        for place in (run, made / "run")
+    )
+    for name, weight in alone.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-4)
+
+    for process in machines(tmp_path, "ef", *words, "--out", str(tmp_path / "local")):
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said[-3000:]  # both see this disk
