@@ -94,6 +94,7 @@ bench-memory: $(READY) ## A step on a U-Net of the size of Stable Diffusion 1.5:
 bench-engine: $(READY) ## Steps against a plain loop, messages of SDXL on 8 and 64 processes, memory against the plan: about half an hour
 	$(BIN)/python -m tests.bench.engine
 	$(BIN)/python -m tests.bench.collectives
+	$(BIN)/python -m tests.bench.peaks
 	$(BIN)/python -m tests.bench.plan
 
 clean: ## Remove what runs have made; the environment stays

@@ -1,0 +1,49 @@
+"""Peak memory of a GPU for SDXL, by mode, as `dmd2 plan` reckons it on the real shapes: `python -m tests.bench.peaks`.
+
+Eight processes on 80 GB at two samples at a time and at eight, and the low-rank recipe on one shared base with 24 GB. Prints a table, adds
+to runs/bench/engine.json. Measured on no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dmd2 import build, plan, recipes, storage
+from dmd2.models.stable import published
+
+OUT = Path("runs/bench/engine.json")
+CASES = (
+    ("sdxl-4step", "h100-80gb", 2),
+    ("sdxl-4step", "h100-80gb", 8),
+    ("sdxl-4step-shared", "l4-24gb", 1),
+)
+
+
+def main() -> None:
+    table = Table(title="Peak memory of one of eight GPUs, GB")
+    for column in ("recipe", "GPU", "at a time", "mesh", "weights", "checkpointing", "GB", "fits"):
+        table.add_column(column)
+    figures: dict[str, float] = {}
+    for recipe, gpu, rows in CASES:
+        config = recipes.resolve(recipe, [f"engine.micro_batch={rows}"])
+        family = build.family(config.family, published("sdxl"))
+        made = plan.planned(config, family, gpu, plan.layout(config, 1, 8))
+        for choice in made.choices:
+            if choice.mesh.shards == 8:
+                weights = "resident" if choice.resident else "sharded"
+                figures[f"{recipe}, {rows} at a time, {weights}, {choice.checkpointing}"] = round(
+                    choice.gb, 1
+                )
+                row = (recipe, gpu, str(rows), str(choice.mesh), weights, choice.checkpointing)
+                table.add_row(*row, f"{choice.gb:.1f}", "yes" if choice.fits else "no")
+    Console(width=130).print(table)
+    before = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    storage.write(OUT, json.dumps(before | {"peak_memory_gb": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
