@@ -108,7 +108,11 @@ def _play(
             asked_for = time.monotonic()
             real = next(stream)
             waited = torch.tensor(time.monotonic() - asked_for)
-            journal.record(step, game.step(real, step) | {"loader/wait_s": waited})
+            try:
+                journal.record(step, game.step(real, step) | {"loader/wait_s": waited})
+            except Diverged:  # on all processes alike
+                finish()
+                raise
             if _due(step, pace.preview_every, pace.steps):
                 preview(step + 1)
             stop, writing = words.heard(max(asked, default=0), not checkpoints.written)
