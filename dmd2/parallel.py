@@ -113,7 +113,7 @@ class World:
 
 
 def join() -> World:
-    """Meet the processes that torchrun started this one with; without torchrun, be alone."""
+    """Meet the processes that torchrun started this one with; without any, be alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return World(device())
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -121,6 +121,8 @@ def join() -> World:
     here = torch.device(accelerator.type, local_rank) if accelerator else torch.device("cpu")
     if accelerator:
         torch.accelerator.set_device_index(local_rank)
+    if os.environ["WORLD_SIZE"] == "1":
+        return World(here)
     if not dist.is_initialized():
         backend = (
             f"cpu:gloo,{here.type}:{dist.get_default_backend_for_device(here)}" if accelerator else "gloo"
