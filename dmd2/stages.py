@@ -372,7 +372,8 @@ def _together(world: World, out: str, kind: str, config: Config, inputs: dict[st
         world.wait()
         return
     with drafted(out, kind, config, inputs, resumable=True) as draft:
-        draft.call(world.told(secrets.randbits(62)))
+        draft.call(meeting := secrets.randbits(62))
+        world.told(meeting)
         world.wait()
         yield draft
         world.wait()
