@@ -27,7 +27,7 @@ from rich.table import Table
 
 from components.begin.check import check
 from components.distill.launch import flags
-from dmd2 import cli, folders, storage
+from dmd2 import folders, storage
 from dmd2.errors import Refused, one_sentence
 from pipelines import cluster, readme
 from pipelines.cluster import Where, compiled
@@ -164,6 +164,8 @@ def schedule(
     """
     if len(cron.split()) != 6:
         raise Refused(f"cron is {cron!r}; it has six fields, the first of them the second, as '0 0 6 * * 1'")
+    if empty := [parameter for parameter in ("teachers", "ledger", "root") if not parameters[parameter]]:
+        raise Refused(f"{empty[0]} is empty; give its address by --{empty[0]}")
     package = compiled(retrain)
     _told(package, name, parameters)
     print(f"at {cron}")
@@ -257,20 +259,16 @@ def _plan(parameters: dict[str, Any], price: float) -> None:
     """What it would cost, as the library reckons."""
     sys.stdout.flush()
     kind = parameters["pool"].get(ACCELERATOR, "").removeprefix("nvidia-")
-    if "plan" not in cli.VERBS:
-        print("dmd2 plan is not installed: no hours, memory and cost")
-    elif not kind or not parameters["gpus"]:
+    if not kind or not parameters["gpus"]:
         print(f"no plan without GPUs, or without {ACCELERATOR} in the pool")
     else:
-        words = [
-            "--gpu",
-            kind,
-            "--gpus-per-node",
-            str(parameters["gpus"]),
-            "--nodes",
-            str(parameters["nodes"]),
-        ]
-        words += ["--price", str(price), *flags(parameters["overrides"])]
+        size = {
+            "--gpu": kind,
+            "--gpus-per-node": parameters["gpus"],
+            "--nodes": parameters["nodes"],
+            "--price": price,
+        }
+        words = [*(str(word) for pair in size.items() for word in pair), *flags(parameters["overrides"])]
         planned = subprocess.run([sys.executable, "-m", "dmd2", "plan", parameters["recipe"], *words])
         if planned.returncode:
             raise SystemExit(planned.returncode)

@@ -1,8 +1,7 @@
 """Runs on a cluster, through the API of Kubeflow Pipelines: upload, submit, schedule, status, logs, cancel.
 
 A version of a pipeline is named by its content, so uploading it again changes nothing. A schedule is known by its
-name and, as the API has no update, made anew when it differs. Credentials are those that `kfp.Client` finds by itself, or a
-bearer token in KF_PIPELINES_TOKEN.
+name and, as the API has no update, made anew when it differs. Who needs a bearer token gives it in KF_PIPELINES_TOKEN.
 """
 
 from __future__ import annotations

@@ -107,14 +107,8 @@ class Proxy:
 
     @contextmanager
     def serving(self) -> Iterator[Proxy]:
-        handler = type("Bound", (Handler,), {"proxy": self})
-        with Listener(("127.0.0.1", 0), handler) as server:
-            self.url = f"http://127.0.0.1:{server.server_port}"
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-            try:
-                yield self
-            finally:
-                server.shutdown()
+        with served(type("Bound", (Handler,), {"proxy": self})) as self.url:
+            yield self
 
     def fail(
         self, pattern: str, fault: Fault, times: float = float("inf"), after: int = 0, share: float = 1.0
@@ -149,6 +143,17 @@ class Listener(ThreadingHTTPServer):
 
     def handle_error(self, *_: Any) -> None:
         """Connections that end in the middle are what it is for."""
+
+
+@contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server that answers as the handler does."""
+    with Listener(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 class Handler(BaseHTTPRequestHandler):

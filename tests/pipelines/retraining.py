@@ -36,7 +36,7 @@ from dmd2.errors import Refused
 from dmd2.folders import MANIFEST, File, Manifest
 from dmd2.ledger import Ledger, Limits
 from dmd2.storage import at, join
-from tests.bucket import Listener
+from tests.bucket import served
 
 PARAMETERS = ("source", "teacher", "recipe", "overrides", "gate", "destination", "root", "claim")
 V2 = "/apis/v2beta1"
@@ -79,14 +79,8 @@ class Platform:
 
     @contextmanager
     def serving(self) -> Iterator[Platform]:
-        handler = type("Bound", (Answers,), {"platform": self})
-        with Listener(("127.0.0.1", 0), handler) as server:
-            self.url = f"http://127.0.0.1:{server.server_port}"
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-            try:
-                yield self
-            finally:
-                server.shutdown()
+        with served(type("Bound", (Answers,), {"platform": self})) as self.url:
+            yield self
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> dict[str, Any]:
         if method == "POST":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.parser import BytesParser
 from email.policy import HTTP
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -26,6 +25,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from kfp.pipeline_spec import pipeline_spec_pb2
 from kubernetes import client as kubernetes
 
+from tests.bucket import served
 from tests.pipelines.contract import Operation, offences, operations
 
 Record = dict[str, Any]
@@ -65,14 +65,8 @@ class Server:
 
     @contextmanager
     def serving(self) -> Iterator[Server]:
-        handler = type("Bound", (Handler,), {"server_of_test": self})
-        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
-            self.url = f"http://127.0.0.1:{listener.server_port}"
-            threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True).start()
-            try:
-                yield self
-            finally:
-                listener.shutdown()
+        with served(type("Bound", (Handler,), {"server_of_test": self})) as self.url:
+            yield self
 
     # Each answers the operation of its name: (path and query, body) -> the answer.
 

@@ -299,6 +299,12 @@ def test_what_the_run_would_refuse_is_refused_before_it_is_submitted(server: Ser
     )
 
 
+def test_a_schedule_that_could_find_nothing_is_refused(server: Server, tell: Tell) -> None:
+    with pytest.raises(Refused, match="teachers is empty; give its address by --teachers"):
+        tell("schedule", *SCHEDULE, "--teachers", "")
+    assert not server.recurring
+
+
 def test_a_cron_of_five_fields_is_refused(server: Server, tell: Tell) -> None:
     with pytest.raises(Refused, match="it has six fields"):
         tell("schedule", *SCHEDULE, "--cron", "0 6 * * 1")

@@ -28,7 +28,7 @@ from dmd2.ledger import Claim, Entry, Ledger, Limits
 from dmd2.storage import at, join
 from pipelines.distill import distill
 from pipelines.retrain import retrain
-from tests.bucket import Listener, Proxy, until
+from tests.bucket import Proxy, served, until
 from tests.pipelines.recorded import recorded
 from tests.pipelines.retraining import (
     V2,
@@ -150,10 +150,8 @@ def answering(answers: dict[str, tuple[int, Any]]) -> Iterator[tuple[str, list[s
         def log_message(self, *_: Any) -> None:
             pass
 
-    with Listener(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    with served(Answers) as url:
+        yield url, asked
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
