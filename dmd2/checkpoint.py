@@ -49,6 +49,8 @@ class Checkpoints:
     """Newest ones that are kept."""
     place: Draft | None = None
     """The folder that `root` is in, if it may be another one on each machine."""
+    best: int | None = None
+    """The step of the one that is kept besides."""
     _writing: tuple[int, Future[Any]] | None = field(default=None, init=False)
 
     def begin(self, step: int, objects: Mapping[str, Stateful]) -> None:
@@ -115,7 +117,8 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
         for old in steps(self.root)[: -self.keep]:
-            shutil.rmtree(self.root / f"{old:08d}")
+            if old != self.best:
+                shutil.rmtree(self.root / f"{old:08d}")
 
     def _draft(self, step: int) -> Path:
         return self.root / f".{step:08d}.partial"
@@ -127,12 +130,14 @@ def steps(root: Path) -> list[int]:
 
 
 def load(root: Path, step: int, objects: Mapping[str, Stateful], world: World | None = None) -> None:
-    """Bring the objects to the state they had after `step` steps."""
+    """Bring the objects, of all that are in the checkpoint, to the state they had after `step` steps."""
     folder = root / f"{step:08d}"
     _check(folder)
     tensors = _tensors(objects)
-    there = _reader(folder).read_metadata().state_dict_metadata
-    if odd := sorted(there.keys() ^ tensors.keys()):
+    there = {
+        key for key in _reader(folder).read_metadata().state_dict_metadata if key.partition("/")[0] in objects
+    }
+    if odd := sorted(there ^ tensors.keys()):
         raise Refused(
             f"{folder} is of another network: {odd[0]} is on one side only; remove the run's folder and start anew"
         )

@@ -311,6 +311,36 @@ class WeightsConfig(Section):
     """Digest the file must have, or how it begins; a file with another one is never loaded."""
 
 
+INCEPTION = WeightsConfig(
+    uri="https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+    sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+)
+"""clean-fid's network, as TorchScript."""
+
+
+class BestConfig(Section):
+    """Which checkpoint becomes the student: the last one, or the one whose samples are nearest to the training samples. The
+    held-out images are not looked at, or the evaluation with them would flatter."""
+
+    images: NonNegativeInt = 0
+    """Samples of the student that are judged at each checkpoint, and training samples they are compared with; fewer than a few
+    thousand choose by luck. 0 = none are, and the last checkpoint is the student."""
+    features: Literal["efficientnet", "inception"] = "inception"
+    """Network whose features are compared; see evaluate.features."""
+    inception: WeightsConfig = INCEPTION
+    """clean-fid's network, as TorchScript."""
+    seed: NonNegativeInt = 20
+    """Seed of the noise that they start from, at every checkpoint the same."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.images == 1:
+            raise ValueError(
+                "best.images is 1; a distance between samples needs at least 2, better thousands"
+            )
+        return self
+
+
 class LoraConfig(Section):
     """Low-rank updates (Hu et al. 2021) instead of whole networks: weight + alpha / rank * up @ down."""
 
@@ -397,7 +427,8 @@ class DistillConfig(Section):
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside the best one if they are judged."""
+    best: BestConfig = BestConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -406,6 +437,10 @@ class DistillConfig(Section):
         if self.regression and (self.dmd or self.gan):
             raise ValueError(
                 "regression is a warm-up of its own; set dmd and gan to None, and start the distillation from its run"
+            )
+        if self.regression and self.best.images:
+            raise ValueError(
+                "best.images is set, but a regression sees no training samples to judge by; set it to 0"
             )
         if self.every_stop and (self.inputs != "rollout" or len(self.student_levels) < 2):
             raise ValueError("every_stop is about the rollouts of a student of several steps; turn it off")
@@ -425,10 +460,7 @@ class EvaluateConfig(Section):
     features: Literal["classifier", "efficientnet", "inception"] = "inception"
     """`inception`: clean-fid's network. `efficientnet`: EfficientNet-Lite0 trained on ImageNet, of an installed package.
     `classifier`: a small one fitted to the training shards by the stage."""
-    inception: WeightsConfig = WeightsConfig(
-        uri="https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
-        sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-    )
+    inception: WeightsConfig = INCEPTION
     """clean-fid's network, as TorchScript."""
     images: PositiveInt = 50_000
     """Generated images per score."""

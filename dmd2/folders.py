@@ -183,6 +183,13 @@ class Draft:
         with ThreadPoolExecutor(TOGETHER) as pool:
             list(pool.map(lambda name: self.store.fetch(name, self.path / name), wanted))
 
+    def complete(self, folder: str) -> None:
+        """Have here also what other machines have brought to a folder on the bucket."""
+        entries = self.store.list(f"{folder}/") if self.remote else []
+        missing = [plain(entry.name) for entry in entries if not (self.path / entry.name).exists()]
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            list(pool.map(lambda name: self.store.fetch(name, self.path / name), missing))
+
     def give(self, path: Path, folder: str, who: int) -> None:
         """Bring what is at `path` to the bucket as a part of `folder`, and tell the main process."""
 

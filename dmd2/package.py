@@ -155,7 +155,7 @@ The weights carry the licences of the teacher and of the data they were made fro
 | real training images | | {scores["fid_real"]:.2f} |
 
 {scores["images"]} generated images against {scores["images_real"]} held-out real ones; features: {scores["features"]};
-seed {scores["seed"]}. {gate.facts["reason"]}.
+seed {scores["seed"]}. {gate.facts["reason"]}. {chosen(run)}
 
 ## Provenance
 
@@ -171,6 +171,18 @@ Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 {json.dumps(config.model_dump(mode="json", include={"recipe", "seed", "family", "distill"}), indent=1)}
 ```
 """
+
+
+def chosen(run: Manifest) -> str:
+    """Which checkpoint became the student, where it was not the last."""
+    facts, config = run.facts, run.config
+    if "best_step" not in facts or not config:
+        return ""
+    best = config.distill.best
+    return (
+        f"The student is that of step {facts['best_step']} of {facts['steps']}: of the checkpoints, the nearest to training samples "
+        f"(FID {facts['best_fid']:.2f}, features {best.features}, {best.images} samples), chosen before it was evaluated."
+    )
 
 
 def _calls(scores: dict[str, Any], name: str) -> int:

@@ -91,11 +91,15 @@ class World:
         if self.main:
             self.wait()
 
-    def mean(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """Over the processes, of numbers on the host."""
         if self.control:
             dist.all_reduce(values, group=self.control)
-        return values / self.size
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The same, divided by their number."""
+        return self.sum(values) / self.size
 
     def meshed(self, shards: int) -> DeviceMesh | None:
         """The mesh with so many shards (0 = a machine's processes); none where no process group is."""

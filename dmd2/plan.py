@@ -1007,7 +1007,7 @@ def unknown(made: Plan) -> list[str]:
         "the links is reached is an assumption: nothing here was measured on a GPU.",
         "Counted: weights, FLOPs of matrix products, convolutions and attention. Work limited by memory (norms, activations) is "
         "in the efficiency. Messages follow from the units, without the padding of shards.",
-        f"A kernel takes {1e6 * KERNEL_S:g} us of the host, an assumption too. Nothing is assumed to overlap. Waiting for data, text encoders, previews, start, congestion of the network and slow "
+        f"A kernel takes {1e6 * KERNEL_S:g} us of the host, an assumption too. Nothing is assumed to overlap. Waiting for data, text encoders, previews, judging checkpoints, start, congestion of the network and slow "
         "machines are not in the seconds.",
         f"Memory is the sum of what each part has at its fullest. Activations are what PyTorch keeps, without the workspace of convolutions; {1 - USABLE:.0%} of the memory is left for that, the "
         "driver and fragmentation.",

@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dmd2.folders import Manifest
-from dmd2.run import read_metrics
+from dmd2.package import chosen
+from dmd2.run import SCORE, read_metrics
 from dmd2.storage import write
 
 STYLE = """
@@ -40,6 +41,7 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
         _scores(manifests["evaluation"]),
         _pictures(manifests["evaluation"], evaluation),
         "<h2>Training</h2>",
+        f"<p>{escape(text)}</p>" if (text := chosen(manifests["run"])) else "",
         _curves(run),
         _previews(run),
         "<h2>Time</h2>",
@@ -107,6 +109,9 @@ def _curves(run: Path) -> str:
         )
     )
     figures.append(_plot("Images per second", {"images_per_s": _series(metrics, "images_per_s")}))
+    if any(SCORE in line for line in metrics):
+        title = "FID to training samples, at the checkpoints"
+        figures.append(_plot(title, {SCORE: _series(metrics, SCORE)}))
     return "".join(_figure(png, "") for png in figures)
 
 

@@ -32,9 +32,13 @@ from dmd2.folders import Draft
 from dmd2.parallel import World
 from dmd2.progress import Progress
 from dmd2.sample import Sample
-from dmd2.trainer import SKIPPED, Game, Metrics
+from dmd2.trainer import SKIPPED, Game, Metrics, Player
 
 METRICS = "metrics.jsonl"
+SCORE = "checkpoint/fid"
+"""The metric that tells how far the student's samples are from the training samples, at a checkpoint."""
+Score = Callable[[Callable[[str], None]], float]
+"""(tells how far it is) -> the score of the student as it is, known to the main process."""
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """What a run that was stopped by a signal exits with; 75 says: saved, start me again."""
 LOST = re.compile(r"gloo|[Cc]onnection (closed|reset)|process group")
@@ -64,10 +68,12 @@ def play(
     draft: Draft,
     preview: Callable[[int], None],
     world: World,
+    score: Score | None = None,
 ) -> None:
-    """Play from the newest checkpoint in the draft, or from the start, to the last step."""
+    """Play from the newest checkpoint in the draft, or from the start, to the last step. With a `score`, every checkpoint is
+    judged that was due, and the best one kept."""
     try:
-        _play(name, game, batches, pace, draft, preview, world)
+        _play(name, game, batches, pace, draft, preview, world, score)
     except RuntimeError as error:
         if not world.control or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
@@ -85,6 +91,7 @@ def _play(
     draft: Draft,
     preview: Callable[[int], None],
     world: World,
+    score: Score | None,
 ) -> None:
     folder = draft.path
     checkpoints = Checkpoints(folder / "checkpoints", world, pace.keep, draft)
@@ -103,6 +110,19 @@ def _play(
         _watched(pace.hang_s) as alive,
     ):
         journal, words = Journal(folder, progress, pace, first, world), Words(world)
+
+        def judge(score: Score, step: int) -> None:
+            def say(note: str) -> None:
+                alive()
+                progress.advance(0, note)
+
+            journal.score(step, score(say))
+            checkpoints.best = best(folder)
+            alive()
+
+        checkpoints.best = best(folder)
+        if score and first and _save_due(game, first - 1, pace) and world.told(first not in scores(folder)):
+            judge(score, first)
         stream = batches(first)
         for step in range(first, pace.steps):
             asked_for = time.monotonic()
@@ -122,13 +142,15 @@ def _play(
                 journal.flush()
                 finish()
                 checkpoints.begin(step + 1, game.state())
-                if stop or step + 1 == pace.steps:
+                if score or stop or step + 1 == pace.steps:
                     finish()
                 if stop and step + 1 < pace.steps:
                     raise Interrupted(
                         f"stopped after step {step + 1} of {pace.steps}, saved; the same command resumes",
                         stop,
                     )
+                if score:
+                    judge(score, step + 1)
             words.say(max(asked, default=0), not checkpoints.written)
             alive()
         journal.close()
@@ -206,6 +228,11 @@ class Journal:
         )
         return f"{losses} {rate:.0f} images/s"
 
+    def score(self, step: int, value: float) -> None:
+        """Write the score of a checkpoint."""
+        if self.world.main:
+            self._write({"step": step, SCORE: value})
+
     def _write(self, line: dict[str, float]) -> None:
         told = {k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items() if abs(v) < float("inf")}
         with (self.folder / METRICS).open("a") as stream:
@@ -240,6 +267,27 @@ class Journal:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / METRICS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def scores(folder: Path) -> dict[int, float]:
+    """Of the checkpoints that were judged, by their step."""
+    return {int(line["step"]): line[SCORE] for line in read_metrics(folder) if SCORE in line}
+
+
+def best(folder: Path) -> int | None:
+    """The step of the checkpoint with the least score; none where none was judged."""
+    there, judged = checkpoint.steps(folder / "checkpoints"), scores(folder)
+    return min((step for step in there if step in judged), key=judged.__getitem__, default=None)
+
+
+def use_best(draft: Draft, student: Player, world: World) -> dict[str, float]:
+    """Bring what is used of the student to the state it had at the best checkpoint; what to tell of it."""
+    step = world.told(best(draft.path) or 0)
+    if world.local_rank == 0:
+        draft.complete(f"checkpoints/{step:08d}")
+    world.wait()
+    checkpoint.load(draft.path / "checkpoints", step, student.used(), world)
+    return {"best_step": step, "best_fid": scores(draft.path)[step]} if world.main else {}
 
 
 def _due(step: int, every: int, steps: int) -> bool:

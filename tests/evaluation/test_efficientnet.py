@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from matplotlib import get_data_path
 from PIL import Image
 
-from dmd2.config import Config
-from dmd2.data.stream import Batch
+from dmd2.config import BestConfig
 from dmd2.evaluation import efficientnet
 from dmd2.evaluation.efficientnet import Convolution, EfficientNet
-from dmd2.evaluation.features import MAKERS, Features
+from dmd2.evaluation.features import Features, pretrained
 from dmd2.storage import sha256
 
 CPU = torch.device("cpu")
@@ -26,9 +25,8 @@ MILITARY_UNIFORM = 652
 
 
 @pytest.fixture(scope="module")
-def features(micro: Config) -> Features:
-    nothing = Batch(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    return MAKERS["efficientnet"](micro, "", nothing, CPU)
+def features() -> Features:
+    return pretrained(BestConfig(features="efficientnet"), "distill.best", CPU)
 
 
 @pytest.fixture(scope="module")
