@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") ->
 def teaching(config: c.Config, world: World) -> Teaching:
     """A network that learns to be a teacher."""
     reseed(config.seed)
+    repeatable(config.engine.deterministic)
     fam, settings = family(config.family), config.teach
     network = fam.network().to(world.device)
     mesh = world.meshed(config.engine.shards)
@@ -98,9 +100,8 @@ def game(
             "prompts are given, but this recipe learns from samples with captions of their own; leave out --prompts"
         )
     reseed(config.seed)
+    repeatable(config.engine.deterministic)
     networks = _networks(config, fam, teacher, world, start)
-    if config.engine.deterministic:
-        torch.use_deterministic_algorithms(True)
     if config.engine.checkpointing != "none":
         for network in networks[1:]:
             checkpointed(fam, network, config.engine.checkpointing)
@@ -272,6 +273,14 @@ def _generate(
         return replace(shown, x=x)
 
     return generate
+
+
+def repeatable(on: bool) -> None:
+    """Whether this process uses only what gives the same bits every time, and refuses to compute what nothing of that kind
+    exists for."""
+    if on:  # read by cuBLAS when it starts, and by torch at every product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
 
 
 def checkpointed(fam: ModelFamily, network: nn.Module, how: str) -> None:

@@ -385,7 +385,7 @@ class EngineConfig(Section):
     compile: bool = False
     """Compile each unit with torch.compile: a minute or more at the start, faster steps."""
     deterministic: bool = False
-    """The same bits in every run on the same hardware; slower."""
+    """The same bits in every run on the same hardware and as many processes; slower."""
     hang_s: PositiveFloat = 1800.0
     """Seconds without a finished step after which a process writes where it hangs, and ends, to be started again."""
 

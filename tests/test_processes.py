@@ -20,7 +20,7 @@ from dmd2 import checkpoint, recipes, stages
 from dmd2.config import Config
 from dmd2.run import METRICS, forget, read_metrics
 from tests.conftest import ALONE, MICRO, flags
-from tests.test_run import numbers
+from tests.test_run import assert_same, numbers
 from tests.worker import WORLDS, played, resolved
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -79,6 +79,20 @@ def test_in_bfloat16_they_are_within_its_noise(world: int, game: str, told: Path
 
     assert distance(mine, exact) > 0
     assert distance(theirs, mine) < 1.5 * distance(mine, exact)
+
+
+def test_deterministic_mode_gives_the_same_bits_every_time(made: Path, tmp_path: Path) -> None:
+    for out in ("one", "two"):
+        words = distilling(made, tmp_path / out, "engine.deterministic=True", "distill.steps=6")
+        ended = subprocess.run(
+            torchrun(2, *words),
+            env=ENVIRONMENT | {"OMP_NUM_THREADS": "2"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 STEPS = 72

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,22 @@ def test_critic_moves_at_every_step(game: Trainer, real: Sample) -> None:
         before = weights(game.critic.module)
         game.step(real, step)
         assert not torch.equal(before, weights(game.critic.module))
+
+
+def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_game(
+    micro: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`put_` stands for the operations, most of them of CUDA, that nothing repeatable exists for."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    network = build.family(micro.family).network()
+    engine = micro.engine.model_copy(update={"deterministic": True})
+    trainer(micro.model_copy(update={"engine": engine}), network)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "without it, products on CUDA are refused"
+    twice = torch.tensor([0, 0]), torch.tensor([1.0, 2.0])
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(1).put_(*twice)
+    trainer(micro, network)
+    torch.zeros(1).put_(*twice)
 
 
 def test_students_turn_leaves_no_gradient_in_the_critic(
