@@ -55,12 +55,14 @@ class Gpu:
 
 
 A100 = "NVIDIA A100 data sheet (SXM4); network as in a DGX A100: 200 Gb/s per GPU"
-H100 = "NVIDIA {} data sheet (SXM5); network as in a DGX H100: 400 Gb/s per GPU"
+H100 = "NVIDIA {} data sheet (SXM5); network as in {} Gb/s per GPU"
+DGX = "a DGX H100: 400"
 GPUS = {
     "a100-40gb": Gpu(312, 156, 19.5, 40, 1555, 300, 25, A100),
     "a100-80gb": Gpu(312, 156, 19.5, 80, 2039, 300, 25, A100),
-    "h100-80gb": Gpu(989, 494, 67, 80, 3350, 450, 50, H100.format("H100")),
-    "h200-141gb": Gpu(989, 494, 67, 141, 4800, 450, 50, H100.format("H200")),
+    "h100-80gb": Gpu(989, 494, 67, 80, 3350, 450, 50, H100.format("H100", DGX)),
+    "h100-mega-80gb": Gpu(989, 494, 67, 80, 3350, 450, 25, H100.format("H100", "GKE's A3 Mega: 200")),
+    "h200-141gb": Gpu(989, 494, 67, 141, 4800, 450, 50, H100.format("H200", DGX)),
     "l4-24gb": Gpu(121, 60, 30.3, 24, 300, 32, 1.6, "NVIDIA L4 data sheet; PCIe 4 x16; 100 Gb/s for 8 GPUs"),
     "l40s-48gb": Gpu(
         362, 183, 91.6, 48, 864, 32, 12.5, "NVIDIA L40S data sheet; PCIe 4 x16; 100 Gb/s per GPU"
