@@ -18,7 +18,9 @@ from dmd2 import build, memory, plan, recipes
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import World
-from dmd2.plan import Layout, Pass
+from dmd2.plan import counts, prediction, rehearsal, table
+from dmd2.plan.counts import Layout
+from dmd2.plan.rehearsal import Pass
 from dmd2.sample import Conditioning, Sample
 from dmd2.trainer import Trainer
 from tests.bench import collectives
@@ -54,12 +56,12 @@ def counted(config: Config, fam: ModelFamily, teacher: nn.Module, real: Sample) 
 
 
 def predicted(config: Config, fam: ModelFamily) -> list[float]:
-    nets = plan.networks(config, fam)
-    with plan.checkpointing(fam, nets, config.engine.checkpointing):
-        passes = plan.Rehearsal(config, fam, nets, 1).run()
+    nets = rehearsal.networks(config, fam)
+    with rehearsal.checkpointing(fam, nets, config.engine.checkpointing):
+        passes = rehearsal.Rehearsal(config, fam, nets, 1).run()
     steps = range(config.distill.critic_updates + 1)
     batch = config.distill.batch
-    return [sum(plan.flops(passes, plan.calls_at(config, step), batch).values()) for step in steps]
+    return [sum(counts.flops(passes, counts.calls_at(config, step), batch).values()) for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -108,16 +110,16 @@ def test_flops_of_a_turn_of_a_small_sdxl_are_those_of_the_real_trainer(
 
 def test_an_average_step_is_the_mean_over_turns_and_stops() -> None:
     config = digits("distill.student_levels=999,600,200")
-    assert plan.mean_calls(config) == pytest.approx(
+    assert counts.mean_calls(config) == pytest.approx(
         {
-            plan.ROLLOUT: 1
+            rehearsal.ROLLOUT: 1
             + 4 / 5,  # (3 - 1) / 2 before the last, which only the student's turn takes with its graph
-            plan.STUDENT: 1 / 5,
-            plan.TEACHER: 1 / 5,
-            plan.SCORE: 1 / 5,
-            plan.STUDENT_GAN: 1 / 5,
-            plan.CRITIC_GAN: 1,
-            plan.CRITIC: 1,
+            rehearsal.STUDENT: 1 / 5,
+            rehearsal.TEACHER: 1 / 5,
+            rehearsal.SCORE: 1 / 5,
+            rehearsal.STUDENT_GAN: 1 / 5,
+            rehearsal.CRITIC_GAN: 1,
+            rehearsal.CRITIC: 1,
         }
     )
 
@@ -131,12 +133,12 @@ def test_work_is_in_proportion_and_memory_on_a_line() -> None:
 def test_memory_of_a_pass_is_on_a_line_through_two_sizes() -> None:
     config = digits()
     fam = build.family(config.family)
-    nets = plan.networks(config, fam)
-    one, two, five = (plan.Rehearsal(config, fam, nets, rows).run() for rows in (1, 2, 5))
-    line = one[plan.STUDENT].at(5, two[plan.STUDENT])
-    assert line.kept == five[plan.STUDENT].kept
-    assert line.peak == pytest.approx(five[plan.STUDENT].peak, rel=0.02)
-    assert line.flops == five[plan.STUDENT].flops
+    nets = rehearsal.networks(config, fam)
+    one, two, five = (rehearsal.Rehearsal(config, fam, nets, rows).run() for rows in (1, 2, 5))
+    line = one[rehearsal.STUDENT].at(5, two[rehearsal.STUDENT])
+    assert line.kept == five[rehearsal.STUDENT].kept
+    assert line.peak == pytest.approx(five[rehearsal.STUDENT].peak, rel=0.02)
+    assert line.flops == five[rehearsal.STUDENT].flops
 
 
 def test_the_meter_sees_what_lives_and_lets_go_of_what_died() -> None:
@@ -167,16 +169,16 @@ def test_norms_are_kept_in_float32_as_on_cuda() -> None:
 
 def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(micro: Config) -> None:
     config, fam = digits("distill.batch=8"), build.family(micro.family)
-    nets, mesh = plan.networks(config, fam), Layout(8, 4, 4)
-    passes = plan.Rehearsal(config, fam, nets, 1).run()
-    sent = plan.traffic(config, fam, nets, mesh, True, passes, 1)
-    units = len(plan.owned(fam, nets.student, outermost=True))
+    nets, mesh = rehearsal.networks(config, fam), Layout(8, 4, 4)
+    passes = rehearsal.Rehearsal(config, fam, nets, 1).run()
+    sent = counts.traffic(config, fam, nets, mesh, True, passes, 1)
+    units = len(counts.owned(fam, nets.student, outermost=True))
     calls = units / 5 + units + 1  # student, critic, head
     weights = memory.count(nets.student) * 6 / 5 + memory.count(fam.head())
-    assert sent[plan.GATHER] == pytest.approx((calls, 4 * weights * 3 / 4))
-    assert sent[plan.SCATTER] == pytest.approx((calls, 4 * weights * 3 / 4))
+    assert sent[counts.GATHER] == pytest.approx((calls, 4 * weights * 3 / 4))
+    assert sent[counts.SCATTER] == pytest.approx((calls, 4 * weights * 3 / 4))
     # Between two replicas, a shard there and back; and the two norms.
-    assert sent[plan.REDUCE] == pytest.approx((calls + 6 / 5, 4 * weights / 4 + 4 * 6 / 5))
+    assert sent[counts.REDUCE] == pytest.approx((calls + 6 / 5, 4 * weights / 4 + 4 * 6 / 5))
 
 
 @pytest.mark.parametrize("weights", ["resident", "sharded"])
@@ -192,20 +194,22 @@ def test_calls_of_a_turn_are_those_of_the_real_trainer(
     config = digits(f"engine.weights={weights}", f"distill.batch={2 * gpus}", *changes)
     calls = collectives_of_a_turn(config, gpus, per_node)
     fam = build.family(config.family)
-    nets, rows = plan.networks(config, fam), config.engine.micro_batch or 2
-    with plan.checkpointing(fam, nets, config.engine.checkpointing):
-        passes = plan.Rehearsal(config, fam, nets, rows).run()
-    sent = plan.traffic(
+    nets, rows = rehearsal.networks(config, fam), config.engine.micro_batch or 2
+    with rehearsal.checkpointing(fam, nets, config.engine.checkpointing):
+        passes = rehearsal.Rehearsal(config, fam, nets, rows).run()
+    sent = counts.traffic(
         config, fam, nets, Layout(gpus, per_node, per_node), weights == "resident", passes, rows
     )
     turn = config.distill.critic_updates
-    found = {kind: turn * sent.get(kind, (0, 0))[0] for kind in (plan.GATHER, plan.SCATTER, plan.REDUCE)}
+    found = {
+        kind: turn * sent.get(kind, (0, 0))[0] for kind in (counts.GATHER, counts.SCATTER, counts.REDUCE)
+    }
     assert found == pytest.approx(calls)
 
 
 def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str, int]:
-    calls = dict.fromkeys((plan.GATHER, plan.SCATTER, plan.REDUCE), 0)
-    kinds = {"allgather": plan.GATHER, "reduce_scatter": plan.SCATTER, "reduce": plan.REDUCE}
+    calls = dict.fromkeys((counts.GATHER, counts.SCATTER, counts.REDUCE), 0)
+    kinds = {"allgather": counts.GATHER, "reduce_scatter": counts.SCATTER, "reduce": counts.REDUCE}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         world = collectives.Meshed(ALONE.device, 0, gpus, 0, per_node, dist.group.WORLD)
@@ -231,7 +235,7 @@ def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str,
 
 def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:
     config = digits()
-    made = plan.planned(config, build.family(config.family), "h100-80gb", Layout(1, 1, 1), price=2.0)
+    made = prediction.planned(config, build.family(config.family), "h100-80gb", Layout(1, 1, 1), price=2.0)
     assert made.traffic == {}
     assert made.facts["gpu_hours"] == pytest.approx(made.seconds_per_step * 10 / 3600)
     assert made.facts["cost"] == pytest.approx(2 * made.gpu_hours)
@@ -272,22 +276,22 @@ def test_the_tables_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_warm_up_is_its_student_alone(pipeline: Path) -> None:
     config = emoji("sdxl-1step-warmup-emoji")
-    made = plan.planned(config, build.family(config.family, pipeline), "l4-24gb", Layout(2, 2, 2))
-    assert list(made.flops) == [plan.STUDENT]
+    made = prediction.planned(config, build.family(config.family, pipeline), "l4-24gb", Layout(2, 2, 2))
+    assert list(made.flops) == [rehearsal.STUDENT]
     assert "critic" not in made.weights
-    assert any("decoder" in line for line in plan.unknown(made))
+    assert any("decoder" in line for line in table.unknown(made))
 
 
 def test_the_published_run_is_slow_by_its_units_and_ours_is_not() -> None:
     """SDXL at its real shape on 64 A100: 10.8 s a step were published (README of the reference)."""
     config = recipes.get("sdxl-4step")
     fam = build.family(config.family)
-    nets = plan.networks(config, fam)
-    rehearsal = plan.Rehearsal(config, fam, nets, 2)
-    passes = rehearsal.run()
-    one = passes[plan.ROLLOUT].at(1).flops
+    nets = rehearsal.networks(config, fam)
+    rehearsed = rehearsal.Rehearsal(config, fam, nets, 2)
+    passes = rehearsed.run()
+    one = passes[rehearsal.ROLLOUT].at(1).flops
     assert round(one / 1e12, 2) == 6.76
-    told = plan._compared(config, fam, nets, {"none": plan.Measured(passes)}, rehearsal.reached)
+    told = prediction._compared(config, fam, nets, {"none": counts.Measured(passes)}, rehearsed.reached)
     assert told.units == pytest.approx(880, rel=0.01)
     assert told.unit_calls == pytest.approx(8000, rel=0.1)
     assert told.computing_s < 1.5

@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dmd2 import build, plan, recipes, storage
+from dmd2 import build, recipes, storage
 from dmd2.models.stable import published
+from dmd2.plan import counts, prediction
 
 OUT = Path("runs/bench/engine.json")
 CASES = (
@@ -31,7 +32,7 @@ def main() -> None:
     for recipe, gpu, rows in CASES:
         config = recipes.resolve(recipe, [f"engine.micro_batch={rows}"])
         family = build.family(config.family, published("sdxl"))
-        made = plan.planned(config, family, gpu, plan.layout(config, 1, 8))
+        made = prediction.planned(config, family, gpu, counts.layout(config, 1, 8))
         for choice in made.choices:
             if choice.mesh.shards == 8:
                 weights = "resident" if choice.resident else "sharded"

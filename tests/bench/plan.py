@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from dmd2 import build, parallel, plan, recipes, storage
+from dmd2 import build, parallel, recipes, storage
 from dmd2.config import Config
+from dmd2.plan import counts, hardware, prediction
 from dmd2.sample import Conditioning, Sample
 
 LIMIT = 0.10
@@ -75,8 +76,8 @@ def mid_size(batch: int, checkpointing: str, gan: bool) -> Config:
 def predicted(config: Config) -> dict[str, float]:
     """In 1e9 bytes, by part."""
     fam = build.family(config.family)
-    made = plan.planned(config, fam, "l40s-48gb", plan.Layout(1, 1, 1))
-    return {name: size / plan.GB for name, size in made.memory.items()}
+    made = prediction.planned(config, fam, "l40s-48gb", counts.Layout(1, 1, 1))
+    return {name: size / hardware.GB for name, size in made.memory.items()}
 
 
 def warm(config: Config) -> None:

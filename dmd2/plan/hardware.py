@@ -1,0 +1,59 @@
+"""GPUs by their data sheets, and what is assumed of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a data sheet: dense, without sparsity."""
+
+    bf16: float
+    """TFLOP/s."""
+    tf32: float
+    fp32: float
+    gb: float
+    """Memory, in 1e9 bytes."""
+    memory_gb_s: float
+    """Bandwidth of the memory, 1e9 bytes/s."""
+    inside_gb_s: float
+    """To the other GPUs of a machine, in one direction."""
+    between_gb_s: float
+    """To other machines, a GPU's share of the usual network, in one direction."""
+    source: str
+
+
+A100 = "NVIDIA A100 data sheet (SXM4); network as in a DGX A100: 200 Gb/s per GPU"
+H100 = "NVIDIA {} data sheet (SXM5); network as in {} Gb/s per GPU"
+DGX = "a DGX H100: 400"
+GPUS = {
+    "a100-40gb": Gpu(312, 156, 19.5, 40, 1555, 300, 25, A100),
+    "a100-80gb": Gpu(312, 156, 19.5, 80, 2039, 300, 25, A100),
+    "h100-80gb": Gpu(989, 494, 67, 80, 3350, 450, 50, H100.format("H100", DGX)),
+    "h100-mega-80gb": Gpu(989, 494, 67, 80, 3350, 450, 25, H100.format("H100", "GKE's A3 Mega: 200")),
+    "h200-141gb": Gpu(989, 494, 67, 141, 4800, 450, 50, H100.format("H200", DGX)),
+    "l4-24gb": Gpu(121, 60, 30.3, 24, 300, 32, 1.6, "NVIDIA L4 data sheet; PCIe 4 x16; 100 Gb/s for 8 GPUs"),
+    "l40s-48gb": Gpu(
+        362, 183, 91.6, 48, 864, 32, 12.5, "NVIDIA L40S data sheet; PCIe 4 x16; 100 Gb/s per GPU"
+    ),
+    "a10-24gb": Gpu(
+        125, 62.5, 31.2, 24, 600, 32, 3.1, "NVIDIA A10 data sheet; PCIe 4 x16; 100 Gb/s for 4 GPUs"
+    ),
+}
+EFFICIENCY = 0.40
+"""Share of the peak rate that the passes reach: an assumption."""
+LINK_EFFICIENCY = 0.7
+"""Share of a link's bandwidth that large messages reach."""
+CALL_S = 50e-6
+"""Seconds that a collective takes before its first byte."""
+KERNEL_S = 8e-6
+"""Seconds of the host per kernel: an assumption. Small passes take as long as it takes to start their kernels."""
+USABLE = 0.92
+"""Share of a device for tensors; the rest is for the driver, the libraries and what is lost between blocks."""
+DISK_GB_S = 1.0
+"""1e9 bytes/s at which a machine writes a checkpoint."""
+UPDATE_BYTES = 36
+"""Bytes read and written per weight that learns: 28 by AdamW, 8 by the limit on the gradient; 12 more per average."""
