@@ -101,6 +101,12 @@ def game(
         )
     reseed(config.seed)
     repeatable(config.engine.deterministic)
+    if world.main and parallel.emulates(world.device, getattr(torch, config.distill.dtype)):
+        print(
+            f"{config.distill.dtype} is emulated on this device, many times slower than float32: --distill.dtype float32",
+            file=sys.stderr,
+            flush=True,
+        )
     networks = _networks(config, fam, teacher, world, start)
     if config.engine.checkpointing != "none":
         for network in networks[1:]:

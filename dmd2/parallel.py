@@ -43,6 +43,16 @@ def device() -> torch.device:
     return torch.device(PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE).device)
 
 
+def emulates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has no instructions for the type, so that float32 is the faster one."""
+    if dtype != torch.bfloat16:
+        return False
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return can.get("architecture") == "x86_64" and not (can["avx512_bf16"] or can["amx_bf16"])
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that torchrun started, or the only one."""

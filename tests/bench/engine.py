@@ -4,7 +4,7 @@ Three networks: the digits of the demo, the emoji SDXL with its teacher's weight
 round is one whole update of the student, `critic_updates` steps, by each of the variants in turn, and what counts is
 the CPU time of the process: ratios taken within a round hold on a shared machine, where seconds do not. A process has
 one thread: two wait for each other in loops, oneDNN's bfloat16 kernels most of all, and on a busy machine the waiting would
-be counted as work. Each switch is measured alone: those that are always on by adding them to the plain implementation,
+be counted as work. The fast mode is in bfloat16 where the processor has instructions for it, and in float32 elsewhere. Each switch is measured alone: those that are always on by adding them to the plain implementation,
 the others by turning them on in the engine.
 
 Steps are also compared with what they are made of: every pass of a network, and the optimizer, run alone.
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dmd2 import build, recipes, storage
+from dmd2 import build, parallel, recipes, storage
 from dmd2.config import AdmConfig, Config
 from dmd2.denoiser import Denoiser
 from dmd2.models.family import ModelFamily, Shown
@@ -164,14 +164,17 @@ PLAIN: dict[str, type[Baseline]] = {
     "baseline, guidance by two passes": TwoPasses,
     "baseline, features by a whole pass": NoExit,
 }
+LOWER = {} if parallel.emulates(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
+"""The type of the fast mode: of a processor that has no instructions for bfloat16, float32."""
+LESS: dict[str, Any] = {"shared_view": True, "every_stop": True}
 SWITCHES: dict[str, dict[str, Any]] = {
     "parity": {},
     "parity, compile": {"compile": True},
-    "parity, bfloat16": {"dtype": "bfloat16"},
+    **({"parity, bfloat16": LOWER} if LOWER else {}),
     "parity, shared view": {"shared_view": True},
     "parity, every stop": {"every_stop": True},
-    "fast without compile": {"dtype": "bfloat16", "shared_view": True, "every_stop": True},
-    "fast": {"compile": True, "dtype": "bfloat16", "shared_view": True, "every_stop": True},
+    "fast without compile": LESS | LOWER,
+    "fast": LESS | LOWER | {"compile": True},
 }
 Step = Callable[[int], object]
 """One turn of the loop, of a number."""
@@ -355,6 +358,8 @@ def facts(
 
     network = net.family.network()
     return {
+        "fast_type": LOWER.get("dtype", "float32"),
+        "processor": torch.backends.cpu.get_cpu_capability(),
         "parameters_m": round(sum(p.numel() for p in network.parameters()) / 1e6, 2),
         "batch": net.config.distill.batch,
         "parity_ratio": against("baseline", "parity"),
@@ -382,7 +387,8 @@ def facts(
 def show(name: str, rows: dict[str, Any]) -> None:
     console = Console()
     table = Table(
-        title=f"{name}: an update of the student, {rows['parameters_m']} M parameters, batch {rows['batch']}"
+        title=f"{name}: an update of the student, {rows['parameters_m']} M parameters, batch {rows['batch']}; "
+        f"{rows['processor']}, fast in {rows['fast_type']}"
     )
     for column in ("", "CPU s", "baseline / it", "parity / it"):
         table.add_column(column, justify="right" if column else "left")
