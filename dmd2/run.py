@@ -121,7 +121,8 @@ def _play(
             alive()
 
         checkpoints.best = best(folder)
-        if score and first and _save_due(game, first - 1, pace) and world.told(first not in scores(folder)):
+        unjudged = int(first not in scores(folder))
+        if score and first and _save_due(game, first - 1, pace) and world.told(unjudged):
             judge(score, first)
         stream = batches(first)
         for step in range(first, pace.steps):

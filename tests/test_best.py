@@ -23,7 +23,9 @@ from dmd2.evaluation.judge import Judge, distance, gaussian
 from dmd2.folders import opened, read
 from dmd2.package import load_network
 from dmd2.run import SCORE, read_metrics, scores
+from dmd2.sample import Sample
 from dmd2.tensors import load_tensors
+from dmd2.trainer import Metrics, Trainer
 from tests.conftest import ALONE, MICRO, flags
 from tests.test_on_a_bucket import machines
 from tests.test_processes import ENVIRONMENT, torchrun
@@ -75,25 +77,28 @@ def test_distance_is_that_of_clean_fid() -> None:
     assert mine == pytest.approx(features.distance(a, b), rel=1e-9)
 
 
-@pytest.mark.parametrize("stop_after", [4, 9])
+def stopped(made: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin the run, and stop it by a signal during a step."""
+    original = Trainer.step
+
+    def step(self: Trainer, real: Sample, number: int) -> Metrics:
+        if number + 1 == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, real, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        with pytest.raises(Interrupted):
+            distill(recipes.resolve("edm-digits", WORSE), made, out)
+
+
+@pytest.mark.parametrize("after", [4, 9])
 def test_a_run_that_is_stopped_ends_with_the_same_student(
-    made: Path, whole: Path, tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+    made: Path, whole: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a checkpoint is due, which is then judged when it goes on, and where none is."""
-    from dmd2.trainer import Trainer
-
-    config, original = recipes.resolve("edm-digits", WORSE), Trainer.step
-
-    def stopped(self: Trainer, real: object, step: int) -> object:
-        if step + 1 == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, real, step)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "step", stopped)
-    with pytest.raises(Interrupted):
-        distill(config, made, tmp_path / "run")
-    monkeypatch.setattr(Trainer, "step", original)
-    distill(config, made, tmp_path / "run")
+    stopped(made, tmp_path / "run", after, monkeypatch)
+    distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
     assert scores(tmp_path / "run") == scores(whole)
     assert_same(tmp_path / "run", whole)
 
@@ -127,16 +132,13 @@ stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
-def test_two_processes_choose_as_one_does(made: Path, whole: Path, tmp_path: Path) -> None:
-    places = [
-        "--data",
-        str(made / "shards"),
-        "--teacher",
-        str(made / "teacher"),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    words = [*places, *flags((*WORSE, "engine.weights=sharded"))]
+def test_two_processes_choose_as_one_does(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go on from where one was stopped, and begin by judging that checkpoint."""
+    stopped(made, tmp_path / "run", 4, monkeypatch)
+    places = ["--data", str(made / "shards"), "--teacher", str(made / "teacher")]
+    words = [*places, "--out", str(tmp_path / "run"), *flags((*WORSE, "engine.weights=sharded"))]
     ended = subprocess.run(
         torchrun(2, "-m", "dmd2", "distill", "edm-digits", *words),
         env=ENVIRONMENT,
