@@ -57,7 +57,7 @@ READS: dict[str, tuple[str, ...]] = {
     "package": (),
 }
 """The parts of the Config that decide what a folder of this kind holds; only these are compared."""
-LIMITS = ("data.max_broken",)
+LIMITS = ("data.max_broken", "distill.best.inception.uri")
 """Decide only whether it is made at all."""
 WORTH_KEEPING = ("checkpoints/[0-9]*", ".units/*", ".digests/*", ".tars/.units/*", ".tars/.digests/*")
 """What an unfinished folder must hold to be continued."""
@@ -184,9 +184,12 @@ class Draft:
             list(pool.map(lambda name: self.store.fetch(name, self.path / name), wanted))
 
     def complete(self, folder: str) -> None:
-        """Have here also what other machines have brought to a folder on the bucket."""
-        entries = self.store.list(f"{folder}/") if self.remote else []
-        missing = [plain(entry.name) for entry in entries if not (self.path / entry.name).exists()]
+        """Have here also what other machines have brought to a folder on the bucket, by the manifest that it has of its own."""
+        if not self.remote:
+            return
+        names = json.loads(self.store.read(f"{folder}/{MANIFEST}"))["files"]
+        wanted = [f"{folder}/{plain(name)}" for name in (*names, MANIFEST)]
+        missing = [name for name in wanted if not (self.path / name).exists()]
         with ThreadPoolExecutor(TOGETHER) as pool:
             list(pool.map(lambda name: self.store.fetch(name, self.path / name), missing))
 

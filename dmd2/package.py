@@ -174,7 +174,7 @@ Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 
 
 def chosen(run: Manifest) -> str:
-    """Which checkpoint became the student, where it was not the last."""
+    """Which checkpoint became the student, where they were judged."""
     facts, config = run.facts, run.config
     if "best_step" not in facts or not config:
         return ""

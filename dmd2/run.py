@@ -32,6 +32,7 @@ from dmd2.folders import Draft
 from dmd2.parallel import World
 from dmd2.progress import Progress
 from dmd2.sample import Sample
+from dmd2.storage import write
 from dmd2.trainer import SKIPPED, Game, Metrics, Player
 
 METRICS = "metrics.jsonl"
@@ -115,13 +116,22 @@ def _play(
             def say(note: str) -> None:
                 alive()
                 progress.advance(0, note)
+                if stop := words.together(max(asked, default=0)):
+                    raise Interrupted(
+                        f"stopped while the checkpoint of step {step} was judged; the same command resumes",
+                        stop,
+                    )
 
             journal.score(step, score(say))
-            checkpoints.best = best(folder)
+            note_best()
             alive()
 
-        checkpoints.best = best(folder)
-        unjudged = int(first not in scores(folder))
+        def note_best() -> None:
+            if world.main:  # the others would read what it is just writing
+                checkpoints.best = best(folder)
+
+        note_best()
+        unjudged = int(world.main and first not in scores(folder))
         if score and first and _save_due(game, first - 1, pace) and world.told(unjudged):
             judge(score, first)
         stream = batches(first)
@@ -139,13 +149,14 @@ def _play(
             stop, writing = words.heard(max(asked, default=0), not checkpoints.written)
             if not writing:
                 finish()
-            if game.complete(step) and (stop or _save_due(game, step, pace)):
+            last = step + 1 == pace.steps  # from which nothing goes on
+            if (game.complete(step) or last) and (stop or _save_due(game, step, pace)):
                 journal.flush()
                 finish()
                 checkpoints.begin(step + 1, game.state())
-                if score or stop or step + 1 == pace.steps:
+                if score or stop or last:
                     finish()
-                if stop and step + 1 < pace.steps:
+                if stop and not last:
                     raise Interrupted(
                         f"stopped after step {step + 1} of {pace.steps}, saved; the same command resumes",
                         stop,
@@ -171,6 +182,11 @@ class Words:
             work = dist.all_reduce(words, dist.ReduceOp.MAX, self.world.control, async_op=True)
             assert work is not None
             self.said = words, work
+
+    def together(self, stop: int) -> int:
+        """The largest exit status that was asked for by now, once all have come here."""
+        self.say(stop, writing=False)
+        return self.heard(stop, writing=False)[0]
 
     def heard(self, stop: int, writing: bool) -> tuple[int, bool]:
         """The largest exit status that was asked for, and whether any is writing; of a single process, its own."""
@@ -230,9 +246,10 @@ class Journal:
         return f"{losses} {rate:.0f} images/s"
 
     def score(self, step: int, value: float) -> None:
-        """Write the score of a checkpoint."""
+        """Write the score of a checkpoint. The time that it took is not that of steps."""
         if self.world.main:
             self._write({"step": step, SCORE: value})
+        self.since = time.monotonic()
 
     def _write(self, line: dict[str, float]) -> None:
         told = {k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items() if abs(v) < float("inf")}
@@ -283,7 +300,7 @@ def best(folder: Path) -> int | None:
 
 def use_best(draft: Draft, student: Player, world: World) -> dict[str, float]:
     """Bring what is used of the student to the state it had at the best checkpoint; what to tell of it."""
-    step = world.told(best(draft.path) or 0)
+    step = world.told((best(draft.path) or 0) if world.main else 0)
     if world.local_rank == 0:
         draft.complete(f"checkpoints/{step:08d}")
     world.wait()
@@ -329,7 +346,7 @@ def forget(path: Path, first: int) -> None:
     """Drop the lines of steps that will be played again."""
     if path.is_file():
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]
-        path.write_text("".join(line + "\n" for line in kept))
+        write(path, "".join(line + "\n" for line in kept))
 
 
 @contextmanager

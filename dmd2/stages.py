@@ -375,20 +375,23 @@ def _score(
     settings = config.distill.best
     if not settings.images:
         return None
-    from dmd2.evaluation.features import pretrained  # slow to import, only needed here
-    from dmd2.evaluation.judge import Judge, of_training
+    from dmd2.evaluation import features, judge  # slow to import, only needed here
+
+    texts = read_prompts(prompts) if prompts else ()
+
+    def shown(rows: range, beside: Batch) -> Sequence[Prompt]:
+        return (
+            [texts[row % len(texts)] for row in rows] if texts else balanced(config.family, beside, len(rows))
+        )
 
     with world.in_turn():
-        features = pretrained(settings, "distill.best", world.device)
-    train = Shards(data, TRAIN, samples.kind).in_order(settings.images)
-    real = of_training(train, student.family, features, settings.seed, world)
-    asked = itertools.islice(itertools.cycle(read_prompts(prompts)), settings.images) if prompts else ()
-    shown = list(asked) or balanced(config.family, train, settings.images)
-    judge = Judge(features, student.sample, shown, settings.seed, real, world)
+        looks = features.pretrained(settings, "distill.best", world.device)
+    train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
+    judged = judge.judge(settings, looks, student.sample, train, student.family, shown, world)
 
     def score(say: Callable[[str], None]) -> float:
         with player.as_used():
-            return judge(say)
+            return judged(say)
 
     return score
 

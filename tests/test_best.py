@@ -7,19 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from dmd2 import checkpoint, recipes, report, stages
 from dmd2.data.stream import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
-from dmd2.evaluation.judge import Judge, distance, gaussian
+from dmd2.evaluation.judge import Judge, distance, gaussian, own, places
 from dmd2.folders import opened, read
 from dmd2.package import load_network
 from dmd2.run import SCORE, read_metrics, scores
@@ -61,7 +60,8 @@ def test_the_score_is_clean_fids_distance_between_samples_of_the_result_and_trai
     whole: Path, made: Path
 ) -> None:
     config = recipes.resolve("edm-digits", WORSE)
-    train = Shards(made / "shards", "train").in_order(24)
+    shards = Shards(made / "shards", "train")
+    train = shards.picked(places(24, shards))
     look = features.pretrained(config.distill.best, "distill.best", torch.device("cpu"))
     student, seed = load_network(whole), config.distill.best.seed * 1_000_003
     labels = train.label.tolist()
@@ -120,8 +120,8 @@ Judge.__call__ = killed
 stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
 """
     config = recipes.resolve("edm-digits", WORSE)
-    places = [str(made / "shards"), str(made / "teacher"), str(tmp_path / "run")]
-    words = [sys.executable, "-c", code, config.model_dump_json(), *places]
+    folders = [str(made / "shards"), str(made / "teacher"), str(tmp_path / "run")]
+    words = [sys.executable, "-c", code, config.model_dump_json(), *folders]
     ended = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     unfinished = tmp_path / ".run.partial"
@@ -132,15 +132,15 @@ stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
-def test_two_processes_choose_as_one_does(
+def test_four_processes_choose_as_one_does(
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They go on from where one was stopped, and begin by judging that checkpoint."""
+    """They go on from where one was stopped, and begin by judging that checkpoint; two of them have no training sample of 24."""
     stopped(made, tmp_path / "run", 4, monkeypatch)
-    places = ["--data", str(made / "shards"), "--teacher", str(made / "teacher")]
-    words = [*places, "--out", str(tmp_path / "run"), *flags((*WORSE, "engine.weights=sharded"))]
+    folders = ["--data", str(made / "shards"), "--teacher", str(made / "teacher")]
+    words = [*folders, "--out", str(tmp_path / "run"), *flags((*WORSE, "engine.weights=sharded"))]
     ended = subprocess.run(
-        torchrun(2, "-m", "dmd2", "distill", "edm-digits", *words),
+        torchrun(4, "-m", "dmd2", "distill", "edm-digits", *words),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -161,9 +161,9 @@ def test_two_processes_choose_as_one_does(
 def test_machines_that_share_nothing_but_a_bucket_take_the_best_from_there(
     made: Path, whole: Path, bucket: str, tmp_path: Path
 ) -> None:
-    places = ("--data", str(made / "shards"), "--teacher", str(made / "teacher"), "--out", f"{bucket}/run")
+    folders = ("--data", str(made / "shards"), "--teacher", str(made / "teacher"), "--out", f"{bucket}/run")
     for process in machines(
-        tmp_path, "ab", "distill", "edm-digits", *places, *flags((*WORSE, "engine.shards=2"))
+        tmp_path, "ab", "distill", "edm-digits", *folders, *flags((*WORSE, "engine.shards=2"))
     ):
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said[-3000:]
@@ -174,26 +174,48 @@ def test_machines_that_share_nothing_but_a_bucket_take_the_best_from_there(
         torch.testing.assert_close(its[name], weight, rtol=1e-3, atol=1e-3)
 
 
-def test_the_number_of_processes_decides_only_who_draws_a_sample() -> None:
-    """Each draws as often as the others; what was drawn only for that does not count."""
-    asked: dict[int, list[tuple[int, ...]]] = {}
-    seen: dict[int, Tensor] = {}
-    for size in (1, 3):
-        for rank in range(size):
+@pytest.mark.parametrize("count", [24, 40, 50])
+def test_the_number_of_processes_decides_only_who_draws_a_sample(count: int) -> None:
+    """Each draws as often as the others; what is drawn only for that lies behind the end."""
+    alone = list(own(count, ALONE))
+    together = [list(own(count, replace(ALONE, rank=rank, size=5))) for rank in range(5)]
+    assert len({len(rows) for rows in together}) == 1
+    every = sorted((rows for part in together for rows in part), key=lambda rows: rows.start)
+    assert every[: len(alone)] == alone
+    assert all(rows.start >= count for rows in every[len(alone) :])
 
-            def draw(prompts: list[int], seed: int, who: int = rank, of: int = size) -> Tensor:
-                asked.setdefault(of * 10 + who, []).append(tuple(prompts))
-                return torch.full((len(prompts), 1, 2, 2), seed % 251, dtype=torch.uint8)
 
-            look = SimpleNamespace(of=lambda images: images[:, 0, 0, :1].double().numpy())
-            world = SimpleNamespace(rank=rank, size=size, main=rank == 0)
-            judge = Judge(look, draw, range(40), 5, None, world)  # type: ignore[arg-type]
-            parts = [torch.from_numpy(part) for part in judge._parts(lambda note: None)]
-            seen[size] = torch.cat([seen.get(size, torch.zeros(0, 1, dtype=torch.float64)), *parts])
-    assert [len(calls) for calls in asked.values()] == [3, 1, 1, 1]
-    assert len(seen[1]) == len(seen[3]) == 40
-    assert seen[1].sort(0).values.equal(seen[3].sort(0).values)
-    assert sorted(asked[10]) == sorted(asked[30] + asked[31] + asked[32])
+def test_of_many_shards_few_are_opened(made: Path) -> None:
+    shards = Shards(made / "shards", "train")
+    assert shards.counts == [16, 16, 16]
+    assert places(48, shards).tolist() == list(range(48))
+    assert places(20, shards).tolist() == [*range(16), 24, 25, 26, 27]
+
+
+def test_a_signal_is_heard_while_a_checkpoint_is_judged(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Judge.__call__, []
+
+    def signalled(self: Judge, say: Callable[[str], None]) -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, say)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Judge, "__call__", signalled)
+        with pytest.raises(Interrupted, match="while the checkpoint of step 8 was judged") as caught:
+            distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
+    assert caught.value.status == 75
+    distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, tmp_path: Path) -> None:
+    walks = ("distill.student_levels=999,499", "distill.every_stop=True", "distill.steps=7")
+    distill(recipes.resolve("edm-digits", (*JUDGED, *walks)), made, tmp_path / "run")
+    assert list(scores(tmp_path / "run")) == [5, 7]
 
 
 def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> None:

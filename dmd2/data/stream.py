@@ -13,7 +13,7 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -146,10 +146,14 @@ class Shards:
 
     def in_order(self, count: int) -> Batch:
         """`count` samples at even distances, so of every part of a sorted set, or all there are."""
-        total, starts = len(self), np.cumsum([0, *self.counts])
-        places = np.arange(min(count, total)) * total // min(count, total)
-        shards = np.searchsorted(starts, places, side="right") - 1
-        return decode([self.sample(int(s), int(p - starts[s])) for s, p in zip(shards, places, strict=True)])
+        total = len(self)
+        return self.picked(np.arange(min(count, total)) * total // min(count, total))
+
+    def picked(self, places: Iterable[int]) -> Batch:
+        """The samples at these places of the whole."""
+        starts, wanted = np.cumsum([0, *self.counts]), list(places)
+        shards = np.searchsorted(starts, wanted, side="right") - 1
+        return decode([self.sample(int(s), int(p - starts[s])) for s, p in zip(shards, wanted, strict=True)])
 
     def _tar(self, shard: int) -> Tar | Rows:
         """A shard, kept open while it is among those used last."""

@@ -7,7 +7,7 @@ are sums over features and their products, in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.data.stream import Batch
+from dmd2.config import BestConfig
+from dmd2.data.stream import Batch, Shards
+from dmd2.errors import Refused
 from dmd2.evaluation.features import Features
 from dmd2.models.family import ModelFamily, Prompt
 from dmd2.parallel import World
@@ -41,41 +43,74 @@ class Judge:
     features: Features
     draw: Callable[[Sequence[Prompt], int], Tensor]
     """(prompts, seed) -> images of the student, uint8 (N, C, H, W)."""
-    prompts: Sequence[Prompt]
-    """One for each sample."""
+    prompts: Mapping[range, Sequence[Prompt]]
+    """Of this process's samples, by their rows, `PART` at a time."""
+    count: int
+    """Samples that all processes draw together."""
     seed: int
     real: Gaussian
     """The training samples."""
     world: World
 
     def __call__(self, say: Callable[[str], None]) -> float:
-        """The Frechet distance, known to the main process; `say` is told how far this one is."""
+        """The Frechet distance, known to the main process; `say` is told how far this one is, by all equally often."""
         drawn = gaussian(self._parts(say), self.world)
         return distance(drawn, self.real) if self.world.main else math.nan
 
+    def images(self, rows: range) -> Tensor:
+        return self.draw(self.prompts[rows], self.seed * 1_000_003 + rows.start)
+
     def _parts(self, say: Callable[[str], None]) -> Iterator[np.ndarray]:
-        """Features of this process's samples. Where networks are divided all must make as many calls, so that some draw what
-        then does not count."""
-        count, size = len(self.prompts), self.world.size
-        for part in range(self.world.rank, size * math.ceil(count / (PART * size)), size):
-            rows = range(part * PART, (part + 1) * PART)
-            images = self.draw([self.prompts[row % count] for row in rows], self.seed * 1_000_003 + rows[0])
-            say(f"judging, {min(rows.stop, count)} of {count} samples")
-            yield self.features.of(images)[: max(0, count - rows[0])]
+        for rows in self.prompts:
+            images = self.images(rows)
+            say(f"judging, {min(rows.stop, self.count)} of {self.count} samples")
+            yield self.features.of(images)[: max(0, self.count - rows.start)]
 
 
-def of_training(batch: Batch, family: ModelFamily, features: Features, seed: int, world: World) -> Gaussian:
-    """The samples of a batch, as the family makes images of them."""
+def judge(
+    settings: BestConfig,
+    features: Features,
+    draw: Callable[[Sequence[Prompt], int], Tensor],
+    shards: Shards,
+    family: ModelFamily,
+    shown: Callable[[range, Batch], Sequence[Prompt]],
+    world: World,
+) -> Judge:
+    """One that compares with training samples; `shown` tells what to draw beside some of them. Draws once, so that what cannot
+    be drawn is told before the first step."""
+    there = min(settings.images, len(shards))
+    if there < 2:
+        raise Refused(
+            f"{shards.uri} has {there} training image; checkpoints cannot be judged by fewer than 2"
+        )
+    at, prompts = places(there, shards), {}
 
     def parts() -> Iterator[np.ndarray]:
-        for start in range(world.rank * PART, len(batch.image), world.size * PART):
-            rows = range(start, min(start + PART, len(batch.image)))
-            part = Batch(
-                batch.image[start : rows.stop], batch.label[start : rows.stop], batch.text[start : rows.stop]
-            )
-            yield features.of(family.decode(family.read(part, Rng.at(seed, 0, rows, world.device)).x).cpu())
+        for rows in own(settings.images, world):
+            batch = shards.picked([at[row % there] for row in rows])
+            prompts[rows] = shown(rows, batch)
+            x = family.read(batch, Rng.at(settings.seed, 0, rows, world.device)).x
+            yield features.of(family.decode(x).cpu())[: max(0, there - rows.start)]
 
-    return gaussian(parts(), world)
+    real = gaussian(parts(), world)
+    found = Judge(features, draw, prompts, settings.images, settings.seed, real, world)
+    found.images(next(iter(prompts)))
+    return found
+
+
+def own(count: int, world: World) -> Iterator[range]:
+    """This process's rows. Where networks are divided all must make as many calls, so that the last rows may lie behind the
+    end: they are drawn, and do not count."""
+    for part in range(world.rank, world.size * math.ceil(count / (PART * world.size)), world.size):
+        yield range(part * PART, (part + 1) * PART)
+
+
+def places(count: int, shards: Shards) -> np.ndarray:
+    """Of so many samples, at even distances; of runs of `PART`, where single ones would open more shards."""
+    run = PART if len(shards.counts) > count / PART else 1
+    starts = np.arange(math.ceil(count / run)) * len(shards) // math.ceil(count / run)
+    every = (starts[:, None] + np.arange(run)).ravel()[:count]
+    return np.minimum(every, len(shards) - 1)
 
 
 def gaussian(parts: Iterable[np.ndarray], world: World) -> Gaussian:
