@@ -64,3 +64,8 @@ def reseed(seed: int) -> None:
 def draw_shared(seed: int, step: int, count: int) -> int:
     """A number in [0, count) that is the same for all rows and processes."""
     return int(np.random.default_rng([seed, step]).integers(count))
+
+
+def seed_of_part(seed: int, first: int) -> int:
+    """Of samples that are drawn with one seed, from the `first` of all on: a part can be drawn again alone."""
+    return seed * 1_000_003 + first

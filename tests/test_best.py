@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2 import checkpoint, recipes, report, stages
+from dmd2 import checkpoint, recipes, report
 from dmd2.data.stream import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
@@ -23,6 +23,7 @@ from dmd2.folders import opened, read
 from dmd2.package import load_network
 from dmd2.run import SCORE, read_metrics, scores
 from dmd2.sample import Sample
+from dmd2.stages import training
 from dmd2.tensors import load_tensors
 from dmd2.trainer import Metrics, Trainer
 from tests.conftest import ALONE, MICRO, flags
@@ -219,7 +220,7 @@ def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, t
 
 
 def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> None:
-    start = stages._start(str(whole), weights=True)
+    start = training._start(str(whole), weights=True)
     assert start
     assert start.critic
     best = whole / "checkpoints" / f"{read(whole, 'run').facts['best_step']:08d}"

@@ -17,6 +17,7 @@ from dmd2.data.latents import Receipt, npy
 from dmd2.data.shards import RECEIPTS, TRAIN, OpenShard, Shard, notes
 from dmd2.folders import Draft
 from dmd2.progress import Progress
+from dmd2.rng import seed_of_part
 
 Teacher = Callable[[Sequence[str], int], tuple[Tensor, Tensor]]
 """(prompts, seed) -> noise and answer, each (B, C, h, w)."""
@@ -56,7 +57,7 @@ def _shard(
         for first in range(places.start, places.stop, config.pairs.batch):
             rows = range(first, min(first + config.pairs.batch, places.stop))
             texts = [prompts[row % len(prompts)] for row in rows]
-            eps, answer = teacher(texts, config.seed * 1_000_003 + first)
+            eps, answer = teacher(texts, seed_of_part(config.seed, first))
             for row, text, pair in zip(rows, texts, torch.stack((eps, answer), 1).half(), strict=True):
                 written.add(f"{row:08d}", {"npy": npy(pair), "cls": b"0", "txt": text.encode()})
             count(len(rows))

@@ -21,7 +21,7 @@ from dmd2.errors import Refused
 from dmd2.evaluation.features import Features
 from dmd2.models.family import ModelFamily, Prompt
 from dmd2.parallel import World
-from dmd2.rng import Rng
+from dmd2.rng import Rng, seed_of_part
 
 PART = 16
 """Samples that share a seed and a network call."""
@@ -58,7 +58,7 @@ class Judge:
         return distance(drawn, self.real) if self.world.main else math.nan
 
     def images(self, rows: range) -> Tensor:
-        return self.draw(self.prompts[rows], self.seed * 1_000_003 + rows.start)
+        return self.draw(self.prompts[rows], seed_of_part(self.seed, rows.start))
 
     def _parts(self, say: Callable[[str], None]) -> Iterator[np.ndarray]:
         for rows in self.prompts:

@@ -28,6 +28,7 @@ from dmd2.data.shards import HOLDOUT
 from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
 from dmd2.package import load_network
+from dmd2.stages import judging
 
 ROOT = Path("runs/bench/ablation")
 VARIANTS = {
@@ -71,10 +72,10 @@ def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[s
     holdout = Shards(shards, HOLDOUT).in_order(settings.images)
     features = by_name(base, shards, holdout, device)
     real = features(holdout.image)
-    classes = stages.balanced(base.family, holdout, settings.images)
+    classes = judging.balanced(base.family, holdout, settings.images)
     rows = []
     for variant, seed in jobs:
-        images = stages.sampled(variant, load_network(_run(variant, seed)).sample, classes, settings)
+        images = judging.sampled(variant, load_network(_run(variant, seed)).sample, classes, settings)
         rows.append({"variant": variant, "seed": seed, "fid": distance(features(images), real)})
     return rows
 

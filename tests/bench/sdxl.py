@@ -30,6 +30,8 @@ from dmd2.data.shards import HOLDOUT
 from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
 from dmd2.package import Model, load_network
+from dmd2.stages import judging
+from dmd2.stages.common import Sampler
 from tests.emoji.source import source
 
 ROOT, EMOJI = Path("runs/bench/sdxl"), Path("runs/emoji/source")
@@ -94,19 +96,19 @@ def score(base: Config, only: tuple[str, ...]) -> tuple[list[dict[str, Any]], di
     settings = base.evaluate
     holdout = Shards(str(ROOT / "shards"), HOLDOUT).in_order(settings.images)
     features = by_name(base, str(ROOT / "shards"), holdout, torch.device("cpu"))
-    prompts, real = stages.balanced(base.family, holdout, settings.images), features(holdout.image)
+    prompts, real = judging.balanced(base.family, holdout, settings.images), features(holdout.image)
     rows, pictures = [], {}
     for name, recipe, steps, sampler in samplers(base, only):
-        images = stages.sampled(name, sampler, prompts, settings)
+        images = judging.sampled(name, sampler, prompts, settings)
         rows.append({"name": name, "recipe": recipe, "steps": steps, "fd": distance(features(images), real)})
         pictures[name] = images[:SHOWN]
     return rows, pictures
 
 
-def samplers(base: Config, only: tuple[str, ...]) -> list[tuple[str, str, int, stages.Sampler]]:
+def samplers(base: Config, only: tuple[str, ...]) -> list[tuple[str, str, int, Sampler]]:
     """(name, recipe, steps, what draws)."""
     guide = load_network(ROOT / "teacher")
-    found: list[tuple[str, str, int, stages.Sampler]] = []
+    found: list[tuple[str, str, int, Sampler]] = []
     for steps in (base.evaluate.teacher_steps, 4, 1):
         name = f"teacher, {steps} guided step{'s' if steps > 1 else ''}"
         found.append((name, "teacher", steps, guided(guide, steps, base)))
@@ -118,7 +120,7 @@ def samplers(base: Config, only: tuple[str, ...]) -> list[tuple[str, str, int, s
     return found
 
 
-def guided(guide: Model, steps: int, base: Config) -> stages.Sampler:
+def guided(guide: Model, steps: int, base: Config) -> Sampler:
     return lambda part, seed: guide.sample_teacher(part, seed, steps, base.evaluate.teacher_guidance)
 
 

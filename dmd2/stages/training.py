@@ -1,0 +1,287 @@
+"""Stages that train: a small teacher, and the distillation. Several processes work at one folder."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmd2 import build, checkpoint, parallel
+from dmd2.config import Config, EdmConfig
+from dmd2.data.encoders import find
+from dmd2.data.prompts import read_prompts
+from dmd2.data.shards import TRAIN
+from dmd2.data.stream import Batch, Shards, Stream
+from dmd2.errors import Refused
+from dmd2.folders import Draft, Manifest, drafted, finished, joined, opened, read
+from dmd2.models.family import ModelFamily, Prompt, Shown
+from dmd2.package import Model, save_network
+from dmd2.parallel import World
+from dmd2.rng import Rng
+from dmd2.run import Pace, Score, play, use_best
+from dmd2.sample import Sample
+from dmd2.stages.common import (
+    digest_of,
+    digests,
+    network_of,
+    parameters,
+    picture_of,
+    pictured,
+    same_shape,
+    samples_of,
+    student_of,
+)
+from dmd2.stages.judging import balanced
+from dmd2.tensors import save_tensors
+from dmd2.trainer import Player
+
+
+def teach(config: Config, data: str, out: str) -> Manifest:
+    """Train a small EDM teacher on the shards. For demos, tests and ablations: a real user brings a teacher.
+
+    Args:
+        data: Folder of shards, or of latents if the network works on them (--family.latent).
+        out: Folder to make.
+    """
+    samples = samples_of(config, data)
+    inputs = digests(samples)
+    if done := finished(out, "teacher", config, inputs):
+        return done
+    if not isinstance(config.family, EdmConfig):
+        raise Refused(
+            f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
+        )
+    world, settings = parallel.join(), config.teach
+    with _together(world, out, "teacher", config, inputs) as draft:
+        game = build.teaching(config, world)
+        pace = Pace(
+            settings.steps,
+            settings.batch,
+            settings.log_every,
+            settings.save_every,
+            settings.steps,
+            1,
+            config.engine.hang_s,
+        )
+        family = build.family(config.family, opened(data, samples, "vae/*") if config.family.latent else None)
+        batches = _reader(config, data, settings.batch, world, samples.kind, family.read)
+        play("teach", game, batches, pace, draft, lambda step: None, world)
+        result = parallel.gathered(game.teacher.result(), world)
+        if world.main:
+            save_network(draft.path, Model(config.family, family, game.teacher.module, ()), result)
+            draft.facts |= _size(game.teacher.module, settings.steps, settings.batch)
+    return read(out, "teacher")
+
+
+def distill(
+    config: Config, data: str, teacher: str, out: str, start: str = "", prompts: str = ""
+) -> Manifest:
+    """Distil a teacher into a one- or few-step student with DMD2.
+
+    Args:
+        data: Folder of shards, or of latents: the real samples of the GAN, and what to draw. Of pairs, for a regression.
+        teacher: Folder of the teacher.
+        out: Folder to make.
+        start: Run to start from, instead of the teacher: its student, and its critic if it had one.
+        prompts: File of prompts for the student to draw, instead of those of the data.
+    """
+    world, settings = parallel.join(), config.distill
+    with world.in_turn():
+        samples = read(data, "pairs") if settings.regression else samples_of(config, data)
+        original = read(teacher, "teacher")
+        inputs = digests(samples) | {"teacher": original.digest} | digest_of(prompts)
+        inputs |= {"start": read(start, "run").digest} if start else {}
+        if done := finished(out, "run", config, inputs):
+            return done
+        model = network_of(teacher, original, weights=world.main)
+        same_shape(model.config, config)
+        _same_vae(opened(teacher, original, "vae/*"), samples, data)
+        world.rows(settings.batch)
+    with _together(world, out, "run", config, inputs) as draft:
+        shown = _drawn(model.family, prompts, world.device) if prompts else None
+        weights = model.network.state_dict() if world.main else {}
+        begun = _start(start, weights=world.main)
+        game = build.game(config, model.family, weights, world, begun, shown)
+        del weights
+        pace = Pace(
+            settings.steps,
+            settings.batch,
+            settings.log_every,
+            settings.save_every,
+            settings.preview_every,
+            settings.keep,
+            config.engine.hang_s,
+        )
+        student = replace(student_of(model, config), network=game.student.module)
+        looked = replace(student, family=_decoding(config, model, opened(teacher, original)))
+        draft.facts["prompts"] = pictured(config.family, Shards(data, TRAIN, samples.kind), prompts)
+
+        def preview(step: int) -> None:
+            with game.student.as_used():
+                picture = picture_of(config.family, looked.sample, draft.facts["prompts"], config.seed)
+            if world.main:
+                (draft.path / "previews").mkdir(exist_ok=True)
+                picture.save(draft.path / "previews" / f"{step:08d}.png")
+
+        read_batch = model.family.read_pairs if settings.regression else model.family.read
+        batches = _reader(config, data, settings.batch, world, samples.kind, read_batch)
+        score = _score(config, student, game.student, data, samples, prompts, world)
+        play("distill", game, batches, pace, draft, preview, world, score)
+        if score:
+            draft.facts |= use_best(draft, game.student, world)
+        result = parallel.gathered(game.student.result(), world)
+        if world.main:
+            _save_student(draft, config, student, result, teacher, original)
+            draft.facts |= _size(game.student.module, settings.steps, settings.batch)
+    return read(out, "run")
+
+
+def _score(
+    config: Config,
+    student: Model,
+    player: Player,
+    data: str,
+    samples: Manifest,
+    prompts: str,
+    world: World,
+) -> Score | None:
+    """What checkpoints are judged by, if they are."""
+    settings = config.distill.best
+    if not settings.images:
+        return None
+    from dmd2.evaluation import features, judge  # slow to import, only needed here
+
+    texts = read_prompts(prompts) if prompts else ()
+
+    def shown(rows: range, beside: Batch) -> Sequence[Prompt]:
+        return (
+            [texts[row % len(texts)] for row in rows] if texts else balanced(config.family, beside, len(rows))
+        )
+
+    with world.in_turn():
+        looks = features.pretrained(settings, "distill.best", world.device)
+    train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
+    judged = judge.judge(settings, looks, student.sample, train, student.family, shown, world)
+
+    def score(say: Callable[[str], None]) -> float:
+        with player.as_used():
+            return judged(say)
+
+    return score
+
+
+@contextmanager
+def _together(world: World, out: str, kind: str, config: Config, inputs: dict[str, str]) -> Iterator[Draft]:
+    """A folder that all processes work at: the main one begins it, and gives it its name when all are done."""
+    if not world.main:
+        meeting, draft = world.told(), joined(out, kind)
+        draft.answer(meeting)
+        if draft.apart and world.local_rank == 0:
+            draft.take("checkpoints/")
+        world.wait()
+        yield draft
+        world.wait()
+        world.wait()
+        return
+    with drafted(out, kind, config, inputs, resumable=True) as draft:
+        draft.call(meeting := secrets.randbits(62))
+        world.told(meeting)
+        world.wait()
+        yield draft
+        world.wait()
+    world.wait()
+
+
+def _reader(
+    config: Config,
+    data: str,
+    batch: int,
+    world: World,
+    kind: str,
+    read_batch: Callable[[Batch, Rng], Sample],
+) -> Callable[[int], Iterator[Sample]]:
+    """From a step on, this process's rows of each batch, with their random numbers."""
+    shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
+    stream, rows = (
+        Stream(shards, batch, config.seed, config.loader, world.rank, world.size),
+        world.rows(batch),
+    )
+
+    def samples(first: int) -> Iterator[Sample]:
+        for step, part in enumerate(stream.batches(first), first):
+            yield read_batch(part, Rng.at(config.seed, step, rows, world.device)).to(world.device)
+
+    return samples
+
+
+def _save_student(
+    draft: Draft,
+    config: Config,
+    student: Model,
+    result: dict[str, torch.Tensor],
+    teacher: str,
+    original: Manifest,
+) -> None:
+    """The whole network; a low-rank update also alone, as diffusers reads it."""
+    if config.distill.lora:
+        from dmd2.models.lora import exported, merged
+
+        (draft.path / "lora").mkdir(exist_ok=True)
+        update = draft.path / "lora" / "pytorch_lora_weights.safetensors"
+        save_tensors(exported(result, config.distill.lora), update)
+        result = merged(student.family.weights(opened(teacher, original)), result, config.distill.lora)
+    save_network(draft.path, student, result)
+
+
+def _decoding(config: Config, teacher: Model, folder: Path) -> ModelFamily:
+    """The family, with the VAE that previews are to be made with."""
+    vae = config.distill.preview_vae
+    return build.family(config.family, folder, vae) if vae else teacher.family
+
+
+def _start(run: str, weights: bool) -> build.Start | None:
+    """Student and, if that run had one, critic; a head starts anew."""
+    if not run or not weights:
+        return build.Start({}) if run else None
+    made = read(run, "run")
+    student = network_of(run, made).network.state_dict()
+    saved = sorted({f.path.rpartition("/")[0] for f in made.files if f.path.startswith("checkpoints/")})
+    if not saved or not made.config or made.config.distill.lora:
+        return build.Start(student)
+    beside = f"checkpoints/{made.facts['best_step']:08d}" if "best_step" in made.facts else saved[-1]
+    critic = checkpoint.whole(opened(run, made, f"{beside}/*") / beside, "critic")
+    network = {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
+    return build.Start(student, network or None)
+
+
+def _drawn(family: ModelFamily, prompts: str, device: torch.device) -> build.Prompts:
+    """Draws what samples show from a file of prompts."""
+    texts = read_prompts(prompts)
+
+    def draw(rng: Rng) -> Shown:
+        cond, null = family.condition([texts[i] for i in rng.choose(len(texts))])
+        return Shown(cond.to(device), null.to(device))
+
+    return draw
+
+
+def _same_vae(teacher: Path, samples: Manifest, data: str) -> None:
+    """Latents mean something to a network only if they were made with its VAE."""
+    if samples.kind == "latents" and samples.facts["vae"] != find(str(teacher), text=False).digest:
+        raise Refused(
+            f"the latents in {data} were made with another VAE than the teacher's; encode the shards again with --vae set to the teacher's folder"
+        )
+
+
+def _size(network: nn.Module, steps: int, batch: int) -> dict[str, Any]:
+    return {
+        "parameters": parameters(network),
+        "steps": steps,
+        "images": steps * batch,
+    }
