@@ -9,6 +9,7 @@ whole on every device, and never travel.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import time
@@ -36,6 +37,9 @@ PATIENCE = timedelta(days=1)
 """How long processes wait for each other where only one of them works, as when it writes a result."""
 LOST = timedelta(minutes=10)
 """How long a collective of a step may take."""
+LET_GO_S = 0.2
+"""How long a process waits before it ends, so that gloo's threads can let go of the tensors of their last work. One that
+still needs the interpreter for it when that is gone aborts the process, and its exit status is lost."""
 
 
 def device() -> torch.device:
@@ -143,6 +147,7 @@ def join() -> World:
         )
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, timeout=LOST, store=_meeting(rank, size), rank=rank, world_size=size)
+        atexit.register(time.sleep, LET_GO_S)
     control, writers = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     assert isinstance(control, dist.ProcessGroup)
     assert isinstance(writers, dist.ProcessGroup)
