@@ -26,8 +26,10 @@ teacher-emoji: $(READY) $(EMOJI)/source ## Train that SDXL anew, into runs/emoji
 $(EMOJI)/source: $(READY)
 	$(BIN)/python -m tests.emoji.source --out $@
 
-test: $(READY) ## Run the tests
-	$(BIN)/pytest
+JOBS ?= 2
+
+test: $(READY) ## Run the tests (JOBS=2 at a time, of a core each)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 check: lint types test ## Everything that must pass before a commit lands
 

@@ -134,7 +134,7 @@ def test_what_runs_in_the_image_without_torch_imports_with_its_packages_only() -
 
 
 def test_a_module_that_needs_torch_would_be_noticed() -> None:
-    done = without(absent(), ("dmd2.stages",))
+    done = without(absent(), ("dmd2.trainer",))
     assert "torch is not in the image" in done.stderr
 
 

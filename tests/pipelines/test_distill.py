@@ -279,7 +279,7 @@ def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(pictures: Pa
     command += ["--overrides", overrides]
     process = subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     unfinished = root / ".run.partial"
     while process.poll() is None and not (unfinished / "metrics.jsonl").exists():
