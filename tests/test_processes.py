@@ -133,6 +133,26 @@ def test_processes_that_are_started_again_find_each_other_and_not_those_that_die
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(
+    made: Path, tmp_path: Path
+) -> None:
+    log, unfinished = tmp_path / "stderr", tmp_path / ".run.partial"
+    words = torchrun(2, *distilling(made, tmp_path / "run", "engine.hang_s=20", "distill.steps=500"))
+    with log.open("w") as stderr:
+        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr)
+    reached(process, unfinished, 1)
+    waits, hangs = workers(process)
+    os.kill(hangs, signal.SIGSTOP)
+    while Path(f"/proc/{waits}").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(hangs, signal.SIGCONT)  # so that torchrun can end it without waiting
+    assert process.wait(timeout=120) != 0
+    stacks = log.read_text().partition("Timeout (0:00:20)!")[2]
+    assert 'dmd2/run.py", line' in stacks
+    assert "in _play" in stacks
+
+
 def forgotten(out: Path) -> int:
     """The step that a run goes on from; what is told of later ones is removed, so that it can be waited for."""
     saved = max(checkpoint.steps(out / "checkpoints"), default=0)
