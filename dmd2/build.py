@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +108,8 @@ def game(
             file=sys.stderr,
             flush=True,
         )
-    networks = _networks(config, fam, teacher, world, start)
+    mesh = world.meshed(config.engine.shards)
+    networks = _networks(config, fam, teacher, world, mesh, start)
     if config.engine.checkpointing != "none":
         for network in networks[1:]:
             checkpointed(fam, network, config.engine.checkpointing)
@@ -115,15 +117,20 @@ def game(
         compiled(fam, network)
     if config.distill.regression:
         return _regression(config, fam, networks[1], world.device)
-    return _trainer(config, fam, *networks, world, prompts)
+    return _trainer(config, fam, *networks, world, mesh, prompts)
 
 
 def _networks(
-    config: c.Config, fam: ModelFamily, weights: Mapping[str, Tensor], world: World, start: Start | None
+    config: c.Config,
+    fam: ModelFamily,
+    weights: Mapping[str, Tensor],
+    world: World,
+    mesh: DeviceMesh | None,
+    start: Start | None,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Teacher, student and critic, on the device and divided as the mesh says. The teacher keeps its weights in the type it
     computes in."""
-    settings, mesh = config.distill, world.meshed(config.engine.shards)
+    settings = config.distill
     lora, dtype = settings.lora, getattr(torch, settings.dtype)
     if lora and start:
         raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
@@ -171,7 +178,9 @@ def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -
     if config.engine.weights != "auto":
         return config.engine.weights == "resident"
     needed, there = memory.static_gb(config, fam, (1, shards), resident=True), memory.device_gb(world.device)
-    resident = needed <= memory.ROOM * there
+    resident = bool(
+        world.told(int(needed <= memory.ROOM * there))
+    )  # devices may differ, and all must do alike
     if world.main:
         print(
             f"weights {'resident' if resident else 'sharded'}: whole networks would take {needed:.1f} GB of the {there:.1f} GB "
@@ -215,6 +224,7 @@ def _trainer(
     student_network: nn.Module,
     critic_network: nn.Module,
     world: World,
+    mesh: DeviceMesh | None,
     prompts: Prompts | None,
 ) -> Trainer:
     settings, dtype = config.distill, getattr(torch, config.distill.dtype)
@@ -225,7 +235,7 @@ def _trainer(
         guide = _teacher(Denoiser(teacher, fam.diffusion, dtype), settings.guidance)
         terms.append(DistributionMatching(guide, critic, _levels(settings.dmd, len(fam.diffusion))))
     if settings.gan:
-        critics[HEAD] = _head(config, fam, world)
+        critics[HEAD] = _head(fam, world, mesh)
         max_level = max(1, round(settings.gan.max_level * len(fam.diffusion)))
         terms.append(
             Adversarial(
@@ -244,9 +254,9 @@ def _trainer(
     )
 
 
-def _head(config: c.Config, fam: ModelFamily, world: World) -> nn.Module:
+def _head(fam: ModelFamily, world: World, mesh: DeviceMesh | None) -> nn.Module:
     """In float32, and the same on every process at the start."""
-    head, mesh = fam.head().to(world.device), world.meshed(config.engine.shards)
+    head = fam.head().to(world.device)
     if mesh:
         parallel.shard(head, [], mesh, torch.float32, resident=True)
     return head
@@ -287,6 +297,7 @@ def repeatable(on: bool) -> None:
     if on:  # read by cuBLAS when it starts, and by torch at every product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on  # shapes stay, so that the fastest kernels are looked for once
 
 
 def checkpointed(fam: ModelFamily, network: nn.Module, how: str) -> None:
@@ -313,6 +324,11 @@ def compiled(fam: ModelFamily, network: nn.Module) -> None:
     """Compile each of the family's units, but those that hold others; what is around them, and their sharding, is not."""
     torch._dynamo.config.recompile_limit = max(RECOMPILED, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = 16 * RECOMPILED
+    if not (os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))):
+        raise Refused(
+            "engine.compile is on, and torch.compile needs a C compiler; there is none here: leave it out, or make the image on a base "
+            "that has one (make images BASE=...)"
+        )
     for unit in parallel.innermost(fam.blocks(network)):
         unit.forward = torch.compile(unit.forward, dynamic=False)
 

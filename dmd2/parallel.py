@@ -96,6 +96,16 @@ class World:
             dist.broadcast(told, 0, self.control)
         return int(told)
 
+    def part(self) -> None:
+        """From the others, when all have come to the end: none is left waiting for one that is gone."""
+        if self.control:
+            dist.destroy_process_group()
+
+    def abandon(self) -> None:
+        """Give up what a lost process will never answer, so that this one can end; hosts give up by themselves."""
+        if self.device.type != "cpu":
+            dist.distributed_c10d._abort_process_group()
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The main process first, so that a mistake is told once; then the others."""
@@ -139,15 +149,15 @@ def join() -> World:
     here = torch.device(accelerator.type, local_rank) if accelerator else torch.device("cpu")
     if accelerator:
         torch.accelerator.set_device_index(local_rank)
-    if os.environ["WORLD_SIZE"] == "1":
-        return World(here)
-    if not dist.is_initialized():
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not dist.is_initialized():  # a single one too, or accelerate makes a group that knows no host
         backend = (
             f"cpu:gloo,{here.type}:{dist.get_default_backend_for_device(here)}" if accelerator else "gloo"
         )
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, timeout=LOST, store=_meeting(rank, size), rank=rank, world_size=size)
         atexit.register(time.sleep, LET_GO_S)
+    if size == 1:
+        return World(here)
     control, writers = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     assert isinstance(control, dist.ProcessGroup)
     assert isinstance(writers, dist.ProcessGroup)

@@ -78,6 +78,7 @@ def play(
     except RuntimeError as error:
         if not world.control or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
+        world.abandon()
         raise Interrupted(
             f"another process of this run was lost ({brief(error)}); started again, it goes on from its last checkpoint",
             EXIT_STATUS[signal.SIGTERM],
@@ -102,8 +103,12 @@ def _play(
         checkpoint.load(checkpoints.root, first, game.state(), world)
 
     def finish() -> None:
-        if checkpoints.finish() and world.main:
-            draft.push()
+        if checkpoints.finish():
+            faulthandler.cancel_dump_traceback_later()  # a bucket takes its time, and no device waits meanwhile
+            if world.main:
+                draft.push()
+            world.wait()
+            alive()
 
     with (
         Progress(name, pace.steps, "steps", first, world.main) as progress,

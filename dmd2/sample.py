@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmd2.rng import Rng
+from dmd2.tensors import sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Conditioning:
         return self.map(lambda t: t[rows])
 
     def to(self, device: torch.device) -> Conditioning:
-        return self.map(lambda t: t.to(device))
+        return self.map(lambda t: sent(t, device))
 
     def cat(self, other: Conditioning) -> Conditioning:
         pairs = {k: (v, getattr(other, k)) for k, v in self.__dict__.items() if v is not None}
@@ -53,7 +54,7 @@ class Sample:
     """What is drawn for these rows comes from here."""
 
     def to(self, device: torch.device) -> Sample:
-        return Sample(self.x.to(device), self.cond.to(device), self.null.to(device), self.rng)
+        return Sample(sent(self.x, device), self.cond.to(device), self.null.to(device), self.rng)
 
     def split(self, size: int) -> list[Sample]:
         """Parts of `size` rows, the last one shorter; a size of 0 makes no parts of it."""

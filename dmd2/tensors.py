@@ -1,4 +1,4 @@
-"""Named tensors <-> a safetensors file: data, from which nothing is ever unpickled."""
+"""Named tensors <-> a safetensors file: data, from which nothing is ever unpickled. And their way to a device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,3 +32,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise Refused(
             f"{path} cannot be read as safetensors ({error}); remove it to use the one before, or start anew"
         ) from None
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a device. The host does not wait for what the device still has to do before, as it would for a copy of memory that
+    the system may move."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

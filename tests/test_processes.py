@@ -139,7 +139,7 @@ def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(
     log, unfinished = tmp_path / "stderr", tmp_path / ".run.partial"
     words = torchrun(2, *distilling(made, tmp_path / "run", "engine.hang_s=20", "distill.steps=500"))
     with log.open("w") as stderr:
-        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr)
+        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr, text=True)
     reached(process, unfinished, 1)
     waits, hangs = workers(process)
     os.kill(hangs, signal.SIGSTOP)

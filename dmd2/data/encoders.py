@@ -25,6 +25,7 @@ from dmd2 import parallel
 from dmd2.config import EncodeConfig
 from dmd2.errors import Refused, brief
 from dmd2.storage import at, cache, is_local, local, sha256
+from dmd2.tensors import sent
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
 DENOISER = {
@@ -202,8 +203,8 @@ def _from_files(kind: Any, folder: Path, names: Sequence[str], **settings: Any) 
             raise Refused(f"{folder} cannot be loaded as a {kind.__name__}: {said}") from None
 
 
-DECODED_TOGETHER = 8
-"""Latents that go through the VAE in one call."""
+DECODED_TOGETHER = 8 * 256**2
+"""Pixels that a VAE makes in one call, but at least an image: one of 1024x1024 takes 4 GB in float32."""
 
 
 class Vae:
@@ -260,7 +261,10 @@ class Vae:
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
         """Latents, as for `pixels` -> images, uint8 (B, C, H, W)."""
-        parts = [self.pixels(part) * 127.5 + 128 for part in x.split(DECODED_TOGETHER)]
+        config = self.network.config
+        stride = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
+        together = max(1, DECODED_TOGETHER // (x.shape[-2] * x.shape[-1] * stride**2))
+        parts = [self.pixels(part) * 127.5 + 128 for part in x.split(together)]
         return torch.cat([part.clamp(0, 255).to(torch.uint8).cpu() for part in parts])
 
 
@@ -302,7 +306,7 @@ class Texts:
             settings = {"padding": "max_length", "truncation": True, "max_length": length}
             tokens = tokenizer(list(texts), return_tensors="pt", **settings).input_ids
             with _repeatable(self.device):
-                out = encoder(tokens.to(self.device), output_hidden_states=True)
+                out = encoder(sent(tokens, self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2] if len(self.parts) > 1 else out.last_hidden_state)
             pooled = out.text_embeds.float() if "text_embeds" in out else None
         return torch.cat(states, -1).float(), pooled

@@ -117,7 +117,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, pixels, channels per head)
+        # Each (B, heads, pixels, channels per head); fused kernels want the channels side by side.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + cast(Tensor, self.project(h.transpose(-1, -2).reshape(b, c, height, width)))
 

@@ -24,7 +24,7 @@ from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
 from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels, heun
-from dmd2.tensors import load_tensors, save_tensors
+from dmd2.tensors import load_tensors, save_tensors, sent
 
 WEIGHTS = "network.safetensors"
 
@@ -86,7 +86,7 @@ class Edm:
 
     def _x(self, image: Tensor, rng: Rng) -> Tensor:
         if self.config.latent:
-            return latent(image.to(rng.device), rng.normal(*self.shape))
+            return latent(sent(image, rng.device), rng.normal(*self.shape))
         return image.float() / 127.5 - 1
 
     def read_pairs(self, batch: Batch, rng: Rng) -> Sample:

@@ -45,7 +45,7 @@ from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
 from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels
-from dmd2.tensors import load_tensors, save_tensors
+from dmd2.tensors import load_tensors, save_tensors, sent
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 SAMPLER = "LCMScheduler"
@@ -186,7 +186,7 @@ class Stable(ABC):
                 f"the data holds arrays of shape {tuple(batch.image.shape[1:])}, the network works on latents of shape "
                 f"(2, {', '.join(map(str, self.shape))}); make them with the VAE of the teacher and this recipe's resolution"
             )
-        x = latent(batch.image.to(rng.device), rng.normal(*self.shape))
+        x = latent(sent(batch.image, rng.device), rng.normal(*self.shape))
         return Sample(x, *self.condition(batch.text), rng)
 
     def read_pairs(self, batch: Batch, rng: Rng) -> Sample:

@@ -188,6 +188,7 @@ def _together(world: World, out: str, kind: str, config: Config, inputs: dict[st
         yield draft
         world.wait()
         world.wait()
+        world.part()
         return
     with drafted(out, kind, config, inputs, resumable=True) as draft:
         draft.call(meeting := secrets.randbits(62))
@@ -196,6 +197,7 @@ def _together(world: World, out: str, kind: str, config: Config, inputs: dict[st
         yield draft
         world.wait()
     world.wait()
+    world.part()
 
 
 def _reader(
