@@ -13,8 +13,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from dmd2.errors import Refused
 from dmd2.folders import MANIFEST, Draft
 from dmd2.parallel import World
-from dmd2.storage import flush, write
+from dmd2.storage import flush, sha256, write
 
 
 class Stateful(Protocol):
@@ -107,11 +107,12 @@ class Checkpoints:
         return f"{self.root.name}/{step:08d}"
 
     def _publish(self, draft: Path, step: int) -> None:
-        files = {path.name: path.stat().st_size for path in sorted(draft.glob("*.safetensors"))}
-        for name in files:
-            flush(draft / name)
+        here = sorted(draft.glob("*.safetensors"))
+        for path in here:
+            flush(path)
+        files = {path.name: digest for path, digest in zip(here, _digests(here), strict=True)}
         given = self.place.receive(self._name(step)) if self.place else []
-        files |= {Path(file.path).name: file.size for file in given}
+        files |= {Path(file.path).name: file.sha256 for file in given}
         write(draft / MANIFEST, json.dumps({"step": step, "processes": self.world.size, "files": files}))
         target = self.root / f"{step:08d}"
         shutil.rmtree(target, ignore_errors=True)
@@ -132,7 +133,8 @@ def steps(root: Path) -> list[int]:
 def load(root: Path, step: int, objects: Mapping[str, Stateful], world: World | None = None) -> None:
     """Bring the objects, of all that are in the checkpoint, to the state they had after `step` steps."""
     folder = root / f"{step:08d}"
-    _check(folder)
+    if not world or world.local_rank == 0:
+        _check(folder)
     tensors = _tensors(objects)
     there = {
         key for key in _reader(folder).read_metadata().state_dict_metadata if key.partition("/")[0] in objects
@@ -182,11 +184,21 @@ def _reader(folder: Path) -> HuggingFaceStorageReader:
 
 
 def _check(folder: Path) -> None:
-    """Refuse what is not whole."""
-    told = json.loads((folder / MANIFEST).read_text())["files"]
-    for name, size in told.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise Refused(
-                f"{path} is missing or truncated; remove {folder} to go on from the checkpoint before it"
-            )
+    """Refuse what is not what was saved."""
+    instead = f"remove {folder} to go on from the checkpoint before it"
+    try:
+        told: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
+    except (ValueError, KeyError):
+        raise Refused(f"{folder / MANIFEST} is damaged; {instead}") from None
+    paths = [folder / name for name in told]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise Refused(f"{missing[0]} is missing; {instead}")
+    for path, digest in zip(paths, _digests(paths), strict=True):
+        if digest != told[path.name]:
+            raise Refused(f"{path} is not what was saved, it was truncated or changed; {instead}")
+
+
+def _digests(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of the files, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sha256, paths))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import socket
 import time
 import weakref
@@ -31,12 +32,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
-from dmd2.errors import Refused
+from dmd2.errors import Interrupted, Refused, brief
 
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other where only one of them works, as when it writes a result."""
 LOST = timedelta(minutes=10)
 """How long a collective of a step may take."""
+GONE = re.compile(r"gloo|[Cc]onnection (closed|reset)|process group")
+"""How the libraries say that the other end of a connection is gone."""
 LET_GO_S = 0.2
 """How long a process waits before it ends, so that gloo's threads can let go of the tensors of their last work. One that
 still needs the interpreter for it when that is gone aborts the process, and its exit status is lost."""
@@ -87,21 +90,37 @@ class World:
     def wait(self) -> None:
         """For all the others."""
         if self.control:
-            dist.barrier(self.control)
+            with self.together():
+                dist.barrier(self.control)
 
     def told(self, number: int = 0) -> int:
         """The number that the main process tells all."""
         told = torch.tensor(number)
         if self.control:
-            dist.broadcast(told, 0, self.control)
+            with self.together():
+                dist.broadcast(told, 0, self.control)
         return int(told)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done here needs the others: to be told that one is gone is to be interrupted."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.control or not (isinstance(error, dist.DistError) or GONE.search(str(error))):
+                raise
+            self._abandon()
+            raise Interrupted(
+                f"another process of this run was lost ({brief(error)}); started again, it goes on from its last checkpoint",
+                75,
+            ) from error
 
     def part(self) -> None:
         """From the others, when all have come to the end: none is left waiting for one that is gone."""
         if self.control:
             dist.destroy_process_group()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Give up what a lost process will never answer, so that this one can end; hosts give up by themselves."""
         if self.device.type != "cpu":
             dist.distributed_c10d._abort_process_group()

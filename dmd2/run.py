@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import re
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from dmd2 import checkpoint
 from dmd2.checkpoint import Checkpoints
-from dmd2.errors import Diverged, Interrupted, brief
+from dmd2.errors import Diverged, Interrupted
 from dmd2.folders import Draft
 from dmd2.parallel import World
 from dmd2.progress import Progress
@@ -42,8 +41,6 @@ Score = Callable[[Callable[[str], None]], float]
 """(tells how far it is) -> the score of the student as it is, known to the main process."""
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 """What a run that was stopped by a signal exits with; 75 says: saved, start me again."""
-LOST = re.compile(r"gloo|[Cc]onnection (closed|reset)|process group")
-"""How the libraries say that the other end of a connection is gone."""
 IN_A_ROW = 5
 """Updates of one player that may be skipped in a row, because their gradient was not finite."""
 
@@ -73,16 +70,8 @@ def play(
 ) -> None:
     """Play from the newest checkpoint in the draft, or from the start, to the last step. With a `score`, every checkpoint is
     judged that was due, and the best one kept."""
-    try:
+    with world.together():
         _play(name, game, batches, pace, draft, preview, world, score)
-    except RuntimeError as error:
-        if not world.control or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
-            raise
-        world.abandon()
-        raise Interrupted(
-            f"another process of this run was lost ({brief(error)}); started again, it goes on from its last checkpoint",
-            EXIT_STATUS[signal.SIGTERM],
-        ) from error
 
 
 def _play(
@@ -289,7 +278,7 @@ class Journal:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in _lines(path)] if path.is_file() else []
 
 
 def scores(folder: Path) -> dict[int, float]:
@@ -347,10 +336,15 @@ def _first_odd(step: int, player: str, values: dict[str, dict[int, float]]) -> s
     return odd[0] if odd else f"{player}/grad_norm became infinite"
 
 
+def _lines(path: Path) -> list[str]:
+    """Without one that was torn when its machine stopped."""
+    return [line for line in path.read_text().splitlines() if line.endswith("}")]
+
+
 def forget(path: Path, first: int) -> None:
     """Drop the lines of steps that will be played again."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first]
         write(path, "".join(line + "\n" for line in kept))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from dmd2.errors import Refused
 
+os.umask(UMASK := os.umask(0))
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+        path.chmod(0o666 & ~UMASK)  # it is made for its owner only
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(

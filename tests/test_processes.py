@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,22 @@ def test_processes_that_are_started_again_find_each_other_and_not_those_that_die
     words = torchrun(2, f"--max-restarts={again}", "-m", "tests.restarted", str(again))
     done = subprocess.run(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_mistake_is_told_in_a_sentence_by_many_processes_too(made: Path, tmp_path: Path) -> None:
+    words = [
+        "--data",
+        str(made / "shards"),
+        "--teacher",
+        str(made / "shards"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command = torchrun(2, "-m", "dmd2", "distill", "edm-digits", *words)
+    done = subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, check=False)
+    assert "a teacher folder is needed here" in done.stderr
+    assert "[rank1]" not in done.stderr
+    assert re.search(r"Root Cause.*exitcode +: 64", done.stderr, re.DOTALL)
 
 
 def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(

@@ -21,7 +21,7 @@ from dmd2 import checkpoint, stages
 from dmd2.config import Config
 from dmd2.errors import Diverged, Interrupted
 from dmd2.folders import read
-from dmd2.run import read_metrics
+from dmd2.run import METRICS, forget, read_metrics
 from dmd2.tensors import load_tensors
 from tests.conftest import MICRO, flags
 
@@ -240,16 +240,44 @@ with one_sentence():
     assert tensors(kept)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "damaged", "said"),
+    [
+        ("*.safetensors", lambda data: data[:100], "is not what was saved"),
+        ("*.safetensors", lambda data: data[:-4] + bytes(4), "is not what was saved"),
+        ("*.safetensors", lambda data: None, "is missing"),
+        ("manifest.json", lambda data: b"", "is damaged"),
+    ],
+    ids=["truncated", "overwritten", "missing", "manifest"],
+)
 def test_a_damaged_checkpoint_is_named(
-    micro: Config, made: Path, tmp_path: Path, refusal: Callable[..., str]
+    pattern: str,
+    damaged: Callable[[bytes], bytes | None],
+    said: str,
+    made: Path,
+    tmp_path: Path,
+    refusal: Callable[..., str],
 ) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(made / "run" / "checkpoints", folder)
-    (file,) = (folder / "00000010").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    assert f"{file} is missing or truncated" in refusal(
-        lambda: checkpoint.load(folder, 10, {"student": torch.nn.Linear(1, 1)})
-    )
+    (file,) = (folder / "00000010").glob(pattern)
+    if (left := damaged(file.read_bytes())) is None:
+        file.unlink()
+    else:
+        file.write_bytes(left)
+    message = refusal(lambda: checkpoint.load(folder, 10, {"student": torch.nn.Linear(1, 1)}))
+    assert f"{file} {said}" in message
+    assert f"remove {folder / '00000010'}" in message
+
+
+def test_a_torn_last_line_of_the_metrics_is_none(made: Path, tmp_path: Path) -> None:
+    shutil.copy(made / "run" / METRICS, tmp_path)
+    whole = read_metrics(tmp_path)
+    with (tmp_path / METRICS).open("a") as stream:
+        stream.write('{"step": 1')
+    assert read_metrics(tmp_path) == whole
+    forget(tmp_path / METRICS, 10)
+    assert (tmp_path / METRICS).read_text().endswith("}\n")
 
 
 def test_teaching_resumes_too(

@@ -35,4 +35,4 @@ class ConvHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.layers(features.to(torch.float32))
-        return logits.flatten()
+        return logits.flatten().clone()  # FSDP2 warns of a view
