@@ -178,9 +178,8 @@ def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -
     if config.engine.weights != "auto":
         return config.engine.weights == "resident"
     needed, there = memory.static_gb(config, fam, (1, shards), resident=True), memory.device_gb(world.device)
-    resident = bool(
-        world.told(int(needed <= memory.ROOM * there))
-    )  # devices may differ, and all must do alike
+    # Devices may differ, and all processes must do alike.
+    resident = bool(world.told(int(needed <= memory.ROOM * there)))
     if world.main:
         print(
             f"weights {'resident' if resident else 'sharded'}: whole networks would take {needed:.1f} GB of the {there:.1f} GB "

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 
+AGAIN = 75
+"""The exit status of what has saved and only needs to be started again."""
+
 
 class Refused(Exception):
     """A wrong input: an unknown name, a folder that is not what it should be, a broken file."""

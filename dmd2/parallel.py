@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
-from dmd2.errors import Interrupted, Refused, brief
+from dmd2.errors import AGAIN, Interrupted, Refused, brief
 
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other where only one of them works, as when it writes a result."""
@@ -90,19 +90,19 @@ class World:
     def wait(self) -> None:
         """For all the others."""
         if self.control:
-            with self.together():
+            with self.interruptible():
                 dist.barrier(self.control)
 
     def told(self, number: int = 0) -> int:
         """The number that the main process tells all."""
         told = torch.tensor(number)
         if self.control:
-            with self.together():
+            with self.interruptible():
                 dist.broadcast(told, 0, self.control)
         return int(told)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """What is done here needs the others: to be told that one is gone is to be interrupted."""
         try:
             yield
@@ -112,7 +112,7 @@ class World:
             self._abandon()
             raise Interrupted(
                 f"another process of this run was lost ({brief(error)}); started again, it goes on from its last checkpoint",
-                75,
+                AGAIN,
             ) from error
 
     def part(self) -> None:

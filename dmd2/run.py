@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dmd2 import checkpoint
 from dmd2.checkpoint import Checkpoints
-from dmd2.errors import Diverged, Interrupted
+from dmd2.errors import AGAIN, Diverged, Interrupted
 from dmd2.folders import Draft
 from dmd2.parallel import World
 from dmd2.progress import Progress
@@ -39,8 +39,8 @@ SCORE = "checkpoint/fid"
 """The metric that tells how far the student's samples are from the training samples, at a checkpoint."""
 Score = Callable[[Callable[[str], None]], float]
 """(tells how far it is) -> the score of the student as it is, known to the main process."""
-EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
-"""What a run that was stopped by a signal exits with; 75 says: saved, start me again."""
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGHUP: AGAIN}
+"""What a run that was stopped by a signal exits with."""
 IN_A_ROW = 5
 """Updates of one player that may be skipped in a row, because their gradient was not finite."""
 
@@ -70,7 +70,7 @@ def play(
 ) -> None:
     """Play from the newest checkpoint in the draft, or from the start, to the last step. With a `score`, every checkpoint is
     judged that was due, and the best one kept."""
-    with world.together():
+    with world.interruptible():
         _play(name, game, batches, pace, draft, preview, world, score)
 
 

@@ -251,6 +251,7 @@ def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:
         ({"gpu": "h100-80g"}, "unknown GPU 'h100-80g'; did you mean 'h100-80gb'?"),
         ({"gpu": "l4-24gb", "gpus_per_node": 3}, "cannot be divided among 3 GPUs"),
         ({"gpu": "l4-24gb", "nodes": 0}, "give at least one"),
+        ({"gpu": "l4-24gb", "price": -1.0}, "price is -1; give what a GPU costs for an hour"),
         ({"gpu": "l4-24gb", "teacher": "/nowhere"}, "/nowhere is not a folder"),
     ],
 )

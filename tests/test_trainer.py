@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +57,17 @@ def test_critic_moves_at_every_step(game: Trainer, real: Sample) -> None:
         before = weights(game.critic.module)
         game.step(real, step)
         assert not torch.equal(before, weights(game.critic.module))
+
+
+def test_compiling_is_refused_where_there_is_no_compiler(
+    micro: Config, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    engine = micro.engine.model_copy(update={"compile": True})
+    network = build.family(micro.family).network()
+    said = refusal(lambda: trainer(micro.model_copy(update={"engine": engine}), network))
+    assert "engine.compile is on, and torch.compile needs a C compiler" in said
 
 
 def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_game(

@@ -223,6 +223,8 @@ class Vae:
         if config.get("latents_mean") or config.get("latents_std"):
             raise Refused(f"{networks.vae} scales each channel apart (latents_mean), which is not supported")
         self.scale, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+        blocks = config.get("block_out_channels") or config.encoder_block_out_channels
+        self.stride = 2 ** (len(blocks) - 1)
 
     def shape(self, image: tuple[int, ...]) -> tuple[int, int, int, int]:
         """(2, C, h, w) of the moments of an image of shape (C, H, W), which must fit."""
@@ -230,7 +232,6 @@ class Vae:
             raise Refused(
                 f"{self.place} holds an AutoencoderTiny, which is for looking at latents; encode with the VAE of the teacher"
             )
-        self.stride = 2 ** (len(self.network.config.block_out_channels) - 1)
         channels, height, width = image
         if height % self.stride or width % self.stride:
             raise Refused(
@@ -261,9 +262,7 @@ class Vae:
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
         """Latents, as for `pixels` -> images, uint8 (B, C, H, W)."""
-        config = self.network.config
-        stride = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
-        together = max(1, DECODED_TOGETHER // (x.shape[-2] * x.shape[-1] * stride**2))
+        together = max(1, DECODED_TOGETHER // (x.shape[-2] * x.shape[-1] * self.stride**2))
         parts = [self.pixels(part) * 127.5 + 128 for part in x.split(together)]
         return torch.cat([part.clamp(0, 255).to(torch.uint8).cpu() for part in parts])
 

@@ -36,9 +36,9 @@ def plan(
     """
     if gpu not in GPUS:
         raise Refused(f"unknown GPU {gpu!r}; {near_miss(gpu, list(GPUS))}")
-    fam, mesh = _family(config, teacher), layout(config, nodes, gpus_per_node)
     if price < 0:
         raise Refused(f"price is {price:g}; give what a GPU costs for an hour, or leave it out")
+    fam, mesh = _family(config, teacher), layout(config, nodes, gpus_per_node)
     made = planned(config, fam, gpu, mesh, price)
     show(made, Console())
     return made
