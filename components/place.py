@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmd2.errors import Refused
-from dmd2.storage import join
+from dmd2.io.storage import join
 
 
 def place(root: str, run: str, artifact: str) -> str:

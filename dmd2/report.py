@@ -14,10 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dmd2.folders import Manifest
-from dmd2.package import chosen
-from dmd2.run import SCORE, read_metrics
-from dmd2.storage import write
+from dmd2.io.artifact import Manifest
+from dmd2.io.storage import write
+from dmd2.model import chosen
+from dmd2.training.loop import SCORE, read_metrics
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }

@@ -10,9 +10,9 @@ from itertools import islice, pairwise
 import torch
 from torch import Tensor
 
+from dmd2.batch import Conditioning, Sample
 from dmd2.denoiser import Denoiser
 from dmd2.rng import Rng, draw_shared
-from dmd2.sample import Conditioning, Sample
 
 Levels = tuple[int, ...]
 """Noise levels of the student's steps, noisiest first."""

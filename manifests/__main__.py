@@ -13,8 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from dmd2 import storage
 from dmd2.errors import Refused, near_miss, one_sentence
+from dmd2.io import storage
 from images import pins
 
 ROOT = Path(__file__).parent

@@ -27,8 +27,8 @@ from rich.table import Table
 
 from components.begin.check import check
 from components.distill.launch import flags
-from dmd2 import folders, storage
 from dmd2.errors import Refused, one_sentence
+from dmd2.io import artifact, storage
 from pipelines import cluster, readme
 from pipelines.cluster import Where, compiled
 from pipelines.distill import distill
@@ -314,11 +314,11 @@ def summarize(root: Path, wall_s: float) -> dict[str, Any]:
         "evaluation": "evaluate",
         "gate": "gate",
     }
-    manifests = {kind: folders.read(root / kind, kind) for kind in kinds if (root / kind).is_dir()}
+    manifests = {kind: artifact.read(root / kind, kind) for kind in kinds if (root / kind).is_dir()}
     scores, gate = manifests["evaluation"].facts, manifests["gate"].facts
     accepted = gate["decision"] == "accepted"
     if accepted:
-        manifests["package"] = folders.read(root / "package", "package")
+        manifests["package"] = artifact.read(root / "package", "package")
     seconds = {kinds.get(kind, kind): manifest.seconds for kind, manifest in manifests.items()}
     names = (
         "fid_student",

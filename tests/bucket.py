@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from dmd2 import storage
+from dmd2.io import storage
 
 HOST = "STORAGE_EMULATOR_HOST"
 RANDOM = re.compile(r"bucket-\w+|upload_id=\w+")

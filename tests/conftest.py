@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dmd2 import build, recipes, stages
+from dmd2 import recipes, stages
 from dmd2.config import AdmConfig, Config, EdmConfig
 from dmd2.denoiser import Denoiser
 from dmd2.parallel import World
-from dmd2.terms import DistributionMatching
-from dmd2.trainer import Trainer
+from dmd2.training import build
+from dmd2.training.terms import DistributionMatching
+from dmd2.training.trainer import Trainer
 from tests.bucket import bucket, object_store, proxy  # noqa: F401 - fixtures
 from tests.tiny_sdxl import pipeline, squares  # noqa: F401 - fixtures
 

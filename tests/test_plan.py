@@ -14,15 +14,16 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmd2 import build, memory, plan, recipes
+from dmd2 import plan, recipes
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import World
 from dmd2.plan import counts, prediction, rehearsal, table
 from dmd2.plan.counts import Layout
 from dmd2.plan.rehearsal import Pass
-from dmd2.sample import Conditioning, Sample
-from dmd2.trainer import Trainer
+from dmd2.training import build, memory
+from dmd2.training.trainer import Trainer
 from tests.bench import collectives
 from tests.conftest import ALONE, MICRO
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from dmd2 import build, recipes
+from dmd2 import recipes
 from dmd2.config import DmdConfig
+from dmd2.training import build
 from tests.conftest import adm
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dmd2.batch import Conditioning, Sample
 from dmd2.denoiser import Denoiser, guided
 from dmd2.diffusion import Diffusion, karras_schedule, predict_x0, scaled_linear_schedule
-from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import generate, heun, simulate
 
 COND = Conditioning(label=torch.zeros(4, dtype=torch.int64))

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmd2 import build, parallel, recipes
+from dmd2 import parallel, recipes
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
 from dmd2.rng import Rng
-from dmd2.sample import Conditioning, Sample
-from dmd2.trainer import Trainer
+from dmd2.training import build
+from dmd2.training.trainer import Trainer
 from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
 

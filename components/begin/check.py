@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from components.distill.launch import Size
-from dmd2 import recipes, storage
+from dmd2 import recipes
 from dmd2.config import Config, EdmConfig
 from dmd2.errors import Refused
+from dmd2.io import storage
 
 
 def check(

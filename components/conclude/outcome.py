@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 
-from dmd2.folders import MANIFEST, read
-from dmd2.storage import at, join
+from dmd2.io.artifact import MANIFEST, read
+from dmd2.io.storage import at, join
 
 OUTCOME = "outcome.json"
 FOLDERS = {

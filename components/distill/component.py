@@ -32,8 +32,8 @@ def distill(
         run: Points to the student by URI and digest; the file itself is the manifest of the run.
     """
     from components.distill.launch import Size, Torchrun, flags, through
-    from dmd2 import folders
     from dmd2.errors import one_sentence
+    from dmd2.io import artifact
 
     with one_sentence():
         words = [
@@ -47,4 +47,4 @@ def distill(
         words = ["distill", recipe, *words, *flags(overrides)]
         if status := through(Torchrun(words, Size(nodes, gpus, queue))):
             raise SystemExit(status)
-        run.metadata.update(folders.point(f"{root}/run", "run", run.path))
+        run.metadata.update(artifact.point(f"{root}/run", "run", run.path))

@@ -24,12 +24,13 @@ def encode_latents(
         teacher: The teacher, and its VAE.
         samples: Points to what the student learns from by URI and digest; the file itself is its manifest.
     """
-    from dmd2 import folders, recipes, stages
+    from dmd2 import recipes, stages
     from dmd2.errors import one_sentence
+    from dmd2.io import artifact
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         data, original = shards.metadata["uri"], teacher.metadata["uri"]
         folder = stages.what_it_learns_from(config, data, original, f"{root}/latents")
         kind = "latents" if config.family.latent else "shards"
-        samples.metadata.update(folders.point(folder, kind, samples.path))
+        samples.metadata.update(artifact.point(folder, kind, samples.path))

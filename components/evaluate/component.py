@@ -26,14 +26,15 @@ def evaluate(
         evaluation: Points to the result by URI and digest; the file itself is its manifest.
         metrics: The scores, for the table of the UI.
     """
-    from dmd2 import folders, recipes, stages
+    from dmd2 import recipes, stages
     from dmd2.errors import one_sentence
+    from dmd2.io import artifact
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         data, original, student = (a.metadata["uri"] for a in (shards, teacher, run))
         result = stages.evaluate(config, data, original, student, f"{root}/evaluation")
-        evaluation.metadata.update(folders.point(f"{root}/evaluation", "evaluation", evaluation.path))
+        evaluation.metadata.update(artifact.point(f"{root}/evaluation", "evaluation", evaluation.path))
     for name, value in result.facts.items():
         if isinstance(value, int | float):
             metrics.log_metric(name, value)

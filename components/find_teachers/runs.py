@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
+from components.find_teachers.ledger import digest
 from dmd2.errors import Refused, brief, near_miss
-from dmd2.ledger import digest
 
 EXPERIMENT = "retrain"
 """Under which the UI lists the runs."""

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from dmd2.errors import Refused, brief
-from dmd2.folders import MANIFEST, Manifest
-from dmd2.storage import at, join
+from dmd2.io.artifact import MANIFEST, Manifest
+from dmd2.io.storage import at, join
 
 HUB = "hf://"
 REGISTRY = re.compile(r"registry\+(https?://.+)")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from components.find_teachers.ledger import FREE, Claim, Entry, Ledger, Limits, Work, digest
 from components.find_teachers.runs import Pipeline, Runs, State
 from components.find_teachers.sources import Teacher, find
 from dmd2.errors import Refused
-from dmd2.ledger import FREE, Claim, Entry, Ledger, Limits, Work, digest
-from dmd2.storage import at, join
+from dmd2.io.storage import at, join
 
 SAME = ("recipe", "overrides", "source", "gate")
 """The settings of a distillation that decide what comes out; with others, a teacher is another piece of work."""

@@ -15,9 +15,10 @@ def package_model(
         evaluation: Its scores.
         package: Points to the package by URI and digest; the file itself is its manifest.
     """
-    from dmd2 import folders, stages
+    from dmd2 import stages
     from dmd2.errors import one_sentence
+    from dmd2.io import artifact
 
     with one_sentence():
         stages.package(run.metadata["uri"], evaluation.metadata["uri"], f"{root}/gate", f"{root}/package")
-        package.metadata.update(folders.point(f"{root}/package", "package", package.path))
+        package.metadata.update(artifact.point(f"{root}/package", "package", package.path))

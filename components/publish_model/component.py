@@ -17,11 +17,12 @@ def publish_model(
         package: The package.
         model: Points to the published model by URI and digest; the file itself is its manifest.
     """
-    from dmd2 import folders, stages
+    from dmd2 import stages
     from dmd2.errors import one_sentence
+    from dmd2.io import artifact
 
     with one_sentence():
         out = f"{destination.rstrip('/')}/{recipe}/{package.metadata['digest'][:16]}"
         stages.publish(package.metadata["uri"], out)
-        model.metadata.update(folders.point(out, "package", model.path))
+        model.metadata.update(artifact.point(out, "package", model.path))
     print(f"published: {out}")

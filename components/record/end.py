@@ -5,9 +5,9 @@ Without a claim, as in a run that a person has started, there is nothing to say.
 
 from __future__ import annotations
 
-from dmd2.folders import read
-from dmd2.ledger import Claim, Ledger
-from dmd2.storage import at, join
+from components.find_teachers.ledger import Claim, Ledger
+from dmd2.io.artifact import read
+from dmd2.io.storage import at, join
 
 
 def begin(claim: str, run: str) -> str:

@@ -22,10 +22,11 @@ def resolve_teacher(
         shards: The shards to train on.
         resolved: Points to the teacher by URI and digest; the file itself is its manifest.
     """
-    from dmd2 import folders, recipes, stages
+    from dmd2 import recipes, stages
     from dmd2.errors import one_sentence
+    from dmd2.io import artifact
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         folder = stages.a_teacher(config, teacher, shards.metadata["uri"], f"{root}/teacher")
-        resolved.metadata.update(folders.point(folder, "teacher", resolved.path))
+        resolved.metadata.update(artifact.point(folder, "teacher", resolved.path))

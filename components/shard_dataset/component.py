@@ -16,10 +16,11 @@ def shard_dataset(
         root: Folder of the run; the shards go to `<root>/shards`.
         shards: Points to the shards by URI and digest; the file itself is their manifest.
     """
-    from dmd2 import folders, recipes, stages
+    from dmd2 import recipes, stages
     from dmd2.errors import one_sentence
+    from dmd2.io import artifact
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         stages.shard(config, source, f"{root}/shards")
-        shards.metadata.update(folders.point(f"{root}/shards", "shards", shards.path))
+        shards.metadata.update(artifact.point(f"{root}/shards", "shards", shards.path))

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dmd2.folders import File, bring
-from dmd2.storage import Store, cache, locked
+from dmd2.io.artifact import File, bring
+from dmd2.io.storage import Store, cache, locked
 
 Opened = TypeVar("Opened")
 

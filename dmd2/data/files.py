@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmd2.errors import Refused, brief
-from dmd2.storage import fetched
+from dmd2.io.storage import fetched
 
 Pixels = NDArray[np.uint8]
 

@@ -26,11 +26,11 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dmd2.config import Config
-from dmd2.data.encoders import Networks, Texts, Vae
 from dmd2.data.shards import RECEIPTS, TRAIN, OpenShard, Shard, notes
 from dmd2.data.stream import Batch, Shards, decode
+from dmd2.encoders.vae import Networks, Texts, Vae
 from dmd2.errors import Refused
-from dmd2.folders import Draft, File
+from dmd2.io.artifact import Draft, File
 from dmd2.progress import Progress
 
 NAMES = {"npy": "latents", "emb": "embeddings", "pool": "pooled", "txt": "captions"}

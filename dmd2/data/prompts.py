@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dmd2.errors import Refused, brief, near_miss
-from dmd2.storage import fetched
+from dmd2.io.storage import fetched
 
 COLUMNS = ("text", "caption", "prompt")
 """The first that is there counts, unless the address chooses one."""

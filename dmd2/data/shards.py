@@ -39,9 +39,9 @@ from dmd2.data.lmdb_table import Column, Writer
 from dmd2.data.sources import Record, Source
 from dmd2.data.stream import Tar, array
 from dmd2.errors import Interrupted, Refused, brief
-from dmd2.folders import MANIFEST, Draft, File
+from dmd2.io.artifact import MANIFEST, Draft, File
+from dmd2.io.storage import Local, Store, flush
 from dmd2.progress import Progress
-from dmd2.storage import Local, Store, flush
 
 SPLITS = TRAIN, HOLDOUT = "train", "holdout"
 RECEIPTS, DIGESTS, TARS = ".units", ".digests", ".tars"

@@ -38,7 +38,7 @@ from dmd2.data.files import (
 )  # fmt: skip
 from dmd2.data.places import Place, around, ending, look, matching, one
 from dmd2.errors import Refused
-from dmd2.storage import fetched, is_local, join
+from dmd2.io.storage import fetched, is_local, join
 
 DIGIT_BORDER = 2
 """Black pixels added on each side of a 28x28 digit."""

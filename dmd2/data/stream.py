@@ -28,8 +28,8 @@ from dmd2.data.cache import Cache
 from dmd2.data.lmdb_table import Table
 from dmd2.data.order import Order
 from dmd2.errors import Refused
-from dmd2.folders import File, Manifest, check_file, read
-from dmd2.storage import at, is_local, join, local
+from dmd2.io.artifact import File, Manifest, check_file, read
+from dmd2.io.storage import at, is_local, join, local
 
 OPEN_AT_MOST = 400
 """Shards that one process keeps open; a usual limit is 1,024 files."""

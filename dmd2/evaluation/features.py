@@ -23,8 +23,8 @@ from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Batch, Shards
 from dmd2.evaluation import classifier, efficientnet
 from dmd2.evaluation.weights import fetch
+from dmd2.io.storage import sha256
 from dmd2.progress import Progress
-from dmd2.storage import sha256
 
 FIT_IMAGES = 20_000
 """Images that the classifier is fitted to, at most."""

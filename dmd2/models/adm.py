@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmd2.batch import Conditioning
 from dmd2.config import AdmConfig
-from dmd2.sample import Conditioning
 
 MAX_PERIOD = 10_000
 """Longest period of the noise-level embedding, in units of its input."""

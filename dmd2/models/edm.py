@@ -11,20 +11,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import EdmConfig
-from dmd2.data.encoders import Vae, load_vae
 from dmd2.data.latents import latent
 from dmd2.data.stream import Batch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
+from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused
+from dmd2.io.tensors import load_tensors, save_tensors, sent
 from dmd2.models.adm import Adm
 from dmd2.models.family import Prompt, Shown
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
-from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels, heun
-from dmd2.tensors import load_tensors, save_tensors, sent
 
 WEIGHTS = "network.safetensors"
 

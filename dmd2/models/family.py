@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from dmd2.batch import Conditioning, Sample
 from dmd2.data.stream import Batch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion
 from dmd2.rng import Rng
-from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels
 
 Prompt = int | str

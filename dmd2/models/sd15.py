@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dmd2.batch import Conditioning
 from dmd2.models.family import Shown
 from dmd2.models.stable import Stable
-from dmd2.sample import Conditioning
 
 
 class Sd15(Stable):

@@ -25,8 +25,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dmd2 import parallel
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import EncodeConfig, StableConfig
-from dmd2.data.encoders import Texts, Vae, find, load_vae
 from dmd2.data.latents import latent
 from dmd2.data.stream import Batch
 from dmd2.denoiser import Denoiser
@@ -39,13 +39,13 @@ from dmd2.diffusion import (
     predict_v,
     predict_x0,
 )
+from dmd2.encoders.vae import Texts, Vae, find, load_vae
 from dmd2.errors import Refused, near_miss
+from dmd2.io.tensors import load_tensors, save_tensors, sent
 from dmd2.models.family import Prompt, Shown
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
-from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels
-from dmd2.tensors import load_tensors, save_tensors, sent
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 SAMPLER = "LCMScheduler"

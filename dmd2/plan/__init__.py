@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dmd2 import build
 from dmd2.config import Config
 from dmd2.errors import Refused, near_miss
 from dmd2.models.family import ModelFamily
@@ -20,6 +19,7 @@ from dmd2.plan.counts import layout
 from dmd2.plan.hardware import GPUS
 from dmd2.plan.prediction import Plan, planned
 from dmd2.plan.table import show
+from dmd2.training import build
 
 
 def plan(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dmd2 import memory, parallel
+from dmd2 import parallel
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.models.family import ModelFamily
@@ -35,6 +35,7 @@ from dmd2.plan.rehearsal import (
     Passes,
 )
 from dmd2.rng import draw_shared
+from dmd2.training import memory
 
 
 def calls(config: Config, students_turn: bool, stop: int) -> dict[str, int]:

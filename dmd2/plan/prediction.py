@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmd2 import memory
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
 from dmd2.plan.counts import (
@@ -25,6 +24,7 @@ from dmd2.plan.counts import (
 from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, TERA, USABLE, Gpu
 from dmd2.plan.reference import REFERENCE_UNIT_S, Reference, reference
 from dmd2.plan.rehearsal import Networks, Rehearsal, checkpointing, networks
+from dmd2.training import memory
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dmd2 import memory
 from dmd2.config import Config
 from dmd2.plan.counts import Measured, mean_calls
 from dmd2.plan.hardware import EFFICIENCY, GPUS, TERA
 from dmd2.plan.rehearsal import CRITIC, CRITIC_GAN, ROLLOUT, SCORE, STUDENT, STUDENT_GAN, Networks
+from dmd2.training import memory
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmd2 import build, memory, parallel
+from dmd2 import parallel
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import Config, EdmConfig
 from dmd2.denoiser import Denoiser
 from dmd2.models.family import ModelFamily
-from dmd2.sample import Conditioning, Sample
-from dmd2.terms import Adversarial, DistributionMatching, Term
+from dmd2.training import build, memory
+from dmd2.training.terms import Adversarial, DistributionMatching, Term
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from dmd2.config import Config, EdmConfig, FamilyConfig
 from dmd2.data.prompts import read_prompts
 from dmd2.data.stream import Shards
 from dmd2.errors import Refused
-from dmd2.folders import Manifest, opened, read
+from dmd2.image_grid import grid
+from dmd2.io.artifact import Manifest, opened, read
+from dmd2.io.storage import at, is_local, local, replaced
+from dmd2.model import Model, load_network
 from dmd2.models.family import Prompt
-from dmd2.package import Model, load_network
-from dmd2.pictures import grid
-from dmd2.storage import at, is_local, local, replaced
 
 SMALL = 64
 """Pixels along a side up to which a picture grid has 8 rows of 10; of larger images, 2 rows of 4."""

@@ -8,11 +8,11 @@ import torch
 
 from dmd2 import report as reports
 from dmd2.errors import Refused
-from dmd2.folders import MANIFEST, Manifest, drafted, finished, opened, read
-from dmd2.package import load_network, model_card, save_network
-from dmd2.pictures import grid
+from dmd2.image_grid import grid
+from dmd2.io.artifact import MANIFEST, Manifest, drafted, finished, opened, read
+from dmd2.io.storage import at
+from dmd2.model import load_network, model_card, save_network
 from dmd2.stages.common import columns, delivered, network_of, save_png
-from dmd2.storage import at
 
 
 def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:

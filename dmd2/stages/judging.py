@@ -12,10 +12,10 @@ from dmd2.config import Config, EdmConfig, EvaluateConfig, FamilyConfig
 from dmd2.data.shards import HOLDOUT, TRAIN
 from dmd2.data.stream import Batch, Shards
 from dmd2.errors import Refused
-from dmd2.folders import Manifest, drafted, finished, read
+from dmd2.image_grid import grid
+from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.model import Model
 from dmd2.models.family import Prompt
-from dmd2.package import Model
-from dmd2.pictures import grid
 from dmd2.progress import Progress
 from dmd2.rng import seed_of_part
 from dmd2.stages.common import Sampler, columns, delivered, network_of, on, picture_of, pictured, save_png

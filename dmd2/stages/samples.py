@@ -13,16 +13,16 @@ import torch
 from dmd2 import parallel
 from dmd2.config import Config
 from dmd2.data import latents
-from dmd2.data.encoders import find
 from dmd2.data.pairs import write_pairs
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN, deliver, told, write_shards
 from dmd2.data.sources import open_source
 from dmd2.data.stream import Shards
+from dmd2.encoders.vae import find
 from dmd2.errors import Refused
-from dmd2.folders import Manifest, drafted, finished, read
+from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.storage import is_local
 from dmd2.stages.common import captions, digest_of, digests, network_of, on
-from dmd2.storage import is_local
 
 
 def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "") -> Manifest:

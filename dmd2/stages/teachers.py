@@ -8,15 +8,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dmd2 import build
 from dmd2.config import Config, EdmConfig
-from dmd2.data.encoders import find
+from dmd2.encoders.vae import find
 from dmd2.errors import Refused
-from dmd2.folders import MANIFEST, Manifest, drafted, finished, read
-from dmd2.package import load_network, save_network
+from dmd2.io.artifact import MANIFEST, Manifest, drafted, finished, read
+from dmd2.io.storage import at, fetched, is_local, local, sha256
+from dmd2.model import load_network, save_network
 from dmd2.stages.common import classes, network_of, parameters, same_shape, student_of
 from dmd2.stages.training import teach
-from dmd2.storage import at, fetched, is_local, local, sha256
+from dmd2.training import build
 
 PROMPTS = (
     "a photo of a red apple",
@@ -74,7 +74,7 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
         teacher: Folder of the teacher it was distilled from.
         out: Folder to make.
     """
-    from dmd2.models import imports
+    from dmd2.models.convert import single_file
 
     path = local(source) if is_local(source) else fetched(source)
     if not path.exists():
@@ -85,12 +85,12 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     model = network_of(teacher, read(teacher, "teacher"))
     same_shape(model.config, config)
     if isinstance(config.family, EdmConfig):
-        network, weights = imports.edm_student(path)
+        network, weights = single_file.edm_student(path)
         same_shape(config.family.model_copy(update={"network": network}), config)
         prompts = classes(config.family)
     else:
         plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
-        weights = {f"unet.{name}": w for name, w in imports.unet_weights(path, plain).items()}
+        weights = {f"unet.{name}": w for name, w in single_file.unet_weights(path, plain).items()}
         prompts = list(PROMPTS)
     with drafted(out, "run", config, inputs) as draft:
         save_network(draft.path, student_of(model, config), weights)
@@ -103,16 +103,16 @@ def _found(
     config: Config, source: str, base: str, vae: str, scratch: Path
 ) -> tuple[Callable[[Path], None], dict[str, str]]:
     """How to bring a teacher into a folder, and the digest of what it is."""
-    from dmd2.models import imports
+    from dmd2.models.convert import single_file
 
     if isinstance(config.family, EdmConfig):
         path = fetched(source)
-        network, weights = imports.edm_pickle(path)
+        network, weights = single_file.edm_pickle(path)
         if network != config.family.network:
             same_shape(config.family.model_copy(update={"network": network}), config)
         return lambda folder: build.family(config.family).save(weights, folder, ()), {"source": sha256(path)}
     if source.endswith((".safetensors", ".ckpt")):
-        imports.single_file(fetched(source), local(base) if base else None, scratch / "pipeline")
+        single_file.single_file(fetched(source), local(base) if base else None, scratch / "pipeline")
         source = str(scratch / "pipeline")
     networks = find(source, text=True, whole=True)
     other = find(vae, text=False) if vae else None

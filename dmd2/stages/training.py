@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmd2 import build, checkpoint, parallel
+from dmd2 import parallel
+from dmd2.batch import Sample
 from dmd2.config import Config, EdmConfig
-from dmd2.data.encoders import find
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Batch, Shards, Stream
+from dmd2.encoders.vae import find
 from dmd2.errors import Refused
-from dmd2.folders import Draft, Manifest, drafted, finished, joined, opened, read
+from dmd2.io.artifact import Draft, Manifest, drafted, finished, joined, opened, read
+from dmd2.io.tensors import save_tensors
+from dmd2.model import Model, save_network
 from dmd2.models.family import ModelFamily, Prompt, Shown
-from dmd2.package import Model, save_network
 from dmd2.parallel import World
 from dmd2.rng import Rng
-from dmd2.run import Pace, Score, play, use_best
-from dmd2.sample import Sample
 from dmd2.stages.common import (
     digest_of,
     digests,
@@ -38,8 +38,9 @@ from dmd2.stages.common import (
     student_of,
 )
 from dmd2.stages.judging import balanced
-from dmd2.tensors import save_tensors
-from dmd2.trainer import Player
+from dmd2.training import build, checkpoint
+from dmd2.training.loop import Pace, Score, play, use_best
+from dmd2.training.trainer import Player
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:

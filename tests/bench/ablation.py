@@ -22,12 +22,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dmd2 import recipes, stages, storage
+from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.shards import HOLDOUT
 from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
-from dmd2.package import load_network
+from dmd2.io import storage
+from dmd2.model import load_network
 from dmd2.stages import judging
 
 ROOT = Path("runs/bench/ablation")

@@ -3,7 +3,7 @@
 The critic denoises, judges fakes and judges real samples in three passes; the student's loss is a surrogate whose gradient
 goes back through critic and student at once, while the critic is frozen; norms, updates and averages are taken tensor by
 tensor; tables are looked up whenever they are needed. The networks are the library's, and so is the order in which
-random numbers are drawn: in float32 both come to the same weights (`tests/test_bench_baseline.py`).
+random numbers are drawn: in float32 both come to the same weights (`tests/bench/test_baseline.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import Config, EdmConfig, Player
 from dmd2.models.family import ModelFamily
 from dmd2.rng import draw_shared
-from dmd2.sample import Conditioning, Sample
 
 View = tuple[Tensor, Tensor, Tensor]
 """x_t, its level, and the noise in it."""

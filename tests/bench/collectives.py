@@ -26,13 +26,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmd2 import build, parallel, recipes, storage
+from dmd2 import parallel, recipes
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import Config
+from dmd2.io import storage
 from dmd2.models.stable import Stable, published
 from dmd2.parallel import World
 from dmd2.rng import draw_shared
-from dmd2.sample import Conditioning, Sample
-from dmd2.trainer import Trainer
+from dmd2.training import build
+from dmd2.training.trainer import Trainer
 
 OUT = Path("runs/bench/engine.json")
 MACHINE = 8
@@ -150,7 +152,7 @@ def apart_in_three(game: Trainer) -> Any:
 
 
 def build_look(gan: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    from dmd2.terms import look
+    from dmd2.training.terms import look
 
     return look(sample, gan.critic.diffusion, 0, gan.max_level)
 

@@ -27,11 +27,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dmd2 import folders, recipes, stages, storage
+from dmd2 import recipes, stages
 from dmd2.config import Config, LoaderConfig
 from dmd2.data.decode import prepare
 from dmd2.data.sources import open_source
 from dmd2.data.stream import Shards, Stream
+from dmd2.io import artifact, storage
 from tests.emoji import source as emoji
 
 ROOT = Path("runs/bench/data")
@@ -239,16 +240,16 @@ def billion() -> Path:
     target.mkdir(parents=True, exist_ok=True)
     names = [f"train-{n:06d}-000.tar" for n in range(BILLIONS_SHARDS)]
     images = BILLION // BILLIONS_SHARDS
-    manifest = folders.Manifest(
+    manifest = artifact.Manifest(
         kind="shards",
         config=settings(),
         inputs={},
-        files=[folders.File(path=name, size=1, sha256="0" * 64) for name in names],
+        files=[artifact.File(path=name, size=1, sha256="0" * 64) for name in names],
         facts={"shards": [{"file": name, "split": "train", "images": images} for name in names]},
-        versions=folders.versions(),
+        versions=artifact.versions(),
         seconds=0,
     )
-    storage.write(target / folders.MANIFEST, manifest.model_dump_json())
+    storage.write(target / artifact.MANIFEST, manifest.model_dump_json())
     return target
 
 

@@ -34,14 +34,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dmd2 import build, parallel, recipes, storage
+from dmd2 import parallel, recipes
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import AdmConfig, Config
 from dmd2.denoiser import Denoiser
+from dmd2.io import storage
 from dmd2.models.family import ModelFamily, Shown
 from dmd2.parallel import World
 from dmd2.rng import Rng, draw_shared
-from dmd2.sample import Conditioning, Sample
-from dmd2.trainer import HEAD, Player, Trainer
+from dmd2.training import build
+from dmd2.training.trainer import HEAD, Player, Trainer
 from tests.bench.baseline import Baseline, Learner, Process, View
 
 RESULT = Path("runs/bench/engine.json")

@@ -12,9 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dmd2 import build, recipes, storage
+from dmd2 import recipes
+from dmd2.io import storage
 from dmd2.models.stable import published
 from dmd2.plan import counts, prediction
+from dmd2.training import build
 
 OUT = Path("runs/bench/engine.json")
 CASES = (

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from dmd2 import build, parallel, recipes, storage
+from dmd2 import parallel, recipes
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import Config
+from dmd2.io import storage
 from dmd2.plan import counts, hardware, prediction
-from dmd2.sample import Conditioning, Sample
+from dmd2.training import build
 
 LIMIT = 0.10
 M_MMAP_THRESHOLD = -3

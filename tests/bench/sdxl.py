@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dmd2 import recipes, stages, storage
+from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.shards import HOLDOUT
 from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
-from dmd2.package import Model, load_network
+from dmd2.io import storage
+from dmd2.model import Model, load_network
 from dmd2.stages import judging
 from dmd2.stages.common import Sampler
 from tests.emoji.source import source
@@ -141,7 +142,7 @@ def draw(pictures: dict[str, Tensor], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from dmd2.pictures import grid
+    from dmd2.image_grid import grid
 
     figure, axes = plt.subplots(
         2, -(-len(pictures) // 2), figsize=(3.6 * -(-len(pictures) // 2), 6.4), dpi=100

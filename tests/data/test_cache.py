@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from dmd2.data.cache import Cache
-from dmd2.folders import File
-from dmd2.storage import Bucket, Store, at
+from dmd2.io.artifact import File
+from dmd2.io.storage import Bucket, Store, at
 from tests.bucket import DOWNLOAD, Proxy
 
 SIZE = 1000
@@ -206,8 +206,8 @@ ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
 from dmd2.data.cache import Cache
-from dmd2.folders import File
-from dmd2.storage import at, sha256
+from dmd2.io.artifact import File
+from dmd2.io.storage import at, sha256
 uri, *files = sys.argv[1:]
 cache = Cache(at(uri), 10**9)
 for text in files:

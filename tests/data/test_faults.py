@@ -21,8 +21,8 @@ from dmd2.config import LoaderConfig
 from dmd2.data.shards import Receipt
 from dmd2.data.stream import Batch, Shards, Stream, decode
 from dmd2.errors import Refused
-from dmd2.folders import MANIFEST, Manifest, read
-from dmd2.storage import Entry, at
+from dmd2.io.artifact import MANIFEST, Manifest, read
+from dmd2.io.storage import Entry, at
 from tests.bucket import (
     DOWNLOAD,
     UPLOAD,

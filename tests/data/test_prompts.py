@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dmd2.data.prompts import Plain, read_prompts
-from dmd2.storage import at
+from dmd2.io.storage import at
 
 PROMPTS = ["a cat", "a dog, in rain", "a cat", "ein Käfer\u2028 auf Gras"]
 

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dmd2.data.decode import prepare
 from dmd2.data.sources import Record, Source, digits, open_source
-from dmd2.storage import at
+from dmd2.io.storage import at
 
 LABELS = [index // 4 for index in range(12)]
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)

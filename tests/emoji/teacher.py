@@ -28,8 +28,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
-from dmd2.ema import Average
 from dmd2.progress import Progress
+from dmd2.training.ema import Average
 
 RESOLUTION, STRIDE, TOKENS, WORDS = 64, 4, 24, 1400
 DROPPED = 0.1

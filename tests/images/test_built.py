@@ -83,7 +83,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Podman:
 
 ASK = """
 import importlib.util, json, os, pathlib, shutil
-from dmd2 import storage
+from dmd2.io import storage
 storage.write(storage.cache() / "written", "here")
 try:
     pathlib.Path("/opt/dmd2/written").write_text("")
@@ -124,13 +124,13 @@ def test_the_modules_of_its_components_import_in_it(launch: Podman) -> None:
     said = launch(
         "python3",
         "-c",
-        "import dmd2.folders, dmd2.ledger, components.find_teachers.watch, kfp.dsl.executor_main",
+        "import dmd2.io.artifact, components.find_teachers.ledger, components.find_teachers.watch, kfp.dsl.executor_main",
     )
     assert said.returncode == 0, said.stdout
 
 
 def test_its_compiled_modules_are_current_whatever_their_times(launch: Podman) -> None:
-    said = launch("python3", "-v", "-c", "import dmd2.storage")
+    said = launch("python3", "-v", "-c", "import dmd2.io.storage")
     assert "__pycache__/storage.cpython-311.pyc matches" in said.stdout
 
 

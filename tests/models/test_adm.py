@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmd2 import build, recipes
+from dmd2 import recipes
+from dmd2.batch import Conditioning
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.models.adm import Adm, sinusoid
 from dmd2.models.heads import ConvHead
-from dmd2.sample import Conditioning
+from dmd2.training import build
 from tests.conftest import adm
 
 

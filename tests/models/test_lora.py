@@ -11,13 +11,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from dmd2 import build, recipes
+from dmd2 import recipes
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import LoraConfig, StableConfig
+from dmd2.io.tensors import save_tensors
 from dmd2.models.lora import TARGETS, exported, merged, tied, updated
 from dmd2.models.stable import Unet, published
-from dmd2.sample import Conditioning, Sample
-from dmd2.tensors import save_tensors
-from dmd2.trainer import Trainer
+from dmd2.training import build
+from dmd2.training.trainer import Trainer
 from tests.conftest import ALONE, teacher_of
 
 SMALL = LoraConfig(rank=4, alpha=2)

@@ -28,14 +28,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
-from dmd2 import build, recipes
+from dmd2 import recipes
+from dmd2.batch import Conditioning, Sample
 from dmd2.config import Config, StableConfig
+from dmd2.model import load_network
 from dmd2.models.family import Shown
 from dmd2.models.stable import SCHEDULER, SCHEDULERS, UNET, Stable, completed, published, schedule
-from dmd2.package import load_network
-from dmd2.sample import Conditioning, Sample
 from dmd2.sampler import Levels, generate
-from dmd2.trainer import Trainer
+from dmd2.training import build
+from dmd2.training.trainer import Trainer
 from tests.conftest import ALONE, teacher_of
 
 Refusal = Callable[[Callable[[], object]], str]

@@ -28,14 +28,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api as api
 
+from components.find_teachers.ledger import Ledger, Limits
 from components.find_teachers.runs import Pipeline
 from components.find_teachers.sources import find
 from components.find_teachers.watch import Watch
 from components.record import end as record
 from dmd2.errors import Refused
-from dmd2.folders import MANIFEST, File, Manifest
-from dmd2.ledger import Ledger, Limits
-from dmd2.storage import at, join
+from dmd2.io.artifact import MANIFEST, File, Manifest
+from dmd2.io.storage import at, join
 from tests.bucket import served
 
 PARAMETERS = ("source", "teacher", "recipe", "overrides", "gate", "destination", "root", "claim")

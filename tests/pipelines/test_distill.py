@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from components.place import place
-from dmd2 import checkpoint, folders, storage
+from dmd2.io import artifact, storage
 from dmd2.recipes import RECIPES
-from dmd2.run import read_metrics
+from dmd2.training import checkpoint
+from dmd2.training.loop import read_metrics
 from pipelines import readme
 from pipelines.__main__ import COMPILED, PIPELINES, run_local
 from pipelines.cluster import compiled as fresh
@@ -79,9 +80,9 @@ def test_an_accepted_run_goes_from_images_on_a_bucket_to_a_published_package(
     ].keys()
     assert all(summary[name] > 0 for name in ("fid_student", "fid_teacher", "fid_teacher_1step"))
     assert tasks(root) == STAGES | {"package-model", "report", "publish-model"}
-    package = folders.read(root / "package", "package")
+    package = artifact.read(root / "package", "package")
     published = f"{bucket}/models/edm-digits/{package.digest[:16]}"
-    assert folders.read(published, "package").digest == package.digest
+    assert artifact.read(published, "package").digest == package.digest
     assert contents(published) == listed(published)
     assert (outcome(root)["state"], outcome(root)["decision"]) == ("SUCCEEDED", "accepted")
     assert outcome(root)["folders"]["package"] == package.digest

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from components.distill.launch import Size, Torchrun, _children, flags
-from dmd2 import checkpoint, folders
+from dmd2.io import artifact
+from dmd2.training import checkpoint
 from tests import conftest
 
 RUN = "import sys; from components.distill.launch import *; from dmd2.errors import one_sentence\n"
@@ -73,7 +74,7 @@ def test_a_training_that_ends_well_ends_with_0(begun: Begun, words: Words, tmp_p
     status, told = ended(begun(*words()))
     assert status == 0, told
     assert "distill: " in told
-    assert folders.read(tmp_path / "run", "run").config
+    assert artifact.read(tmp_path / "run", "run").config
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

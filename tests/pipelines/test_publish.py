@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dmd2 import folders, stages, storage
-from dmd2.package import load
+from dmd2 import stages
+from dmd2.io import artifact, storage
+from dmd2.model import load
 from tests.bucket import contents, listed
 
 
@@ -22,7 +23,7 @@ def package(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_published_is_the_package_and_works(package: Path, tmp_path: Path) -> None:
-    made = folders.read(package, "package")
+    made = artifact.read(package, "package")
     published = stages.publish(str(package), str(tmp_path / "models" / "a"))
     assert published.digest == made.digest
     assert (published.inputs, published.config, published.facts) == (made.inputs, made.config, made.facts)
@@ -58,7 +59,7 @@ def test_another_package_is_never_overwritten(
             file |= {"size": 7, "sha256": storage.sha256(other / "README.md")}
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert "holds another package" in refusal(lambda: stages.publish(str(other), str(out)))
-    assert folders.read(out, "package").digest == folders.read(package, "package").digest
+    assert artifact.read(out, "package").digest == artifact.read(package, "package").digest
 
 
 def test_a_damaged_package_is_not_published(

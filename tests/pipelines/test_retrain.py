@@ -20,12 +20,12 @@ import pytest
 import yaml
 from kfp import compiler, local
 
+from components.find_teachers.ledger import Claim, Entry, Ledger, Limits
 from components.find_teachers.runs import Pipeline
 from components.find_teachers.sources import Teacher, find
 from components.find_teachers.watch import OWN, SAME, Watch, retrained, run_name, table
 from components.record import end as record_end
-from dmd2.ledger import Claim, Entry, Ledger, Limits
-from dmd2.storage import at, join
+from dmd2.io.storage import at, join
 from pipelines.distill import distill
 from pipelines.retrain import retrain
 from tests.bucket import Proxy, served, until

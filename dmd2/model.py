@@ -1,0 +1,214 @@
+"""What users load: a network with all that is needed to sample it, and the package made of a finished student.
+
+`network.json` holds the family and the levels of the student's steps; the weights lie where the family puts them
+(`network.safetensors`, or `unet/` of a pipeline of diffusers). All of it is data: loading executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from dmd2.config import Config, EdmConfig, FamilyConfig
+from dmd2.errors import Refused
+from dmd2.io.artifact import Manifest, opened, read
+from dmd2.io.storage import local
+from dmd2.models.family import ModelFamily, Prompt, Shown
+from dmd2.sampler import Levels, generate
+from dmd2.training import build
+
+ELEMENTS = 2**20
+"""Numbers in the samples of one network call when nothing else is said, at 64 samples at most: 16 SDXL latents."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network that can be sampled."""
+
+    config: FamilyConfig
+    family: ModelFamily
+    network: nn.Module
+    levels: Levels
+    """Levels of the student's steps, noisiest first; none for a teacher."""
+
+    def sample(self, prompts: Sequence[Prompt], seed: int = 0, batch: int = 0) -> Tensor:
+        """Images of these classes or texts, uint8 (N, C, H, W), in len(levels) network calls each."""
+
+        def draw(eps: Tensor, shown: Shown) -> Tensor:
+            first, *later = eps.unbind(1)
+            between = iter(later)
+            return generate(
+                self.family.denoiser(self.network), first, shown.cond, self.levels, lambda x0: next(between)
+            )
+
+        return self.family.decode(self._in_batches(draw, prompts, seed, batch, draws=len(self.levels))[1])
+
+    def sample_teacher(
+        self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
+    ) -> Tensor:
+        """Images by the family's many-step sampler; from the noise that a one-step student gets."""
+        return self.family.decode(self.pairs(prompts, seed, steps, guidance, batch)[1])
+
+    def pairs(
+        self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Noise, and what the teacher makes of it, each (N, C, H, W)."""
+
+        def draw(eps: Tensor, shown: Shown) -> Tensor:
+            return self.family.sample_teacher(self.network, eps[:, 0], shown, steps, guidance)
+
+        eps, x = self._in_batches(draw, prompts, seed, batch, draws=1)
+        return eps[:, 0], x
+
+    def _in_batches(
+        self,
+        sampler: Callable[[Tensor, Shown], Tensor],
+        prompts: Sequence[Prompt],
+        seed: int,
+        batch: int,
+        draws: int,
+    ) -> tuple[Tensor, Tensor]:
+        """All noise, also that between steps, is drawn on the CPU, image by image, from one generator: neither
+        batch size nor device changes it, and the caller's random numbers are left alone. The noise is (N, draws, C, H, W)."""
+        noise = torch.Generator().manual_seed(seed)
+        device = next(self.network.parameters()).device
+        batch = batch or max(1, min(64, ELEMENTS // math.prod(self.family.shape)))
+        drawn, made = [], []
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            eps = torch.stack([torch.randn(draws, *self.family.shape, generator=noise) for _ in part])
+            cond, null = self.family.condition(part)
+            made.append(sampler(eps.to(device), Shown(cond.to(device), null.to(device))).cpu())
+            drawn.append(eps)
+        return torch.cat(drawn), torch.cat(made)
+
+
+def load(folder: str | Path) -> Model:
+    """Load a package: `load("package").sample([0, 1, 2], seed=0)`."""
+    return load_network(opened(folder, read(folder, "package")))
+
+
+def save_network(folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
+    """Write weights for the network of a model, and what belongs to it."""
+    model.family.save(weights, folder, model.levels)
+    facts = {"family": model.config.model_dump(mode="json"), "levels": model.levels}
+    (folder / "network.json").write_text(json.dumps(facts, indent=1))
+
+
+def load_network(folder: str | Path, weights: bool = True) -> Model:
+    """The network of a teacher, run or package folder; without weights, only its form."""
+    path = local(folder)
+    if not (path / "network.json").is_file():
+        raise Refused(f"{path} holds no network (no network.json); give a teacher, run or package folder")
+    facts = json.loads((path / "network.json").read_text())
+    config = TypeAdapter[FamilyConfig](FamilyConfig).validate_python(facts["family"])
+    family = build.family(config, path)
+    with torch.device("meta"):  # every weight comes from the file
+        network = family.network().requires_grad_(False).eval()
+    try:
+        if weights:
+            network.load_state_dict(family.weights(path), assign=True)
+    except RuntimeError as error:
+        raise Refused(
+            f"the weights in {path} do not fit its network: {str(error).splitlines()[1].strip()}"
+        ) from None
+    return Model(config, family, network.requires_grad_(False), tuple(facts["levels"]))
+
+
+def model_card(run: Manifest, evaluation: Manifest, gate: Manifest) -> str:
+    """README.md of the package."""
+    config, scores = run.config, evaluation.facts
+    assert config is not None
+    levels = config.distill.student_levels
+    calls = f"{len(levels)} network call" + ("s" if len(levels) > 1 else "")
+    return f"""---
+library_name: dmd2
+license: other
+tags: [diffusion, distillation, dmd2]
+---
+# {config.recipe}: a {len(levels)}-step student
+
+Distilled with DMD2 (arXiv 2405.14867) by recipe `{config.recipe}`. One image takes {calls}; the teacher takes {scores["nfe_teacher"]}.
+The weights carry the licences of the teacher and of the data they were made from.
+
+![Samples](samples.png)
+
+## Use
+
+{_usage(config)}
+
+## Metrics
+
+| | network calls per image | FID |
+|---|--:|--:|
+| student | {scores["nfe_student"]} | **{scores["fid_student"]:.2f}** |
+| teacher | {scores["nfe_teacher"]} | {scores["fid_teacher"]:.2f} |
+| teacher in one step | {_calls(scores, "teacher_1step")} | {scores["fid_teacher_1step"]:.2f} |
+| real training images | | {scores["fid_real"]:.2f} |
+
+{scores["images"]} generated images against {scores["images_real"]} held-out real ones; features: {scores["features"]};
+seed {scores["seed"]}. {gate.facts["reason"]}. {chosen(run)}
+
+## Provenance
+
+| folder | sha256 digest |
+|---|---|
+{_rows({"run": run.digest, "evaluation": evaluation.digest, **run.inputs})}
+
+Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
+
+## Recipe
+
+```json
+{json.dumps(config.model_dump(mode="json", include={"recipe", "seed", "family", "distill"}), indent=1)}
+```
+"""
+
+
+def chosen(run: Manifest) -> str:
+    """Which checkpoint became the student, where they were judged."""
+    facts, config = run.facts, run.config
+    if "best_step" not in facts or not config:
+        return ""
+    best = config.distill.best
+    return (
+        f"The student is that of step {facts['best_step']} of {facts['steps']}: of the checkpoints, the nearest to training samples "
+        f"(FID {facts['best_fid']:.2f}, features {best.features}, {best.images} samples), chosen before it was evaluated."
+    )
+
+
+def _calls(scores: dict[str, Any], name: str) -> int:
+    return next(v["calls"] for v in scores["variants"] if v["name"] == name)
+
+
+def _usage(config: Config) -> str:
+    levels = list(config.distill.student_levels)
+    if isinstance(config.family, EdmConfig):
+        labels = ", ".join(str(label) for label in range(min(3, config.family.classes)))
+        return f"""```python
+from dmd2.model import load
+student = load("path/of/this/folder")
+images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
+```"""
+    pipeline = "StableDiffusionXLPipeline" if config.family.kind == "sdxl" else "StableDiffusionPipeline"
+    return f"""With diffusers alone:
+
+```python
+from diffusers import {pipeline}
+pipe = {pipeline}.from_pretrained("path/of/this/folder")
+image = pipe("a prompt", timesteps={levels}, guidance_scale=0).images[0]
+```
+
+The timesteps must be these, and guidance must be off: a negative prompt does nothing."""
+
+
+def _rows(digests: dict[str, str]) -> str:
+    return "\n".join(f"| {name} | `{digest}` |" for name, digest in digests.items())

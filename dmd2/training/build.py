@@ -1,0 +1,370 @@
+"""From a Config to the objects that act on it. The only module where a technique is switched on or off."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from dmd2 import config as c
+from dmd2 import parallel
+from dmd2.batch import Sample
+from dmd2.denoiser import Denoiser, guided
+from dmd2.encoders.vae import load_vae
+from dmd2.errors import Refused
+from dmd2.models.edm import Edm
+from dmd2.models.family import ModelFamily, Shown
+from dmd2.parallel import World
+from dmd2.rng import Rng, draw_shared, reseed
+from dmd2.sampler import Rollouts, denoise_real, simulate
+from dmd2.training import losses, memory
+from dmd2.training.ema import Average
+from dmd2.training.terms import (
+    Adversarial,
+    CriticPasses,
+    DistributionMatching,
+    Teacher,
+    Term,
+    apart,
+    shared_view,
+)
+from dmd2.training.trainer import HEAD, Moments, Player, Regression, Teaching, Trainer
+
+
+def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") -> ModelFamily:
+    """`frozen` is a folder with what does not learn: VAE, text encoders, configs; without it only what needs none. `vae`
+    is another one to make images with."""
+    if isinstance(config, c.EdmConfig):
+        return Edm(config, frozen)
+    from dmd2.models.sd15 import Sd15  # diffusers takes seconds to import
+    from dmd2.models.sdxl import Sdxl
+    from dmd2.models.stable import published
+
+    kinds = {"sd15": Sd15, "sdxl": Sdxl}
+    return kinds[config.kind](config, frozen or published(config.kind), vae)
+
+
+def teaching(config: c.Config, world: World) -> Teaching:
+    """A network that learns to be a teacher."""
+    reseed(config.seed)
+    repeatable(config.engine.deterministic)
+    fam, settings = family(config.family), config.teach
+    network = fam.network().to(world.device)
+    mesh = world.meshed(config.engine.shards)
+    if mesh:
+        parallel.shard(network, fam.blocks(network), mesh, torch.float32, resident=True)
+
+    def levels(noise: Tensor) -> Tensor:
+        return fam.diffusion.nearest(settings.p_mean + settings.p_std * noise)
+
+    return Teaching(
+        player("teacher", network, settings.player, settings.steps), fam.denoiser(network), levels
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where student and critic start, if not at the teacher: weights of an earlier run."""
+
+    student: Mapping[str, Tensor]
+    critic: Mapping[str, Tensor] | None = None
+
+
+Prompts = Callable[[Rng], Shown]
+"""Draws what fakes show, a prompt for each row."""
+
+
+def game(
+    config: c.Config,
+    fam: ModelFamily,
+    teacher: Mapping[str, Tensor],
+    world: World,
+    start: Start | None = None,
+    prompts: Prompts | None = None,
+) -> Trainer | Regression:
+    """What the recipe plays: DMD2, or the regression that comes before it.
+
+    `teacher` are its weights, and `start` those of an earlier run, on the main process; the others give none, and no
+    process holds more than one whole float32 copy. `prompts` draws what fakes show; without it, they show what the real
+    samples of the step do.
+    """
+    if prompts and (config.distill.regression or config.distill.inputs == "noised-real"):
+        raise Refused(
+            "prompts are given, but this recipe learns from samples with captions of their own; leave out --prompts"
+        )
+    reseed(config.seed)
+    repeatable(config.engine.deterministic)
+    if world.main and parallel.emulates(world.device, getattr(torch, config.distill.dtype)):
+        print(
+            f"{config.distill.dtype} is emulated on this device, many times slower than float32: --distill.dtype float32",
+            file=sys.stderr,
+            flush=True,
+        )
+    mesh = world.meshed(config.engine.shards)
+    networks = _networks(config, fam, teacher, world, mesh, start)
+    if config.engine.checkpointing != "none":
+        for network in networks[1:]:
+            checkpointed(fam, network, config.engine.checkpointing)
+    for network in networks if config.engine.compile else ():
+        compiled(fam, network)
+    if config.distill.regression:
+        return _regression(config, fam, networks[1], world.device)
+    return _trainer(config, fam, *networks, world, mesh, prompts)
+
+
+def _networks(
+    config: c.Config,
+    fam: ModelFamily,
+    weights: Mapping[str, Tensor],
+    world: World,
+    mesh: DeviceMesh | None,
+    start: Start | None,
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Teacher, student and critic, on the device and divided as the mesh says. The teacher keeps its weights in the type it
+    computes in."""
+    settings = config.distill
+    lora, dtype = settings.lora, getattr(torch, settings.dtype)
+    if lora and start:
+        raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
+    resident = mesh is None or is_resident(config, fam, mesh.shape[-1], world)
+    shared = bool(lora and lora.shared_base) or settings.regression is not None
+
+    def placed(weights: Mapping[str, Tensor], dtype: torch.dtype, learns: bool, divided: bool) -> nn.Module:
+        with torch.device("meta"):
+            network = fam.network().to(dtype).requires_grad_(learns)
+        if mesh and divided:
+            parallel.shard(network, fam.blocks(network), mesh, computed, resident=resident)
+        network = network.to_empty(device=world.device)
+        parallel.spread(network, weights, world)
+        return network
+
+    computed = dtype
+    teacher = placed(weights, dtype, learns=False, divided=not resident and not lora)
+    if lora:
+        student = updated(teacher, fam, lora, mesh, dtype)
+    else:
+        student = placed(start.student if start else weights, torch.float32, learns=True, divided=True)
+    if shared:
+        critic = updated(teacher, fam, lora, mesh, dtype) if lora and not settings.regression else teacher
+    else:
+        its = start.critic if start and start.critic else weights
+        critic = placed(its, torch.float32, learns=True, divided=True)
+    return teacher, student, critic
+
+
+def updated(
+    base: nn.Module, fam: ModelFamily, lora: c.LoraConfig, mesh: DeviceMesh | None, dtype: torch.dtype
+) -> nn.Module:
+    """A network with a low-rank update of its own, on a base that stays whole on every process."""
+    from dmd2.models import lora as low_rank
+
+    network = low_rank.updated(base, lora)
+    if mesh:
+        frozen = [p for p in network.parameters() if not p.requires_grad]
+        parallel.shard(network, fam.blocks(network), mesh, dtype, resident=True, whole=frozen)
+    return network
+
+
+def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -> bool:
+    """Whether every process keeps the networks whole, and why."""
+    if config.engine.weights != "auto":
+        return config.engine.weights == "resident"
+    needed, there = memory.static_gb(config, fam, (1, shards), resident=True), memory.device_gb(world.device)
+    # Devices may differ, and all processes must do alike.
+    resident = bool(world.told(int(needed <= memory.ROOM * there)))
+    if world.main:
+        print(
+            f"weights {'resident' if resident else 'sharded'}: whole networks would take {needed:.1f} GB of the {there:.1f} GB "
+            f"of a device, {'at most' if resident else 'more than'} {memory.ROOM:.0%} (--engine.weights chooses)",
+            file=sys.stderr,
+            flush=True,
+        )
+    return resident
+
+
+def _regression(config: c.Config, fam: ModelFamily, student: nn.Module, device: torch.device) -> Regression:
+    settings = config.distill
+    assert settings.regression is not None
+    return Regression(
+        player("student", student, settings.student, settings.steps),
+        Denoiser(student, fam.diffusion, getattr(torch, settings.dtype)),
+        settings.student_levels[0],
+        _distance(settings.regression, fam, device),
+        config.engine.micro_batch,
+    )
+
+
+def _distance(
+    settings: c.RegressionConfig, fam: ModelFamily, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of two samples, as pictures."""
+    if settings.metric == "lpips":
+        from dmd2.evaluation.perceptual import lpips
+
+        compare = lpips(settings.vgg, device)
+    else:
+        compare = losses.denoising
+    pixels = load_vae(settings.decoder).pixels if settings.decoder else fam.pixels
+    return lambda x, answer: compare(pixels(x), pixels(answer))
+
+
+def _trainer(
+    config: c.Config,
+    fam: ModelFamily,
+    teacher: nn.Module,
+    student_network: nn.Module,
+    critic_network: nn.Module,
+    world: World,
+    mesh: DeviceMesh | None,
+    prompts: Prompts | None,
+) -> Trainer:
+    settings, dtype = config.distill, getattr(torch, config.distill.dtype)
+    student, critic = (Denoiser(n, fam.diffusion, dtype) for n in (student_network, critic_network))
+    critics = nn.ModuleDict({"network": critic.network})
+    terms: list[Term] = []
+    if settings.dmd:
+        guide = _teacher(Denoiser(teacher, fam.diffusion, dtype), settings.guidance)
+        terms.append(DistributionMatching(guide, critic, _levels(settings.dmd, len(fam.diffusion))))
+    if settings.gan:
+        critics[HEAD] = _head(fam, world, mesh)
+        max_level = max(1, round(settings.gan.max_level * len(fam.diffusion)))
+        terms.append(
+            Adversarial(
+                critic, critics[HEAD], max_level, settings.gan.student_weight, settings.gan.critic_weight
+            )
+        )
+    return Trainer(
+        player("student", student.network, settings.student, settings.steps),
+        player("critic", critics, settings.critic, settings.steps),
+        terms,
+        _generate(config, student, prompts),
+        settings.critic_updates,
+        config.engine.micro_batch,
+        _passes(settings, terms),
+        carries=settings.every_stop,
+    )
+
+
+def _head(fam: ModelFamily, world: World, mesh: DeviceMesh | None) -> nn.Module:
+    """In float32, and the same on every process at the start."""
+    head = fam.head().to(world.device)
+    if mesh:
+        parallel.shard(head, [], mesh, torch.float32, resident=True)
+    return head
+
+
+def _passes(settings: c.DistillConfig, terms: Sequence[Term]) -> CriticPasses:
+    match terms:
+        case [DistributionMatching() as dmd, Adversarial() as gan] if (
+            settings.gan and settings.gan.shared_view
+        ):
+            return shared_view(dmd, gan)
+        case _:
+            return apart(terms)
+
+
+def _generate(
+    config: c.Config, student: Denoiser, prompts: Prompts | None
+) -> Callable[[Sample, int], Sample]:
+    settings = config.distill
+    if settings.every_stop:
+        return Rollouts(student, settings.student_levels, settings.critic_updates, config.seed, prompts)
+
+    def generate(real: Sample, step: int) -> Sample:
+        shown = real if prompts is None else replace(real, **prompts(real.rng)._asdict())
+        if settings.inputs == "noised-real":
+            return replace(shown, x=denoise_real(student, shown, settings.student_levels))
+        stop = draw_shared(config.seed, step, len(settings.student_levels))
+        noise = real.rng.normal_like
+        x = simulate(student, noise(real.x), shown.cond, settings.student_levels, stop, noise)
+        return replace(shown, x=x)
+
+    return generate
+
+
+def repeatable(on: bool) -> None:
+    """Whether this process uses only what gives the same bits every time, and refuses to compute what nothing of that kind
+    exists for."""
+    if on:  # read by cuBLAS when it starts, and by torch at every product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on  # shapes stay, so that the fastest kernels are looked for once
+
+
+def checkpointed(fam: ModelFamily, network: nn.Module, how: str) -> None:
+    """Let each of the family's units, but those that hold others, compute its activations again when they are needed."""
+    kept = partial(create_selective_checkpoint_contexts, KEPT) if how == "selective" else noop_context_fn
+    for unit in parallel.innermost(fam.blocks(network)):
+        unit.forward = partial(checkpoint, unit.forward, use_reentrant=False, context_fn=kept)
+
+
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing does not compute again: the results that cost the most for their size."""
+
+
+def compiled(fam: ModelFamily, network: nn.Module) -> None:
+    """Compile each of the family's units, but those that hold others; what is around them, and their sharding, is not."""
+    torch._dynamo.config.recompile_limit = max(RECOMPILED, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = 16 * RECOMPILED
+    if not (os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))):
+        raise Refused(
+            "engine.compile is on, and torch.compile needs a C compiler; there is none here: leave it out, or make the image on a base "
+            "that has one (make images BASE=...)"
+        )
+    for unit in parallel.innermost(fam.blocks(network)):
+        unit.forward = torch.compile(unit.forward, dynamic=False)
+
+
+RECOMPILED = 256
+"""Units share their code and differ in their shapes; beyond torch's usual 8, they would silently not be compiled."""
+
+
+def player(name: str, module: nn.Module, settings: c.Player, steps: int) -> Player:
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+    def lr(step: int) -> float:
+        if step < settings.warmup:
+            return settings.lr * (step + 1) / settings.warmup
+        gone = (step - settings.warmup) / max(1, steps - settings.warmup)
+        return settings.lr * (1 - gone * (1 - settings.final))
+
+    Moments(optimizer)
+    averages = [Average(module, decay) for decay in settings.ema]
+    return Player(name, module, optimizer, lr, settings.max_grad_norm, averages)
+
+
+def _teacher(denoiser: Denoiser, scale: float) -> Teacher:
+    return (
+        guided(denoiser, scale)
+        if scale != 1
+        else lambda x_t, level, sample: denoiser(x_t, level, sample.cond)
+    )
+
+
+def _levels(settings: c.DmdConfig, count: int) -> tuple[int, int]:
+    """[low, high) from shares of the table whose upper end is included."""
+    return int(settings.min_level * count), min(count, int(settings.max_level * count) + 1)

@@ -1,0 +1,337 @@
+"""Files in a local folder and on a bucket: the same promises, kept by both; on the bucket also when it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dmd2 import cli
+from dmd2.io import storage
+from dmd2.io.storage import Store, at, cache, fetched
+from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, at_host, started
+
+
+@pytest.fixture(params=["local", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return at(tmp_path / "folder")
+    return at(f"{request.getfixturevalue('bucket')}/some/folder")
+
+
+@pytest.fixture
+def behind(bucket: str, proxy: Proxy) -> Store:
+    """A store whose every request passes the proxy."""
+    return at(f"{bucket}/folder")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
+    """An object is large from here on: the least that a resumable upload can send at once."""
+    from google.cloud.storage import blob
+
+    monkeypatch.setattr(storage, "LARGE", 2**18)
+    monkeypatch.setattr(blob, "_MAX_MULTIPART_SIZE", 2**18)
+    return 2**18
+
+
+def names(store: Store, prefix: str = "") -> list[str]:
+    return [entry.name for entry in store.list(prefix)]
+
+
+def file(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def test_what_is_put_is_read_and_fetched(store: Store, tmp_path: Path) -> None:
+    store.put(file(tmp_path / "a", b"from a file"), "sub/a")
+    store.write("b", b"from memory")
+    assert (store.read("sub/a"), store.read("b")) == (b"from a file", b"from memory")
+    store.fetch("sub/a", tmp_path / "deep" / "copy")
+    assert (tmp_path / "deep" / "copy").read_bytes() == b"from a file"
+    assert [(entry.name, entry.size) for entry in store.list()] == [("b", 11), ("sub/a", 11)]
+
+
+def test_an_empty_file_is_a_file(store: Store, tmp_path: Path) -> None:
+    store.put(file(tmp_path / "empty", b""), "empty")
+    store.fetch("empty", tmp_path / "copy")
+    assert (store.read("empty"), (tmp_path / "copy").read_bytes()) == (b"", b"")
+    assert [entry.size for entry in store.list()] == [0]
+
+
+def test_many_are_put_under_their_names(store: Store, tmp_path: Path) -> None:
+    wanted = [f"{folder}/{n}" for folder in "ab" for n in range(5)]
+    for name in wanted:
+        file(tmp_path / "many" / name, name.encode())
+    store.put_many(tmp_path / "many", wanted)
+    assert {name: store.read(name).decode() for name in names(store)} == {name: name for name in wanted}
+
+
+def test_a_listing_is_sorted_and_begins_with_the_prefix(store: Store) -> None:
+    assert names(store) == []
+    for name in ("b/2", "a", "b/10", "b-side", "c/x/y"):
+        store.write(name, b"")
+    assert names(store) == ["a", "b-side", "b/10", "b/2", "c/x/y"]
+    assert names(store, "b/") == ["b/10", "b/2"]
+    assert names(store, "nothing/") == []
+
+
+def test_a_listing_tells_which_files_changed(store: Store) -> None:
+    store.write("same", b"1")
+    store.write("changed", b"1")
+    before = versions(store)
+    store.write("changed", b"2")
+    after = versions(store)
+    assert before["same"] == after["same"]
+    assert before["changed"] != after["changed"]
+
+
+def versions(store: Store) -> dict[str, str]:
+    return {entry.name: entry.version for entry in store.list()}
+
+
+def test_another_folder_with_the_same_beginning_is_not_listed(bucket: str, tmp_path: Path) -> None:
+    for root in (bucket, str(tmp_path)):
+        at(f"{root}/run").write("a", b"")
+        at(f"{root}/run2").write("b", b"")
+        assert names(at(f"{root}/run")) == ["a"]
+
+
+def test_a_file_that_is_not_whole_is_not_listed(store: Store, tmp_path: Path) -> None:
+    """Look while it is being put, again and again."""
+    store.write("whole", b"old")
+    path, seen = file(tmp_path / "large", os.urandom(2**21)), set()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(5):
+            done = pool.submit(store.put, path, "whole")
+            while not done.done():
+                seen |= {(entry.name, entry.size) for entry in store.list()}
+            done.result()
+    assert seen <= {("whole", 3), ("whole", 2**21)}
+
+
+def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path) -> None:
+    file(tmp_path / "folder" / "sub" / ".name.123.partial", b"half")
+    assert names(at(tmp_path / "folder")) == []
+
+
+def test_a_write_that_demands_another_generation_is_refused(store: Store) -> None:
+    assert store.generation("state") == 0
+    first = store.write("state", b"1", generation=0)
+    assert first == store.generation("state") != 0
+    for wrong in (0, first + 1):
+        with pytest.raises(FileExistsError, match="changed by another process meanwhile") as caught:
+            store.write("state", b"2", generation=wrong)
+        assert caught.value.filename == f"{store.uri}/state"
+    assert store.read("state") == b"1"
+    second = store.write("state", b"2", generation=first)
+    assert store.generation("state") == second != first
+    assert store.read("state") == b"2"
+    store.delete(["state"])
+    with pytest.raises(FileExistsError):
+        store.write("state", b"3", generation=second)
+    assert names(store) == []
+
+
+def test_eight_that_count_together_lose_nothing(store: Store) -> None:
+    def add_one(_: int) -> None:
+        while True:
+            generation = store.generation("count")
+            count = int(store.read("count")) if generation else 0
+            try:
+                store.write("count", str(count + 1).encode(), generation)
+                return
+            except FileExistsError:
+                continue
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(32)))
+    assert store.read("count") == b"32"
+
+
+def test_deleting_what_is_not_there_is_nothing(store: Store) -> None:
+    for name in ("a", "b", "c"):
+        store.write(name, b"")
+    store.delete(name for name in ("a", "none", "c"))
+    assert names(store) == ["b"]
+
+
+def test_a_missing_file_is_named(store: Store, tmp_path: Path) -> None:
+    for action in (lambda: store.read("none"), lambda: store.fetch("none", tmp_path / "copy")):
+        with pytest.raises(FileNotFoundError) as caught:
+            action()
+        assert str(caught.value.filename) == f"{store.uri}/none"
+    assert not list(tmp_path.glob("**/*copy*"))
+
+
+def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
+    with pytest.raises(FileNotFoundError, match="gs://no-such-bucket/folder/"):
+        at("gs://no-such-bucket/folder").list()
+
+
+def test_an_address_without_a_bucket_is_refused(refusal: Callable[..., str]) -> None:
+    assert "names no bucket" in refusal(lambda: at("gs://"))
+
+
+def test_a_copy_is_fetched_once_per_version(bucket: str, proxy: Proxy) -> None:
+    store = at(bucket)
+    store.write("a.npz", b"1")
+    paths = [fetched(f"{bucket}/a.npz") for _ in range(3)]
+    assert proxy.count(DOWNLOAD) == 1
+    assert [path.name for path in paths] == ["a.npz"] * 3
+    store.write("a.npz", b"2")
+    assert fetched(f"{bucket}/a.npz").read_bytes() == b"2"
+    assert paths[0].read_bytes() == b"1"
+
+
+def test_a_large_file_goes_up_and_down_in_pieces(
+    behind: Store, proxy: Proxy, small_pieces: int, tmp_path: Path
+) -> None:
+    path = file(tmp_path / "large", os.urandom(3 * small_pieces + 5))
+    behind.put(path, "large")
+    behind.fetch("large", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+    assert proxy.count(UPLOAD) >= 4
+    assert proxy.count(DOWNLOAD) == 4
+
+
+FAULTS: list[Fault] = ["503", "drop", "lost", "cut"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_requests_that_fail_at_first_are_repeated(
+    behind: Store, proxy: Proxy, fault: Fault, tmp_path: Path
+) -> None:
+    proxy.fail(".*", fault, share=0.25)
+    data = {f"{n}": os.urandom(1000 + n) for n in range(4)}
+    for name, content in data.items():
+        file(tmp_path / "many" / name, content)
+    behind.put_many(tmp_path / "many", list(data))
+    behind.put(tmp_path / "many" / "0", "again")
+    behind.write("0", data["0"])
+    behind.fetch("1", tmp_path / "copy")
+    assert {name: behind.read(name) for name in data} == data
+    assert (tmp_path / "copy").read_bytes() == data["1"]
+    assert names(behind) == [*sorted(data), "again"]
+    behind.delete(["0", "again"])
+    assert names(behind) == sorted(data)[1:]
+    assert proxy.injected[fault] >= 3
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_large_files_survive_the_same(
+    behind: Store, proxy: Proxy, fault: Fault, small_pieces: int, tmp_path: Path
+) -> None:
+    # Of a piece that comes again, this server takes the bytes twice, which its checksum tells.
+    if fault not in ("lost", "cut"):
+        proxy.fail(UPLOAD, fault, times=2, share=0.5)
+    proxy.fail(DOWNLOAD, fault, times=2, share=0.5)
+    path = file(tmp_path / "large", os.urandom(3 * small_pieces + 5))
+    behind.put(path, "large")
+    behind.fetch("large", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+    assert proxy.injected[fault] >= 2
+
+
+@pytest.mark.parametrize("size", [100, 2**18 + 100])
+@pytest.mark.parametrize("fault", ["flip", "short"])
+def test_what_was_changed_on_its_way_down_is_not_delivered(
+    behind: Store, proxy: Proxy, fault: Fault, size: int, small_pieces: int, tmp_path: Path
+) -> None:
+    behind.write("a", os.urandom(size))
+    proxy.fail(DOWNLOAD, fault)
+    actions = [lambda: behind.fetch("a", tmp_path / "copy")] + (
+        [lambda: behind.read("a")] if size < 200 else []
+    )
+    for action in actions:
+        with pytest.raises(OSError, match="does not answer as it should") as caught:
+            action()
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, f"{behind.uri}/a")
+    assert proxy.injected[fault]
+    assert not list(tmp_path.glob("*copy*"))
+
+
+def test_what_was_changed_on_its_way_up_is_an_error_and_not_there(
+    behind: Store, proxy: Proxy, small_pieces: int, tmp_path: Path
+) -> None:
+    """A small file goes up with its checksum, which the service compares; the server of the tests does not."""
+    path = file(tmp_path / "a", os.urandom(small_pieces + 100))
+    proxy.fail(UPLOAD, "flip", after=1)  # the first request only opens what goes up in pieces
+    with pytest.raises(OSError, match="does not answer as it should") as caught:
+        behind.put(path, "a")
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, f"{behind.uri}/a")
+    assert proxy.injected["flip"]
+    assert names(behind) == []
+
+
+def test_a_demanded_write_whose_answer_was_lost_is_known_as_ones_own(behind: Store, proxy: Proxy) -> None:
+    """The repetition finds the generation changed: by itself."""
+    proxy.fail(UPLOAD, "lost", times=1)
+    first = behind.write("state", b"1", generation=0)
+    assert proxy.injected["lost"] == 1
+    assert behind.generation("state") == first
+    with pytest.raises(FileExistsError):
+        behind.write("state", b"1", generation=0)
+
+
+def test_a_store_that_is_gone_is_one_error_that_names_the_object(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DMD2_RETRY_S", "0.5")
+    at_host("http://127.0.0.1:9", monkeypatch)
+    store, path = at(f"{bucket}/folder"), file(tmp_path / "a", b"x")
+    actions: list[Callable[[], object]] = [
+        lambda: store.read("a"), lambda: store.write("a", b""), lambda: store.put(path, "a"),
+        lambda: store.put_many(tmp_path, ["a"]), lambda: store.fetch("a", tmp_path / "copy"),
+        lambda: store.generation("a"), lambda: store.delete(["a"]),
+    ]  # fmt: skip
+    for action in actions:
+        with pytest.raises(OSError, match="does not answer as it should") as caught:
+            action()
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, f"{bucket}/folder/a")
+
+
+def test_a_store_that_is_gone_ends_a_command_with_one_sentence_and_74(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    process = started(
+        said, "gate", "edm-digits", "--evaluation", f"{bucket}/evaluation", "--out", f"{bucket}/gate",
+        DMD2_RETRY_S="0.5", STORAGE_EMULATOR_HOST="http://127.0.0.1:9",
+    )  # fmt: skip
+    process.join()
+    assert process.exitcode == 74
+    sentence = said.read_text()
+    assert sentence.count("\n") == 1
+    assert re.match(
+        rf"dmd2: the bucket does not answer as it should \(.*\) at {bucket}/evaluation/manifest.json; .*: run again",
+        sentence,
+    )
+
+
+def test_a_bucket_that_one_may_not_use_is_said_so(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.fail(".*", "403")
+    words = ["dmd2", "gate", "edm-digits", "--evaluation", f"{bucket}/evaluation", "--out", f"{bucket}/gate"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 74
+    assert "allow access to it" in capsys.readouterr().err
+
+
+def test_nothing_is_kept_of_a_copy_that_failed(behind: Store, proxy: Proxy) -> None:
+    behind.write("a", b"content")
+    proxy.fail(DOWNLOAD, "flip")
+    with pytest.raises(OSError, match="does not answer"):
+        fetched(f"{behind.uri}/a")
+    assert not [path for path in cache().rglob("*") if path.is_file()]

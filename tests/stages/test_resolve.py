@@ -1,0 +1,55 @@
+"""Teachers and students from elsewhere as folders: NVIDIA's pickle, a training folder, a single file of SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmd2 import recipes, stages
+from dmd2.config import Config, EdmConfig
+from dmd2.io.artifact import read
+from dmd2.model import load_network
+from dmd2.models.convert.single_file import edm_pickle
+from tests.models.test_convert import edm, network
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> Path:
+    return edm(tmp_path)
+
+
+def recipe_of(path: Path) -> Config:
+    found, _ = edm_pickle(path)
+    return recipes.get("edm-digits-no-gan").model_copy(update={"family": EdmConfig(network=found)})
+
+
+def test_nvidias_pickle_becomes_a_teacher_that_can_be_sampled(pickled: Path, tmp_path: Path) -> None:
+    config, out = recipe_of(pickled), tmp_path / "teacher"
+    made = stages.resolve(config, str(pickled), str(out))
+    assert made.kind == "teacher"
+    images = load_network(out).sample_teacher([0, 1], seed=0, steps=2)
+    assert images.shape == (2, 3, 16, 16)
+    assert stages.resolve(config, str(pickled), str(out)) == read(out, "teacher")  # done is done
+
+
+def test_a_pickle_of_another_size_is_refused_by_what_differs(
+    pickled: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    config = recipes.get("edm-imagenet64")
+    sentence = refusal(lambda: stages.resolve(config, str(pickled), str(tmp_path / "teacher")))
+    assert "resolution is 16, not 64" in sentence
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_a_published_training_folder_becomes_a_run(pickled: Path, tmp_path: Path) -> None:
+    config = recipe_of(pickled)
+    stages.resolve(config, str(pickled), str(tmp_path / "teacher"))
+    (tmp_path / "training").mkdir()
+    torch.save(network().state_dict(), tmp_path / "training" / "pytorch_model.bin")
+    stages.adopt(config, str(tmp_path / "training"), str(tmp_path / "teacher"), str(tmp_path / "run"))
+    student = load_network(tmp_path / "run")
+    assert student.levels == (999,)
+    assert student.sample([0, 1, 2], seed=0).shape == (3, 3, 16, 16)

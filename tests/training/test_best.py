@@ -1,0 +1,281 @@
+"""Of the checkpoints of a run, the best is kept and becomes the student."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dmd2 import recipes, report
+from dmd2.batch import Sample
+from dmd2.data.stream import Shards
+from dmd2.errors import Interrupted
+from dmd2.evaluation import features
+from dmd2.evaluation.judge import Judge, distance, gaussian, own, places
+from dmd2.io.artifact import opened, read
+from dmd2.io.tensors import load_tensors
+from dmd2.model import load_network
+from dmd2.stages import training
+from dmd2.training import checkpoint
+from dmd2.training.loop import SCORE, read_metrics, scores
+from dmd2.training.trainer import Metrics, Trainer
+from tests.conftest import ALONE, MICRO, flags
+from tests.training.test_loop import ONE_THREAD, assert_same, distill, numbers
+from tests.training.test_on_a_bucket import machines
+from tests.training.test_processes import ENVIRONMENT, torchrun
+
+JUDGED = (*MICRO, "distill.best.images=24", "distill.best.features=efficientnet", "distill.keep=1")
+WORSE = (*JUDGED, "distill.student.lr=0.3", "distill.student.ema=0.5")
+"""A student that the training throws far away from its teacher, so that an early checkpoint is better than the last."""
+
+
+@pytest.fixture(scope="module")
+def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps with checkpoints after 4, 8 and 10."""
+    out = tmp_path_factory.mktemp("best") / "run"
+    distill(recipes.resolve("edm-digits", WORSE), made, out)
+    return out
+
+
+def test_every_checkpoint_is_judged_and_the_best_is_kept_and_becomes_the_student(whole: Path) -> None:
+    told, facts = scores(whole), read(whole, "run").facts
+    assert list(told) == [4, 8, 10]
+    best = min(told, key=told.__getitem__)
+    assert best != 10, f"the last is the best, {told}, so that this test shows nothing"
+    assert facts["best_step"] == best
+    assert facts["best_fid"] == told[best]
+    assert checkpoint.steps(whole / "checkpoints") == [best, 10]
+    saved = checkpoint.whole(whole / "checkpoints" / f"{best:08d}", "student.average0")
+    for name, weight in load_tensors(whole / "network.safetensors").items():
+        assert torch.equal(weight, saved[f"shadow.{name}"]), name
+
+
+def test_the_score_is_clean_fids_distance_between_samples_of_the_result_and_training_samples(
+    whole: Path, made: Path
+) -> None:
+    config = recipes.resolve("edm-digits", WORSE)
+    shards = Shards(made / "shards", "train")
+    train = shards.picked(places(24, shards))
+    look = features.pretrained(config.distill.best, "distill.best", torch.device("cpu"))
+    student, seed = load_network(whole), config.distill.best.seed * 1_000_003
+    labels = train.label.tolist()
+    images = [student.sample(labels[:16], seed), student.sample([*labels[16:], *labels[:8]], seed + 16)[:8]]
+    expected = features.distance(look(torch.cat(images)), look(train.image))
+    assert read(whole, "run").facts["best_fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_distance_is_that_of_clean_fid() -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(300, 40)) @ draw.normal(size=(40, 40)), draw.uniform(size=(200, 40))
+    mine = distance(gaussian([a[:100], a[100:]], ALONE), gaussian([b], ALONE))
+    assert mine == pytest.approx(features.distance(a, b), rel=1e-9)
+
+
+def stopped(made: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin the run, and stop it by a signal during a step."""
+    original = Trainer.step
+
+    def step(self: Trainer, real: Sample, number: int) -> Metrics:
+        if number + 1 == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, real, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        with pytest.raises(Interrupted):
+            distill(recipes.resolve("edm-digits", WORSE), made, out)
+
+
+@pytest.mark.parametrize("after", [4, 9])
+def test_a_run_that_is_stopped_ends_with_the_same_student(
+    made: Path, whole: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a checkpoint is due, which is then judged when it goes on, and where none is."""
+    stopped(made, tmp_path / "run", after, monkeypatch)
+    distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
+    assert scores(tmp_path / "run") == scores(whole)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_run_that_is_killed_while_it_judges_loses_nothing(made: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL in the midst of judging the second checkpoint, which is there already."""
+    code = """
+import os, signal, sys
+from dmd2.config import Config
+from dmd2.evaluation.judge import Judge
+from dmd2 import stages
+calls, judge = [], Judge.__call__
+def killed(self, say):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return judge(self, say)
+Judge.__call__ = killed
+stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
+"""
+    config = recipes.resolve("edm-digits", WORSE)
+    folders = [str(made / "shards"), str(made / "teacher"), str(tmp_path / "run")]
+    words = [sys.executable, "-c", code, config.model_dump_json(), *folders]
+    ended = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    unfinished = tmp_path / ".run.partial"
+    assert checkpoint.steps(unfinished / "checkpoints") == [4, 8]
+    assert list(scores(unfinished)) == [4]
+    distill(config, made, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_four_processes_choose_as_one_does(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go on from where one was stopped, and begin by judging that checkpoint; two of them have no training sample of 24."""
+    stopped(made, tmp_path / "run", 4, monkeypatch)
+    folders = ["--data", str(made / "shards"), "--teacher", str(made / "teacher")]
+    words = [*folders, "--out", str(tmp_path / "run"), *flags((*WORSE, "engine.weights=sharded"))]
+    ended = subprocess.run(
+        torchrun(4, "-m", "dmd2", "distill", "edm-digits", *words),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert list(scores(tmp_path / "run")) == [4, 8, 10]
+    for mine, theirs in zip(scores(tmp_path / "run").values(), scores(whole).values(), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-2), (
+            "a pixel of a sample is rounded another way now and then"
+        )
+    assert read(tmp_path / "run", "run").facts["best_step"] == read(whole, "run").facts["best_step"]
+    its, of_one = (load_tensors(run / "network.safetensors") for run in (tmp_path / "run", whole))
+    for name, weight in its.items():
+        torch.testing.assert_close(weight, of_one[name], rtol=1e-3, atol=1e-3)
+
+
+def test_machines_that_share_nothing_but_a_bucket_take_the_best_from_there(
+    made: Path, whole: Path, bucket: str, tmp_path: Path
+) -> None:
+    folders = ("--data", str(made / "shards"), "--teacher", str(made / "teacher"), "--out", f"{bucket}/run")
+    for process in machines(
+        tmp_path, "ab", "distill", "edm-digits", *folders, *flags((*WORSE, "engine.shards=2"))
+    ):
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said[-3000:]
+    manifest = read(f"{bucket}/run", "run")
+    assert manifest.facts["best_step"] == read(whole, "run").facts["best_step"]
+    its = load_tensors(opened(f"{bucket}/run", manifest, "network.*") / "network.safetensors")
+    for name, weight in load_tensors(whole / "network.safetensors").items():
+        torch.testing.assert_close(its[name], weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [24, 40, 50])
+def test_the_number_of_processes_decides_only_who_draws_a_sample(count: int) -> None:
+    """Each draws as often as the others; what is drawn only for that lies behind the end."""
+    alone = list(own(count, ALONE))
+    together = [list(own(count, replace(ALONE, rank=rank, size=5))) for rank in range(5)]
+    assert len({len(rows) for rows in together}) == 1
+    every = sorted((rows for part in together for rows in part), key=lambda rows: rows.start)
+    assert every[: len(alone)] == alone
+    assert all(rows.start >= count for rows in every[len(alone) :])
+
+
+def test_of_many_shards_few_are_opened(made: Path) -> None:
+    shards = Shards(made / "shards", "train")
+    assert shards.counts == [16, 16, 16]
+    assert places(48, shards).tolist() == list(range(48))
+    assert places(20, shards).tolist() == [*range(16), 24, 25, 26, 27]
+
+
+def test_a_signal_is_heard_while_a_checkpoint_is_judged(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Judge.__call__, []
+
+    def signalled(self: Judge, say: Callable[[str], None]) -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, say)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Judge, "__call__", signalled)
+        with pytest.raises(Interrupted, match="while the checkpoint of step 8 was judged") as caught:
+            distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
+    assert caught.value.status == 75
+    distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, tmp_path: Path) -> None:
+    walks = ("distill.student_levels=999,499", "distill.every_stop=True", "distill.steps=7")
+    distill(recipes.resolve("edm-digits", (*JUDGED, *walks)), made, tmp_path / "run")
+    assert list(scores(tmp_path / "run")) == [5, 7]
+
+
+def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> None:
+    start = training._start(str(whole), weights=True)
+    assert start
+    assert start.critic
+    best = whole / "checkpoints" / f"{read(whole, 'run').facts['best_step']:08d}"
+    critic = checkpoint.whole(best, "critic")
+    last = checkpoint.whole(whole / "checkpoints" / "00000010", "critic")
+    assert all(torch.equal(weight, critic[f"network.{name}"]) for name, weight in start.critic.items())
+    assert not all(torch.equal(weight, last[f"network.{name}"]) for name, weight in start.critic.items())
+
+
+def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
+    from dmd2.model import chosen, model_card
+
+    made_of = read(whole, "run")
+    sentence = chosen(made_of)
+    assert f"of step {made_of.facts['best_step']} of 10" in sentence
+    manifests = {"run": made_of} | {
+        kind: read(made / kind, kind) for kind in ("shards", "teacher", "evaluation", "gate")
+    }
+    report.write_report(whole.parent / "report.html", manifests, whole, made / "evaluation")
+    page = (whole.parent / "report.html").read_text()
+    assert sentence in page
+    assert sentence in model_card(made_of, manifests["evaluation"], manifests["gate"])
+    assert chosen(read(made / "run", "run")) == ""
+
+
+def test_nothing_is_judged_unless_it_is_asked_for(made: Path) -> None:
+    assert not any(SCORE in line for line in read_metrics(made / "run"))
+    assert "best_step" not in read(made / "run", "run").facts
+
+
+def test_weights_that_are_not_there_are_told_before_the_first_step(
+    made: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    lost = (*JUDGED, "distill.best.features=inception", "distill.best.inception.uri=/nowhere/weights.pt")
+    sentence = refusal(lambda: distill(recipes.resolve("edm-digits", lost), made, tmp_path / "run"))
+    assert "set --distill.best.inception.uri to a copy of them" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("distill.best.images=1",), "best.images is 1; a distance between samples needs at least 2"),
+        (("distill.best.images=-1",), "images: Input should be greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(
+    wrong: tuple[str, ...], told: str, refusal: Callable[..., str]
+) -> None:
+    assert told in refusal(lambda: recipes.resolve("edm-digits", (*MICRO, *wrong)))
+
+
+def test_a_regression_has_nothing_to_judge_by(refusal: Callable[..., str]) -> None:
+    judged = ("distill.best.images=24",)
+    assert "a regression sees no training samples" in refusal(
+        lambda: recipes.resolve("sdxl-1step-warmup", judged)
+    )

@@ -1,0 +1,410 @@
+"""Folders on a bucket: made, continued, fought over and read as if they were local, by machines that come and go."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dmd2 import stages
+from dmd2.config import Config
+from dmd2.errors import Refused
+from dmd2.io.artifact import BEGUN, CONTENTS, MANIFEST, SECONDS, Draft, drafted, opened, read
+from dmd2.io.storage import at, cache
+from dmd2.training import checkpoint
+from dmd2.training.trainer import Trainer
+from tests.bucket import DOWNLOAD, UPLOAD, Proxy, contents, flip, listed, until
+from tests.conftest import MICRO, flags
+
+Node = Callable[[str], None]
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    """Be another machine from here on: nothing of the cache is known to it."""
+    return lambda name: monkeypatch.setenv("DMD2_CACHE", str(tmp_path / name))
+
+
+def copied(folder: Path, uri: str) -> str:
+    at(uri).put_many(folder, contents(str(folder)))
+    return uri
+
+
+def sums(folder: str | Path, kind: str) -> dict[str, str]:
+    return {file.path: file.sha256 for file in read(folder, kind).files}
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {e.name: at(folder).read(e.name).decode() for e in at(folder).list() if e.name != MANIFEST}
+
+
+def test_a_whole_run_with_nothing_but_a_bucket_is_the_run_with_folders(
+    micro: Config, made: Path, pictures: Path, bucket: str, tmp_path: Path
+) -> None:
+    source = copied(pictures, f"{bucket}/source")
+    data, teacher, run, evaluation, gate, package = (
+        f"{bucket}/run/{name}" for name in ("shards", "teacher", "run", "evaluation", "gate", "package")
+    )
+    assert stages.shard(micro, source, data).digest == read(made / "shards", "shards").digest
+    stages.teach(micro, data, teacher)
+    stages.distill(micro, data, teacher, run)
+    for folder, kind in ((teacher, "teacher"), (run, "run")):
+        assert sums(folder, kind)["network.safetensors"] == sums(made / kind, kind)["network.safetensors"]
+    facts = stages.evaluate(micro, data, teacher, run, evaluation).facts
+    assert facts["fid_student"] == read(made / "evaluation", "evaluation").facts["fid_student"]
+    generous = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e6})})
+    assert stages.gate(generous, evaluation, gate).facts["decision"] == "accepted"
+    stages.package(run, evaluation, gate, package)
+    stages.report(data, teacher, run, evaluation, gate, f"{bucket}/report.html", package)
+    stages.sample(package, f"{bucket}/grid.png", count=6)
+    for folder in (data, teacher, run, evaluation, gate, package):
+        assert contents(folder) == listed(folder)
+    assert b"accepted" in at(bucket).read("report.html")
+    at(bucket).fetch("grid.png", tmp_path / "grid.png")
+    stages.sample(str(made / "run"), str(tmp_path / "local.png"), count=6)
+    grids = [Image.open(tmp_path / name).tobytes() for name in ("grid.png", "local.png")]
+    assert grids[0] == grids[1]
+    assert not list((cache() / "drafts").iterdir())
+
+
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bits(
+    micro: Config, made: Path, bucket: str, tmp_path: Path, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL, its disk gone, a checkpoint half sent. Then the same stage on another machine."""
+    more = ("distill.steps=40", "distill.save_every=4")
+    slow = micro.model_copy(update={"distill": micro.distill.model_copy(update={"steps": 40})})
+    stages.distill(slow, str(made / "shards"), str(made / "teacher"), str(tmp_path / "whole"))
+    data, teacher = (copied(made / name, f"{bucket}/{name}") for name in ("shards", "teacher"))
+    out = f"{bucket}/run"
+    command = [
+        sys.executable, "-m", "dmd2", "distill", "edm-digits", "--data", data, "--teacher", teacher,
+        "--out", out, *flags((*MICRO, *more)),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    until(lambda: process.poll() is not None or max(sent(out), default=0) >= 8)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    shutil.rmtree(cache())
+    last = max(sent(out))
+    at(out).write("checkpoints/00000039/student.safetensors", b"half of it")
+    node("elsewhere")
+    played, original = [], Trainer.step
+
+    def counted(self: Trainer, real: object, step: int) -> object:
+        played.append(step)
+        return original(self, real, step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    stages.distill(slow, data, teacher, out)
+    assert played == list(range(last, 40))
+    assert sums(out, "run")["network.safetensors"] == sums(tmp_path / "whole", "run")["network.safetensors"]
+    assert contents(out) == listed(out)
+    opened(out, read(out, "run"))
+
+
+def sent(out: str) -> set[int]:
+    """The steps of the checkpoints that the contents of an unfinished run name."""
+    try:
+        named = json.loads(at(out).read(CONTENTS))
+    except FileNotFoundError:
+        return set()
+    return {int(name.split("/")[1]) for name in named if name.startswith("checkpoints/")}
+
+
+def save(draft: Draft, step: int) -> None:
+    """What stands for a checkpoint: two files, and a log beside it."""
+    folder = draft.path / "checkpoints" / f"{step:08d}"
+    folder.mkdir(parents=True)
+    for name in ("critic", MANIFEST):
+        (folder / name).write_text(f"{name} {step}")
+    (draft.path / "log").write_text(str(step))
+
+
+def stopped(out: str, config: Config) -> None:
+    """A run that fails after a checkpoint."""
+
+    def stop() -> None:
+        with drafted(out, "run", config, {}, resumable=True) as draft:
+            save(draft, 1)
+            draft.push()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stop()
+
+
+@pytest.mark.parametrize("let_pass", [0, 2, 4])
+def test_a_checkpoint_that_was_sent_by_half_is_not_used(
+    micro: Config, bucket: str, proxy: Proxy, node: Node, monkeypatch: pytest.MonkeyPatch, let_pass: int
+) -> None:
+    """The bucket fails at one of the requests of which sending consists."""
+    out = f"{bucket}/run"
+    monkeypatch.setenv("DMD2_RETRY_S", "0.2")
+
+    def stop() -> None:
+        with drafted(out, "run", micro, {}, resumable=True) as draft:
+            save(draft, 1)
+            draft.push()
+            save(draft, 2)
+            proxy.fail(UPLOAD, "503", after=let_pass)
+            draft.push()
+
+    with pytest.raises(OSError, match="does not answer"):
+        stop()
+    proxy.rules.clear()
+    node("elsewhere")
+    with drafted(out, "run", micro, {}, resumable=True) as draft:
+        assert checkpoint.steps(draft.path / "checkpoints") == [1]
+        save(draft, 3)
+    assert [name for name in sums(out, "run") if "0002" in name] == []
+    assert contents(out) == listed(out)
+    opened(out, read(out, "run"))
+
+
+def test_what_is_there_is_not_sent_again(micro: Config, bucket: str, proxy: Proxy, node: Node) -> None:
+    stopped(f"{bucket}/run", micro)
+    node("elsewhere")
+    with drafted(f"{bucket}/run", "run", micro, {}, resumable=True) as draft:
+        before = proxy.count(UPLOAD)
+        draft.push()
+        assert proxy.count(UPLOAD) - before == 2, "that it works here, and what there is"
+        shutil.rmtree(draft.path / "checkpoints" / "00000001")
+        save(draft, 2)
+        draft.push()
+        assert proxy.count(UPLOAD) - before == 2 + 2 + 3
+        assert [n for n in contents(f"{bucket}/run") if "00000001" in n] == []
+
+
+def test_time_is_counted_over_machines(micro: Config, bucket: str, node: Node) -> None:
+    stopped(f"{bucket}/run", micro)
+    at(f"{bucket}/run").write(SECONDS, b"1000")
+    node("elsewhere")
+    with drafted(f"{bucket}/run", "run", micro, {}, resumable=True):
+        pass
+    assert 1000 <= read(f"{bucket}/run", "run").seconds < 1100
+
+
+def test_the_process_that_began_last_goes_on_and_the_one_before_gives_way(
+    micro: Config, bucket: str, node: Node
+) -> None:
+    """A machine that was thought to be lost comes back."""
+    out = f"{bucket}/run"
+
+    def come_back() -> None:
+        with drafted(out, "run", micro, {}, resumable=True) as old:
+            save(old, 1)
+            old.push()
+            node("elsewhere")
+            with drafted(out, "run", micro, {}, resumable=True) as new:
+                assert checkpoint.steps(new.path / "checkpoints") == [1]
+                save(new, 2)
+                (old.path / "log").write_text("of the old one")
+                with pytest.raises(Refused, match="another process has begun to work"):
+                    old.push()
+                new.push()
+            old.push()
+
+    with pytest.raises(Refused, match=f"another process has begun to work in {out}"):
+        come_back()
+    folder = opened(out, read(out, "run"))
+    assert (folder / "log").read_text() == "2"
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_result_that_comes_too_late_is_dropped_and_the_first_stays_whole(
+    micro: Config, bucket: str, node: Node, resumable: bool
+) -> None:
+    out = f"{bucket}/out"
+
+    def finish_late() -> None:
+        with drafted(out, "run", micro, {}, resumable=resumable) as late:
+            (late.path / "result").write_text("late")
+            (late.path / "more").write_text("late")
+            node("elsewhere")
+            with drafted(out, "run", micro, {}, resumable=resumable) as first:
+                (first.path / "result").write_text("first")
+
+    with pytest.raises(Refused, match="another process"):
+        finish_late()
+    assert files(opened(out, read(out, "run"))) == {"result": "first"}
+    assert contents(out) == listed(out)
+
+
+def finish(out: str, number: int, together: Barrier, place: Path) -> None:
+    os.environ["DMD2_CACHE"] = str(place / str(number))
+    try:
+        with drafted(out, "gate", None, {}) as draft:
+            (draft.path / "winner").write_text(f"{number}")
+            (draft.path / f"of {number}").write_text("")
+            together.wait()
+    except Refused as error:
+        os._exit(64 if "another process" in str(error) else 1)
+
+
+def test_of_four_processes_that_finish_a_folder_at_once_one_wins_and_the_others_are_told(
+    bucket: str, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("fork")
+    for attempt in range(3):
+        out, together = f"{bucket}/{attempt}", context.Barrier(4)
+        processes = [
+            context.Process(target=finish, args=(out, n, together, tmp_path / str(attempt))) for n in range(4)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        codes = [process.exitcode for process in processes]
+        assert sorted(map(str, codes)) == ["0", "64", "64", "64"]
+        winner = codes.index(0)
+        assert files(opened(out, read(out, "gate"))) == {"winner": f"{winner}", f"of {winner}": ""}
+
+
+def test_a_prefix_that_holds_other_things_is_refused_and_left_alone(
+    micro: Config, pictures: Path, bucket: str, refusal: Callable[..., str]
+) -> None:
+    at(f"{bucket}/thesis").write("chapters/1.tex", b"years of work")
+    sentence = refusal(lambda: stages.shard(micro, str(pictures), f"{bucket}/thesis"))
+    assert f"{bucket}/thesis holds other things, 'chapters/1.tex' for one" in sentence
+    assert contents(f"{bucket}/thesis") == ["chapters/1.tex"]
+    stages.shard(micro, str(pictures), f"{bucket}/thes")
+    assert contents(f"{bucket}/thesis") == ["chapters/1.tex"]
+
+
+def test_what_cannot_be_continued_leaves_the_place_free(micro: Config, bucket: str) -> None:
+    def fail() -> None:
+        with drafted(f"{bucket}/run", "run", micro, {}, resumable=True):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert contents(bucket) == []
+    with drafted(f"{bucket}/run", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):
+        pass
+    assert read(f"{bucket}/run", "run").config != micro
+
+
+def test_unfinished_work_of_another_config_is_refused_by_its_address(
+    micro: Config, bucket: str, node: Node, refusal: Callable[..., str]
+) -> None:
+    out = f"{bucket}/run"
+    stopped(out, micro)
+    before = contents(out)
+    assert BEGUN in before
+    node("elsewhere")
+    other = micro.model_copy(update={"seed": 7})
+    sentence = refusal(lambda: drafted(out, "run", other, {}, resumable=True).__enter__())
+    assert f"the unfinished {out} was begun with another configuration (seed: 0 -> 7)" in sentence
+    assert contents(out) == before
+
+
+def test_a_checkpoint_that_is_missing_from_the_bucket_is_named(
+    micro: Config, bucket: str, node: Node
+) -> None:
+    out = f"{bucket}/run"
+    stopped(out, micro)
+    at(out).delete(["checkpoints/00000001/critic"])
+    node("elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"{out}/checkpoints/00000001/critic"):
+        drafted(out, "run", micro, {}, resumable=True).__enter__()
+
+
+def test_a_changed_object_is_named_and_never_enters_the_cache(
+    made: Path, bucket: str, refusal: Callable[..., str]
+) -> None:
+    folder = copied(made / "teacher", f"{bucket}/teacher")
+    manifest, good = read(folder, "teacher"), at(folder).read("network.json")
+    at(folder).write("network.json", good.replace(b"8", b"9"))
+    for _ in range(2):
+        assert f"{folder}/network.json was changed" in refusal(lambda: opened(folder, manifest, "network.*"))
+    at(folder).delete(["network.json"])
+    assert f"{folder}/network.json is missing" in refusal(lambda: opened(folder, manifest, "network.*"))
+    at(folder).write("network.json", good)
+    assert (opened(folder, manifest, "network.*") / "network.json").read_bytes() == good
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(made: Path, bucket: str, proxy: Proxy) -> None:
+    folder = copied(made / "teacher", f"{bucket}/teacher")
+    manifest = read(folder, "teacher")
+    path = opened(folder, manifest, "network.*") / "network.safetensors"
+    before = proxy.count(DOWNLOAD)
+    opened(folder, manifest, "network.*")
+    assert proxy.count(DOWNLOAD) == before
+    flip(path, 1000)
+    opened(folder, manifest, "network.*")
+    assert proxy.count(DOWNLOAD) == before + 1
+    assert path.read_bytes() == (made / "teacher" / "network.safetensors").read_bytes()
+
+
+def machines(tmp_path: Path, names: str, *words: str) -> list[subprocess.Popen[str]]:
+    """The same command on several machines, each with a disk of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    whole = [
+        f"--nnodes={len(names)}",
+        "--nproc-per-node=1",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *whole, f"--node-rank={rank}", "-m", "dmd2", *words],
+            env=environment | {"DMD2_CACHE": str(tmp_path / name)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
+    micro: Config, made: Path, bucket: str, tmp_path: Path
+) -> None:
+    """Two machines are lost after a checkpoint; two others go on from it, and end as one process does."""
+    run = f"{bucket}/run"
+    places = ("--data", str(made / "shards"), "--teacher", str(made / "teacher"))
+    words = ("distill", "edm-digits", *places, *flags((*MICRO, "engine.shards=2")))
+    first = machines(tmp_path, "ab", *words, "--out", run)
+    until(
+        lambda: (
+            bool(at(run).generation(CONTENTS))
+            and f"checkpoints/00000004/{MANIFEST}" in at(run).read(CONTENTS).decode()
+        )
+    )
+    for process in first:
+        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+        process.kill()
+        process.communicate()
+    told = json.loads(at(run).read(f"checkpoints/00000004/{MANIFEST}"))
+    assert len(told["files"]) == 2
+    assert {name for name in contents(run) if "/00000004/" in name} >= {
+        f"checkpoints/00000004/{n}" for n in told["files"]
+    }
+    for process in machines(tmp_path, "cd", *words, "--out", run):
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said[-3000:]
+    assert contents(run) == listed(run), "nothing else is left there"
+    assert read(run, "run").facts.keys() == read(made / "run", "run").facts.keys()
+    found, alone = (
+        load_file(opened(place, read(place, "run"), "network*") / "network.safetensors")
+        for place in (run, made / "run")
+    )
+    for name, weight in alone.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-4)
+
+    for process in machines(tmp_path, "ef", *words, "--out", str(tmp_path / "local")):
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said[-3000:]  # both see this disk

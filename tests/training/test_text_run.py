@@ -1,0 +1,429 @@
+"""Text-to-image from end to end on a tiny SDXL: resolve, encode, pairs, distill, evaluate, package, sample; and diffusers."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
+from PIL import Image
+
+from dmd2 import recipes, stages
+from dmd2.config import Config
+from dmd2.data.shards import TRAIN
+from dmd2.data.stream import Shards
+from dmd2.io.artifact import read
+from dmd2.io.tensors import load_tensors
+from dmd2.model import load, load_network
+from dmd2.models.lora import exported
+from dmd2.sampler import generate
+from dmd2.training import checkpoint
+from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.loop import read_metrics, scores
+from tests.tiny_sdxl import SMALL
+
+
+def config(recipe: str = "sdxl-4step-emoji", *overrides: str) -> Config:
+    return recipes.resolve(recipe, (*SMALL, *overrides))
+
+
+@pytest.fixture(scope="module")
+def root(pipeline: Path, squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of the four-step recipe. Read only."""
+    root = tmp_path_factory.mktemp("text")
+    names = ("shards", "teacher", "latents", "run", "evaluation", "gate", "package")
+    shards, teacher, latents, run, evaluation, gate, package = (str(root / name) for name in names)
+    stages.shard(config(), str(squares), shards, workers=1)
+    stages.resolve(config(), str(pipeline), teacher)
+    stages.encode(config(), shards, teacher, latents)
+    stages.distill(config(), latents, teacher, run)
+    stages.evaluate(config(), shards, teacher, run, evaluation)
+    stages.gate(config(), evaluation, gate)
+    stages.package(run, evaluation, gate, package)
+    return root
+
+
+def distilled(
+    root: Path, out: Path, recipe: str, *overrides: str, data: str = "latents", **more: str
+) -> Path:
+    stages.distill(config(recipe, *overrides), str(root / data), str(root / "teacher"), str(out), **more)
+    return out
+
+
+def learned(run: Path, *names: str) -> torch.Tensor:
+    weights = load_tensors(run / "unet" / "diffusion_pytorch_model.safetensors")
+    return torch.cat([weights[n].flatten() for n in names or sorted(weights)])
+
+
+def test_the_package_in_stock_diffusers_draws_what_our_sampler_does_for_the_same_noises(root: Path) -> None:
+    student = load(root / "package")
+    prompts = ["a red square", "a blue square", "a green square"]
+    eps = torch.randn(3, *student.family.shape, generator=torch.Generator().manual_seed(1))
+    between = torch.Generator().manual_seed(2)
+    ours = student.family.pixels(
+        generate(
+            student.family.denoiser(student.network),
+            eps,
+            student.family.condition(prompts).cond,
+            student.levels,
+            lambda x: torch.randn(x.shape, generator=between),
+        )
+    )
+    pipe = StableDiffusionXLPipeline.from_pretrained(root / "package")
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompts,
+        timesteps=[999, 749, 499, 249],
+        guidance_scale=0,
+        latents=eps,
+        generator=torch.Generator().manual_seed(2),
+        output_type="pt",
+    ).images
+    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    torch.testing.assert_close(ours.clamp(-1, 1) / 2 + 0.5, theirs, atol=1e-3, rtol=0)
+    assert theirs.std() > 1e-3  # a picture, not a grey field
+
+
+def test_the_teacher_is_sampled_by_diffusers_own_pipeline(root: Path, pipeline: Path) -> None:
+    teacher = load_network(root / "teacher")
+    eps, x = teacher.pairs(["a red square"], seed=3, steps=5, guidance=3.0)
+    pipe = StableDiffusionXLPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a red square", latents=eps, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
+    ).images
+    torch.testing.assert_close(x, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_an_evaluation_scores_student_and_teacher_at_few_and_many_steps(root: Path) -> None:
+    facts = read(root / "evaluation", "evaluation").facts
+    told = [(v["name"], v["recipe"], v["steps"], v["calls"]) for v in facts["variants"]]
+    assert told == [
+        ("student", "sdxl-4step-emoji", 4, 4),
+        ("teacher", "teacher", 2, 4),
+        ("teacher_1step", "teacher", 1, 2),
+        ("student_1step", "sdxl-4step-emoji", 1, 1),
+        ("teacher_4step", "teacher", 4, 8),
+    ]
+    assert all(facts[f"fid_{name}"] == v["fd"] for v in facts["variants"] for name in [v["name"]])
+
+
+def test_a_report_shows_every_variant(root: Path, tmp_path: Path) -> None:
+    names = ("shards", "teacher", "run", "evaluation", "gate")
+    folders = {name if name != "shards" else "data": str(root / name) for name in names}
+    page = stages.report(**folders, out=str(tmp_path / "report.html"), package=str(root / "package"))
+    text = Path(page).read_text()
+    for told in ("student in 1 step", "teacher in 4 steps", "teacher in 1 step", "Held-out real images"):
+        assert told in text
+
+
+def test_a_low_rank_student_is_published_whole_and_as_an_update_that_gives_the_same_network(
+    root: Path, tmp_path: Path
+) -> None:
+    run = distilled(root, tmp_path / "run", "sdxl-4step-lora-emoji")
+    update = run / "lora" / "pytorch_lora_weights.safetensors"
+    stages.adopt(
+        config("sdxl-4step-lora-emoji"), str(update), str(root / "teacher"), str(tmp_path / "adopted")
+    )
+    torch.testing.assert_close(learned(tmp_path / "adopted"), learned(run), atol=1e-6, rtol=1e-5)
+    assert not torch.equal(learned(run), learned(root / "teacher").float())
+    pipe = StableDiffusionXLPipeline.from_pretrained(root / "teacher")
+    pipe.load_lora_weights(str(update))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    theirs = torch.cat([v.flatten() for _, v in sorted(pipe.unet.state_dict().items())])
+    torch.testing.assert_close(theirs, learned(run), atol=1e-6, rtol=1e-5)
+
+
+def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp_path: Path) -> None:
+    """What is judged are pictures behind the VAE, of prompts from a file; what is published is the best, not the last."""
+    (tmp_path / "prompts.txt").write_text("a red square\na green square\n")
+    judged = ("distill.best.images=6", "distill.best.features=efficientnet", "distill.save_every=2")
+    run = distilled(
+        root,
+        tmp_path / "run",
+        "sdxl-4step-lora-emoji",
+        *judged,
+        "distill.critic_updates=1",
+        "distill.student.lr=3",
+        prompts=str(tmp_path / "prompts.txt"),
+    )
+    told, facts = scores(run), read(run, "run").facts
+    assert facts["best_step"] == min(told, key=told.__getitem__) < max(told)
+    lora = recipes.get("sdxl-4step-lora-emoji").distill.lora
+    assert lora
+    average = checkpoint.whole(run / "checkpoints" / f"{facts['best_step']:08d}", "student.average0")
+    saved = {name.removeprefix("shadow."): weight for name, weight in average.items() if name != "updates"}
+    update = load_tensors(run / "lora" / "pytorch_lora_weights.safetensors")
+    assert update.keys() == exported(saved, lora).keys()
+    assert all(torch.equal(update[name], weight) for name, weight in exported(saved, lora).items())
+
+
+def test_in_shared_base_mode_a_checkpoint_holds_only_what_learns(root: Path, tmp_path: Path) -> None:
+    run = distilled(root, tmp_path / "run", "sdxl-4step-shared-emoji")
+    saved = [checkpoint.whole(run / "checkpoints" / "00000006", name) for name in ("student", "critic")]
+    assert all(".lora_" in name for name in saved[0])
+    assert {name.split(".")[0] for name in saved[1]} == {"network", "head"}
+    assert all(".lora_" in name for name in saved[1] if name.startswith("network."))
+
+
+def test_without_backward_simulation_the_student_is_another_one(root: Path, tmp_path: Path) -> None:
+    run = distilled(root, tmp_path / "run", "sdxl-4step-noised-real-emoji")
+    assert not torch.equal(learned(run), learned(root / "run"))
+
+
+def test_a_one_step_student_learns_the_teachers_pairs_and_starts_from_that(
+    root: Path, tmp_path: Path
+) -> None:
+    pairs, teacher = tmp_path / "pairs", str(root / "teacher")
+    stages.pairs(config("sdxl-1step-emoji"), str(root / "latents"), teacher, str(pairs))
+    batch = Shards(str(pairs), TRAIN, "pairs").in_order(3)
+    assert batch.image.shape == (3, 2, 4, 16, 16)
+    again = load_network(teacher).pairs([batch.text[0]], seed=0, steps=2, guidance=3.0)
+    torch.testing.assert_close(batch.image[0, 0], again[0][0].half())  # the first noise has the first seed
+    warm = tmp_path / "warm"
+    stages.distill(config("sdxl-1step-warmup-emoji", "distill.steps=12"), str(pairs), teacher, str(warm))
+    told = [line["student/regression"] for line in read_metrics(warm)]
+    assert told[-1] < told[0]
+    run = distilled(
+        root,
+        tmp_path / "run",
+        "sdxl-1step-emoji",
+        "distill.steps=1",
+        "distill.student.lr=1e-12",
+        start=str(warm),
+    )
+    torch.testing.assert_close(learned(run), learned(warm), atol=1e-6, rtol=1e-5)
+    assert load_network(run).levels == (399,)
+
+
+def test_pairs_killed_between_shards_continue_with_the_same_bytes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmd2.model import Model
+
+    arguments = config("sdxl-1step-emoji"), str(root / "latents"), str(root / "teacher")
+    whole = stages.pairs(*arguments, str(tmp_path / "whole"))
+    sampled = Model.pairs
+    calls: list[int] = []
+
+    def failing(self: Model, *given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return sampled(self, *given, **named)
+
+    monkeypatch.setattr(Model, "pairs", failing)
+    with pytest.raises(KeyboardInterrupt):
+        stages.pairs(*arguments, str(tmp_path / "parts"))
+    assert not (tmp_path / "parts").exists()
+    assert stages.pairs(*arguments, str(tmp_path / "parts")).digest == whole.digest
+    assert len(calls) == 4 + 3  # the first shard, two batches, was kept
+
+
+def test_prompts_of_a_file_replace_those_of_the_data_and_not_captions_of_real_samples(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a green square\na blue square\n")
+    run = distilled(root, tmp_path / "run", "sdxl-4step-emoji", prompts=str(prompts))
+    assert not torch.equal(learned(run), learned(root / "run"))
+    assert "prompts" in read(run, "run").inputs
+    other = "sdxl-4step-noised-real-emoji"
+    assert "leave out --prompts" in refusal(
+        lambda: distilled(root, tmp_path / "x", other, prompts=str(prompts))
+    )
+
+
+def test_a_picture_of_any_folder_with_a_network(root: Path, tmp_path: Path) -> None:
+    for name, more in (("package", {"steps": 2}), ("run", {}), ("teacher", {"steps": 3, "guidance": 3.0})):
+        out = tmp_path / f"{name}.png"
+        stages.sample(str(root / name), str(out), count=4, prompts=("a red square", "a blue square"), **more)
+        assert Image.open(out).size == (2 * 33 + 1, 2 * 33 + 1)
+
+
+def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -> None:
+    whole = distilled(root, tmp_path / "whole", "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
+    parts = tmp_path / "parts"
+    original, seen = Checkpoints.finish, []
+
+    def finish(self: Checkpoints) -> bool:
+        if original(self):
+            seen.append(1)
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+        return bool(seen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "finish", finish)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
+    distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
+    assert torch.equal(learned(whole), learned(parts))
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda r: stages.teach(config(), str(r / "latents"), str(r / "x")), "bring one with dmd2 resolve"),
+        (lambda r: stages.resolve(config(), str(r / "shards"), str(r / "x")), "is no VAE"),
+        (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), labels=(1,)), "is no text"),
+        (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), steps=5), "was made for 4"),
+        (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), guidance=2.0), "distilled into a student"),
+        (lambda r: stages.sample(str(r / "teacher"), str(r / "x.png")), "give --prompts"),
+        (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", data="shards"), "a latents folder is needed"),
+        (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", "family.latent=4"), "latent is 2, not 4"),
+        (lambda r: distilled(r, r / "x", "sdxl-4step-lora-emoji", start=str(r / "run")), "leave out --start"),
+        (lambda r: distilled(r, r / "x", "sdxl-1step-warmup-emoji"), "a pairs folder is needed"),
+        (lambda r: distilled(r, r / "x", "sdxl-4step-noised-real-emoji", prompts=__file__[:-2] + "txt"), "does not exist"),
+        (lambda r: stages.sample(str(r / "teacher"), str(r / "x.png"), prompts=("a",), guidance=0.5), "guides above 1"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_in_one_sentence(
+    act: Callable[[Path], object], said: str, root: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    assert said in refusal(lambda: act(root))
+
+
+def test_latents_of_another_vae_are_refused(
+    root: Path, pipeline: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    torch.manual_seed(1)
+    other = AutoencoderKL.from_pretrained(pipeline / "vae")
+    for parameter in other.parameters():
+        parameter.data += 0.01
+    other.save_pretrained(tmp_path / "vae")
+    stages.encode(config(), str(root / "shards"), str(tmp_path / "vae"), str(tmp_path / "latents"))
+    sentence = refusal(
+        lambda: stages.distill(
+            config(), str(tmp_path / "latents"), str(root / "teacher"), str(tmp_path / "run")
+        )
+    )
+    assert "another VAE" in sentence
+
+
+def test_a_published_unet_becomes_a_run_that_is_evaluated_and_packaged(root: Path, tmp_path: Path) -> None:
+    weights = root / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+    names = [str(tmp_path / name) for name in ("adopted", "evaluation", "gate", "package")]
+    shards, teacher = str(root / "shards"), str(root / "teacher")
+    stages.adopt(config(), str(weights), teacher, names[0])
+    stages.evaluate(config(), shards, teacher, names[0], names[1])
+    stages.gate(config(), names[1], names[2])
+    stages.package(*names)
+    scores = [read(folder, "evaluation").facts["fid_student"] for folder in (root / "evaluation", names[1])]
+    assert scores[0] == scores[1]
+    assert torch.equal(learned(tmp_path / "package"), learned(root / "package"))
+
+
+def test_a_pickle_that_would_run_something_is_not_adopted(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / "student.bin").write_bytes(pickle.dumps(Hostile()))
+    out = tmp_path / "adopted"
+    refusal(lambda: stages.adopt(config(), str(tmp_path / "student.bin"), str(root / "teacher"), str(out)))
+    assert not (tmp_path / "ran").exists()
+    assert not out.exists()
+
+
+def test_another_vae_takes_the_place_of_the_teachers(root: Path, pipeline: Path, tmp_path: Path) -> None:
+    other = AutoencoderKL.from_pretrained(pipeline / "vae")
+    for parameter in other.parameters():
+        parameter.data *= 0.5
+    other.save_pretrained(tmp_path / "vae")
+    stages.resolve(config(), str(pipeline), str(tmp_path / "teacher"), vae=str(tmp_path / "vae"))
+    files = [Path(f, "vae", "diffusion_pytorch_model.safetensors") for f in (tmp_path, tmp_path / "teacher")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert read(tmp_path / "teacher", "teacher").digest != read(root / "teacher", "teacher").digest
+
+
+def test_a_teacher_says_what_it_predicts(root: Path) -> None:
+    facts = read(root / "teacher", "teacher").facts
+    told = facts["predicts"], facts["zero_terminal_snr"], facts["scheduler"]
+    assert told == ("epsilon", False, "EulerDiscreteScheduler")
+
+
+def test_a_tiny_vae_makes_previews_and_warm_up_images_but_no_latents(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    torch.manual_seed(0)
+    widths = (8, 8)
+    make: Any = AutoencoderTiny
+    tiny = make(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    tiny.save_pretrained(tmp_path / "tiny")
+    place = f"distill.preview_vae={tmp_path / 'tiny'}"
+    run = distilled(root, tmp_path / "run", "sdxl-4step-emoji", place)
+    assert torch.equal(learned(run), learned(root / "run"))
+    picture = "previews/00000006.png"
+    assert (run / picture).read_bytes() != (root / "run" / picture).read_bytes()
+    pairs = tmp_path / "pairs"
+    stages.pairs(config("sdxl-1step-emoji"), str(root / "latents"), str(root / "teacher"), str(pairs))
+    decoder = f"distill.regression.decoder={tmp_path / 'tiny'}"
+    warm = tmp_path / "warm"
+    stages.distill(config("sdxl-1step-warmup-emoji", decoder), str(pairs), str(root / "teacher"), str(warm))
+    assert "which is for looking at latents" in refusal(
+        lambda: stages.encode(config(), str(root / "shards"), str(tmp_path / "tiny"), str(tmp_path / "x"))
+    )
+
+
+def test_data_without_captions_is_not_learned_from_as_if_it_had_some(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    (tmp_path / "source").mkdir()
+    for index in range(12):
+        Image.new("RGB", (32, 32), (20 * index, 90, 30)).save(tmp_path / "source" / f"{index}.png")
+    shards, latents, teacher = str(tmp_path / "shards"), str(tmp_path / "latents"), str(root / "teacher")
+    stages.shard(config(), str(tmp_path / "source"), shards, workers=1)
+    stages.encode(config(), shards, teacher, latents)
+    assert "no captions to draw" in refusal(
+        lambda: stages.distill(config(), latents, teacher, str(tmp_path / "run"))
+    )
+    (tmp_path / "prompts.txt").write_text("a green square")
+    run = tmp_path / "told"
+    stages.distill(config(), latents, teacher, str(run), prompts=str(tmp_path / "prompts.txt"))
+    assert set(read(run, "run").facts["prompts"]) == {"a green square"}
+
+
+def test_adopting_depends_on_every_file_of_a_training_folder(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    folder, out = tmp_path / "training", tmp_path / "run"
+    folder.mkdir()
+    (folder / "a.json").write_text("{}")
+    weights = load_tensors(root / "run" / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    stages.adopt(config(), str(folder), str(root / "teacher"), str(out))
+    torch.save({k: v + 1 for k, v in weights.items()}, folder / "pytorch_model.bin")
+    again = [str(folder), str(root / "teacher"), str(out)]
+    assert "made from other inputs" in refusal(lambda: stages.adopt(config(), *again))
+    (tmp_path / "empty").mkdir()
+
+    def adopted(name: str) -> object:
+        return stages.adopt(config(), str(tmp_path / name), str(root / "teacher"), str(tmp_path / "x"))
+
+    assert "without pytorch_model.bin" in refusal(lambda: adopted("empty"))
+    assert "does not exist" in refusal(lambda: adopted("no.bin"))
+
+
+def test_a_report_of_an_adopted_student_has_no_curves_and_is_written(root: Path, tmp_path: Path) -> None:
+    weights = root / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+    folders = {name: str(root / name) for name in ("shards", "teacher")}
+    run, evaluation, gate = (str(tmp_path / name) for name in ("run", "evaluation", "gate"))
+    stages.adopt(config(), str(weights), folders["teacher"], run)
+    stages.evaluate(config(), folders["shards"], folders["teacher"], run, evaluation)
+    stages.gate(config(), evaluation, gate)
+    out = str(tmp_path / "report.html")
+    stages.report(folders["shards"], folders["teacher"], run, evaluation, gate, out)
+    assert "student in 1 step" in Path(out).read_text()

@@ -1,0 +1,328 @@
+"""Parity with the formulas of DMD2 for latent diffusion, written out here in float64; and parts of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmd2.batch import Conditioning, Sample
+from dmd2.config import Player as PlayerConfig
+from dmd2.config import StableConfig
+from dmd2.denoiser import Denoiser, guided
+from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
+from dmd2.recipes import step_levels
+from dmd2.sampler import Levels, denoise_real, generate, simulate, walk
+from dmd2.training import build, losses
+from dmd2.training.trainer import Player, Regression, Trainer, Weights
+
+PROCESS = Diffusion(scaled_linear_schedule(), predict_eps)
+LEVELS = (0, 20, 249, 399, 499, 749, 980, 999)
+ALPHA_BAR = (0.99915, 0.98131, 0.67543, 0.42609, 0.27767, 0.05662, 0.00584, 0.00466)
+
+
+class Toy(nn.Module):
+    """eps = weight * x + what is shown + time / 1000: enough for every input to matter."""
+
+    def __init__(self, weight: float = 0.7) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
+        assert cond.label is not None
+        return self.weight * x + (cond.label + time / 1000).reshape(-1, 1, 1, 1)
+
+
+def shown(value: float, count: int) -> Conditioning:
+    return Conditioning(label=torch.full((count,), value))
+
+
+def x0(x_t: Tensor, eps: Tensor, level: int) -> Tensor:
+    """(x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), in float64."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - beta, 0)[level]
+    return (x_t.double() - (1 - alpha_bar).sqrt() * eps.double()) / alpha_bar.sqrt()
+
+
+@pytest.mark.parametrize(("level", "alpha_bar"), list(zip(LEVELS, ALPHA_BAR, strict=True)))
+def test_the_noise_levels_are_the_published_ones(level: int, alpha_bar: float) -> None:
+    assert round(PROCESS.schedule.alpha[level].item() ** 2, 5) == alpha_bar
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_x0_in_float32_is_that_in_float64(level: int) -> None:
+    x_t, eps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    ours, exact = PROCESS.to_x0(eps, x_t, torch.tensor([level, level])), x0(x_t, eps, level)
+    assert ours.dtype == torch.float32
+    assert ((ours - exact).abs().max() / exact.abs().max()).item() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.75, 6.0, 8.0])
+def test_guidance_on_x0_is_guidance_on_eps(scale: float) -> None:
+    denoiser, x_t = Denoiser(Toy(), PROCESS), torch.randn(3, 4, 2, 2)
+    sample = Sample(x_t, shown(0.5, 3), shown(-0.25, 3))
+    level = torch.tensor([20, 499, 980])
+    ours = guided(denoiser, scale)(x_t, level, sample)
+    conditional, null = (denoiser.output(x_t, level, c) for c in (sample.cond, sample.null))
+    eps = null + scale * (conditional - null)
+    for row, index in enumerate(level.tolist()):
+        torch.testing.assert_close(ours[row].double(), x0(x_t[row], eps[row], index), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "levels"),
+    [
+        (1, (999,)),
+        (2, (999, 499)),
+        (3, (999, 666, 333)),
+        (4, (999, 749, 499, 249)),
+        (8, (999, 874, 749, 624, 499, 374, 249, 124)),
+    ],
+)
+def test_steps_are_at_the_published_levels(count: int, levels: Levels) -> None:
+    assert step_levels(count) == levels
+
+
+def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, levels, cond = Denoiser(Toy(), PROCESS), step_levels(4), shown(0.3, 2)
+    noises = [torch.randn(2, 4, 4, 4) for _ in range(4)]
+
+    def between(rest: list[Tensor]) -> list[Tensor]:
+        drawn = iter(rest)
+        monkeypatch.setattr(torch, "randn_like", lambda x: next(drawn))
+        return rest
+
+    between(noises[1:])
+    chain = generate(student, noises[0], cond, levels, lambda x: torch.randn_like(x))
+    x = noises[0]
+    told: list[Tensor] = []
+    for index, level in enumerate(levels):  # by hand
+        if index:
+            alpha, sigma = PROCESS.schedule.alpha[level], PROCESS.schedule.sigma[level]
+            x = (alpha * told[-1] + sigma * noises[index]).float()
+        eps = student.output(x, torch.tensor([level, level]), cond)
+        told.append(x0(x, eps, level))
+    torch.testing.assert_close(chain.double(), told[-1], rtol=1e-4, atol=1e-3)
+    for stop in range(4):
+        drawn = iter(noises[1:])
+        inputs = list(walk(student, noises[0], cond, levels, lambda x, drawn=drawn: next(drawn)))  # type: ignore[misc]
+        torch.testing.assert_close(student(*inputs[stop], cond).double(), told[stop], rtol=1e-4, atol=1e-3)
+    assert simulate(student, noises[0], cond, levels, 0).requires_grad
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_rollout_of_a_real_network_is_its_chain_up_to_the_step_where_it_stops(
+    stop: int, pipeline: Path
+) -> None:
+    """The same seed draws the same noises, and only the last step has a gradient."""
+    fam = build.family(StableConfig(kind="sdxl", resolution=32, latent=2), pipeline)
+    network = fam.network()
+    network.load_state_dict(fam.weights(pipeline))
+    student, levels = fam.denoiser(network), step_levels(4)
+    eps, cond = torch.randn(2, *fam.shape), fam.condition(["a red square", "a blue square"]).cond
+    torch.manual_seed(3)
+    sampled = generate(student, eps, cond, levels[: stop + 1])
+    torch.manual_seed(3)
+    rolled = simulate(student, eps, cond, levels, stop)
+    assert torch.equal(rolled, sampled)
+    assert rolled.requires_grad
+
+
+def test_one_step_at_the_last_level_reads_pure_noise_by_that_level() -> None:
+    student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), shown(0.1, 2)
+    out = student.output(eps, torch.tensor([999, 999]), cond)
+    torch.testing.assert_close(
+        generate(student, eps, cond, (999,)).double(), x0(eps, out, 999), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_one_step_at_level_399_reads_pure_noise_by_that_level() -> None:
+    student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), shown(0.1, 2)
+    out = student.output(eps, torch.tensor([399, 399]), cond)
+    torch.testing.assert_close(
+        generate(student, eps, cond, (399,)), (eps - 0.7576 * out) / 0.6528, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_noised_real_samples_are_the_other_input_and_the_noisiest_is_pure_noise() -> None:
+    class Seen(Toy):
+        def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
+            self.seen = x, time
+            return super().forward(x, time, cond)
+
+    torch.manual_seed(0)
+    network, real = Seen(), Sample(torch.full((400, 1, 2, 2), 50.0), shown(0, 400), shown(0, 400))
+    denoise_real(Denoiser(network, PROCESS), real, (999, 499))
+    x, time = network.seen
+    assert set(time.tolist()) == {999.0, 499.0}
+    mean = x.mean(dim=(1, 2, 3))
+    assert mean[time == 999].abs().max() < 3
+    torch.testing.assert_close(
+        mean[time == 499].mean(), 50 * PROCESS.schedule.alpha[499].float(), rtol=0.01, atol=0
+    )
+
+
+class Pull:
+    """A term without chance: the student is drawn to 2, the critic's weight to the mean of what it is shown."""
+
+    name = "pull"
+
+    def __init__(self, critic: nn.Linear) -> None:
+        self.critic = critic
+
+    def student_loss(self, fake: Sample) -> Tensor:
+        return (fake.x - 2).square().mean()
+
+    def critic_loss(self, fake: Sample, real: Sample) -> Tensor:
+        return (self.critic(fake.x).mean((1, 2, 3)) - real.x.mean((1, 2, 3))).square().mean()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 5])
+def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch: int) -> None:
+    def played(parts: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        student, critic = Toy(), nn.Linear(2, 2)
+        players = [
+            Player(n, m, torch.optim.SGD(m.parameters(), 0.1, fused=True), lambda step: 0.1, 1e9)
+            for n, m in (("student", student), ("critic", critic))
+        ]
+
+        def draw(real: Sample, step: int) -> Sample:
+            return replace(real, x=student(real.x, torch.zeros(len(real.x)), real.cond))
+
+        game = Trainer(players[0], players[1], [Pull(critic)], draw, 1, parts)
+        real = Sample(torch.randn(5, 1, 2, 2), shown(0.5, 5), shown(0, 5))
+        told = [game.step(real, step) for step in range(3)]
+        assert {"student/pull", "critic/pull"} < told[0].keys()
+        return [*student.parameters(), *critic.parameters(), told[2]["student/pull"], told[2]["critic/pull"]]
+
+    for ours, whole in zip(played(micro_batch), played(0), strict=True):
+        torch.testing.assert_close(ours, whole)
+
+
+class Matched:
+    """The losses of DMD, each sample under noise of its own that is known before."""
+
+    name = "matched"
+
+    def __init__(self, teacher: Denoiser, critic: Denoiser, looks: dict[float, tuple[Tensor, int]]) -> None:
+        self.teacher, self.critic, self.looks = teacher, critic, looks
+
+    def look(self, fake: Sample) -> tuple[Tensor, Tensor]:
+        assert fake.cond.label is not None
+        eps, level = zip(*(self.looks[label] for label in fake.cond.label.tolist()), strict=True)
+        return PROCESS.add_noise(fake.x, torch.stack(eps), torch.tensor(level)), torch.tensor(level)
+
+    def student_loss(self, fake: Sample) -> Tensor:
+        with torch.no_grad():
+            x_t, level = self.look(fake)
+            teacher, critic = (net(x_t, level, fake.cond) for net in (self.teacher, self.critic))
+        return losses.distribution_matching(fake.x, teacher, critic)
+
+    def critic_loss(self, fake: Sample, real: Sample) -> Tensor:
+        x_t, level = self.look(fake)
+        return losses.denoising(self.critic.output(x_t, level, fake.cond), PROCESS.target(fake.x, x_t, level))
+
+
+def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    looks = {label: (torch.randn(1, 2, 2), 200 + 150 * i) for i, label in enumerate(labels.tolist())}
+    real = Sample(torch.randn(4, 1, 2, 2), Conditioning(label=labels), shown(0, 4))
+
+    def gradients(micro_batch: int) -> list[Tensor]:
+        networks = [Toy(weight) for weight in (0.7, 0.8, 0.9)]
+        student, critic, teacher = (Denoiser(network, PROCESS) for network in networks)
+        first, second = (
+            Player(n, m, torch.optim.SGD(m.parameters(), 1.0, fused=True), lambda step: 1.0, 1e9)
+            for n, m in zip(("student", "critic"), networks[:2], strict=True)
+        )
+
+        def draw(part: Sample, step: int) -> Sample:
+            return replace(part, x=student(part.x, torch.full((len(part.x),), 499), part.cond))
+
+        before = [network.weight.detach().clone() for network in networks]
+        Trainer(first, second, [Matched(teacher, critic, looks)], draw, 1, micro_batch).step(real, 0)
+        return [old - network.weight.detach() for old, network in zip(before, networks, strict=True)]
+
+    (student, critic, teacher), whole = gradients(2), gradients(0)
+    torch.testing.assert_close([student, critic], whole[:2])
+    assert student.abs() > 1e-4
+    assert critic.abs() > 1e-4
+    assert teacher == 0
+
+
+def regression(player: Player, level: int, micro_batch: int) -> Regression:
+    denoiser = Denoiser(player.module, PROCESS)
+    return Regression(player, denoiser, level, losses.denoising, micro_batch)
+
+
+def test_a_regression_learns_a_known_answer() -> None:
+    """Half of the noise: (eps - sigma w eps) / alpha = eps / 2 at w = (1 - alpha / 2) / sigma."""
+    torch.manual_seed(0)
+    network, level = Toy(), 399
+    settings = PlayerConfig(lr=2e-2, weight_decay=0)
+    game = regression(build.player("student", network, settings, 400), level, micro_batch=3)
+    cond = shown(-level / 1000, 8)  # takes away what the toy adds for the time
+    told = []
+    for step in range(400):
+        eps = torch.randn(8, 1, 4, 4)
+        told.append(game.step(Sample(torch.stack((eps, eps / 2), 1), cond, cond), step))
+    alpha, sigma = PROCESS.schedule.alpha[level].item(), PROCESS.schedule.sigma[level].item()
+    assert network.weight.item() == pytest.approx((1 - alpha / 2) / sigma, abs=1e-3)
+    assert told[-1]["student/regression"] < 1e-4 < told[0]["student/regression"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_a_regression_in_parts_moves_as_on_the_whole_batch(micro_batch: int) -> None:
+    pairs = Sample(torch.randn(8, 2, 1, 2, 2), shown(0.1, 8), shown(0, 8))
+
+    def played(parts: int) -> tuple[Tensor, Tensor]:
+        network = Toy()
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
+        told = regression(Player("student", network, optimizer, lambda step: 0.1, 1e9), 399, parts).step(
+            pairs, 0
+        )
+        return network.weight.detach(), told["student/regression"]
+
+    torch.testing.assert_close(played(micro_batch), played(0))
+    assert played(0)[0] != Toy().weight
+
+
+def test_a_player_is_used_with_its_average_and_goes_on_with_its_weights() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    player = build.player("student", module, PlayerConfig(lr=0.1, ema=(0.5, 0.99)), 8)
+    for step in range(3):
+        module(torch.randn(4, 3)).square().sum().backward()
+        player.update(step)
+
+    def weights() -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    before, used = weights(), player.averages[1].shadow
+    with player.as_used():
+        inside = weights()
+    with pytest.raises(KeyboardInterrupt), player.as_used():
+        raise KeyboardInterrupt
+    assert before.keys() == inside.keys() == weights().keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights().items())
+    assert all(torch.equal(weight, used.get(name, before[name])) for name, weight in inside.items())
+    assert not torch.equal(inside["0.weight"], before["0.weight"])
+
+
+def test_a_checkpoint_holds_what_learns_and_nothing_else() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    assert Weights(module).state_dict().keys() == {"0.weight", "0.bias"}
+    with pytest.raises(ValueError, match="another network"):
+        Weights(module).load_state_dict({"0.weight": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("count", range(1, 33))
+def test_a_student_of_so_many_steps_has_so_many_levels(count: int) -> None:
+    assert len(step_levels(count)) == count
