@@ -42,22 +42,22 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Batch:
     """Clean samples and what they show."""
 
     x: Tensor
     """(B, C, H, W), float32, in the space of the family: pixels in [-1, 1], or scaled latents."""
     cond: Conditioning
-    null: Conditioning
+    uncond: Conditioning
     """The unconditional counterpart of `cond`, for guidance."""
     rng: Rng = field(default_factory=Rng)
     """What is drawn for these rows comes from here."""
 
-    def to(self, device: torch.device) -> Sample:
-        return Sample(sent(self.x, device), self.cond.to(device), self.null.to(device), self.rng)
+    def to(self, device: torch.device) -> Batch:
+        return Batch(sent(self.x, device), self.cond.to(device), self.uncond.to(device), self.rng)
 
-    def split(self, size: int) -> list[Sample]:
+    def split(self, size: int) -> list[Batch]:
         """Parts of `size` rows, the last one shorter; a size of 0 makes no parts of it."""
         starts = range(0, len(self.x), size or len(self.x))
         rows = [slice(start, start + (size or len(self.x))) for start in starts]
-        return [Sample(self.x[r], self.cond[r], self.null[r], self.rng[r]) for r in rows]
+        return [Batch(self.x[r], self.cond[r], self.uncond[r], self.rng[r]) for r in rows]

@@ -107,7 +107,7 @@ def _recipe_help(verb: str, stage: Callable[..., Any]) -> str:
 
 def _first_line(make: Callable[[], Config]) -> str:
     config = make()
-    parts = [f"{len(config.distill.student_levels)} step", f"{config.family.image[1]} px"]
+    parts = [f"{len(config.distill.student_timesteps)} step", f"{config.family.image[1]} px"]
     parts += ["DMD"] if config.distill.dmd else []
     parts += [f"critic x{config.distill.critic_updates}"] + (["GAN"] if config.distill.gan else [])
     return ", ".join(parts)

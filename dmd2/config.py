@@ -31,11 +31,35 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_spellings(cls, values: Any) -> Any:
+        renamed = RENAMED.get(cls.__name__, {})
+        return {renamed.get(k, k): v for k, v in values.items()} if isinstance(values, dict) else values
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ValueError(_sentence(error)) from None
+
+
+RENAMED: dict[str, dict[str, str]] = {
+    "EdmConfig": {"latent": "vae_stride", "levels": "num_timesteps"},
+    "StableConfig": {"latent": "vae_stride", "levels": "num_timesteps"},
+    "LoaderConfig": {"block": "shuffle_block", "ahead": "prefetch"},
+    "OptimizerConfig": {"warmup": "warmup_steps", "final": "final_lr_ratio"},
+    "TeachConfig": {"player": "optimizer"},
+    "DmdConfig": {"min_level": "min_timestep_fraction", "max_level": "max_timestep_fraction"},
+    "GanConfig": {"max_level": "max_timestep_fraction", "shared_view": "reuse_denoising_pass"},
+    "EngineConfig": {"checkpointing": "activation_checkpointing", "hang_s": "hang_timeout_s"},
+    "DistillConfig": {
+        "student_levels": "student_timesteps",
+        "every_stop": "continue_rollouts",
+        "keep": "keep_checkpoints",
+    },
+}
+"""Section -> {old name of a field: its name today}. Manifests and model folders with the old names are still read."""
 
 
 class AdmConfig(Section):
@@ -91,25 +115,26 @@ class EdmConfig(Section):
 
     kind: Annotated[Literal["edm"], tyro.conf.Fixed] = "edm"
     network: AdmConfig
-    latent: NonNegativeInt = 0
-    """Pixels along the side of a latent (the stride of the VAE, often 8), if the network works on latents; 0 = on
-    pixels. The VAE travels with the shards of latents, the teacher and the student."""
+    vae_stride: NonNegativeInt = 0
+    """Pixels per latent along each side (often 8) if the network works on the latents of a VAE; 0 = it works on pixels.
+    The VAE is stored with the latents, the teacher and the student."""
     sigma_min: PositiveFloat = 0.002
     """Cleanest noise level, in units of the pixels (-1 to 1)."""
     sigma_max: PositiveFloat = 80.0
-    """Noisiest level."""
+    """Noisiest noise level."""
     sigma_data: PositiveFloat = 0.5
     """Standard deviation of the images."""
     rho: PositiveFloat = 7.0
-    """Spacing of the levels (eq. 5)."""
-    levels: Annotated[int, Field(ge=2)] = 1000
-    """Number of levels in the table."""
+    """Spacing of the noise levels (eq. 5)."""
+    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    """Number of timesteps in the noise table."""
 
     @property
     def image(self) -> tuple[int, int, int]:
         """(C, H, W) of an image; behind a VAE, in colour."""
-        if self.latent:
-            return 3, self.network.resolution * self.latent, self.network.resolution * self.latent
+        if self.vae_stride:
+            side = self.network.resolution * self.vae_stride
+            return 3, side, side
         return self.network.image_channels, self.network.resolution, self.network.resolution
 
     @property
@@ -121,7 +146,7 @@ class EdmConfig(Section):
         """Refuse settings that this family cannot follow."""
         if distill.guidance != 1:
             raise ValueError(
-                f"distill.guidance is {distill.guidance}; an EDM network has no null class, so only 1 is possible"
+                f"distill.guidance is {distill.guidance}; an EDM network has no unconditional class, so only 1 is possible"
             )
         if distill.lora:
             raise ValueError("distill.lora is set; the low-rank form is for sd15 and sdxl only")
@@ -148,10 +173,10 @@ class StableConfig(Section):
     kind: Annotated[Literal["sd15", "sdxl"], tyro.conf.Fixed]
     resolution: PositiveInt
     """Height and width of an image, in pixels; at SDXL also what the network is told about its size."""
-    latent: PositiveInt = 8
-    """Pixels along the side of a latent: the stride of the VAE."""
-    levels: Annotated[int, Field(ge=2)] = 1000
-    """Number of levels in the table."""
+    vae_stride: PositiveInt = 8
+    """Pixels per latent along each side."""
+    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    """Number of timesteps in the noise table."""
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -168,9 +193,9 @@ class StableConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.resolution % self.latent:
+        if self.resolution % self.vae_stride:
             raise ValueError(
-                f"resolution {self.resolution} is not a multiple of {self.latent}, the pixels of a latent"
+                f"resolution {self.resolution} is not a multiple of {self.vae_stride}, the pixels of a latent"
             )
         return self
 
@@ -212,13 +237,13 @@ class DataConfig(Section):
 class LoaderConfig(Section):
     """In which order shards are read, and how fast."""
 
-    block: PositiveInt = 8
+    shuffle_block: PositiveInt = 8
     """Shards that are shuffled together."""
     lanes: PositiveInt = 1
     """Parts of an epoch that are read side by side. With a multiple of the number of processes, each process reads
     its own shards only; the order is the same on any number of them."""
-    ahead: NonNegativeInt = 2
-    """Batches read ahead of the step; 0 = each when it is asked for."""
+    prefetch: NonNegativeInt = 2
+    """Batches loaded ahead of the current step; 0 = each batch is loaded when it is needed."""
     threads: PositiveInt = 1
     """Threads that read and decode."""
     cache_gb: PositiveFloat = 50.0
@@ -237,23 +262,24 @@ class EncodeConfig(Section):
     than the latents."""
 
 
-class Player(Section):
-    """A network that learns: AdamW with a linear warm-up, then a rate that is constant or falls."""
+class OptimizerConfig(Section):
+    """AdamW with a linear learning-rate warm-up, followed by a constant or linearly decaying rate."""
 
     lr: PositiveFloat
     """Learning rate."""
-    warmup: NonNegativeInt = 0
-    """Steps until the full rate."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises linearly to `lr`."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the two moments of Adam."""
-    final: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the rate that is left at the last step: after the warm-up it falls linearly to it; 1 = constant."""
+    """Decay rates of the two moments of Adam."""
+    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Learning rate at the last step as a fraction of `lr`; after the warm-up it decays linearly to it. 1 = constant."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 10.0
-    """Gradients longer than this are scaled down to it."""
+    """Gradient clipping: the global norm of the gradients is limited to this."""
     ema: tuple[Fraction, ...] = ()
-    """Decay per update of each running average of the weights; the last one is what is used, none = the weights."""
+    """Decay per update of each exponential moving average (EMA) of the weights. The last EMA is the result; without any, the
+    weights themselves are."""
 
 
 class TeachConfig(Section):
@@ -263,7 +289,7 @@ class TeachConfig(Section):
     """Updates."""
     batch: PositiveInt = 64
     """Images per update."""
-    player: Player = Player(lr=1e-3, ema=(0.999,))
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, ema=(0.999,))
     p_mean: float = -1.2
     """Mean of ln(sigma) (Karras et al. 2022, table 1)."""
     p_std: PositiveFloat = 1.2
@@ -277,15 +303,17 @@ class TeachConfig(Section):
 class DmdConfig(Section):
     """The distribution-matching term (DMD2, sec. 3 and 4)."""
 
-    min_level: Fraction = 0.02
-    """Cleanest level at which scores are compared, as a share of the table."""
-    max_level: Fraction = 0.98
-    """Noisiest level, inclusive."""
+    min_timestep_fraction: Fraction = 0.02
+    """Smallest timestep at which the scores of teacher and critic are compared, as a fraction of the noise table."""
+    max_timestep_fraction: Fraction = 0.98
+    """Largest such timestep, inclusive."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.min_level >= self.max_level:
-            raise ValueError(f"min_level {self.min_level} must be below max_level {self.max_level}")
+        if self.min_timestep_fraction >= self.max_timestep_fraction:
+            raise ValueError(
+                f"min_timestep_fraction {self.min_timestep_fraction} must be below max_timestep_fraction {self.max_timestep_fraction}"
+            )
         return self
 
 
@@ -296,10 +324,11 @@ class GanConfig(Section):
     """Weight in the student's loss."""
     critic_weight: PositiveFloat
     """Weight in the critic's loss."""
-    max_level: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Levels below this share of the table noise what the head sees."""
-    shared_view: bool = False
-    """The fakes that the head is shown are those of the critic's denoising loss, under the same noise: one pass less."""
+    max_timestep_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The discriminator head sees samples noised at timesteps below this fraction of the noise table."""
+    reuse_denoising_pass: bool = False
+    """The discriminator head reads the critic's features of the fakes from the forward pass of the denoising loss, with the
+    same noise and timestep, which saves one forward pass per step."""
 
 
 class WeightsConfig(Section):
@@ -379,19 +408,19 @@ class EngineConfig(Section):
     weights: Literal["auto", "resident", "sharded"] = "auto"
     """`resident`: every process keeps the networks whole, in the type they compute in, and gathers them once per update.
     `sharded`: a unit is gathered when it is needed, and let go. `auto`: resident if that leaves room for activations."""
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: `full`, all inside a unit, for less memory and a third
     more work; `selective`, all but the results of matrix products, convolutions and attention."""
     compile: bool = False
     """Compile each unit with torch.compile: a minute or more at the start, faster steps."""
     deterministic: bool = False
     """The same bits in every run on the same hardware and as many processes; slower."""
-    hang_s: PositiveFloat = 1800.0
+    hang_timeout_s: PositiveFloat = 1800.0
     """Seconds without a finished step after which a process writes where it hangs, and ends, to be started again."""
 
 
 class DistillConfig(Section):
-    """The game between student and critic."""
+    """Training of student and critic."""
 
     steps: PositiveInt
     """Critic updates; the student has one update in `critic_updates` of them."""
@@ -399,16 +428,16 @@ class DistillConfig(Section):
     """Images per step, over all processes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in. Weights that learn stay in float32, the teacher's are kept in this."""
-    student: Player
-    critic: Player
+    student: OptimizerConfig
+    critic: OptimizerConfig
     critic_updates: PositiveInt = 5
     """Critic updates per student update: the two time-scale rule (DMD2, sec. 4.2)."""
-    student_levels: tuple[NonNegativeInt, ...] = (999,)
-    """Levels of the student's steps, noisiest first; one level is a one-step student."""
+    student_timesteps: tuple[NonNegativeInt, ...] = (999,)
+    """Timesteps at which the student is called, noisiest first, as in diffusers; one timestep makes a one-step student."""
     inputs: Literal["rollout", "noised-real"] = "rollout"
     """What a student of several steps learns from: `rollout`, its own earlier steps (backward simulation, DMD2 sec. 4.5),
-    or `noised-real`, real samples under noise of a drawn level."""
-    every_stop: bool = False
+    or `noised-real`, real samples under noise of a drawn timestep."""
+    continue_rollouts: bool = False
     """Between the student's turns, go on with one rollout, a step for each update of the critic, and show the critic every
     stop of it: one network call for a sample instead of (steps + 1) / 2."""
     lora: LoraConfig | None = None
@@ -426,8 +455,8 @@ class DistillConfig(Section):
     """Folder or hub name of the VAE that makes them, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
-    keep: PositiveInt = 2
-    """Newest checkpoints kept, beside the best one if they are judged."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoints that are kept, in addition to the best one if checkpoints are scored."""
     best: BestConfig = BestConfig()
 
     @model_validator(mode="after")
@@ -442,14 +471,16 @@ class DistillConfig(Section):
             raise ValueError(
                 "best.images is set, but a regression sees no training samples to judge by; set it to 0"
             )
-        if self.every_stop and (self.inputs != "rollout" or len(self.student_levels) < 2):
-            raise ValueError("every_stop is about the rollouts of a student of several steps; turn it off")
+        if self.continue_rollouts and (self.inputs != "rollout" or len(self.student_timesteps) < 2):
+            raise ValueError(
+                "continue_rollouts is about the rollouts of a student of several steps; turn it off"
+            )
         if (
-            list(self.student_levels) != sorted(set(self.student_levels), reverse=True)
-            or not self.student_levels
+            list(self.student_timesteps) != sorted(set(self.student_timesteps), reverse=True)
+            or not self.student_timesteps
         ):
             raise ValueError(
-                f"student_levels {self.student_levels} must fall, noisiest first, with at least one level"
+                f"student_timesteps {self.student_timesteps} must fall, noisiest first, with at least one timestep"
             )
         return self
 
@@ -516,10 +547,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        top = max(self.distill.student_levels)
-        if top >= self.family.levels:
+        top = max(self.distill.student_timesteps)
+        if top >= self.family.num_timesteps:
             raise ValueError(
-                f"distill.student_levels has {top}, beyond the {self.family.levels} levels of the family"
+                f"distill.student_timesteps has {top}, beyond the {self.family.num_timesteps} timesteps of the family"
             )
         self.family.check(self.distill)
         if self.engine.micro_batch > self.distill.batch:
@@ -527,6 +558,12 @@ class Config(Section):
                 f"engine.micro_batch {self.engine.micro_batch} is larger than distill.batch {self.distill.batch}; lower it"
             )
         return self
+
+
+def in_first_spelling(section: Section) -> dict[str, Any]:
+    """The JSON of a section with the names that its fields had first (`RENAMED`); names of nested sections stay."""
+    first = {new: old for old, new in RENAMED.get(type(section).__name__, {}).items()}
+    return {first.get(name, name): value for name, value in section.model_dump(mode="json").items()}
 
 
 def _sentence(error: ValidationError) -> str:

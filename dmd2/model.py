@@ -1,6 +1,6 @@
 """What users load: a network with all that is needed to sample it, and the package made of a finished student.
 
-`network.json` holds the family and the levels of the student's steps; the weights lie where the family puts them
+`network.json` holds the family and the timesteps of the student's steps; the weights lie where the family puts them
 (`network.safetensors`, or `unet/` of a pipeline of diffusers). All of it is data: loading executes nothing.
 """
 
@@ -17,12 +17,12 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from dmd2.config import Config, EdmConfig, FamilyConfig
+from dmd2.config import Config, EdmConfig, FamilyConfig, in_first_spelling
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, opened, read
 from dmd2.io.storage import local
-from dmd2.models.family import ModelFamily, Prompt, Shown
-from dmd2.sampler import Levels, generate
+from dmd2.models.family import CondPair, ModelFamily, Prompt
+from dmd2.sampler import Timesteps, generate
 from dmd2.training import build
 
 ELEMENTS = 2**20
@@ -36,20 +36,24 @@ class Model:
     config: FamilyConfig
     family: ModelFamily
     network: nn.Module
-    levels: Levels
-    """Levels of the student's steps, noisiest first; none for a teacher."""
+    timesteps: Timesteps
+    """Timesteps of the student's steps, noisiest first; none for a teacher."""
 
     def sample(self, prompts: Sequence[Prompt], seed: int = 0, batch: int = 0) -> Tensor:
-        """Images of these classes or texts, uint8 (N, C, H, W), in len(levels) network calls each."""
+        """Images of these classes or texts, uint8 (N, C, H, W), in len(timesteps) network calls each."""
 
-        def draw(eps: Tensor, shown: Shown) -> Tensor:
+        def draw(eps: Tensor, shown: CondPair) -> Tensor:
             first, *later = eps.unbind(1)
             between = iter(later)
             return generate(
-                self.family.denoiser(self.network), first, shown.cond, self.levels, lambda x0: next(between)
+                self.family.denoiser(self.network),
+                first,
+                shown.cond,
+                self.timesteps,
+                lambda x0: next(between),
             )
 
-        return self.family.decode(self._in_batches(draw, prompts, seed, batch, draws=len(self.levels))[1])
+        return self.family.decode(self._in_batches(draw, prompts, seed, batch, draws=len(self.timesteps))[1])
 
     def sample_teacher(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
@@ -62,7 +66,7 @@ class Model:
     ) -> tuple[Tensor, Tensor]:
         """Noise, and what the teacher makes of it, each (N, C, H, W)."""
 
-        def draw(eps: Tensor, shown: Shown) -> Tensor:
+        def draw(eps: Tensor, shown: CondPair) -> Tensor:
             return self.family.sample_teacher(self.network, eps[:, 0], shown, steps, guidance)
 
         eps, x = self._in_batches(draw, prompts, seed, batch, draws=1)
@@ -70,7 +74,7 @@ class Model:
 
     def _in_batches(
         self,
-        sampler: Callable[[Tensor, Shown], Tensor],
+        sampler: Callable[[Tensor, CondPair], Tensor],
         prompts: Sequence[Prompt],
         seed: int,
         batch: int,
@@ -85,8 +89,8 @@ class Model:
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             eps = torch.stack([torch.randn(draws, *self.family.shape, generator=noise) for _ in part])
-            cond, null = self.family.condition(part)
-            made.append(sampler(eps.to(device), Shown(cond.to(device), null.to(device))).cpu())
+            cond, uncond = self.family.condition(part)
+            made.append(sampler(eps.to(device), CondPair(cond.to(device), uncond.to(device))).cpu())
             drawn.append(eps)
         return torch.cat(drawn), torch.cat(made)
 
@@ -98,8 +102,13 @@ def load(folder: str | Path) -> Model:
 
 def save_network(folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
     """Write weights for the network of a model, and what belongs to it."""
-    model.family.save(weights, folder, model.levels)
-    facts = {"family": model.config.model_dump(mode="json"), "levels": model.levels}
+    model.family.save(weights, folder, model.timesteps)
+    write_network_json(folder, model.config, model.timesteps)
+
+
+def write_network_json(folder: Path, family: FamilyConfig, timesteps: Timesteps) -> None:
+    """In the spelling of its first version: its bytes are part of the digest of every teacher and student."""
+    facts = {"family": in_first_spelling(family), "levels": timesteps}
     (folder / "network.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -127,14 +136,14 @@ def model_card(run: Manifest, evaluation: Manifest, gate: Manifest) -> str:
     """README.md of the package."""
     config, scores = run.config, evaluation.facts
     assert config is not None
-    levels = config.distill.student_levels
-    calls = f"{len(levels)} network call" + ("s" if len(levels) > 1 else "")
+    timesteps = config.distill.student_timesteps
+    calls = f"{len(timesteps)} network call" + ("s" if len(timesteps) > 1 else "")
     return f"""---
 library_name: dmd2
 license: other
 tags: [diffusion, distillation, dmd2]
 ---
-# {config.recipe}: a {len(levels)}-step student
+# {config.recipe}: a {len(timesteps)}-step student
 
 Distilled with DMD2 (arXiv 2405.14867) by recipe `{config.recipe}`. One image takes {calls}; the teacher takes {scores["nfe_teacher"]}.
 The weights carry the licences of the teacher and of the data they were made from.
@@ -190,7 +199,7 @@ def _calls(scores: dict[str, Any], name: str) -> int:
 
 
 def _usage(config: Config) -> str:
-    levels = list(config.distill.student_levels)
+    timesteps = list(config.distill.student_timesteps)
     if isinstance(config.family, EdmConfig):
         labels = ", ".join(str(label) for label in range(min(3, config.family.classes)))
         return f"""```python
@@ -204,7 +213,7 @@ images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
 ```python
 from diffusers import {pipeline}
 pipe = {pipeline}.from_pretrained("path/of/this/folder")
-image = pipe("a prompt", timesteps={levels}, guidance_scale=0).images[0]
+image = pipe("a prompt", timesteps={timesteps}, guidance_scale=0).images[0]
 ```
 
 The timesteps must be these, and guidance must be off: a negative prompt does nothing."""

@@ -22,8 +22,8 @@ from dmd2.config import (
     GateConfig,
     LoaderConfig,
     LoraConfig,
+    OptimizerConfig,
     PairsConfig,
-    Player,
     RegressionConfig,
     StableConfig,
     TeachConfig,
@@ -33,8 +33,8 @@ from dmd2.errors import Refused, near_miss
 Parsed = TypeVar("Parsed")
 
 
-def step_levels(count: int, table: int = 1000) -> tuple[int, ...]:
-    """Levels of a student of `count` steps at even distances (reference, sec. 2.7): 4 -> 999, 749, 499, 249."""
+def spaced_timesteps(count: int, table: int = 1000) -> tuple[int, ...]:
+    """Timesteps of a student of `count` steps at even distances (reference, sec. 2.7): 4 -> 999, 749, 499, 249."""
     return tuple(range(table - 1, 0, -(table // count)))[:count]
 
 
@@ -66,12 +66,14 @@ def edm_digits() -> Config:
         recipe="edm-digits",
         family=EdmConfig(network=DIGITS),
         data=DataConfig(holdout=1000),
-        teach=TeachConfig(steps=1500, batch=64, player=Player(lr=2e-3, warmup=100, ema=(0.995,))),
+        teach=TeachConfig(
+            steps=1500, batch=64, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=100, ema=(0.995,))
+        ),
         distill=DistillConfig(
             steps=1600,
             batch=32,
-            student=Player(lr=4e-4, warmup=20, final=0.05, ema=(0.98,)),
-            critic=Player(lr=4e-4, warmup=20, final=0.05),
+            student=OptimizerConfig(lr=4e-4, warmup_steps=20, final_lr_ratio=0.05, ema=(0.98,)),
+            critic=OptimizerConfig(lr=4e-4, warmup_steps=20, final_lr_ratio=0.05),
             gan=GanConfig(student_weight=3e-2, critic_weight=3e-2),
         ),
         evaluate=EvaluateConfig(features="classifier", images=2000),
@@ -80,7 +82,7 @@ def edm_digits() -> Config:
 
 def edm_imagenet64() -> Config:
     """One step, ImageNet-64, with the GAN: FID 1.51 in the paper (its table 1; reference run of 200 k steps)."""
-    player = Player(lr=2e-6, warmup=500)
+    optimizer = OptimizerConfig(lr=2e-6, warmup_steps=500)
     return Config(
         recipe="edm-imagenet64",
         seed=10,
@@ -90,8 +92,8 @@ def edm_imagenet64() -> Config:
         distill=DistillConfig(
             steps=200_000,
             batch=280,
-            student=player,
-            critic=player,
+            student=optimizer,
+            critic=optimizer,
             gan=GanConfig(student_weight=3e-3, critic_weight=1e-2),
             preview_every=1000,
             save_every=5000,
@@ -101,7 +103,7 @@ def edm_imagenet64() -> Config:
 
 def sd15_1step() -> Config:
     """One step, Stable Diffusion 1.5, first stage, without the GAN: FID 9.28 on COCO-30k in the reference."""
-    player = Player(lr=1e-5, warmup=500)
+    optimizer = OptimizerConfig(lr=1e-5, warmup_steps=500)
     return Config(
         recipe="sd15-1step",
         seed=10,
@@ -111,29 +113,29 @@ def sd15_1step() -> Config:
             steps=39_000,
             batch=2048,
             dtype="bfloat16",
-            student=player,
-            critic=player,
+            student=optimizer,
+            critic=optimizer,
             critic_updates=10,
-            student_levels=step_levels(1),
+            student_timesteps=spaced_timesteps(1),
             guidance=1.75,
             preview_every=1000,
             save_every=1000,
         ),
-        engine=EngineConfig(micro_batch=32, checkpointing="full"),
+        engine=EngineConfig(micro_batch=32, activation_checkpointing="full"),
         evaluate=EvaluateConfig(images=30_000, batch=64, teacher_steps=50, teacher_guidance=3.0),
     )
 
 
 def sd15_1step_gan() -> Config:
     """One step, Stable Diffusion 1.5, second stage, started from the first: 8.35 in the paper."""
-    player = Player(lr=5e-7, warmup=500)
+    optimizer = OptimizerConfig(lr=5e-7, warmup_steps=500)
     gan = GanConfig(student_weight=1e-3, critic_weight=1e-2)
-    return _with(sd15_1step(), "sd15-1step-gan", steps=5_000, student=player, critic=player, gan=gan)
+    return _with(sd15_1step(), "sd15-1step-gan", steps=5_000, student=optimizer, critic=optimizer, gan=gan)
 
 
 def sdxl_4step() -> Config:
     """Four steps, SDXL, by backward simulation: FID 19.32 on COCO-10k in the paper (its table 2)."""
-    player = Player(lr=5e-7, warmup=500)
+    optimizer = OptimizerConfig(lr=5e-7, warmup_steps=500)
     return Config(
         recipe="sdxl-4step",
         seed=10,
@@ -143,9 +145,9 @@ def sdxl_4step() -> Config:
             steps=19_000,
             batch=128,
             dtype="bfloat16",
-            student=player,
-            critic=player,
-            student_levels=step_levels(4),
+            student=optimizer,
+            critic=optimizer,
+            student_timesteps=spaced_timesteps(4),
             guidance=8.0,
             gan=GanConfig(student_weight=5e-3, critic_weight=1e-2),
             preview_every=500,
@@ -158,8 +160,8 @@ def sdxl_4step() -> Config:
 
 def sdxl_4step_lora() -> Config:
     """Four steps, SDXL, the student a low-rank update, the critic whole: 19.68 in the reference."""
-    player = Player(lr=5e-5, warmup=500)
-    changes = {"steps": 16_000, "student": player, "critic": player, "lora": LoraConfig()}
+    optimizer = OptimizerConfig(lr=5e-5, warmup_steps=500)
+    changes = {"steps": 16_000, "student": optimizer, "critic": optimizer, "lora": LoraConfig()}
     return _with(sdxl_4step(), "sdxl-4step-lora", **changes)
 
 
@@ -173,24 +175,24 @@ def sdxl_1step_warmup() -> Config:
     changes = {
         "steps": 2_000,
         "batch": 256,
-        "student": Player(lr=1e-5, warmup=500),
-        "student_levels": (399,),
+        "student": OptimizerConfig(lr=1e-5, warmup_steps=500),
+        "student_timesteps": (399,),
         "dmd": None,
         "gan": None,
         "regression": RegressionConfig(decoder="madebyollin/taesdxl"),
     }
     warmup = _with(sdxl_4step(), "sdxl-1step-warmup", **changes)
-    return warmup.model_copy(update={"engine": EngineConfig(micro_batch=4, checkpointing="full")})
+    return warmup.model_copy(update={"engine": EngineConfig(micro_batch=4, activation_checkpointing="full")})
 
 
 def sdxl_1step() -> Config:
-    """One step, SDXL, at level 399, started from the warm-up: 19.01 in the paper."""
-    return _with(sdxl_4step(), "sdxl-1step", steps=24_000, student_levels=(399,))
+    """One step, SDXL, at timestep 399, started from the warm-up: 19.01 in the paper."""
+    return _with(sdxl_4step(), "sdxl-1step", steps=24_000, student_timesteps=(399,))
 
 
 def steps(config: Config, count: int, name: str) -> Config:
     """The same student in another number of steps."""
-    return _with(config, name, student_levels=step_levels(count))
+    return _with(config, name, student_timesteps=spaced_timesteps(count))
 
 
 def from_real(config: Config) -> Config:
@@ -206,11 +208,11 @@ def emoji(config: Config, **changes: Any) -> Config:
         "steps": 800,
         "batch": 16,
         "dtype": "float32",
-        "student": Player(lr=rate, warmup=20, final=0.05, ema=(0.98,)),
-        "critic": Player(
+        "student": OptimizerConfig(lr=rate, warmup_steps=20, final_lr_ratio=0.05, ema=(0.98,)),
+        "critic": OptimizerConfig(
             lr=rate if config.distill.lora and config.distill.lora.shared_base else 2e-4,
-            warmup=20,
-            final=0.05,
+            warmup_steps=20,
+            final_lr_ratio=0.05,
         ),
         "guidance": 3.0,
         "gan": config.distill.gan and GanConfig(student_weight=3e-2, critic_weight=3e-2),
@@ -222,7 +224,7 @@ def emoji(config: Config, **changes: Any) -> Config:
         update={
             "seed": 0,
             "engine": EngineConfig(),
-            "family": StableConfig(kind="sdxl", resolution=64, latent=4),
+            "family": StableConfig(kind="sdxl", resolution=64, vae_stride=4),
             "data": DataConfig(holdout=786),
             "pairs": PairsConfig(count=1_020, batch=60, steps=30, guidance=3.0),
             "evaluate": EvaluateConfig(
@@ -235,7 +237,10 @@ def emoji(config: Config, **changes: Any) -> Config:
 
 def emoji_warmup() -> Config:
     """Pixels instead of LPIPS, whose weights cannot be had everywhere, and the teacher's own VAE."""
-    changes = {"steps": 300, "student": Player(lr=5e-4, warmup=20, final=0.05, ema=(0.98,))}
+    changes = {
+        "steps": 300,
+        "student": OptimizerConfig(lr=5e-4, warmup_steps=20, final_lr_ratio=0.05, ema=(0.98,)),
+    }
     return emoji(sdxl_1step_warmup(), **changes, regression=RegressionConfig(metric="mse"))
 
 

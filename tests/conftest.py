@@ -18,7 +18,7 @@ from dmd2.denoiser import Denoiser
 from dmd2.parallel import World
 from dmd2.training import build
 from dmd2.training.terms import DistributionMatching
-from dmd2.training.trainer import Trainer
+from dmd2.training.trainer import DMD2Trainer
 from tests.bucket import bucket, object_store, proxy  # noqa: F401 - fixtures
 from tests.tiny_sdxl import pipeline, squares  # noqa: F401 - fixtures
 
@@ -28,7 +28,7 @@ ALONE = World(torch.device("cpu"))
 
 MICRO = (
     "family.network.resolution=8", "family.network.channels=8", "family.network.multipliers=1", "family.network.attention=8",
-    "family.network.patch=2", "family.network.classes=3", "data.holdout=12", "data.images_per_shard=16", "loader.block=2",
+    "family.network.patch=2", "family.network.classes=3", "data.holdout=12", "data.images_per_shard=16", "loader.shuffle_block=2",
     "teach.steps=6", "teach.batch=8", "teach.log_every=2", "teach.save_every=3",
     "distill.steps=10", "distill.batch=8", "distill.log_every=2", "distill.preview_every=5", "distill.save_every=4",
     "evaluate.images=24", "evaluate.teacher_steps=3", "evaluate.batch=12",
@@ -54,15 +54,15 @@ def with_adm(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"family": config.family.model_copy(update={"network": network})})
 
 
-def trainer(config: Config, teacher: nn.Module) -> Trainer:
-    game = build.game(config, build.family(config.family), teacher.state_dict(), ALONE)
-    assert isinstance(game, Trainer)
-    return game
+def make_trainer(config: Config, teacher: nn.Module) -> DMD2Trainer:
+    trainer = build.trainer(config, build.family(config.family), teacher.state_dict(), ALONE)
+    assert isinstance(trainer, DMD2Trainer)
+    return trainer
 
 
-def teacher_of(game: Trainer) -> nn.Module:
-    """The network that the game's distribution matching looks at."""
-    (matching,) = (term for term in game.terms if isinstance(term, DistributionMatching))
+def teacher_of(trainer: DMD2Trainer) -> nn.Module:
+    """The network that the trainer's distribution matching looks at."""
+    (matching,) = (term for term in trainer.terms if isinstance(term, DistributionMatching))
     found = [
         c.cell_contents for c in matching.teacher.__closure__ or () if isinstance(c.cell_contents, Denoiser)
     ]

@@ -63,16 +63,16 @@ def test_target_is_the_papers_quantity(name: str, formula, x0: torch.Tensor) -> 
 
 
 def test_scaled_linear_alpha_bar_has_the_published_values() -> None:
-    levels = torch.tensor([0, 20, 249, 399, 499, 749, 980, 999])
+    timesteps = torch.tensor([0, 20, 249, 399, 499, 749, 980, 999])
     published = torch.tensor([0.99915, 0.98131, 0.67543, 0.42609, 0.27767, 0.05662, 0.00584, 0.00466])
-    alpha_bar = scaled_linear_schedule().alpha[levels] ** 2
+    alpha_bar = scaled_linear_schedule().alpha[timesteps] ** 2
     torch.testing.assert_close(alpha_bar.float(), published, rtol=0, atol=5.1e-6)
 
 
 def test_karras_levels_have_the_published_values() -> None:
     sigma = karras_schedule().sigma
-    for level, value in {0: 0.002, 20: 0.0032, 500: 2.53, 980: 72.05, 999: 80.0}.items():
-        assert sigma[level].item() == pytest.approx(value, rel=2e-2 if level == 20 else 2e-3)
+    for timestep, value in {0: 0.002, 20: 0.0032, 500: 2.53, 980: 72.05, 999: 80.0}.items():
+        assert sigma[timestep].item() == pytest.approx(value, rel=2e-2 if timestep == 20 else 2e-3)
     assert (sigma.diff() > 0).all()
 
 

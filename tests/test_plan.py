@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmd2 import plan, recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import World
@@ -23,7 +23,7 @@ from dmd2.plan import counts, prediction, rehearsal, table
 from dmd2.plan.counts import Layout
 from dmd2.plan.rehearsal import Pass
 from dmd2.training import build, memory
-from dmd2.training.trainer import Trainer
+from dmd2.training.trainer import DMD2Trainer
 from tests.bench import collectives
 from tests.conftest import ALONE, MICRO
 
@@ -40,25 +40,25 @@ def digits(*changes: str) -> Config:
 
 
 def emoji(name: str, *changes: str) -> Config:
-    small = ["family.resolution=32", "family.latent=2", "distill.batch=4", "engine.micro_batch=2"]
+    small = ["family.resolution=32", "family.vae_stride=2", "distill.batch=4", "engine.micro_batch=2"]
     return recipes.resolve(name, [*small, *changes])
 
 
-def counted(config: Config, fam: ModelFamily, teacher: nn.Module, real: Sample) -> list[int]:
+def counted(config: Config, fam: ModelFamily, teacher: nn.Module, real: Batch) -> list[int]:
     """FLOPs of each step of a turn of the real trainer and the first of the next."""
-    game = build.game(config, fam, teacher.state_dict(), ALONE)
-    assert isinstance(game, Trainer)
+    trainer = build.trainer(config, fam, teacher.state_dict(), ALONE)
+    assert isinstance(trainer, DMD2Trainer)
     found = []
     for step in range(config.distill.critic_updates + 1):
         with FlopCounterMode(display=False, custom_mapping=memory.CPU_ATTENTION) as counter:
-            game.step(real, step)
+            trainer.step(real, step)
         found.append(counter.get_total_flops())
     return found
 
 
 def predicted(config: Config, fam: ModelFamily) -> list[float]:
     nets = rehearsal.networks(config, fam)
-    with rehearsal.checkpointing(fam, nets, config.engine.checkpointing):
+    with rehearsal.checkpointing(fam, nets, config.engine.activation_checkpointing):
         passes = rehearsal.Rehearsal(config, fam, nets, 1).run()
     steps = range(config.distill.critic_updates + 1)
     batch = config.distill.batch
@@ -71,19 +71,23 @@ def predicted(config: Config, fam: ModelFamily) -> list[float]:
         (),
         ("-gan",),
         ("-dmd",),
-        ("distill.gan.shared_view=True",),
-        ("engine.micro_batch=2", "engine.checkpointing=full", "distill.critic_updates=2"),
-        ("engine.checkpointing=selective",),
-        ("distill.student_levels=999,600,200",),
-        ("distill.student_levels=999,600,200", "distill.every_stop=True", "distill.critic_updates=7"),
-        ("distill.student_levels=999,600,200", "distill.inputs=noised-real"),
+        ("distill.gan.reuse_denoising_pass=True",),
+        ("engine.micro_batch=2", "engine.activation_checkpointing=full", "distill.critic_updates=2"),
+        ("engine.activation_checkpointing=selective",),
+        ("distill.student_timesteps=999,600,200",),
+        (
+            "distill.student_timesteps=999,600,200",
+            "distill.continue_rollouts=True",
+            "distill.critic_updates=7",
+        ),
+        ("distill.student_timesteps=999,600,200", "distill.inputs=noised-real"),
     ],
 )
 def test_flops_of_every_step_of_a_turn_are_those_of_the_real_trainer(changes: tuple[str, ...]) -> None:
     config = digits(*changes)
     fam = build.family(config.family)
     cond = Conditioning(label=torch.zeros(4, dtype=torch.int64))
-    real = Sample(torch.randn(4, *fam.shape), cond, Conditioning())
+    real = Batch(torch.randn(4, *fam.shape), cond, Conditioning())
     assert predicted(config, build.family(config.family)) == counted(config, fam, fam.network(), real)
 
 
@@ -91,10 +95,10 @@ def test_flops_of_every_step_of_a_turn_are_those_of_the_real_trainer(changes: tu
     ("recipe", "changes"),
     [
         ("sdxl-4step-emoji", ()),
-        ("sdxl-4step-emoji", ("engine.checkpointing=full", "distill.every_stop=True")),
+        ("sdxl-4step-emoji", ("engine.activation_checkpointing=full", "distill.continue_rollouts=True")),
         ("sdxl-4step-lora-emoji", ()),
-        ("sdxl-4step-shared-emoji", ("distill.gan.shared_view=True",)),
-        ("sdxl-1step-emoji", ("engine.checkpointing=selective",)),
+        ("sdxl-4step-shared-emoji", ("distill.gan.reuse_denoising_pass=True",)),
+        ("sdxl-1step-emoji", ("engine.activation_checkpointing=selective",)),
     ],
 )
 def test_flops_of_a_turn_of_a_small_sdxl_are_those_of_the_real_trainer(
@@ -103,14 +107,14 @@ def test_flops_of_a_turn_of_a_small_sdxl_are_those_of_the_real_trainer(
     config = emoji(recipe, *changes)
     fam: Any = build.family(config.family, pipeline)
     shown = fam.condition(["a red square", "a blue", "a green square", ""])
-    real = Sample(torch.randn(4, *fam.shape), *shown)
+    real = Batch(torch.randn(4, *fam.shape), *shown)
     assert predicted(config, build.family(config.family, pipeline)) == counted(
         config, fam, fam.network(), real
     )
 
 
 def test_an_average_step_is_the_mean_over_turns_and_stops() -> None:
-    config = digits("distill.student_levels=999,600,200")
+    config = digits("distill.student_timesteps=999,600,200")
     assert counts.mean_calls(config) == pytest.approx(
         {
             rehearsal.ROLLOUT: 1
@@ -185,7 +189,12 @@ def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(
 @pytest.mark.parametrize("weights", ["resident", "sharded"])
 @pytest.mark.parametrize(
     "changes",
-    [("-gan",), (), ("distill.gan.shared_view=True",), ("engine.micro_batch=1", "engine.checkpointing=full")],
+    [
+        ("-gan",),
+        (),
+        ("distill.gan.reuse_denoising_pass=True",),
+        ("engine.micro_batch=1", "engine.activation_checkpointing=full"),
+    ],
 )
 @pytest.mark.parametrize(("gpus", "per_node"), [(8, 4), (4, 1)])
 def test_calls_of_a_turn_are_those_of_the_real_trainer(
@@ -196,7 +205,7 @@ def test_calls_of_a_turn_are_those_of_the_real_trainer(
     calls = collectives_of_a_turn(config, gpus, per_node)
     fam = build.family(config.family)
     nets, rows = rehearsal.networks(config, fam), config.engine.micro_batch or 2
-    with rehearsal.checkpointing(fam, nets, config.engine.checkpointing):
+    with rehearsal.checkpointing(fam, nets, config.engine.activation_checkpointing):
         passes = rehearsal.Rehearsal(config, fam, nets, rows).run()
     sent = counts.traffic(
         config, fam, nets, Layout(gpus, per_node, per_node), weights == "resident", passes, rows
@@ -219,14 +228,14 @@ def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str,
         collectives.MESH[:] = [mesh]
         fam = build.family(config.family)
         with collectives.without_data():
-            game = build.game(config, fam, {}, world)
+            trainer = build.trainer(config, fam, {}, world)
             rows = config.distill.batch // gpus
             cond = Conditioning(label=torch.zeros(rows, dtype=torch.int64))
-            real = Sample(torch.zeros(rows, *fam.shape), cond, Conditioning())
-            game.step(real, 0)
+            real = Batch(torch.zeros(rows, *fam.shape), cond, Conditioning())
+            trainer.step(real, 0)
             for step in range(1, 1 + config.distill.critic_updates):
                 with CommDebugMode() as counter:
-                    game.step(real, step)
+                    trainer.step(real, step)
                 for name, count in counter.get_comm_counts().items():
                     calls[next(kind for part, kind in kinds.items() if part in str(name))] += count
     finally:

@@ -16,13 +16,18 @@ def test_a_recipe_knows_its_name_and_is_complete(name: str) -> None:
 
 
 def test_imagenet64_is_the_published_recipe() -> None:
-    """Reference runs: lr 2e-6 both, batch 280, ratio 5, GAN 3e-3 / 1e-2, levels 2 to 98 %, 200 k steps, clip 10, no EMA."""
+    """Reference runs: lr 2e-6 both, batch 280, ratio 5, GAN 3e-3 / 1e-2, timesteps 2 to 98 %, 200 k steps, clip 10, no EMA."""
     d = recipes.get("edm-imagenet64").distill
     assert d.dmd is not None
     assert d.gan is not None
     assert (d.student.lr, d.critic.lr, d.batch, d.critic_updates, d.steps) == (2e-6, 2e-6, 280, 5, 200_000)
-    assert (d.gan.student_weight, d.gan.critic_weight, d.gan.max_level) == (3e-3, 1e-2, 1.0)
-    assert (d.dmd.min_level, d.dmd.max_level, d.guidance, d.student_levels) == (0.02, 0.98, 1.0, (999,))
+    assert (d.gan.student_weight, d.gan.critic_weight, d.gan.max_timestep_fraction) == (3e-3, 1e-2, 1.0)
+    assert (d.dmd.min_timestep_fraction, d.dmd.max_timestep_fraction, d.guidance, d.student_timesteps) == (
+        0.02,
+        0.98,
+        1.0,
+        (999,),
+    )
     assert (d.student.betas, d.student.weight_decay, d.student.max_grad_norm, d.student.ema) == (
         (0.9, 0.999),
         0.01,
@@ -41,12 +46,12 @@ def test_variants_differ_from_their_recipe_in_what_their_name_says() -> None:
 
 def test_overrides_replace_fields_and_lists() -> None:
     config = recipes.resolve(
-        "edm-digits", ["distill.steps=7", "family.network.multipliers=2,1", "teach.player.ema=", "seed=4"]
+        "edm-digits", ["distill.steps=7", "family.network.multipliers=2,1", "teach.optimizer.ema=", "seed=4"]
     )
     assert (
         config.distill.steps,
         adm(config).multipliers,
-        config.teach.player.ema,
+        config.teach.optimizer.ema,
         config.seed,
     ) == (7, (2, 1), (), 4)
 
@@ -56,17 +61,17 @@ def test_overrides_replace_fields_and_lists() -> None:
     [
         ("distill.steps", "must have the form field=value"),
         ("distil.steps=3", "--distill.steps"),
-        ("distill.student_levels=3,900", "must fall, noisiest first"),
-        ("distill.student_levels=4000", "beyond the 1000 levels"),
+        ("distill.student_timesteps=3,900", "must fall, noisiest first"),
+        ("distill.student_timesteps=4000", "beyond the 1000 timesteps"),
         ("family.network.resolution=30", "cannot be divided by patch"),
         ("distill.student.lr=-1", "greater than 0, not -1"),
         ("recipe=mine", "recipe"),
         ("seed=-1", "greater than or equal to 0"),
-        ("distill.guidance=2", "no null class"),
+        ("distill.guidance=2", "no unconditional class"),
         ("family.network.multipliers=1,2,4", "2x2 pixels"),
         ("family.network.channels=100", "do not divide into attention heads"),
-        ("distill.dmd.min_level=0.99", "must be below max_level"),
-        ("distill.gan.max_level=0", "greater than 0"),
+        ("distill.dmd.min_timestep_fraction=0.99", "must be below max_timestep"),
+        ("distill.gan.max_timestep_fraction=0", "greater than 0"),
         ("evaluate.teacher_steps=1", "greater than or equal to 2"),
         ("family.sigma_min=90", "must be below sigma_max"),
     ],
@@ -78,7 +83,10 @@ def test_a_wrong_override_is_refused_in_one_sentence(
 
 
 def test_the_noisiest_level_may_be_the_last_of_the_table() -> None:
-    assert build._levels(DmdConfig(min_level=0.5, max_level=1.0), 1000) == (500, 1000)
+    assert build._timestep_range(DmdConfig(min_timestep_fraction=0.5, max_timestep_fraction=1.0), 1000) == (
+        500,
+        1000,
+    )
 
 
 def test_every_recipe_holds_out_what_its_evaluation_needs() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.denoiser import Denoiser, guided
 from dmd2.diffusion import Diffusion, karras_schedule, predict_x0, scaled_linear_schedule
 from dmd2.sampler import generate, heun, simulate
@@ -51,15 +51,15 @@ def test_heun_solves_a_gaussian_to_second_order() -> None:
 
 
 def test_few_step_generation_takes_one_call_a_level() -> None:
-    for levels in [(999,), (999, 499), (999, 749, 499, 249)]:
+    for timesteps in [(999,), (999, 499), (999, 749, 499, 249)]:
         network = Counting(lambda x, time: x * 0.1)
         generate(
             Denoiser(network, Diffusion(scaled_linear_schedule(), predict_x0)),
             torch.randn(4, 1, 2, 2),
             COND,
-            levels,
+            timesteps,
         )
-        assert network.calls == len(levels)
+        assert network.calls == len(timesteps)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
@@ -73,11 +73,11 @@ def test_simulation_stops_at_the_drawn_step_with_gradient_only_there(stop: int) 
 def test_training_rollout_equals_sampling_for_the_same_noise() -> None:
     network = nn.Conv2d(1, 1, 1)
     denoiser = Denoiser(Counting(lambda x, time: network(x)), Diffusion(scaled_linear_schedule(), predict_x0))
-    eps, levels = torch.randn(4, 1, 2, 2), (999, 749, 499, 249)
+    eps, timesteps = torch.randn(4, 1, 2, 2), (999, 749, 499, 249)
     torch.manual_seed(3)
-    sampled = generate(denoiser, eps, COND, levels)
+    sampled = generate(denoiser, eps, COND, timesteps)
     torch.manual_seed(3)
-    torch.testing.assert_close(simulate(denoiser, eps, COND, levels, stop=3), sampled, rtol=0, atol=0)
+    torch.testing.assert_close(simulate(denoiser, eps, COND, timesteps, stop=3), sampled, rtol=0, atol=0)
 
 
 def test_guidance_extrapolates_from_the_unconditional() -> None:
@@ -87,7 +87,7 @@ def test_guidance_extrapolates_from_the_unconditional() -> None:
             return cond.label.reshape(-1, 1, 1, 1) + x * 0
 
     x = torch.zeros(2, 1, 2, 2)
-    sample = Sample(
+    sample = Batch(
         x, Conditioning(label=torch.tensor([3.0, 5.0])), Conditioning(label=torch.tensor([1.0, 1.0]))
     )
     teacher = guided(Denoiser(ByLabel(), Diffusion(scaled_linear_schedule(), predict_x0)), 8.0)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 SMALL = (
-    "family.resolution=32", "family.latent=2", "data.holdout=6", "data.images_per_shard=10", "loader.block=2",
+    "family.resolution=32", "family.vae_stride=2", "data.holdout=6", "data.images_per_shard=10", "loader.shuffle_block=2",
     "distill.steps=6", "distill.batch=4", "engine.micro_batch=2", "distill.log_every=2", "distill.save_every=3",
     "distill.preview_every=6", "evaluate.images=6", "evaluate.teacher_steps=2", "evaluate.batch=6", "gate.factor=1e9",
     "pairs.count=10", "pairs.per_shard=4", "pairs.batch=2", "pairs.steps=2",

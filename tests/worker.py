@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 
 from dmd2 import parallel, recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
 from dmd2.rng import Rng
 from dmd2.training import build
-from dmd2.training.trainer import Trainer
+from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
 
-TWO_STEPS = "distill.student_levels=999,499"
+TWO_STEPS = "distill.student_timesteps=999,499"
 CASES = {
     "edm": ("edm-digits", (*MICRO, "distill.student.ema=0.9"), 20),
     "parts": ("edm-digits", (*MICRO, "engine.micro_batch=1"), 6),
-    "fast": ("edm-digits", (*MICRO, TWO_STEPS, "distill.every_stop=True", "distill.gan.shared_view=True"), 6),
+    "fast": (
+        "edm-digits",
+        (*MICRO, TWO_STEPS, "distill.continue_rollouts=True", "distill.gan.reuse_denoising_pass=True"),
+        6,
+    ),
     "sdxl": ("sdxl-4step-emoji", (*SMALL, "engine.micro_batch=0"), 6),
     "shared-base": ("sdxl-4step-shared-emoji", SMALL, 6),
     "bfloat16": ("edm-digits", (*MICRO, "distill.dtype=bfloat16", "engine.micro_batch=1"), 6),
@@ -45,21 +49,21 @@ def played(config: Config, family: ModelFamily, steps: int, world: parallel.Worl
     """Losses, sizes of gradients and weights of some steps, from a teacher whose weights are noise."""
     torch.manual_seed(1)
     teacher = {name: 0.1 * torch.randn_like(p) for name, p in family.network().state_dict().items()}
-    game = build.game(config, family, teacher if world.main else {}, world)
-    assert isinstance(game, Trainer)
+    game = build.trainer(config, family, teacher if world.main else {}, world)
+    assert isinstance(game, DMD2Trainer)
     told: dict[str, Tensor] = {}
     for step in range(steps):
         for name, value in game.step(real(config, family, step, world), step).items():
             told[f"{step:02d} {name}"] = world.mean(value.detach().float().clone())
-    for player in (game.student, game.critic):
-        weights = parallel.gathered(player.state()[player.name].state_dict(), world)
-        told |= {f"{player.name}: {name}": w.clone() for name, w in weights.items()}
-        averages = parallel.gathered(player.result(), world)
-        told |= {f"{player.name}, used: {name}": w.clone() for name, w in averages.items()}
+    for trainable in (game.student, game.critic):
+        weights = parallel.gathered(trainable.state()[trainable.name].state_dict(), world)
+        told |= {f"{trainable.name}: {name}": w.clone() for name, w in weights.items()}
+        averages = parallel.gathered(trainable.result(), world)
+        told |= {f"{trainable.name}, used: {name}": w.clone() for name, w in averages.items()}
     return told
 
 
-def real(config: Config, family: ModelFamily, step: int, world: parallel.World) -> Sample:
+def real(config: Config, family: ModelFamily, step: int, world: parallel.World) -> Batch:
     """This process's rows of a batch."""
     batch = config.distill.batch
     rows = world.rows(batch)
@@ -67,9 +71,9 @@ def real(config: Config, family: ModelFamily, step: int, world: parallel.World) 
     x, label = drawn.normal(*family.shape)[list(rows)], torch.tensor([row % 3 for row in rows])
     rng = Rng.at(config.seed, step, rows, world.device)
     if config.family.kind == "edm":
-        return Sample(x, Conditioning(label=label), Conditioning(), rng)
-    cond, null = family.condition([("a red square", "a green square", "a blue square")[i] for i in label])
-    return Sample(x, cond, null, rng)
+        return Batch(x, Conditioning(label=label), Conditioning(), rng)
+    cond, uncond = family.condition([("a red square", "a green square", "a blue square")[i] for i in label])
+    return Batch(x, cond, uncond, rng)
 
 
 def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, ModelFamily, int]:

@@ -32,5 +32,5 @@ def encode_latents(
         config = recipes.resolve(recipe, overrides.split())
         data, original = shards.metadata["uri"], teacher.metadata["uri"]
         folder = stages.what_it_learns_from(config, data, original, f"{root}/latents")
-        kind = "latents" if config.family.latent else "shards"
+        kind = "latents" if config.family.vae_stride else "shards"
         samples.metadata.update(artifact.point(folder, kind, samples.path))

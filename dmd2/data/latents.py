@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dmd2.config import Config
 from dmd2.data.shards import RECEIPTS, TRAIN, OpenShard, Shard, notes
-from dmd2.data.stream import Batch, Shards, decode
+from dmd2.data.stream import RawBatch, Shards, decode
 from dmd2.encoders.vae import Networks, Texts, Vae
 from dmd2.errors import Refused
 from dmd2.io.artifact import Draft, File
@@ -54,7 +54,7 @@ class Receipt(BaseModel):
 def latent(moments: Tensor, eps: Tensor) -> Tensor:
     """A draw from the posterior: mean + std * eps, in float32.
 
-    `moments` is (B, 2, C, h, w), as `Batch.image` of latents; `eps` is (B, C, h, w), standard normal. The result has
+    `moments` is (B, 2, C, h, w), as `RawBatch.image` of latents; `eps` is (B, C, h, w), standard normal. The result has
     the shift and scale of the family already.
     """
     mean, std = moments.float().unbind(1)
@@ -94,7 +94,7 @@ class Encoder:
             f"(an SDXL set of {SDXL[0]:,} images at 1024 px takes {_bytes(known)})"
         )
 
-    def members(self, batch: Batch, keys: Sequence[str]) -> list[dict[str, bytes]]:
+    def members(self, batch: RawBatch, keys: Sequence[str]) -> list[dict[str, bytes]]:
         """What is stored of each image, by suffix."""
         parts = {"npy": self.vae.moments(batch.image)}
         if self.texts:
@@ -189,18 +189,18 @@ def _encode_shard(number: int, encoder: Encoder, draft: Draft, count: Callable[[
     return receipt
 
 
-def _batches(number: int, encoder: Encoder) -> Iterator[Batch]:
+def _batches(number: int, encoder: Encoder) -> Iterator[RawBatch]:
     """The images of a shard, `encode.batch` at a time, read ahead by threads."""
     settings, count, size = encoder.config.loader, encoder.shards.counts[number], encoder.config.encode.batch
 
-    def read(start: int) -> Batch:
+    def read(start: int) -> RawBatch:
         return decode([encoder.shards.sample(number, i) for i in range(start, min(count, start + size))])
 
     with ThreadPoolExecutor(settings.threads, "loader") as pool:
-        coming: deque[Future[Batch]] = deque()
+        coming: deque[Future[RawBatch]] = deque()
         for start in range(0, count, size):
             coming.append(pool.submit(read, start))
-            if len(coming) > settings.ahead:
+            if len(coming) > settings.prefetch:
                 yield coming.popleft().result()
         yield from (future.result() for future in coming)
 

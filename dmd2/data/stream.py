@@ -35,7 +35,7 @@ OPEN_AT_MOST = 400
 """Shards that one process keeps open; a usual limit is 1,024 files."""
 
 
-class Batch(NamedTuple):
+class RawBatch(NamedTuple):
     image: Tensor
     """uint8 (B, C, H, W); of latents float16 (B, 2, C, h, w): mean and standard deviation."""
     label: Tensor
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     """Captions; empty where there is none."""
 
 
-class Sample(NamedTuple):
+class RawSample(NamedTuple):
     data: bytes | np.ndarray
     """Encoded image, NPY, or the array itself."""
     label: int
@@ -77,9 +77,9 @@ class Tar:
     def __len__(self) -> int:
         return len(self.payload)
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int) -> RawSample:
         text = self._read(*self.text[index]).decode() if index in self.text else ""
-        return Sample(self._read(*map(int, self.payload[index])), int(self.label[index]), text)
+        return RawSample(self._read(*map(int, self.payload[index])), int(self.label[index]), text)
 
     def keys(self) -> list[str]:
         """Names of its samples, read anew: training needs none."""
@@ -105,13 +105,13 @@ class Rows:
         """Names of its samples: a table knows only their numbers."""
         return [f"{index:012d}" for index in range(len(self))]
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int) -> RawSample:
         row = self.table[index]
         image, label, text = row["image"], row["label"], row["text"]
         assert isinstance(image, np.ndarray)
         assert isinstance(label, np.ndarray)
         assert isinstance(text, str)
-        return Sample(image, int(label), text)
+        return RawSample(image, int(label), text)
 
 
 class Shards:
@@ -137,19 +137,19 @@ class Shards:
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def sample(self, shard: int, index: int) -> Sample:
+    def sample(self, shard: int, index: int) -> RawSample:
         return self._tar(shard).sample(index)
 
     def keys(self, shard: int) -> list[str]:
         """Names of the samples of a shard."""
         return self._tar(shard).keys()
 
-    def in_order(self, count: int) -> Batch:
+    def in_order(self, count: int) -> RawBatch:
         """`count` samples at even distances, so of every part of a sorted set, or all there are."""
         total = len(self)
         return self.picked(np.arange(min(count, total)) * total // min(count, total))
 
-    def picked(self, places: Iterable[int]) -> Batch:
+    def picked(self, places: Iterable[int]) -> RawBatch:
         """The samples at these places of the whole."""
         starts, wanted = np.cumsum([0, *self.counts]), list(places)
         shards = np.searchsorted(starts, wanted, side="right") - 1
@@ -194,35 +194,35 @@ class Stream:
             )
         self.shards, self.batch_size, self.settings = shards, batch, settings
         self.rank, self.world = rank, world
-        self.order = Order(shards.counts, seed, settings.block, settings.lanes)
+        self.order = Order(shards.counts, seed, settings.shuffle_block, settings.lanes)
         reach = self.order.lanes // math.gcd(self.order.lanes, world)
-        shards.keep_open = min(OPEN_AT_MOST, 2 * settings.block * reach)
+        shards.keep_open = min(OPEN_AT_MOST, 2 * settings.shuffle_block * reach)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> RawBatch:
         """What this rank gets in a step."""
         positions = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         return decode([self.shards.sample(*self.order.sample(p)) for p in positions])
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int) -> Iterator[RawBatch]:
         """What this rank gets from that step on, for ever, read ahead by threads."""
         steps = itertools.count(first_step)
-        if not self.settings.ahead:
+        if not self.settings.prefetch:
             yield from map(self.batch, steps)
         with ThreadPoolExecutor(self.settings.threads, "loader") as pool:
-            coming: deque[Future[Batch]] = deque()
+            coming: deque[Future[RawBatch]] = deque()
             try:
                 while True:
-                    while len(coming) <= self.settings.ahead:
+                    while len(coming) <= self.settings.prefetch:
                         coming.append(pool.submit(self.batch, next(steps)))
                     yield coming.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def decode(samples: list[Sample]) -> Batch:
+def decode(samples: list[RawSample]) -> RawBatch:
     arrays = np.stack([array(sample.data) for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
-    return Batch(torch.from_numpy(arrays), labels, tuple(sample.text for sample in samples))
+    return RawBatch(torch.from_numpy(arrays), labels, tuple(sample.text for sample in samples))
 
 
 def array(data: bytes | np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmd2.data.stream import Batch
+from dmd2.data.stream import RawBatch
 from dmd2.progress import Progress
 
 EPOCHS, BATCH, LR, WIDTH, SHIFT = 6, 64, 2e-3, 64, 2
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         return maps
 
 
-def fit(train: Batch, classes: int, seed: int, device: torch.device) -> Classifier:
+def fit(train: RawBatch, classes: int, seed: int, device: torch.device) -> Classifier:
     """Adam, a few epochs, everything drawn from the seed."""
     torch.manual_seed(seed)
     network = Classifier(classes).to(device)
@@ -77,13 +77,13 @@ def fit(train: Batch, classes: int, seed: int, device: torch.device) -> Classifi
 
 
 @torch.no_grad()
-def _deviation(network: Classifier, train: Batch, device: torch.device) -> Tensor:
+def _deviation(network: Classifier, train: RawBatch, device: torch.device) -> Tensor:
     parts = torch.arange(len(train.image)).split(BATCH)
     return torch.cat([network(rgb(train.image[rows]).float().to(device)) for rows in parts]).std(dim=0)
 
 
 @torch.no_grad()
-def accuracy(network: Classifier, test: Batch, device: torch.device) -> float:
+def accuracy(network: Classifier, test: RawBatch, device: torch.device) -> float:
     """Share of the images that are put into their class."""
     hits = [
         (network.logits(rgb(test.image[rows]).float().to(device)).argmax(1).cpu() == test.label[rows])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmd2.config import BestConfig, Config, EvaluateConfig, WeightsConfig
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import Batch, Shards
+from dmd2.data.stream import RawBatch, Shards
 from dmd2.evaluation import classifier, efficientnet
 from dmd2.evaluation.weights import fetch
 from dmd2.io.storage import sha256
@@ -61,7 +61,7 @@ class Features:
         return features.astype(np.float64)
 
 
-def by_name(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
+def by_name(config: Config, data: str, holdout: RawBatch, device: torch.device) -> Features:
     """What the evaluation looks with."""
     if config.evaluate.features == "classifier":
         return _classifier(config, data, holdout, device)
@@ -75,7 +75,7 @@ def pretrained(settings: EvaluateConfig | BestConfig, section: str, device: torc
     return _inception(settings.inception, f"--{section}.inception", device)
 
 
-def _classifier(config: Config, data: str, holdout: Batch, device: torch.device) -> Features:
+def _classifier(config: Config, data: str, holdout: RawBatch, device: torch.device) -> Features:
     size = config.family.image[1]
     train = Shards(data, TRAIN).in_order(FIT_IMAGES)
     network = classifier.fit(train, config.family.classes, config.evaluate.seed, device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmd2.config import BestConfig
-from dmd2.data.stream import Batch, Shards
+from dmd2.data.stream import RawBatch, Shards
 from dmd2.errors import Refused
 from dmd2.evaluation.features import Features
 from dmd2.models.family import ModelFamily, Prompt
@@ -73,7 +73,7 @@ def judge(
     draw: Callable[[Sequence[Prompt], int], Tensor],
     shards: Shards,
     family: ModelFamily,
-    shown: Callable[[range, Batch], Sequence[Prompt]],
+    shown: Callable[[range, RawBatch], Sequence[Prompt]],
     world: World,
 ) -> Judge:
     """One that compares with training samples; `shown` tells what to draw beside some of them. Draws once, so that what cannot

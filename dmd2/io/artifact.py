@@ -49,9 +49,9 @@ BEGUN, SECONDS = ".begun.json", ".seconds"
 READS: dict[str, tuple[str, ...]] = {
     "shards": ("seed", "family", "data"),
     "latents": ("encode",),
-    "teacher": ("seed", "family", "loader.block", "loader.lanes", "teach"),
+    "teacher": ("seed", "family", "loader.shuffle_block", "loader.lanes", "teach"),
     "pairs": ("seed", "family", "pairs"),
-    "run": ("seed", "family", "loader.block", "loader.lanes", "distill"),
+    "run": ("seed", "family", "loader.shuffle_block", "loader.lanes", "distill"),
     "evaluation": ("family", "evaluate"),
     "gate": ("gate",),
     "package": (),

@@ -68,7 +68,7 @@ class Adm(nn.Module):
     def _embed(self, time: Tensor, cond: Conditioning) -> Tensor:
         if cond.label is None:
             raise ValueError("the ADM network is class-conditional: the sample carries no label")
-        # The embedding of the level stays in float32: bfloat16 would merge neighbouring levels.
+        # The embedding of the timestep stays in float32: bfloat16 would merge neighbouring timesteps.
         waves = sinusoid(time.float(), self.config.channels).to(self.time_in.weight.dtype)
         return F.silu(self.time_out(F.silu(self.time_in(waves))) + self.label(cond.label))
 

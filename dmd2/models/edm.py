@@ -11,20 +11,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import EdmConfig
 from dmd2.data.latents import latent
-from dmd2.data.stream import Batch
+from dmd2.data.stream import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused
 from dmd2.io.tensors import load_tensors, save_tensors, sent
 from dmd2.models.adm import Adm
-from dmd2.models.family import Prompt, Shown
+from dmd2.models.family import CondPair, Prompt
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
-from dmd2.sampler import Levels, heun
+from dmd2.sampler import Timesteps, heun
 
 WEIGHTS = "network.safetensors"
 
@@ -35,7 +35,7 @@ class Edm:
     def __init__(self, config: EdmConfig, frozen: Path | None) -> None:
         """`frozen` holds `vae/`, which makes images of latents; without it a family of latents can show nothing."""
         self.config, self.frozen = config, frozen
-        self.diffusion = self._process(config.levels)
+        self.diffusion = self._process(config.num_timesteps)
 
     @cached_property
     def vae(self) -> Vae:
@@ -71,7 +71,7 @@ class Edm:
     def head(self) -> nn.Module:
         return ConvHead(self.features[0], self.features[1])
 
-    def read(self, batch: Batch, rng: Rng) -> Sample:
+    def read(self, batch: RawBatch, rng: Rng) -> Batch:
         if tuple(batch.image.shape[-3:]) != self.shape:
             raise Refused(
                 f"the shards hold samples of {_size(batch.image.shape[-3:])}, the network makes {_size(self.shape)}; shard again with this recipe"
@@ -82,38 +82,40 @@ class Edm:
                 f"class {worst} is outside 0 to {classes - 1}, the classes of the network; shard again with --family.network.classes {worst + 1}"
             )
         # An EDM network knows no class "none", so there is nothing to guide away from.
-        return Sample(self._x(batch.image, rng), Conditioning(label=batch.label), Conditioning(), rng)
+        return Batch(self._x(batch.image, rng), Conditioning(label=batch.label), Conditioning(), rng)
 
     def _x(self, image: Tensor, rng: Rng) -> Tensor:
-        if self.config.latent:
+        if self.config.vae_stride:
             return latent(sent(image, rng.device), rng.normal(*self.shape))
         return image.float() / 127.5 - 1
 
-    def read_pairs(self, batch: Batch, rng: Rng) -> Sample:
-        return Sample(batch.image.float(), Conditioning(label=batch.label), Conditioning(), rng)
+    def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:
+        return Batch(batch.image.float(), Conditioning(label=batch.label), Conditioning(), rng)
 
     def pixels(self, x: Tensor) -> Tensor:
-        return self.vae.pixels(x) if self.config.latent else x
+        return self.vae.pixels(x) if self.config.vae_stride else x
 
     def decode(self, x: Tensor) -> Tensor:
-        if self.config.latent:
+        if self.config.vae_stride:
             return self.vae.decode(x)
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
-    def condition(self, prompts: Sequence[Prompt]) -> Shown:
+    def condition(self, prompts: Sequence[Prompt]) -> CondPair:
         classes = self.config.network.classes
         for prompt in prompts:
             if not isinstance(prompt, int):
                 raise Refused(f"{prompt!r} is no class; this network shows classes, given by number")
             if not 0 <= prompt < classes:
                 raise Refused(f"class {prompt} is outside 0 to {classes - 1}, the classes of the network")
-        return Shown(Conditioning(label=torch.tensor(prompts)), Conditioning())
+        return CondPair(Conditioning(label=torch.tensor(prompts)), Conditioning())
 
     def sample_teacher(
-        self, network: nn.Module, eps: Tensor, shown: Shown, steps: int, guidance: float
+        self, network: nn.Module, eps: Tensor, shown: CondPair, steps: int, guidance: float
     ) -> Tensor:
         if guidance != 1:
-            raise Refused(f"guidance is {guidance}; an EDM network has no null class, so only 1 is possible")
+            raise Refused(
+                f"guidance is {guidance}; an EDM network has no unconditional class, so only 1 is possible"
+            )
         return heun(Denoiser(network, self._process(steps)), eps, shown.cond)
 
     def teacher_calls(self, steps: int, guidance: float) -> int:
@@ -122,18 +124,20 @@ class Edm:
     def denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.diffusion)
 
-    def save(self, weights: dict[str, Tensor], folder: Path, levels: Levels) -> None:
+    def save(self, weights: dict[str, Tensor], folder: Path, timesteps: Timesteps) -> None:
         save_tensors(weights, folder / WEIGHTS)
-        if self.config.latent:
+        if self.config.vae_stride:
             assert self.frozen is not None
             shutil.copytree(self.frozen / "vae", folder / "vae", dirs_exist_ok=True)
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return load_tensors(folder / WEIGHTS)
 
-    def _process(self, levels: int) -> Diffusion:
+    def _process(self, timesteps: int) -> Diffusion:
         c = self.config
-        return Diffusion(karras_schedule(levels, c.sigma_min, c.sigma_max, c.rho), predict_edm(c.sigma_data))
+        return Diffusion(
+            karras_schedule(timesteps, c.sigma_min, c.sigma_max, c.rho), predict_edm(c.sigma_data)
+        )
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -11,22 +11,22 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from dmd2.batch import Conditioning, Sample
-from dmd2.data.stream import Batch
+from dmd2.batch import Batch, Conditioning
+from dmd2.data.stream import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion
 from dmd2.rng import Rng
-from dmd2.sampler import Levels
+from dmd2.sampler import Timesteps
 
 Prompt = int | str
 """What a sample is to show: a class, or a text."""
 
 
-class Shown(NamedTuple):
+class CondPair(NamedTuple):
     """What samples show, as networks are told."""
 
     cond: Conditioning
-    null: Conditioning
+    uncond: Conditioning
     """Its unconditional counterpart; empty where a network knows none."""
 
 
@@ -56,10 +56,10 @@ class ModelFamily(Protocol):
     def head(self) -> nn.Module:
         """A GAN head that fits the network's features."""
 
-    def read(self, batch: Batch, rng: Rng) -> Sample:
+    def read(self, batch: RawBatch, rng: Rng) -> Batch:
         """Samples from a batch of the loader."""
 
-    def read_pairs(self, batch: Batch, rng: Rng) -> Sample:
+    def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:
         """The same from a batch of pairs; x is (B, 2, C, H, W), noise and answer."""
 
     def decode(self, x: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ class ModelFamily(Protocol):
     def pixels(self, x: Tensor) -> Tensor:
         """Samples (B, C, H, W) -> images as float32 (B, C, H, W) in [-1, 1], with gradient."""
 
-    def condition(self, prompts: Sequence[Prompt]) -> Shown:
+    def condition(self, prompts: Sequence[Prompt]) -> CondPair:
         """What samples of these prompts are conditioned on."""
 
     def sample_teacher(
-        self, network: nn.Module, eps: Tensor, shown: Shown, steps: int, guidance: float
+        self, network: nn.Module, eps: Tensor, shown: CondPair, steps: int, guidance: float
     ) -> Tensor:
         """The teacher's own many-step sampler, from pure noise eps (B, C, H, W)."""
 
@@ -82,8 +82,8 @@ class ModelFamily(Protocol):
     def denoiser(self, network: nn.Module) -> Denoiser:
         """The network under the family's process, in float32."""
 
-    def save(self, weights: dict[str, Tensor], folder: Path, levels: Levels) -> None:
-        """Write the weights of a network, and beside them all that stays as it is (VAE, text encoders, ...). `levels` are
+    def save(self, weights: dict[str, Tensor], folder: Path, timesteps: Timesteps) -> None:
+        """Write the weights of a network, and beside them all that stays as it is (VAE, text encoders, ...). `timesteps` are
         those of a student's steps, and none for a teacher."""
 
     def weights(self, folder: Path) -> dict[str, Tensor]:

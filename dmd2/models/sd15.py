@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmd2.batch import Conditioning
-from dmd2.models.family import Shown
+from dmd2.models.family import CondPair
 from dmd2.models.stable import Stable
 
 
 class Sd15(Stable):
-    """A `ModelFamily`. Text: the last hidden states; null: those of an empty text."""
+    """A `ModelFamily`. Text: the last hidden states; uncond: those of an empty text."""
 
     pipeline, embedding = "StableDiffusionPipeline", None
 
-    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> Shown:
+    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> CondPair:
         empty = self.nothing[0].to(states.device).expand_as(states)
-        return Shown(Conditioning(text=states), Conditioning(text=empty))
+        return CondPair(Conditioning(text=states), Conditioning(text=empty))

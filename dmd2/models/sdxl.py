@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from dmd2.batch import Conditioning
-from dmd2.models.family import Shown
+from dmd2.models.family import CondPair
 from dmd2.models.stable import Stable
 
 
 class Sdxl(Stable):
-    """A `ModelFamily`. Text: the last but one hidden states of both encoders, side by side; null: zeros."""
+    """A `ModelFamily`. Text: the last but one hidden states of both encoders, side by side; uncond: zeros."""
 
     pipeline, embedding = "StableDiffusionXLPipeline", "text_time"
 
-    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> Shown:
+    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> CondPair:
         assert pooled is not None, "SDXL has a second text encoder"
         side = float(self.config.resolution)
         # Original size, corner of the crop, target size (ibid., sec. 2.2): the same for all, real or fake.
         size = torch.tensor([[side, side, 0, 0, side, side]], device=states.device).repeat(len(states), 1)
         cond = Conditioning(text=states, pooled=pooled, size=size)
-        return Shown(
+        return CondPair(
             cond, Conditioning(text=torch.zeros_like(states), pooled=torch.zeros_like(pooled), size=size)
         )

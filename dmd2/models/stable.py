@@ -25,10 +25,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dmd2 import parallel
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import EncodeConfig, StableConfig
 from dmd2.data.latents import latent
-from dmd2.data.stream import Batch
+from dmd2.data.stream import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import (
     Diffusion,
@@ -42,10 +42,10 @@ from dmd2.diffusion import (
 from dmd2.encoders.vae import Texts, Vae, find, load_vae
 from dmd2.errors import Refused, near_miss
 from dmd2.io.tensors import load_tensors, save_tensors, sent
-from dmd2.models.family import Prompt, Shown
+from dmd2.models.family import CondPair, Prompt
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
-from dmd2.sampler import Levels
+from dmd2.sampler import Timesteps
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 SAMPLER = "LCMScheduler"
@@ -57,7 +57,7 @@ SCHEDULERS = (
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
-"""Samplers of the variance preserving process with betas; those of flows and of EDM have other levels."""
+"""Samplers of the variance preserving process with betas; those of flows and of EDM have other timesteps."""
 SHORT_TRANSFORMER = 2
 """A transformer of up to so many layers is one unit; of longer ones, each layer is."""
 
@@ -128,14 +128,14 @@ class Stable(ABC):
         self.unet, self.scheduler = _json(folder / UNET), completed(_json(folder / SCHEDULER))
         self._check()
         self.diffusion = Diffusion(schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]])
-        if len(self.diffusion) != config.levels:
+        if len(self.diffusion) != config.num_timesteps:
             raise Refused(
-                f"the scheduler in {folder} has {len(self.diffusion)} levels, family.levels is {config.levels}; set both alike"
+                f"the scheduler in {folder} has {len(self.diffusion)} timesteps, family.num_timesteps is {config.num_timesteps}; set both alike"
             )
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        side = self.config.resolution // self.config.latent
+        side = self.config.resolution // self.config.vae_stride
         return self.unet["in_channels"], side, side
 
     @property
@@ -180,17 +180,17 @@ class Stable(ABC):
     def head(self) -> nn.Module:
         return ConvHead(*self.features[:2])
 
-    def read(self, batch: Batch, rng: Rng) -> Sample:
+    def read(self, batch: RawBatch, rng: Rng) -> Batch:
         if tuple(batch.image.shape[2:]) != self.shape or batch.image.ndim != 5:
             raise Refused(
                 f"the data holds arrays of shape {tuple(batch.image.shape[1:])}, the network works on latents of shape "
                 f"(2, {', '.join(map(str, self.shape))}); make them with the VAE of the teacher and this recipe's resolution"
             )
         x = latent(sent(batch.image, rng.device), rng.normal(*self.shape))
-        return Sample(x, *self.condition(batch.text), rng)
+        return Batch(x, *self.condition(batch.text), rng)
 
-    def read_pairs(self, batch: Batch, rng: Rng) -> Sample:
-        return Sample(batch.image.float(), *self.condition(batch.text), rng)
+    def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:
+        return Batch(batch.image.float(), *self.condition(batch.text), rng)
 
     def pixels(self, x: Tensor) -> Tensor:
         return self.vae.pixels(x)
@@ -198,33 +198,33 @@ class Stable(ABC):
     def decode(self, x: Tensor) -> Tensor:
         return self.vae.decode(x)
 
-    def condition(self, prompts: Sequence[Prompt]) -> Shown:
+    def condition(self, prompts: Sequence[Prompt]) -> CondPair:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise Refused(f"{prompt!r} is no text; this network shows what texts say")
         return self._conditioning(*self.texts.states(cast(Sequence[str], prompts)))
 
     @abstractmethod
-    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> Shown:
+    def _conditioning(self, states: Tensor, pooled: Tensor | None) -> CondPair:
         """What text encoders made of texts (B, L, D) and (B, P) -> what networks are told."""
 
     def sample_teacher(
-        self, network: nn.Module, eps: Tensor, shown: Shown, steps: int, guidance: float
+        self, network: nn.Module, eps: Tensor, shown: CondPair, steps: int, guidance: float
     ) -> Tensor:
         import diffusers
 
         if guidance < 1:
             raise Refused(f"guidance is {guidance}; diffusers guides above 1 only, and 1 is none")
-        cond, null = shown
+        cond, uncond = shown
         pooled = (
-            {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": null.pooled}
+            {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": uncond.pooled}
             if cond.pooled is not None
             else {}
         )
         pipe = self._pipeline(diffusers, network)
         out: Tensor = pipe(
             prompt_embeds=cond.text,
-            negative_prompt_embeds=null.text,
+            negative_prompt_embeds=uncond.text,
             **pooled,
             latents=eps,
             height=self.config.resolution,
@@ -261,18 +261,18 @@ class Stable(ABC):
     def denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.diffusion)
 
-    def save(self, weights: dict[str, Tensor], folder: Path, levels: Levels) -> None:
+    def save(self, weights: dict[str, Tensor], folder: Path, timesteps: Timesteps) -> None:
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder)
             if path.is_file() and name.parts[0] in (*FROZEN, "unet") and str(name) != WEIGHTS:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
         save_tensors({name.removeprefix("unet."): value for name, value in weights.items()}, folder / WEIGHTS)
-        if levels:
+        if timesteps:
             self._write_sampler(folder)
 
     def _write_sampler(self, folder: Path) -> None:
-        """Diffusers' name for a student's chain of steps is LCM: denoise, noise again to the next level."""
+        """Diffusers' name for a student's chain of steps is LCM: denoise, noise again to the next timestep."""
         kept = (
             "num_train_timesteps",
             "beta_start",
@@ -325,7 +325,7 @@ FROZEN = (
     "scheduler",
     "model_index.json",
 )
-"""What in a pipeline folder no player changes."""
+"""What in a pipeline folder no trainable changes."""
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:

@@ -39,12 +39,12 @@ from dmd2.training import memory
 
 
 def calls(config: Config, students_turn: bool, stop: int) -> dict[str, int]:
-    """How often a step makes each pass, for all of its rows, if its rollout ends at `stop`. With `every_stop`, only the
+    """How often a step makes each pass, for all of its rows, if its rollout ends at `stop`. With `continue_rollouts`, only the
     student's turn begins a rollout there."""
     settings = config.distill
     if settings.regression:
         return {STUDENT: 1}
-    walks = settings.inputs == "rollout" and not (settings.every_stop and not students_turn)
+    walks = settings.inputs == "rollout" and not (settings.continue_rollouts and not students_turn)
     found = {ROLLOUT: stop if walks else 0}
     if students_turn:
         found |= {STUDENT: 1} | ({TEACHER: 1, SCORE: 1} if settings.dmd else {})
@@ -58,14 +58,14 @@ def calls(config: Config, students_turn: bool, stop: int) -> dict[str, int]:
 def calls_at(config: Config, step: int) -> dict[str, int]:
     """The same at a step of the run, with the stop that it draws."""
     settings = config.distill
-    turn = step - step % settings.critic_updates if settings.every_stop else step
-    stop = draw_shared(config.seed, turn, len(settings.student_levels))
+    turn = step - step % settings.critic_updates if settings.continue_rollouts else step
+    stop = draw_shared(config.seed, turn, len(settings.student_timesteps))
     return calls(config, step % settings.critic_updates == 0, stop)
 
 
 def mean_calls(config: Config) -> dict[str, float]:
     """Of an average step, over turns and stops."""
-    updates, stops = config.distill.critic_updates, range(len(config.distill.student_levels))
+    updates, stops = config.distill.critic_updates, range(len(config.distill.student_timesteps))
     turns = [(True, 1 / updates), (False, 1 - 1 / updates)]
     total: dict[str, float] = {}
     for turn, share in turns:
@@ -204,7 +204,10 @@ def traffic(
             total.gather(list(units), width, rate)
             total.reduce(list(units), width, rate)
     if nets.head:
-        size, reductions = [memory.count(nets.head)], 2 if settings.gan and settings.gan.shared_view else 1
+        size, reductions = (
+            [memory.count(nets.head)],
+            2 if settings.gan and settings.gan.reuse_denoising_pass else 1,
+        )
         total.gather(size, memory.FLOAT32, 1)
         total.reduce(size, memory.FLOAT32, reductions)
     sizes = owned(fam, nets.critic, outermost=False)
@@ -284,14 +287,14 @@ def _updating(config: Config, nets: Networks, mesh: Layout, gpu: Gpu) -> float:
     rates = {"student": 1.0 if settings.regression else 1 / settings.critic_updates, "critic": 1.0}
     sizes = learning(config, nets)
     moved = sum(
-        rates[name] * sizes[name] * (UPDATE_BYTES + 12 * len(player.ema))
-        for name, player in (("student", settings.student), ("critic", settings.critic))
+        rates[name] * sizes[name] * (UPDATE_BYTES + 12 * len(trainable.ema))
+        for name, trainable in (("student", settings.student), ("critic", settings.critic))
     )
     return moved / mesh.shards / (gpu.memory_gb_s * GB)
 
 
 def learning(config: Config, nets: Networks) -> dict[str, int]:
-    """Weights that learn, by player; the critic's with its head."""
+    """Weights that learn, by trainable; the critic's with its head."""
     mine = {
         name: sum(p.numel() for p in network.parameters() if p.requires_grad)
         for name, network in (("student", nets.student), ("critic", nets.critic))
@@ -304,6 +307,6 @@ def checkpoint_bytes(config: Config, nets: Networks) -> int:
     """Masters, moments and averages, in float32."""
     settings, sizes = config.distill, learning(config, nets)
     return memory.FLOAT32 * sum(
-        sizes[name] * (3 + len(player.ema))
-        for name, player in (("student", settings.student), ("critic", settings.critic))
+        sizes[name] * (3 + len(trainable.ema))
+        for name, trainable in (("student", settings.student), ("critic", settings.critic))
     )

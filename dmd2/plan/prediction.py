@@ -146,7 +146,7 @@ def planned(config: Config, fam: ModelFamily, gpu_name: str, mesh: Layout, price
             mesh, resident, how, gb, sum(timed(mesh, resident, of)[1].values()), gb <= USABLE * gpu.gb
         )
 
-    mine, resident = measured[config.engine.checkpointing], chosen(mesh)
+    mine, resident = measured[config.engine.activation_checkpointing], chosen(mesh)
     sent, spent = timed(mesh, resident, mine)
     return Plan(
         config,
@@ -188,7 +188,7 @@ def _compared(
 
 def rehearsed(config: Config, fam: ModelFamily, nets: Networks) -> tuple[dict[str, Measured], set[int]]:
     """The passes by checkpointing, the recipe's own at two sizes; and the weights that the GAN's gradient reaches, by id."""
-    own = config.engine.checkpointing
+    own = config.engine.activation_checkpointing
     found: dict[str, Measured] = {}
     for how in (own, *(mode for mode in MODES if mode != own)):
         with checkpointing(fam, nets, how):

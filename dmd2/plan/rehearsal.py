@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmd2 import parallel
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, EdmConfig
 from dmd2.denoiser import Denoiser
 from dmd2.models.family import ModelFamily
 from dmd2.training import build, memory
-from dmd2.training.terms import Adversarial, DistributionMatching, Term
+from dmd2.training.terms import Adversarial, DistributionMatching, LossTerm
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Rehearsal:
         make = partial(Denoiser, diffusion=self.fam.diffusion, dtype=dtype)
         self.student, self.critic = make(self.nets.student), make(self.nets.critic)
         self.guide = build._teacher(make(self.nets.teacher), settings.guidance)
-        self.terms: list[Term] = []
+        self.terms: list[LossTerm] = []
         if settings.dmd:
             self.terms.append(DistributionMatching(self.guide, self.critic, (0, len(self.fam.diffusion))))
         if settings.gan and self.nets.head:
@@ -170,20 +170,20 @@ class Rehearsal:
         """All kinds of pass; those without a backward pass are as `known`, if they are."""
         with self.nets.mode:
             told_ = told(self.fam, self.config, self.rows)
-            sample = Sample(torch.zeros(self.rows, *self.fam.shape), told_, told_)
-            level = torch.zeros(self.rows, dtype=torch.int64)
-            self._without_gradient(sample, level, known or {})
-            self._of_the_student(sample, level)
+            sample = Batch(torch.zeros(self.rows, *self.fam.shape), told_, told_)
+            timestep = torch.zeros(self.rows, dtype=torch.int64)
+            self._without_gradient(sample, timestep, known or {})
+            self._of_the_student(sample, timestep)
             self._of_the_critic(sample)
         return self.found
 
-    def _without_gradient(self, sample: Sample, level: Tensor, known: Passes) -> None:
+    def _without_gradient(self, sample: Batch, timestep: Tensor, known: Passes) -> None:
         calls: dict[str, Callable[[], Tensor]] = {
-            ROLLOUT: lambda: self.student(sample.x, level, sample.cond),
+            ROLLOUT: lambda: self.student(sample.x, timestep, sample.cond),
         }
         if self.config.distill.dmd:
-            calls[SCORE] = lambda: self.critic(sample.x, level, sample.cond)
-            calls[TEACHER] = lambda: self.guide(sample.x, level, sample)
+            calls[SCORE] = lambda: self.critic(sample.x, timestep, sample.cond)
+            calls[TEACHER] = lambda: self.guide(sample.x, timestep, sample)
         if self.config.distill.regression:
             calls = {}
         for name, call in calls.items():
@@ -197,9 +197,9 @@ class Rehearsal:
                     self._kept(name, meter)
                     del out
 
-    def _of_the_student(self, sample: Sample, level: Tensor) -> None:
+    def _of_the_student(self, sample: Batch, timestep: Tensor) -> None:
         with self._watched(STUDENT) as meter:
-            x = self.student(sample.x, level, sample.cond)
+            x = self.student(sample.x, timestep, sample.cond)
             self._kept(STUDENT, meter)
             x.backward(torch.zeros_like(x))
             del x
@@ -212,7 +212,7 @@ class Rehearsal:
                     torch.autograd.grad(loss, leaf.x)
                     del loss
 
-    def _of_the_critic(self, sample: Sample) -> None:
+    def _of_the_critic(self, sample: Batch) -> None:
         for compute in build._passes(self.config.distill, self.terms)(sample, sample) if self.terms else ():
             name = CRITIC_GAN if self._only_gan(compute) else CRITIC
             same = self.nets.student is self.nets.critic and not self._shares()
@@ -232,7 +232,7 @@ class Rehearsal:
         )
 
     def _shares(self) -> bool:
-        return bool(self.config.distill.gan and self.config.distill.gan.shared_view)
+        return bool(self.config.distill.gan and self.config.distill.gan.reuse_denoising_pass)
 
     def _kept(self, name: str, meter: memory.Meter) -> None:
         self.found[name] = Pass(self.rows, 0, kept=meter.live)

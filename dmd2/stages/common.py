@@ -47,7 +47,7 @@ def on(device: torch.device, model: Model) -> Model:
 
 def samples_of(config: Config, data: str) -> Manifest:
     """Of what the network is trained on: shards of images, or of latents."""
-    return read(data, "latents" if config.family.latent else "shards")
+    return read(data, "latents" if config.family.vae_stride else "shards")
 
 
 def digests(samples: Manifest) -> dict[str, str]:
@@ -79,7 +79,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 def student_of(teacher: Model, config: Config) -> Model:
     """A model of the teacher's network that takes the steps of the recipe."""
-    return replace(teacher, levels=config.distill.student_levels)
+    return replace(teacher, timesteps=config.distill.student_timesteps)
 
 
 def parameters(network: nn.Module) -> int:

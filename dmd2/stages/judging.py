@@ -10,7 +10,7 @@ import torch
 from dmd2 import parallel
 from dmd2.config import Config, EdmConfig, EvaluateConfig, FamilyConfig
 from dmd2.data.shards import HOLDOUT, TRAIN
-from dmd2.data.stream import Batch, Shards
+from dmd2.data.stream import RawBatch, Shards
 from dmd2.errors import Refused
 from dmd2.image_grid import grid
 from dmd2.io.artifact import Manifest, drafted, finished, read
@@ -56,7 +56,7 @@ def sample(
     else:
         if guidance != 1:
             raise Refused(f"guidance is {guidance}; it is distilled into a student, so leave it out")
-        images = replace(model, levels=_levels(model, steps)).sample(wanted, seed)
+        images = replace(model, timesteps=_timesteps(model, steps)).sample(wanted, seed)
     with delivered(out) as path:
         save_png(grid(images, min(len(shown), 10)), path)
     return out
@@ -101,7 +101,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         train = Shards(data, TRAIN).in_order(settings.images)
         draft.facts |= features.facts | {
             "fid_real": distance(features(train.image), real),
-            "nfe_student": len(student.levels),
+            "nfe_student": len(student.timesteps),
             "nfe_teacher": guide.family.teacher_calls(settings.teacher_steps, settings.teacher_guidance),
             "images": settings.images,
             "images_real": len(holdout.image),
@@ -136,7 +136,7 @@ def _samplers(student: Model, guide: Model, settings: EvaluateConfig) -> dict[st
             lambda part, seed: guide.sample_teacher(part, seed, steps, settings.teacher_guidance),
         )
 
-    count = len(student.levels)
+    count = len(student.timesteps)
     found: dict[str, tuple[str, int, Sampler]] = {
         "student": ("", count, student.sample),
         "teacher": teacher(settings.teacher_steps),
@@ -144,7 +144,7 @@ def _samplers(student: Model, guide: Model, settings: EvaluateConfig) -> dict[st
     }
     if count > 1:
         found |= {
-            "student_1step": ("", 1, replace(student, levels=student.levels[:1]).sample),
+            "student_1step": ("", 1, replace(student, timesteps=student.timesteps[:1]).sample),
             f"teacher_{count}step": teacher(count),
         }
     return found
@@ -172,7 +172,7 @@ def gate(config: Config, evaluation: str, out: str) -> Manifest:
     return read(out, "gate")
 
 
-def balanced(family: FamilyConfig, holdout: Batch, count: int) -> list[Prompt]:
+def balanced(family: FamilyConfig, holdout: RawBatch, count: int) -> list[Prompt]:
     """What to draw, in the shares of the held-out images."""
     shown = holdout.label.tolist() if isinstance(family, EdmConfig) else holdout.text
     return list(itertools.islice(itertools.cycle(shown), count))
@@ -189,11 +189,13 @@ def sampled(name: str, sampler: Sampler, prompts: list[Prompt], settings: Evalua
     return torch.cat(images)
 
 
-def _levels(model: Model, steps: int) -> tuple[int, ...]:
-    """The first of the student's levels; more steps than it was made for are refused."""
-    if steps > len(model.levels):
-        raise Refused(f"steps is {steps}; this student was made for {len(model.levels)}, and may take fewer")
-    return model.levels[: steps or len(model.levels)]
+def _timesteps(model: Model, steps: int) -> tuple[int, ...]:
+    """The first of the student's timesteps; more steps than it was made for are refused."""
+    if steps > len(model.timesteps):
+        raise Refused(
+            f"steps is {steps}; this student was made for {len(model.timesteps)}, and may take fewer"
+        )
+    return model.timesteps[: steps or len(model.timesteps)]
 
 
 def _any(family: FamilyConfig, manifest: Manifest) -> list[Prompt]:

@@ -122,7 +122,7 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
 
 def what_it_learns_from(config: Config, data: str, teacher: str, out: str) -> str:
     """The folder that `distill` takes: the shards, or for a network on latents what the teacher's VAE makes of them."""
-    if not config.family.latent:
+    if not config.family.vae_stride:
         return data
     encode(config, data, teacher, out)
     return out

@@ -13,7 +13,7 @@ from dmd2.encoders.vae import find
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, drafted, finished, read
 from dmd2.io.storage import at, fetched, is_local, local, sha256
-from dmd2.model import load_network, save_network
+from dmd2.model import load_network, save_network, write_network_json
 from dmd2.stages.common import classes, network_of, parameters, same_shape, student_of
 from dmd2.stages.training import teach
 from dmd2.training import build
@@ -43,8 +43,7 @@ def resolve(config: Config, source: str, out: str, base: str = "", vae: str = ""
             return done
         with drafted(out, "teacher", config, inputs) as draft:
             bring(draft.path)
-            facts = {"family": config.family.model_dump(mode="json"), "levels": []}
-            (draft.path / "network.json").write_text(json.dumps(facts, indent=1))
+            write_network_json(draft.path, config.family, ())
             teacher = load_network(draft.path)
             draft.facts |= {
                 "parameters": parameters(teacher.network),

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from dmd2 import parallel
-from dmd2.batch import Sample
+from dmd2.batch import Batch
 from dmd2.config import Config, EdmConfig
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import Batch, Shards, Stream
+from dmd2.data.stream import RawBatch, Shards, Stream
 from dmd2.encoders.vae import find
 from dmd2.errors import Refused
 from dmd2.io.artifact import Draft, Manifest, drafted, finished, joined, opened, read
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, save_network
-from dmd2.models.family import ModelFamily, Prompt, Shown
+from dmd2.models.family import CondPair, ModelFamily, Prompt
 from dmd2.parallel import World
 from dmd2.rng import Rng
 from dmd2.stages.common import (
@@ -40,14 +40,14 @@ from dmd2.stages.common import (
 from dmd2.stages.judging import balanced
 from dmd2.training import build, checkpoint
 from dmd2.training.loop import Pace, Score, play, use_best
-from dmd2.training.trainer import Player
+from dmd2.training.trainer import Trainable
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:
     """Train a small EDM teacher on the shards. For demos, tests and ablations: a real user brings a teacher.
 
     Args:
-        data: Folder of shards, or of latents if the network works on them (--family.latent).
+        data: Folder of shards, or of latents if the network works on them (--family.vae_stride).
         out: Folder to make.
     """
     samples = samples_of(config, data)
@@ -60,7 +60,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         )
     world, settings = parallel.join(), config.teach
     with _together(world, out, "teacher", config, inputs) as draft:
-        game = build.teaching(config, world)
+        trainer = build.diffusion_trainer(config, world)
         pace = Pace(
             settings.steps,
             settings.batch,
@@ -68,15 +68,17 @@ def teach(config: Config, data: str, out: str) -> Manifest:
             settings.save_every,
             settings.steps,
             1,
-            config.engine.hang_s,
+            config.engine.hang_timeout_s,
         )
-        family = build.family(config.family, opened(data, samples, "vae/*") if config.family.latent else None)
+        family = build.family(
+            config.family, opened(data, samples, "vae/*") if config.family.vae_stride else None
+        )
         batches = _reader(config, data, settings.batch, world, samples.kind, family.read)
-        play("teach", game, batches, pace, draft, lambda step: None, world)
-        result = parallel.gathered(game.teacher.result(), world)
+        play("teach", trainer, batches, pace, draft, lambda step: None, world)
+        result = parallel.gathered(trainer.teacher.result(), world)
         if world.main:
-            save_network(draft.path, Model(config.family, family, game.teacher.module, ()), result)
-            draft.facts |= _size(game.teacher.module, settings.steps, settings.batch)
+            save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
+            draft.facts |= _size(trainer.teacher.module, settings.steps, settings.batch)
     return read(out, "teacher")
 
 
@@ -108,7 +110,7 @@ def distill(
         shown = _drawn(model.family, prompts, world.device) if prompts else None
         weights = model.network.state_dict() if world.main else {}
         begun = _start(start, weights=world.main)
-        game = build.game(config, model.family, weights, world, begun, shown)
+        trainer = build.trainer(config, model.family, weights, world, begun, shown)
         del weights
         pace = Pace(
             settings.steps,
@@ -116,15 +118,15 @@ def distill(
             settings.log_every,
             settings.save_every,
             settings.preview_every,
-            settings.keep,
-            config.engine.hang_s,
+            settings.keep_checkpoints,
+            config.engine.hang_timeout_s,
         )
-        student = replace(student_of(model, config), network=game.student.module)
+        student = replace(student_of(model, config), network=trainer.student.module)
         looked = replace(student, family=_decoding(config, model, opened(teacher, original)))
         draft.facts["prompts"] = pictured(config.family, Shards(data, TRAIN, samples.kind), prompts)
 
         def preview(step: int) -> None:
-            with game.student.as_used():
+            with trainer.student.as_used():
                 picture = picture_of(config.family, looked.sample, draft.facts["prompts"], config.seed)
             if world.main:
                 (draft.path / "previews").mkdir(exist_ok=True)
@@ -132,21 +134,21 @@ def distill(
 
         read_batch = model.family.read_pairs if settings.regression else model.family.read
         batches = _reader(config, data, settings.batch, world, samples.kind, read_batch)
-        score = _score(config, student, game.student, data, samples, prompts, world)
-        play("distill", game, batches, pace, draft, preview, world, score)
+        score = _score(config, student, trainer.student, data, samples, prompts, world)
+        play("distill", trainer, batches, pace, draft, preview, world, score)
         if score:
-            draft.facts |= use_best(draft, game.student, world)
-        result = parallel.gathered(game.student.result(), world)
+            draft.facts |= use_best(draft, trainer.student, world)
+        result = parallel.gathered(trainer.student.result(), world)
         if world.main:
             _save_student(draft, config, student, result, teacher, original)
-            draft.facts |= _size(game.student.module, settings.steps, settings.batch)
+            draft.facts |= _size(trainer.student.module, settings.steps, settings.batch)
     return read(out, "run")
 
 
 def _score(
     config: Config,
     student: Model,
-    player: Player,
+    trainable: Trainable,
     data: str,
     samples: Manifest,
     prompts: str,
@@ -160,7 +162,7 @@ def _score(
 
     texts = read_prompts(prompts) if prompts else ()
 
-    def shown(rows: range, beside: Batch) -> Sequence[Prompt]:
+    def shown(rows: range, beside: RawBatch) -> Sequence[Prompt]:
         return (
             [texts[row % len(texts)] for row in rows] if texts else balanced(config.family, beside, len(rows))
         )
@@ -171,7 +173,7 @@ def _score(
     judged = judge.judge(settings, looks, student.sample, train, student.family, shown, world)
 
     def score(say: Callable[[str], None]) -> float:
-        with player.as_used():
+        with trainable.as_used():
             return judged(say)
 
     return score
@@ -207,8 +209,8 @@ def _reader(
     batch: int,
     world: World,
     kind: str,
-    read_batch: Callable[[Batch, Rng], Sample],
-) -> Callable[[int], Iterator[Sample]]:
+    read_batch: Callable[[RawBatch, Rng], Batch],
+) -> Callable[[int], Iterator[Batch]]:
     """From a step on, this process's rows of each batch, with their random numbers."""
     shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
     stream, rows = (
@@ -216,7 +218,7 @@ def _reader(
         world.rows(batch),
     )
 
-    def samples(first: int) -> Iterator[Sample]:
+    def samples(first: int) -> Iterator[Batch]:
         for step, part in enumerate(stream.batches(first), first):
             yield read_batch(part, Rng.at(config.seed, step, rows, world.device)).to(world.device)
 
@@ -267,9 +269,9 @@ def _drawn(family: ModelFamily, prompts: str, device: torch.device) -> build.Pro
     """Draws what samples show from a file of prompts."""
     texts = read_prompts(prompts)
 
-    def draw(rng: Rng) -> Shown:
-        cond, null = family.condition([texts[i] for i in rng.choose(len(texts))])
-        return Shown(cond.to(device), null.to(device))
+    def draw(rng: Rng) -> CondPair:
+        cond, uncond = family.condition([texts[i] for i in rng.choose(len(texts))])
+        return CondPair(cond.to(device), uncond.to(device))
 
     return draw
 

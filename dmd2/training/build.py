@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dmd2 import config as c
 from dmd2 import parallel
-from dmd2.batch import Sample
+from dmd2.batch import Batch
 from dmd2.denoiser import Denoiser, guided
 from dmd2.encoders.vae import load_vae
 from dmd2.errors import Refused
 from dmd2.models.edm import Edm
-from dmd2.models.family import ModelFamily, Shown
+from dmd2.models.family import CondPair, ModelFamily
 from dmd2.parallel import World
 from dmd2.rng import Rng, draw_shared, reseed
 from dmd2.sampler import Rollouts, denoise_real, simulate
@@ -32,12 +32,19 @@ from dmd2.training.terms import (
     Adversarial,
     CriticPasses,
     DistributionMatching,
-    Teacher,
-    Term,
-    apart,
-    shared_view,
+    LossTerm,
+    TeacherPrediction,
+    separate_passes,
+    shared_noise_passes,
 )
-from dmd2.training.trainer import HEAD, Moments, Player, Regression, Teaching, Trainer
+from dmd2.training.trainer import (
+    HEAD,
+    DiffusionTrainer,
+    DMD2Trainer,
+    OptimizerState,
+    RegressionTrainer,
+    Trainable,
+)
 
 
 def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") -> ModelFamily:
@@ -53,7 +60,7 @@ def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") ->
     return kinds[config.kind](config, frozen or published(config.kind), vae)
 
 
-def teaching(config: c.Config, world: World) -> Teaching:
+def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
     """A network that learns to be a teacher."""
     reseed(config.seed)
     repeatable(config.engine.deterministic)
@@ -63,11 +70,11 @@ def teaching(config: c.Config, world: World) -> Teaching:
     if mesh:
         parallel.shard(network, fam.blocks(network), mesh, torch.float32, resident=True)
 
-    def levels(noise: Tensor) -> Tensor:
+    def timesteps(noise: Tensor) -> Tensor:
         return fam.diffusion.nearest(settings.p_mean + settings.p_std * noise)
 
-    return Teaching(
-        player("teacher", network, settings.player, settings.steps), fam.denoiser(network), levels
+    return DiffusionTrainer(
+        trainable("teacher", network, settings.optimizer, settings.steps), fam.denoiser(network), timesteps
     )
 
 
@@ -79,18 +86,18 @@ class Start:
     critic: Mapping[str, Tensor] | None = None
 
 
-Prompts = Callable[[Rng], Shown]
+Prompts = Callable[[Rng], CondPair]
 """Draws what fakes show, a prompt for each row."""
 
 
-def game(
+def trainer(
     config: c.Config,
     fam: ModelFamily,
     teacher: Mapping[str, Tensor],
     world: World,
     start: Start | None = None,
     prompts: Prompts | None = None,
-) -> Trainer | Regression:
+) -> DMD2Trainer | RegressionTrainer:
     """What the recipe plays: DMD2, or the regression that comes before it.
 
     `teacher` are its weights, and `start` those of an earlier run, on the main process; the others give none, and no
@@ -111,14 +118,14 @@ def game(
         )
     mesh = world.meshed(config.engine.shards)
     networks = _networks(config, fam, teacher, world, mesh, start)
-    if config.engine.checkpointing != "none":
+    if config.engine.activation_checkpointing != "none":
         for network in networks[1:]:
-            checkpointed(fam, network, config.engine.checkpointing)
+            checkpointed(fam, network, config.engine.activation_checkpointing)
     for network in networks if config.engine.compile else ():
         compiled(fam, network)
     if config.distill.regression:
-        return _regression(config, fam, networks[1], world.device)
-    return _trainer(config, fam, *networks, world, mesh, prompts)
+        return _regression_trainer(config, fam, networks[1], world.device)
+    return _dmd2_trainer(config, fam, *networks, world, mesh, prompts)
 
 
 def _networks(
@@ -191,13 +198,15 @@ def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -
     return resident
 
 
-def _regression(config: c.Config, fam: ModelFamily, student: nn.Module, device: torch.device) -> Regression:
+def _regression_trainer(
+    config: c.Config, fam: ModelFamily, student: nn.Module, device: torch.device
+) -> RegressionTrainer:
     settings = config.distill
     assert settings.regression is not None
-    return Regression(
-        player("student", student, settings.student, settings.steps),
+    return RegressionTrainer(
+        trainable("student", student, settings.student, settings.steps),
         Denoiser(student, fam.diffusion, getattr(torch, settings.dtype)),
-        settings.student_levels[0],
+        settings.student_timesteps[0],
         _distance(settings.regression, fam, device),
         config.engine.micro_batch,
     )
@@ -217,7 +226,7 @@ def _distance(
     return lambda x, answer: compare(pixels(x), pixels(answer))
 
 
-def _trainer(
+def _dmd2_trainer(
     config: c.Config,
     fam: ModelFamily,
     teacher: nn.Module,
@@ -226,31 +235,31 @@ def _trainer(
     world: World,
     mesh: DeviceMesh | None,
     prompts: Prompts | None,
-) -> Trainer:
+) -> DMD2Trainer:
     settings, dtype = config.distill, getattr(torch, config.distill.dtype)
     student, critic = (Denoiser(n, fam.diffusion, dtype) for n in (student_network, critic_network))
     critics = nn.ModuleDict({"network": critic.network})
-    terms: list[Term] = []
+    terms: list[LossTerm] = []
     if settings.dmd:
         guide = _teacher(Denoiser(teacher, fam.diffusion, dtype), settings.guidance)
-        terms.append(DistributionMatching(guide, critic, _levels(settings.dmd, len(fam.diffusion))))
+        terms.append(DistributionMatching(guide, critic, _timestep_range(settings.dmd, len(fam.diffusion))))
     if settings.gan:
         critics[HEAD] = _head(fam, world, mesh)
-        max_level = max(1, round(settings.gan.max_level * len(fam.diffusion)))
+        max_timestep = max(1, round(settings.gan.max_timestep_fraction * len(fam.diffusion)))
         terms.append(
             Adversarial(
-                critic, critics[HEAD], max_level, settings.gan.student_weight, settings.gan.critic_weight
+                critic, critics[HEAD], max_timestep, settings.gan.student_weight, settings.gan.critic_weight
             )
         )
-    return Trainer(
-        player("student", student.network, settings.student, settings.steps),
-        player("critic", critics, settings.critic, settings.steps),
+    return DMD2Trainer(
+        trainable("student", student.network, settings.student, settings.steps),
+        trainable("critic", critics, settings.critic, settings.steps),
         terms,
         _generate(config, student, prompts),
         settings.critic_updates,
         config.engine.micro_batch,
         _passes(settings, terms),
-        carries=settings.every_stop,
+        carries=settings.continue_rollouts,
     )
 
 
@@ -262,30 +271,28 @@ def _head(fam: ModelFamily, world: World, mesh: DeviceMesh | None) -> nn.Module:
     return head
 
 
-def _passes(settings: c.DistillConfig, terms: Sequence[Term]) -> CriticPasses:
+def _passes(settings: c.DistillConfig, terms: Sequence[LossTerm]) -> CriticPasses:
     match terms:
         case [DistributionMatching() as dmd, Adversarial() as gan] if (
-            settings.gan and settings.gan.shared_view
+            settings.gan and settings.gan.reuse_denoising_pass
         ):
-            return shared_view(dmd, gan)
+            return shared_noise_passes(dmd, gan)
         case _:
-            return apart(terms)
+            return separate_passes(terms)
 
 
-def _generate(
-    config: c.Config, student: Denoiser, prompts: Prompts | None
-) -> Callable[[Sample, int], Sample]:
+def _generate(config: c.Config, student: Denoiser, prompts: Prompts | None) -> Callable[[Batch, int], Batch]:
     settings = config.distill
-    if settings.every_stop:
-        return Rollouts(student, settings.student_levels, settings.critic_updates, config.seed, prompts)
+    if settings.continue_rollouts:
+        return Rollouts(student, settings.student_timesteps, settings.critic_updates, config.seed, prompts)
 
-    def generate(real: Sample, step: int) -> Sample:
+    def generate(real: Batch, step: int) -> Batch:
         shown = real if prompts is None else replace(real, **prompts(real.rng)._asdict())
         if settings.inputs == "noised-real":
-            return replace(shown, x=denoise_real(student, shown, settings.student_levels))
-        stop = draw_shared(config.seed, step, len(settings.student_levels))
+            return replace(shown, x=denoise_real(student, shown, settings.student_timesteps))
+        stop = draw_shared(config.seed, step, len(settings.student_timesteps))
         noise = real.rng.normal_like
-        x = simulate(student, noise(real.x), shown.cond, settings.student_levels, stop, noise)
+        x = simulate(student, noise(real.x), shown.cond, settings.student_timesteps, stop, noise)
         return replace(shown, x=x)
 
     return generate
@@ -337,7 +344,7 @@ RECOMPILED = 256
 """Units share their code and differ in their shapes; beyond torch's usual 8, they would silently not be compiled."""
 
 
-def player(name: str, module: nn.Module, settings: c.Player, steps: int) -> Player:
+def trainable(name: str, module: nn.Module, settings: c.OptimizerConfig, steps: int) -> Trainable:
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
         lr=settings.lr,
@@ -347,24 +354,26 @@ def player(name: str, module: nn.Module, settings: c.Player, steps: int) -> Play
     )
 
     def lr(step: int) -> float:
-        if step < settings.warmup:
-            return settings.lr * (step + 1) / settings.warmup
-        gone = (step - settings.warmup) / max(1, steps - settings.warmup)
-        return settings.lr * (1 - gone * (1 - settings.final))
+        if step < settings.warmup_steps:
+            return settings.lr * (step + 1) / settings.warmup_steps
+        gone = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+        return settings.lr * (1 - gone * (1 - settings.final_lr_ratio))
 
-    Moments(optimizer)
+    OptimizerState(optimizer)
     averages = [Average(module, decay) for decay in settings.ema]
-    return Player(name, module, optimizer, lr, settings.max_grad_norm, averages)
+    return Trainable(name, module, optimizer, lr, settings.max_grad_norm, averages)
 
 
-def _teacher(denoiser: Denoiser, scale: float) -> Teacher:
+def _teacher(denoiser: Denoiser, scale: float) -> TeacherPrediction:
     return (
         guided(denoiser, scale)
         if scale != 1
-        else lambda x_t, level, sample: denoiser(x_t, level, sample.cond)
+        else lambda x_t, timestep, sample: denoiser(x_t, timestep, sample.cond)
     )
 
 
-def _levels(settings: c.DmdConfig, count: int) -> tuple[int, int]:
+def _timestep_range(settings: c.DmdConfig, count: int) -> tuple[int, int]:
     """[low, high) from shares of the table whose upper end is included."""
-    return int(settings.min_level * count), min(count, int(settings.max_level * count) + 1)
+    return int(settings.min_timestep_fraction * count), min(
+        count, int(settings.max_timestep_fraction * count) + 1
+    )

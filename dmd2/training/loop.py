@@ -1,4 +1,4 @@
-"""A run: a game played to its last step, in a folder from which it can be resumed at any time.
+"""A run: a trainer played to its last step, in a folder from which it can be resumed at any time.
 
 The loop is here, and what people see of it: progress with images/s and an ETA, `metrics.jsonl`, TensorBoard,
 previews. An update whose gradient is not finite is skipped, counted and told; several in a row stop the run, with the
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate.tracking import TensorBoardTracker
 from torch import Tensor
 
-from dmd2.batch import Sample
+from dmd2.batch import Batch
 from dmd2.errors import AGAIN, Diverged, Interrupted
 from dmd2.io.artifact import Draft
 from dmd2.io.storage import write
@@ -32,7 +32,7 @@ from dmd2.parallel import World
 from dmd2.progress import Progress
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.trainer import SKIPPED, Game, Metrics, Player
+from dmd2.training.trainer import SKIPPED, Metrics, Trainable, Trainer
 
 METRICS = "metrics.jsonl"
 SCORE = "checkpoint/fid"
@@ -42,7 +42,7 @@ Score = Callable[[Callable[[str], None]], float]
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGHUP: AGAIN}
 """What a run that was stopped by a signal exits with."""
 IN_A_ROW = 5
-"""Updates of one player that may be skipped in a row, because their gradient was not finite."""
+"""Updates of one trainable that may be skipped in a row, because their gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Pace:
     save_every: int
     preview_every: int
     keep: int
-    hang_s: float
+    hang_timeout_s: float
 
 
 def play(
     name: str,
-    game: Game,
-    batches: Callable[[int], Iterator[Sample]],
+    trainer: Trainer,
+    batches: Callable[[int], Iterator[Batch]],
     pace: Pace,
     draft: Draft,
     preview: Callable[[int], None],
@@ -71,13 +71,13 @@ def play(
     """Play from the newest checkpoint in the draft, or from the start, to the last step. With a `score`, every checkpoint is
     judged that was due, and the best one kept."""
     with world.interruptible():
-        _play(name, game, batches, pace, draft, preview, world, score)
+        _play(name, trainer, batches, pace, draft, preview, world, score)
 
 
 def _play(
     name: str,
-    game: Game,
-    batches: Callable[[int], Iterator[Sample]],
+    trainer: Trainer,
+    batches: Callable[[int], Iterator[Batch]],
     pace: Pace,
     draft: Draft,
     preview: Callable[[int], None],
@@ -89,7 +89,7 @@ def _play(
     saved = checkpoint.steps(checkpoints.root)
     first = saved[-1] if saved else 0
     if first:
-        checkpoint.load(checkpoints.root, first, game.state(), world)
+        checkpoint.load(checkpoints.root, first, trainer.state(), world)
 
     def finish() -> None:
         if checkpoints.finish():
@@ -102,7 +102,7 @@ def _play(
     with (
         Progress(name, pace.steps, "steps", first, world.main) as progress,
         _signals() as asked,
-        _watched(pace.hang_s) as alive,
+        _watched(pace.hang_timeout_s) as alive,
     ):
         journal, words = Journal(folder, progress, pace, first, world), Words(world)
 
@@ -126,7 +126,7 @@ def _play(
 
         note_best()
         unjudged = int(world.main and first not in scores(folder))
-        if score and first and _save_due(game, first - 1, pace) and world.told(unjudged):
+        if score and first and _save_due(trainer, first - 1, pace) and world.told(unjudged):
             judge(score, first)
         stream = batches(first)
         for step in range(first, pace.steps):
@@ -134,7 +134,7 @@ def _play(
             real = next(stream)
             waited = torch.tensor(time.monotonic() - asked_for)
             try:
-                journal.record(step, game.step(real, step) | {"loader/wait_s": waited})
+                journal.record(step, trainer.step(real, step) | {"loader/wait_s": waited})
             except Diverged:  # on all processes alike
                 finish()
                 raise
@@ -144,10 +144,10 @@ def _play(
             if not writing:
                 finish()
             last = step + 1 == pace.steps  # from which nothing goes on
-            if (game.complete(step) or last) and (stop or _save_due(game, step, pace)):
+            if (trainer.complete(step) or last) and (stop or _save_due(trainer, step, pace)):
                 journal.flush()
                 finish()
-                checkpoints.begin(step + 1, game.state())
+                checkpoints.begin(step + 1, trainer.state())
                 if score or stop or last:
                     finish()
                 if stop and not last:
@@ -204,7 +204,7 @@ class Journal:
     world: World
     window: list[tuple[int, Metrics]] = field(default_factory=list)
     skips: dict[str, int] = field(default_factory=dict)
-    """By player: updates that were skipped, one after the other, up to now."""
+    """By trainable: updates that were skipped, one after the other, up to now."""
 
     def __post_init__(self) -> None:
         self.since = time.monotonic()
@@ -254,17 +254,17 @@ class Journal:
     def _count_skips(self, steps: list[int], values: dict[str, dict[int, float]]) -> None:
         """Tell of updates that were skipped, with the first number that was none; too many in a row end the run."""
         for name in [name for name in values if name.endswith(f"/{SKIPPED}")]:
-            player = name.split("/")[0]
+            trainable = name.split("/")[0]
             for step in (step for step in steps if step in values[name]):
                 if not values[name][step]:
-                    self.skips[player] = 0
+                    self.skips[trainable] = 0
                     continue
-                self.skips[player] = self.skips.get(player, 0) + 1
-                what = _first_odd(step, player, values)
-                if self.skips[player] >= IN_A_ROW:
+                self.skips[trainable] = self.skips.get(trainable, 0) + 1
+                what = _first_odd(step, trainable, values)
+                if self.skips[trainable] >= IN_A_ROW:
                     raise Diverged(
-                        f"{what} at step {step}, and {IN_A_ROW} updates of the {player} were skipped in a row; what {self.folder} "
-                        f"has saved is from before it: lower the learning rate of the {player}, remove that folder if it is "
+                        f"{what} at step {step}, and {IN_A_ROW} updates of the {trainable} were skipped in a row; what {self.folder} "
+                        f"has saved is from before it: lower the learning rate of the {trainable}, remove that folder if it is "
                         "there, and start anew"
                     )
                 if self.world.main:
@@ -292,7 +292,7 @@ def best(folder: Path) -> int | None:
     return min((step for step in there if step in judged), key=judged.__getitem__, default=None)
 
 
-def use_best(draft: Draft, student: Player, world: World) -> dict[str, float]:
+def use_best(draft: Draft, student: Trainable, world: World) -> dict[str, float]:
     """Bring what is used of the student to the state it had at the best checkpoint; what to tell of it."""
     step = world.told((best(draft.path) or 0) if world.main else 0)
     if world.local_rank == 0:
@@ -306,10 +306,10 @@ def _due(step: int, every: int, steps: int) -> bool:
     return (step + 1) % every == 0 or step + 1 == steps
 
 
-def _save_due(game: Game, step: int, pace: Pace) -> bool:
+def _save_due(trainer: Trainer, step: int, pace: Pace) -> bool:
     """At the first step from which a run can be resumed, once a checkpoint is due."""
     since = step
-    while since > 0 and not game.complete(since - 1):
+    while since > 0 and not trainer.complete(since - 1):
         since -= 1
     return any(_due(s, pace.save_every, pace.steps) for s in range(since, step + 1))
 
@@ -329,11 +329,13 @@ def _told(name: str, values: list[float]) -> float:
     return sum(finite) / len(finite) if finite else float("nan")
 
 
-def _first_odd(step: int, player: str, values: dict[str, dict[int, float]]) -> str:
-    """The loss or gradient of the player that was no number."""
-    mine = {n: column[step] for n, column in values.items() if n.startswith(f"{player}/") and step in column}
+def _first_odd(step: int, trainable: str, values: dict[str, dict[int, float]]) -> str:
+    """The loss or gradient of the trainable that was no number."""
+    mine = {
+        n: column[step] for n, column in values.items() if n.startswith(f"{trainable}/") and step in column
+    }
     odd = [f"{name} became {value}" for name, value in mine.items() if not abs(value) < float("inf")]
-    return odd[0] if odd else f"{player}/grad_norm became infinite"
+    return odd[0] if odd else f"{trainable}/grad_norm became infinite"
 
 
 def _lines(path: Path) -> list[str]:

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from dmd2.config import Config
-from dmd2.config import Player as PlayerConfig
+from dmd2.config import Config, OptimizerConfig
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import outermost
 
@@ -66,17 +65,17 @@ def static(
     coming = 2.0 * width * (of.outer if resident else of.unit)
     found = {"teacher": width * of.whole / (1 if resident or low_rank else shards)}
     gathered = coming if divided or not resident else 0.0
-    for name, player, learns in (
+    for name, trainable, learns in (
         ("student", settings.student, of.student),
         ("critic", settings.critic, of.critic),
     ):
-        found |= _player(name, player, learns, shards)
+        found |= _trainable(name, trainable, learns, shards)
         # Gathered in the type it is computed in; in float32 on one device, that is the weights themselves.
         copied = (divided or width < FLOAT32) and (resident or (low_rank and learns < of.whole))
         gathered += width * learns if copied else 0
-    found |= _player("head", settings.critic, of.head, shards)
+    found |= _trainable("head", settings.critic, of.head, shards)
     found["gathered weights"] = gathered + (FLOAT32 * of.head if divided else 0)
-    # A player forgets its gradients before the other one's turn.
+    # A trainable forgets its gradients before the other one's turn.
     found["gradients"] = FLOAT32 * max(of.student, of.critic + of.head) / shards
     found["gradients on their way"] = _kept(config, of, resident, parts, reached) + coming
     return {name: size for name, size in found.items() if size}
@@ -121,7 +120,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _player(name: str, settings: PlayerConfig, weights: int, shards: int) -> dict[str, float]:
+def _trainable(name: str, settings: OptimizerConfig, weights: int, shards: int) -> dict[str, float]:
     """Float32 masters, moments, running averages: divided among the shards."""
     mine = weights / shards
     return {

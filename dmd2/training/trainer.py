@@ -1,4 +1,4 @@
-"""The training loop: two players, taking turns. And, for demos and tests, a teacher that learns alone."""
+"""The training loop: student and critic take turns. And, for demos and tests, a teacher that learns alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dmd2 import parallel
-from dmd2.batch import Sample
+from dmd2.batch import Batch
 from dmd2.denoiser import Denoiser
 from dmd2.training import losses
 from dmd2.training.checkpoint import Stateful
 from dmd2.training.ema import Average
-from dmd2.training.terms import CriticPasses, Losses, Term, apart
+from dmd2.training.terms import CriticPasses, Losses, LossTerm, separate_passes
 
 HEAD = "head"
 """The name of a GAN head among the networks of a critic."""
@@ -27,7 +27,7 @@ Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Weights:
+class TrainableWeights:
     """What of a module learns, as something that a checkpoint can hold; what is frozen is not saved over and over."""
 
     module: nn.Module
@@ -47,7 +47,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Moments:
+class OptimizerState:
     """The state of an optimizer: all of it there from the start, so that nothing appears at the first step."""
 
     optimizer: torch.optim.Optimizer
@@ -68,7 +68,7 @@ class Moments:
 
 
 @dataclass
-class Player:
+class Trainable:
     """Something that learns, and the means to change it."""
 
     name: str
@@ -104,10 +104,10 @@ class Player:
         return {f"{self.name}/grad_norm": norm, f"{self.name}/{SKIPPED}": bad}
 
     def state(self) -> dict[str, Stateful]:
-        """What a checkpoint of this player consists of."""
+        """What a checkpoint of this trainable consists of."""
         averages = {f"{self.name}.average{i}": average for i, average in enumerate(self.averages)}
-        moments = Moments(self.optimizer)
-        return {self.name: Weights(self.module), f"{self.name}.optimizer": moments, **averages}
+        moments = OptimizerState(self.optimizer)
+        return {self.name: TrainableWeights(self.module), f"{self.name}.optimizer": moments, **averages}
 
     def used(self) -> dict[str, Stateful]:
         """Of its state, what `result` is."""
@@ -124,7 +124,7 @@ class Player:
 
     def result(self) -> dict[str, Tensor]:
         """The weights to use: the last running average, or the weights themselves if there is none."""
-        return self.averages[-1].shadow if self.averages else Weights(self.module).state_dict()
+        return self.averages[-1].shadow if self.averages else TrainableWeights(self.module).state_dict()
 
     @contextmanager
     def as_used(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class Player:
         if not self.averages:  # they are those it has
             yield
             return
-        weights = Weights(self.module)
+        weights = TrainableWeights(self.module)
         before = {name: value.clone() for name, value in weights.state_dict().items()}
         weights.load_state_dict(self.result())
         try:
@@ -141,10 +141,10 @@ class Player:
             weights.load_state_dict(before)
 
 
-class Game(Protocol):
+class Trainer(Protocol):
     """What a run plays, step by step."""
 
-    def step(self, real: Sample, step: int) -> Metrics: ...
+    def step(self, real: Batch, step: int) -> Metrics: ...
 
     def complete(self, step: int) -> bool:
         """Whether the state after this step is all that the next one needs."""
@@ -153,13 +153,13 @@ class Game(Protocol):
 
 
 @dataclass
-class Trainer:
+class DMD2Trainer:
     """DMD2: the critic learns at every step, the student at every `critic_updates`-th."""
 
-    student: Player
-    critic: Player
-    terms: Sequence[Term]
-    generate: Callable[[Sample, int], Sample]
+    student: Trainable
+    critic: Trainable
+    terms: Sequence[LossTerm]
+    generate: Callable[[Batch, int], Batch]
     """(real, step) -> samples of the student, with their graph."""
     critic_updates: int
     """Critic updates per student update (the two time-scale rule, TTUR)."""
@@ -176,7 +176,7 @@ class Trainer:
     def complete(self, step: int) -> bool:
         return not self.carries or (step + 1) % self.critic_updates == 0
 
-    def step(self, real: Sample, step: int) -> Metrics:
+    def step(self, real: Batch, step: int) -> Metrics:
         students_turn = step % self.critic_updates == 0
         parts = real.split(self.micro_batch)
         shares = [len(part.x) / len(real.x) for part in parts]
@@ -195,7 +195,7 @@ class Trainer:
         ]
         return metrics | _summed(told) | self.critic.update(step)
 
-    def _student_gradient(self, fake: Sample, share: float) -> Metrics:
+    def _student_gradient(self, fake: Batch, share: float) -> Metrics:
         """Ask each term for its gradient at the samples, and send the sum through the student."""
         leaf = replace(fake, x=fake.x.detach().requires_grad_())
         losses = {t.name: share * t.student_loss(leaf) for t in self.terms}
@@ -205,9 +205,9 @@ class Trainer:
             "student", losses
         )
 
-    def _critic_gradient(self, fake: Sample, real: Sample, share: float, last_part: bool) -> Metrics:
+    def _critic_gradient(self, fake: Batch, real: Batch, share: float, last_part: bool) -> Metrics:
         told: list[Losses] = []
-        passes = (self.passes or apart(self.terms))(fake, real)
+        passes = (self.passes or separate_passes(self.terms))(fake, real)
         for compute in passes:
             shares = {name: share * loss for name, loss in compute().items()}
             self.critic.reduces(last_part, last_pass=compute is passes[-1])
@@ -217,12 +217,12 @@ class Trainer:
 
 
 @dataclass
-class Regression:
+class RegressionTrainer:
     """The student alone, learning what the teacher made of given noise (DMD2's warm-up for one-step SDXL)."""
 
-    student: Player
+    student: Trainable
     denoiser: Denoiser
-    level: int
+    timestep: int
     """Of the student's only step."""
     distance: Callable[[Tensor, Tensor], Tensor]
     """Samples of student and teacher (B, C, H, W) -> a scalar."""
@@ -234,13 +234,13 @@ class Regression:
     def state(self) -> dict[str, Stateful]:
         return self.student.state()
 
-    def step(self, pairs: Sample, step: int) -> Metrics:
+    def step(self, pairs: Batch, step: int) -> Metrics:
         """`pairs.x` is (B, 2, C, H, W): the noise, and the teacher's answer."""
         told, parts = [], pairs.split(self.micro_batch)
         for part in parts:
             eps, answer = part.x.unbind(1)
-            level = torch.full((len(eps),), self.level, device=eps.device)
-            x = self.denoiser(self.denoiser.diffusion.schedule.prior_std * eps, level, part.cond)
+            timestep = torch.full((len(eps),), self.timestep, device=eps.device)
+            x = self.denoiser(self.denoiser.diffusion.schedule.prior_std * eps, timestep, part.cond)
             loss = self.distance(x, answer) * (len(eps) / len(pairs.x))
             self.student.reduces(part is parts[-1], last_pass=True)
             loss.backward()
@@ -249,13 +249,13 @@ class Regression:
 
 
 @dataclass
-class Teaching:
-    """A diffusion model trained on data: levels log-normal in sigma, the EDM loss (Karras et al. 2022, eq. 2, 8)."""
+class DiffusionTrainer:
+    """A diffusion model trained on data: timesteps log-normal in sigma, the EDM loss (Karras et al. 2022, eq. 2, 8)."""
 
-    teacher: Player
+    teacher: Trainable
     denoiser: Denoiser
-    levels: Callable[[Tensor], Tensor]
-    """Unit noise (B,) -> levels (B,)."""
+    timesteps: Callable[[Tensor], Tensor]
+    """Unit noise (B,) -> timesteps (B,)."""
 
     def complete(self, step: int) -> bool:
         return True
@@ -263,12 +263,12 @@ class Teaching:
     def state(self) -> dict[str, Stateful]:
         return self.teacher.state()
 
-    def step(self, real: Sample, step: int) -> Metrics:
+    def step(self, real: Batch, step: int) -> Metrics:
         diffusion = self.denoiser.diffusion
-        level = self.levels(real.rng.normal_like(real.x[:, 0, 0, 0]))
-        x_t = diffusion.add_noise(real.x, real.rng.normal_like(real.x), level)
-        target = diffusion.target(real.x, x_t, level)
-        loss = losses.denoising(self.denoiser.output(x_t, level, real.cond), target)
+        timestep = self.timesteps(real.rng.normal_like(real.x[:, 0, 0, 0]))
+        x_t = diffusion.add_noise(real.x, real.rng.normal_like(real.x), timestep)
+        target = diffusion.target(real.x, x_t, timestep)
+        loss = losses.denoising(self.denoiser.output(x_t, timestep, real.cond), target)
         self.teacher.reduces(last_part=True, last_pass=True)
         loss.backward()
         return {"teacher/denoising": loss.detach()} | self.teacher.update(step)
@@ -285,5 +285,5 @@ def _added(parts: list[Losses]) -> Losses:
     return {name: torch.stack([part[name] for part in parts if name in part]).sum() for name in names}
 
 
-def _named(player: str, losses: dict[str, Tensor]) -> Metrics:
-    return {f"{player}/{name}": loss.detach() for name, loss in losses.items()}
+def _named(trainable: str, losses: dict[str, Tensor]) -> Metrics:
+    return {f"{trainable}/{name}": loss.detach() for name, loss in losses.items()}

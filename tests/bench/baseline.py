@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmd2.batch import Conditioning, Sample
-from dmd2.config import Config, EdmConfig, Player
+from dmd2.batch import Batch, Conditioning
+from dmd2.config import Config, EdmConfig, OptimizerConfig
 from dmd2.models.family import ModelFamily
 from dmd2.rng import draw_shared
 
 View = tuple[Tensor, Tensor, Tensor]
-"""x_t, its level, and the noise in it."""
+"""x_t, its timestep, and the noise in it."""
 
 
 @dataclass
@@ -31,29 +31,31 @@ class Process:
 
     family: ModelFamily
 
-    def at(self, table: Tensor, level: Tensor) -> Tensor:
-        return table.to(level.device, torch.float32)[level].reshape(-1, 1, 1, 1)
+    def at(self, table: Tensor, timestep: Tensor) -> Tensor:
+        return table.to(timestep.device, torch.float32)[timestep].reshape(-1, 1, 1, 1)
 
-    def noised(self, x: Tensor, eps: Tensor, level: Tensor) -> Tensor:
+    def noised(self, x: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
         schedule = self.family.diffusion.schedule
-        return self.at(schedule.alpha, level) * x + self.at(schedule.sigma, level) * eps
+        return self.at(schedule.alpha, timestep) * x + self.at(schedule.sigma, timestep) * eps
 
-    def out(self, network: nn.Module, x_t: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
-        out: Tensor = network(*self._inputs(x_t, level), cond)
+    def out(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        out: Tensor = network(*self._inputs(x_t, timestep), cond)
         return out
 
-    def features(self, network: nn.Module, x_t: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
+    def features(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """Of the bottleneck; what comes after it is not computed."""
-        features: Tensor = network(*self._inputs(x_t, level), cond, features_only=True)
+        features: Tensor = network(*self._inputs(x_t, timestep), cond, features_only=True)
         return features
 
-    def x0(self, out: Tensor, x_t: Tensor, level: Tensor) -> Tensor:
+    def x0(self, out: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
         reading = self.family.diffusion.reading
-        return self.at(reading.skip, level) * x_t + self.at(reading.scale, level) * out
+        return self.at(reading.skip, timestep) * x_t + self.at(reading.scale, timestep) * out
 
-    def _inputs(self, x_t: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs(self, x_t: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         diffusion = self.family.diffusion
-        return self.at(diffusion.reading.gain, level) * x_t, self.at(diffusion.schedule.time, level).flatten()
+        return self.at(diffusion.reading.gain, timestep) * x_t, self.at(
+            diffusion.schedule.time, timestep
+        ).flatten()
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Learner:
     """Parameters, and what follows their gradient, one tensor after the other."""
 
     parameters: list[nn.Parameter]
-    settings: Player
+    settings: OptimizerConfig
     steps: int
     updates: int = 0
 
@@ -94,14 +96,14 @@ class Learner:
 
     def _rate(self, step: int) -> float:
         s = self.settings
-        if step < s.warmup:
-            return s.lr * (step + 1) / s.warmup
-        share = (step - s.warmup) / max(1, self.steps - s.warmup)
-        return s.lr * (1 + share * (s.final - 1))
+        if step < s.warmup_steps:
+            return s.lr * (step + 1) / s.warmup_steps
+        share = (step - s.warmup_steps) / max(1, self.steps - s.warmup_steps)
+        return s.lr * (1 + share * (s.final_lr_ratio - 1))
 
 
 class Baseline:
-    """Both players, each with a copy of the teacher's weights."""
+    """Both trainables, each with a copy of the teacher's weights."""
 
     learner = Learner
 
@@ -112,7 +114,7 @@ class Baseline:
         settings = config.distill
         assert settings.dmd
         assert not settings.lora
-        assert not settings.every_stop
+        assert not settings.continue_rollouts
         assert settings.inputs == "rollout"
         assert settings.dtype == "float32"
         self.seed, self.family, self.settings = config.seed, family, settings
@@ -131,7 +133,7 @@ class Baseline:
         self.students = self.learner(list(self.student.parameters()), settings.student, settings.steps)
         self.critics = self.learner(list(self.judges.parameters()), settings.critic, settings.steps)
 
-    def step(self, real: Sample, step: int) -> dict[str, float]:
+    def step(self, real: Batch, step: int) -> dict[str, float]:
         """Losses and norms."""
         students_turn = step % self.settings.critic_updates == 0
         with torch.set_grad_enabled(students_turn):
@@ -139,23 +141,23 @@ class Baseline:
         told = self._students_turn(x, real, step) if students_turn else {}
         return told | self._critics_turn(x.detach(), real, step)
 
-    def rollout(self, real: Sample, step: int) -> Tensor:
+    def rollout(self, real: Batch, step: int) -> Tensor:
         """Steps of the student to one that is drawn, of which only the last has a gradient."""
-        levels = self.settings.student_levels
-        stop = draw_shared(self.seed, step, len(levels))
+        timesteps = self.settings.student_timesteps
+        stop = draw_shared(self.seed, step, len(timesteps))
         x_t = self.family.diffusion.schedule.prior_std * real.rng.normal_like(real.x)
-        for level, following in pairwise(levels[: stop + 1]):
+        for timestep, following in pairwise(timesteps[: stop + 1]):
             with torch.no_grad():
-                x = self._x0(self.student, x_t, self._all(level, real), real.cond)
+                x = self._x0(self.student, x_t, self._all(timestep, real), real.cond)
                 x_t = self.process.noised(x, real.rng.normal_like(x), self._all(following, real))
-        return self._x0(self.student, x_t, self._all(levels[stop], real), real.cond)
+        return self._x0(self.student, x_t, self._all(timesteps[stop], real), real.cond)
 
-    def _students_turn(self, x: Tensor, real: Sample, step: int) -> dict[str, float]:
+    def _students_turn(self, x: Tensor, real: Batch, step: int) -> dict[str, float]:
         self.judges.requires_grad_(False)
         losses = {"student/dmd": self._distribution_matching(x, real)}
         if self.gan:
-            x_t, level, _ = self._look(x, real, 0, self._gan_levels(self.gan.max_level))
-            logits = self._judged(x_t, level, real.cond)
+            x_t, timestep, _ = self._look(x, real, 0, self._gan_timesteps(self.gan.max_timestep_fraction))
+            logits = self._judged(x_t, timestep, real.cond)
             losses["student/gan"] = self.gan.student_weight * F.softplus(-logits).mean()
         _added(losses).backward()
         norm = self.students.follow(step)
@@ -163,12 +165,12 @@ class Baseline:
         self._forget()
         return {name: loss.item() for name, loss in losses.items()} | {"student/grad_norm": norm}
 
-    def _critics_turn(self, x: Tensor, real: Sample, step: int) -> dict[str, float]:
+    def _critics_turn(self, x: Tensor, real: Batch, step: int) -> dict[str, float]:
         views = {}
         if self.gan:
-            top = self._gan_levels(self.gan.max_level)
+            top = self._gan_timesteps(self.gan.max_timestep_fraction)
             views = {"real": self._look(real.x, real, 0, top), "fake": self._look(x, real, 0, top)}
-        losses = {"critic/dmd": self._denoising(x, self._look(x, real, 0, self._levels), real.cond)}
+        losses = {"critic/dmd": self._denoising(x, self._look(x, real, 0, self._timesteps), real.cond)}
         if self.gan:
             fake, of_real = self._both_judged(views["fake"], views["real"], real.cond)
             both = F.softplus(fake).mean() + F.softplus(-of_real).mean()
@@ -178,65 +180,65 @@ class Baseline:
         self._forget()
         return {name: loss.item() for name, loss in losses.items()} | {"critic/grad_norm": norm}
 
-    def _distribution_matching(self, x: Tensor, real: Sample) -> Tensor:
-        low = int(self.matching.min_level * self._levels)
-        high = min(self._levels, int(self.matching.max_level * self._levels) + 1)
+    def _distribution_matching(self, x: Tensor, real: Batch) -> Tensor:
+        low = int(self.matching.min_timestep_fraction * self._timesteps)
+        high = min(self._timesteps, int(self.matching.max_timestep_fraction * self._timesteps) + 1)
         with torch.no_grad():
-            x_t, level, _ = self._look(x, real, low, high)
-            of_critic = self._x0(self.critic, x_t, level, real.cond)
-            of_teacher = self._guided(x_t, level, real)
+            x_t, timestep, _ = self._look(x, real, low, high)
+            of_critic = self._x0(self.critic, x_t, timestep, real.cond)
+            of_teacher = self._guided(x_t, timestep, real)
             distance = (x - of_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
             gradient = torch.nan_to_num((of_critic - of_teacher) / distance)
         return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
-    def _guided(self, x_t: Tensor, level: Tensor, real: Sample) -> Tensor:
+    def _guided(self, x_t: Tensor, timestep: Tensor, real: Batch) -> Tensor:
         scale = self.settings.guidance
         if scale == 1:
-            return self._x0(self.teacher, x_t, level, real.cond)
-        without, shown = self._two_outs(x_t, level, real)
-        return self.process.x0(without + scale * (shown - without), x_t, level)
+            return self._x0(self.teacher, x_t, timestep, real.cond)
+        without, shown = self._two_outs(x_t, timestep, real)
+        return self.process.x0(without + scale * (shown - without), x_t, timestep)
 
-    def _two_outs(self, x_t: Tensor, level: Tensor, real: Sample) -> tuple[Tensor, Tensor]:
+    def _two_outs(self, x_t: Tensor, timestep: Tensor, real: Batch) -> tuple[Tensor, Tensor]:
         """Of the teacher, without a condition and with it, as a batch of twice the size."""
-        cond = real.null.cat(real.cond)
-        both = self.process.out(self.teacher, torch.cat([x_t, x_t]), torch.cat([level, level]), cond)
+        cond = real.uncond.cat(real.cond)
+        both = self.process.out(self.teacher, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), cond)
         without, shown = both.chunk(2)
         return without, shown
 
     def _denoising(self, x: Tensor, view: View, cond: Conditioning) -> Tensor:
         """EDM's weighted error of x0, or that of the noise."""
-        x_t, level, eps = view
-        out = self.process.out(self.critic, x_t, level, cond)
+        x_t, timestep, eps = view
+        out = self.process.out(self.critic, x_t, timestep, cond)
         if self.sigma_data is None:
             return F.mse_loss(out, eps)
-        sigma = self.process.at(self.family.diffusion.schedule.sigma, level)
+        sigma = self.process.at(self.family.diffusion.schedule.sigma, timestep)
         weight = sigma**-2 + self.sigma_data**-2
-        return (weight * (self.process.x0(out, x_t, level) - x) ** 2).mean()
+        return (weight * (self.process.x0(out, x_t, timestep) - x) ** 2).mean()
 
     def _both_judged(self, fake: View, real: View, cond: Conditioning) -> tuple[Tensor, Tensor]:
         return self._judged(*fake[:2], cond), self._judged(*real[:2], cond)
 
-    def _judged(self, x_t: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
-        logits: Tensor = self.head(self.process.features(self.critic, x_t, level, cond))
+    def _judged(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        logits: Tensor = self.head(self.process.features(self.critic, x_t, timestep, cond))
         return logits
 
-    def _x0(self, network: nn.Module, x_t: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
-        return self.process.x0(self.process.out(network, x_t, level, cond), x_t, level)
+    def _x0(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        return self.process.x0(self.process.out(network, x_t, timestep, cond), x_t, timestep)
 
-    def _look(self, x: Tensor, sample: Sample, low: int, high: int) -> View:
-        level = sample.rng.integers(low, high, x)
+    def _look(self, x: Tensor, sample: Batch, low: int, high: int) -> View:
+        timestep = sample.rng.integers(low, high, x)
         eps = sample.rng.normal_like(x)
-        return self.process.noised(x, eps, level), level, eps
+        return self.process.noised(x, eps, timestep), timestep, eps
 
     @property
-    def _levels(self) -> int:
+    def _timesteps(self) -> int:
         return len(self.family.diffusion)
 
-    def _gan_levels(self, share: float) -> int:
-        return max(1, round(share * self._levels))
+    def _gan_timesteps(self, share: float) -> int:
+        return max(1, round(share * self._timesteps))
 
-    def _all(self, level: int, sample: Sample) -> Tensor:
-        return torch.full((len(sample.x),), level, device=sample.x.device)
+    def _all(self, timestep: int, sample: Batch) -> Tensor:
+        return torch.full((len(sample.x),), timestep, device=sample.x.device)
 
     def _forget(self) -> None:
         self.students.optimizer.zero_grad()

@@ -27,14 +27,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmd2 import parallel, recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.io import storage
 from dmd2.models.stable import Stable, published
 from dmd2.parallel import World
 from dmd2.rng import draw_shared
 from dmd2.training import build
-from dmd2.training.trainer import Trainer
+from dmd2.training.trainer import DMD2Trainer
 
 OUT = Path("runs/bench/engine.json")
 MACHINE = 8
@@ -108,11 +108,11 @@ def without_data() -> Iterator[None]:
         nn.Module._apply, parallel.spread = before  # type: ignore[method-assign]
 
 
-def made(config: Config, family: Stable, world: World, reference: bool) -> Trainer:
+def made(config: Config, family: Stable, world: World, reference: bool) -> DMD2Trainer:
     if not reference:
-        game = build.game(config, family, {}, world)
-        assert isinstance(game, Trainer)
-        return game
+        trainer = build.trainer(config, family, {}, world)
+        assert isinstance(trainer, DMD2Trainer)
+        return trainer
     shard = parallel.shard
 
     def in_float32(
@@ -125,19 +125,19 @@ def made(config: Config, family: Stable, world: World, reference: bool) -> Train
 
     parallel.shard = in_float32
     try:
-        game = build.game(config, family, {}, world)
+        trainer = build.trainer(config, family, {}, world)
     finally:
         parallel.shard = shard
-    assert isinstance(game, Trainer)
-    game.passes = apart_in_three(game)
-    return game
+    assert isinstance(trainer, DMD2Trainer)
+    trainer.passes = apart_in_three(trainer)
+    return trainer
 
 
-def apart_in_three(game: Trainer) -> Any:
+def apart_in_three(trainer: DMD2Trainer) -> Any:
     """The GAN looks at real and fake in passes of their own."""
-    matching, gan = game.terms
+    matching, gan = trainer.terms
 
-    def passes(fake: Sample, real: Sample) -> list[Callable[[], dict[str, Tensor]]]:
+    def passes(fake: Batch, real: Batch) -> list[Callable[[], dict[str, Tensor]]]:
         def of_fake() -> dict[str, Tensor]:
             features = gan.critic.features(*build_look(gan, fake), fake.cond)  # type: ignore[attr-defined]
             return {"gan": gan.fake_loss(features)}  # type: ignore[attr-defined]
@@ -151,10 +151,10 @@ def apart_in_three(game: Trainer) -> Any:
     return passes
 
 
-def build_look(gan: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    from dmd2.training.terms import look
+def build_look(gan: Any, sample: Batch) -> tuple[Tensor, Tensor]:
+    from dmd2.training.terms import noise_at_random_timestep
 
-    return look(sample, gan.critic.diffusion, 0, gan.max_level)
+    return noise_at_random_timestep(sample, gan.critic.diffusion, 0, gan.max_timestep_fraction)
 
 
 def counted(
@@ -166,19 +166,19 @@ def counted(
     turns = config.distill.critic_updates
     try:
         with without_data():
-            game = made(config, family, world, reference)
+            trainer = made(config, family, world, reference)
             rows = config.engine.micro_batch
             cond = Conditioning(
                 text=torch.zeros(rows, 77, 2048), pooled=torch.zeros(rows, 1280), size=torch.ones(rows, 6)
             )
-            sample = Sample(torch.zeros(rows, *family.shape), cond, cond)
-            game.step(sample, 0)  # what is only done once is not counted
+            sample = Batch(torch.zeros(rows, *family.shape), cond, cond)
+            trainer.step(sample, 0)  # what is only done once is not counted
             for stop in (1, 2):
                 setattr(build, "draw_shared", lambda *_, stop=stop: stop)  # noqa: B010
                 for step, share in ((0, 1 / turns), (1, 1 / turns), (2, 1 - 2 / turns)):
                     messages = Messages()
                     with messages:
-                        game.step(sample, step)
+                        trainer.step(sample, step)
                     for kind in messages.calls:
                         calls[kind] += messages.calls[kind] * share / 2  # type: ignore[assignment]
                         sizes[kind] += messages.bytes[kind] * share / 2  # type: ignore[assignment]

@@ -85,7 +85,7 @@ def shard_plain(source: str, out: str) -> dict[str, float]:
 
 def read_ours(data: str, count: str) -> dict[str, float]:
     def epoch() -> None:
-        stream = Stream(Shards(data, "train"), BATCH, 0, LoaderConfig(block=4))
+        stream = Stream(Shards(data, "train"), BATCH, 0, LoaderConfig(shuffle_block=4))
         for batch in itertools.islice(stream.batches(0), int(count) // BATCH):
             assert batch.image.shape == (BATCH, 3, 64, 64)
 

@@ -35,15 +35,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dmd2 import parallel, recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import AdmConfig, Config
 from dmd2.denoiser import Denoiser
 from dmd2.io import storage
-from dmd2.models.family import ModelFamily, Shown
+from dmd2.models.family import CondPair, ModelFamily
 from dmd2.parallel import World
 from dmd2.rng import Rng, draw_shared
 from dmd2.training import build
-from dmd2.training.trainer import HEAD, Player, Trainer
+from dmd2.training.trainer import HEAD, DMD2Trainer, Trainable
 from tests.bench.baseline import Baseline, Learner, Process, View
 
 RESULT = Path("runs/bench/engine.json")
@@ -70,7 +70,7 @@ class Net:
     family: ModelFamily
     weights: dict[str, Tensor]
     """The teacher's."""
-    shown: Shown
+    shown: CondPair
 
     def real(self, rows: int) -> Tensor:
         return torch.randn(rows, *self.family.shape)
@@ -105,7 +105,7 @@ def _random(config: Config) -> Net:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     labels = torch.arange(config.distill.batch) % config.family.classes
-    return Net(config, family, network.state_dict(), Shown(Conditioning(label=labels), Conditioning()))
+    return Net(config, family, network.state_dict(), CondPair(Conditioning(label=labels), Conditioning()))
 
 
 NETS: dict[str, Callable[[], Net]] = {"edm-digits": digits, "sdxl-4step-emoji": emoji, "edm-middle": middle}
@@ -133,22 +133,22 @@ class Together(Baseline):
     """Fake and real in one batch."""
 
     def _both_judged(self, fake: View, real: View, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        x_t, level = torch.cat([fake[0], real[0]]), torch.cat([fake[1], real[1]])
-        of_fake, of_real = self._judged(x_t, level, cond.cat(cond)).chunk(2)
+        x_t, timestep = torch.cat([fake[0], real[0]]), torch.cat([fake[1], real[1]])
+        of_fake, of_real = self._judged(x_t, timestep, cond.cat(cond)).chunk(2)
         return of_fake, of_real
 
 
 class TwoPasses(Baseline):
     """Guidance by two passes of the teacher."""
 
-    def _two_outs(self, x_t: Tensor, level: Tensor, real: Sample) -> tuple[Tensor, Tensor]:
-        out = partial(self.process.out, self.teacher, x_t, level)
-        return out(real.null), out(real.cond)
+    def _two_outs(self, x_t: Tensor, timestep: Tensor, real: Batch) -> tuple[Tensor, Tensor]:
+        out = partial(self.process.out, self.teacher, x_t, timestep)
+        return out(real.uncond), out(real.cond)
 
 
 class ToTheEnd(Process):
-    def features(self, network: nn.Module, x_t: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
-        return Denoiser(network, self.family.diffusion).output_and_features(x_t, level, cond)[1]
+    def features(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        return Denoiser(network, self.family.diffusion).output_and_features(x_t, timestep, cond)[1]
 
 
 class NoExit(Baseline):
@@ -168,13 +168,13 @@ PLAIN: dict[str, type[Baseline]] = {
 }
 LOWER = {} if parallel.emulates(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
 """The type of the fast mode: of a processor that has no instructions for bfloat16, float32."""
-LESS: dict[str, Any] = {"shared_view": True, "every_stop": True}
+LESS: dict[str, Any] = {"reuse_denoising_pass": True, "continue_rollouts": True}
 SWITCHES: dict[str, dict[str, Any]] = {
     "parity": {},
     "parity, compile": {"compile": True},
     **({"parity, bfloat16": LOWER} if LOWER else {}),
-    "parity, shared view": {"shared_view": True},
-    "parity, every stop": {"every_stop": True},
+    "parity, shared view": {"reuse_denoising_pass": True},
+    "parity, every stop": {"continue_rollouts": True},
     "fast without compile": LESS | LOWER,
     "fast": LESS | LOWER | {"compile": True},
 }
@@ -205,7 +205,7 @@ def main(quick: bool = False, only: tuple[str, ...] = tuple(NETS), rounds: int =
 def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:
     net = seeded(NETS[name](), rounds)
     variants = {label: plain(net, kind) for label, kind in PLAIN.items() if _differs(net, label)}
-    games: dict[str, Trainer] = {}
+    games: dict[str, DMD2Trainer] = {}
     for label, switches in SWITCHES.items():
         if _differs(net, label) and not (quick and switches.get("compile")):
             games[label] = engine(net, switches)
@@ -227,56 +227,60 @@ def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:
 
 def seeded(net: Net, rounds: int) -> Net:
     """With a seed whose rollouts are as long as they are on average."""
-    steps, levels = net.config.distill.critic_updates, len(net.config.distill.student_levels)
+    steps, timesteps = net.config.distill.critic_updates, len(net.config.distill.student_timesteps)
     span = range(steps, steps * (rounds + 1))
 
     def mean(seed: int) -> float:
-        return statistics.mean(draw_shared(seed, step, levels) for step in span)
+        return statistics.mean(draw_shared(seed, step, timesteps) for step in span)
 
-    seed = next(seed for seed in count() if abs(mean(seed) - (levels - 1) / 2) < 0.05)
+    seed = next(seed for seed in count() if abs(mean(seed) - (timesteps - 1) / 2) < 0.05)
     return Net(net.config.model_copy(update={"seed": seed}), net.family, net.weights, net.shown)
 
 
 def plain(net: Net, kind: type[Baseline]) -> Step:
-    game = kind(net.config, net.family, net.weights, net.family.head().state_dict())
+    trainer = kind(net.config, net.family, net.weights, net.family.head().state_dict())
     x = net.real(net.config.distill.batch)
-    return lambda step: game.step(Sample(x, *net.shown), step)  # noise from torch's global generator
+    return lambda step: trainer.step(Batch(x, *net.shown), step)  # noise from torch's global generator
 
 
-def engine(net: Net, switches: dict[str, Any]) -> Trainer:
+def engine(net: Net, switches: dict[str, Any]) -> DMD2Trainer:
     switches = dict(switches)
     units = net.config.engine.model_copy(update={"compile": switches.pop("compile", False)})
     gan = net.config.distill.gan
     assert gan
-    gan = gan.model_copy(update={"shared_view": switches.pop("shared_view", False)})
-    if len(net.config.distill.student_levels) == 1:
-        switches.pop("every_stop", None)
+    gan = gan.model_copy(update={"reuse_denoising_pass": switches.pop("reuse_denoising_pass", False)})
+    if len(net.config.distill.student_timesteps) == 1:
+        switches.pop("continue_rollouts", None)
     distill = net.config.distill.model_copy(update=switches | {"gan": gan})
     config = net.config.model_copy(update={"distill": distill, "engine": units})
-    game = build.game(config, net.family, net.weights, World(CPU))
-    assert isinstance(game, Trainer)
-    return game
+    trainer = build.trainer(config, net.family, net.weights, World(CPU))
+    assert isinstance(trainer, DMD2Trainer)
+    return trainer
 
 
-def turn(net: Net, game: Trainer, x: Tensor, step: int) -> object:
+def turn(net: Net, trainer: DMD2Trainer, x: Tensor, step: int) -> object:
     """With noise from a stream for each row, as in a run."""
-    return game.step(Sample(x, *net.shown, Rng.at(net.config.seed, step, range(len(x)), CPU)), step)
+    return trainer.step(Batch(x, *net.shown, Rng.at(net.config.seed, step, range(len(x)), CPU)), step)
 
 
 class Parts:
     """What an update of the student is made of: calls of networks and of optimizers, each alone."""
 
-    def __init__(self, net: Net, game: Trainer) -> None:
+    def __init__(self, net: Net, trainer: DMD2Trainer) -> None:
         batch, self.net = net.config.distill.batch, net
         network = net.family.network().requires_grad_(False)
         network.load_state_dict(net.weights)
-        assert isinstance(game.critic.module, nn.ModuleDict)
-        student, critic, head = game.student.module, game.critic.module["network"], game.critic.module[HEAD]
-        x, level = net.real(batch), torch.full((batch,), len(net.family.diffusion) // 2)
-        inputs = (*net.family.diffusion.network_input(x, level), net.shown.cond)
+        assert isinstance(trainer.critic.module, nn.ModuleDict)
+        student, critic, head = (
+            trainer.student.module,
+            trainer.critic.module["network"],
+            trainer.critic.module[HEAD],
+        )
+        x, timestep = net.real(batch), torch.full((batch,), len(net.family.diffusion) // 2)
+        inputs = (*net.family.diffusion.network_input(x, timestep), net.shown.cond)
         twice = (*(torch.cat([t, t]) for t in inputs[:2]), net.shown.cond.cat(net.shown.cond))
         guided = net.config.distill.guidance != 1
-        of_teacher = (*twice[:2], net.shown.cond.cat(net.shown.null)) if guided else inputs
+        of_teacher = (*twice[:2], net.shown.cond.cat(net.shown.uncond)) if guided else inputs
 
         def judged(x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
             logits: Tensor = head(critic(x, time, cond, features_only=True))
@@ -288,27 +292,27 @@ class Parts:
 
         self.passes: dict[str, Callable[[], object]] = {
             "student, no gradient": partial(forward, student, inputs),
-            "student, forward and backward": partial(both_ways, student, inputs, game.student.module),
+            "student, forward and backward": partial(both_ways, student, inputs, trainer.student.module),
             "teacher": partial(forward, network, of_teacher),
             "critic, no gradient": partial(forward, critic, inputs),
             "critic to the head, backward to the samples": at_samples,
             "critic to the head, twice the batch, both ways": partial(
-                both_ways, judged, twice, game.critic.module
+                both_ways, judged, twice, trainer.critic.module
             ),
-            "critic, forward and backward": partial(both_ways, critic, inputs, game.critic.module),
+            "critic, forward and backward": partial(both_ways, critic, inputs, trainer.critic.module),
         }
         self.optimizers: dict[str, Callable[[], object]] = {
-            "update of the student": partial(update, game.student, gradients(game.student)),
-            "update of the critic": partial(update, game.critic, gradients(game.critic)),
+            "update of the student": partial(update, trainer.student, gradients(trainer.student)),
+            "update of the critic": partial(update, trainer.critic, gradients(trainer.critic)),
         }
         self.calls = self.passes | self.optimizers
 
     def counts(self, number: int) -> dict[str, int]:
         """How often a round of the engine in parity mode needs each."""
         config = self.net.config
-        updates, levels = config.distill.critic_updates, len(config.distill.student_levels)
+        updates, timesteps = config.distill.critic_updates, len(config.distill.student_timesteps)
         steps = range((number + 1) * updates, (number + 2) * updates)
-        rollouts = sum(draw_shared(config.seed, step, levels) for step in steps)
+        rollouts = sum(draw_shared(config.seed, step, timesteps) for step in steps)
         each = {name: updates for name in self.calls if name.endswith(("both ways", "of the critic"))}
         each |= {"critic, forward and backward": updates, "student, no gradient": rollouts + updates - 1}
         return dict.fromkeys(self.calls, 1) | each
@@ -327,14 +331,14 @@ def both_ways(network: Callable[..., Tensor], inputs: Inputs, learns: nn.Module)
     learns.zero_grad()
 
 
-def gradients(player: Player) -> list[Tensor]:
-    return [torch.zeros_like(p) for p in player.module.parameters()]
+def gradients(trainable: Trainable) -> list[Tensor]:
+    return [torch.zeros_like(p) for p in trainable.module.parameters()]
 
 
-def update(player: Player, gradients: list[Tensor]) -> None:
-    for parameter, gradient in zip(player.module.parameters(), gradients, strict=True):
+def update(trainable: Trainable, gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(trainable.module.parameters(), gradients, strict=True):
         parameter.grad = gradient
-    player.update(0)
+    trainable.update(0)
 
 
 def cpu_seconds(call: Callable[[], object], times: int = 3) -> float:
@@ -421,7 +425,7 @@ def _differs(net: Net, label: str) -> bool:
     distill = net.config.distill
     return not (
         (distill.guidance == 1 and "guidance" in label)
-        or (len(distill.student_levels) == 1 and label.endswith("every stop"))
+        or (len(distill.student_timesteps) == 1 and label.endswith("every stop"))
     )
 
 

@@ -1,4 +1,4 @@
-"""One step of both players on a U-Net of the size of Stable Diffusion 1.5, on this machine: `make bench-memory`.
+"""One step of both trainables on a U-Net of the size of Stable Diffusion 1.5, on this machine: `make bench-memory`.
 
 859.52 M random weights in bfloat16, shared by student, critic and teacher, an update of rank 64 on each of the first
 two, the GAN's head, one 512-pixel image, as the recipe has it otherwise. Prints seconds and peak memory, writes
@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from dmd2 import parallel, recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, LoraConfig
 from dmd2.io import storage
 from dmd2.models.stable import UNET, Stable, published
@@ -28,7 +28,7 @@ LIMIT_GB = 20.0
 
 
 def main(small: bool = False) -> None:
-    """A step of both players.
+    """A step of both trainables.
 
     Args:
         small: Of a U-Net an eighth as wide.
@@ -41,16 +41,16 @@ def main(small: bool = False) -> None:
     torch.set_default_dtype(torch.bfloat16)
     teacher = family.network()
     torch.set_default_dtype(torch.float32)
-    game = build.game(config, family, teacher.state_dict(), parallel.World(torch.device("cpu")))
+    trainer = build.trainer(config, family, teacher.state_dict(), parallel.World(torch.device("cpu")))
     start = time.monotonic()
     text = torch.randn(1, 77, 768)
-    sample = Sample(torch.randn(1, *family.shape), Conditioning(text=text), Conditioning(text=text * 0))
-    told = game.step(sample, 0)
+    sample = Batch(torch.randn(1, *family.shape), Conditioning(text=text), Conditioning(text=text * 0))
+    told = trainer.step(sample, 0)
     assert all(value.isfinite() for value in told.values()), told
     figures = {
         "weights_m": round(sum(p.numel() for p in teacher.parameters()) / 1e6, 2),
         "learning_m": round(
-            sum(p.numel() for p in game.student.module.parameters() if p.requires_grad) / 1e6, 2
+            sum(p.numel() for p in trainer.student.module.parameters() if p.requires_grad) / 1e6, 2
         ),
         "seconds": round(time.monotonic() - start, 1),
         "peak_gb": round(peak_gb(), 2),

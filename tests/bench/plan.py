@@ -1,7 +1,7 @@
 """The memory that `dmd2 plan` predicts, against what steps really take on this machine: `python -m tests.bench.plan`.
 
 An EDM network in float32, a fresh process on the CPU. Predicted is what the plan says of one device. Measured is the most
-memory that is resident during the steps, less what was before the game was made and after another, small one had been
+memory that is resident during the steps, less what was before the trainer was made and after another, small one had been
 played. By default the allocator is told to give back at once what is free, so that resident is what lives;
 `--no-returned` leaves it as it is, and what it keeps is measured too. Prints both, writes runs/bench/plan.json, and fails
 if they differ by more than a tenth.
@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from dmd2 import parallel, recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.io import storage
 from dmd2.plan import counts, hardware, prediction
@@ -37,7 +37,7 @@ SIZE = (
 def main(
     batch: int = 16, checkpointing: str = "none", steps: int = 1, gan: bool = True, returned: bool = True
 ) -> None:
-    """Some steps, of both players at the first.
+    """Some steps, of both trainables at the first.
 
     Args:
         batch: Images.
@@ -71,7 +71,7 @@ def main(
 
 def mid_size(batch: int, checkpointing: str, gan: bool) -> Config:
     name = "edm-digits" if gan else "edm-digits-no-gan"
-    changes = [f"distill.batch={batch}", f"engine.checkpointing={checkpointing}"]
+    changes = [f"distill.batch={batch}", f"engine.activation_checkpointing={checkpointing}"]
     return recipes.resolve(name, [*SIZE, *changes])
 
 
@@ -91,16 +91,16 @@ def warm(config: Config) -> None:
 def play(config: Config, steps: int) -> float:
     """The most memory that was resident during the steps, in 1e9 bytes."""
     fam = build.family(config.family)
-    game = build.game(config, fam, fam.network().state_dict(), parallel.World(torch.device("cpu")))
+    trainer = build.trainer(config, fam, fam.network().state_dict(), parallel.World(torch.device("cpu")))
     tidy()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     batch = config.distill.batch
     cond = Conditioning(label=torch.zeros(batch, dtype=torch.int64))
-    real = Sample(torch.randn(batch, *fam.shape), cond, Conditioning())
+    real = Batch(torch.randn(batch, *fam.shape), cond, Conditioning())
     for step in range(steps):
-        game.step(real, step)
+        trainer.step(real, step)
     most = resident_gb("VmHWM")
-    del game, real
+    del trainer, real
     tidy()
     return most
 

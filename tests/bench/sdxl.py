@@ -115,9 +115,9 @@ def samplers(base: Config, only: tuple[str, ...]) -> list[tuple[str, str, int, S
         found.append((name, "teacher", steps, guided(guide, steps, base)))
     for recipe in only:
         student = load_network(ROOT / recipe)
-        for count in sorted({len(student.levels), 1}, reverse=True):
-            name = f"{RUNS[recipe]}{', only the first taken' if count < len(student.levels) else ''}"
-            found.append((name, recipe, count, replace(student, levels=student.levels[:count]).sample))
+        for count in sorted({len(student.timesteps), 1}, reverse=True):
+            name = f"{RUNS[recipe]}{', only the first taken' if count < len(student.timesteps) else ''}"
+            found.append((name, recipe, count, replace(student, timesteps=student.timesteps[:count]).sample))
     return found
 
 

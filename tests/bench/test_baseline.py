@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2 import recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
 from dmd2.rng import Rng
@@ -33,20 +33,20 @@ def test_on_an_sdxl_of_four_steps_with_guidance_and_gan_too(pipeline: Path) -> N
     compare(config, family, *family.condition(["a red square", "a green square", "a blue square", ""]))
 
 
-def compare(config: Config, family: ModelFamily, cond: Conditioning, null: Conditioning) -> None:
+def compare(config: Config, family: ModelFamily, cond: Conditioning, uncond: Conditioning) -> None:
     torch.manual_seed(0)
     teacher = family.network()
     for parameter in teacher.parameters():
         if not parameter.any():  # a branch that starts as nothing would hide what is behind it
             nn.init.normal_(parameter, std=0.1)
-    engine: Any = build.game(config, family, teacher.state_dict(), ALONE)
+    engine: Any = build.trainer(config, family, teacher.state_dict(), ALONE)
     plain = Baseline(config, family, teacher.state_dict(), engine.critic.module["head"].state_dict())
     rows, device = range(config.distill.batch), torch.device("cpu")
     for step in range(STEPS):
         x = torch.randn(len(rows), *family.shape)
         mine, its = (
-            game.step(Sample(x, cond, null, Rng.at(config.seed, step, rows, device)), step)
-            for game in (plain, engine)
+            trainer.step(Batch(x, cond, uncond, Rng.at(config.seed, step, rows, device)), step)
+            for trainer in (plain, engine)
         )
         for name, value in mine.items():
             tolerance = 1e-4 if name.endswith("grad_norm") else 1e-5
@@ -54,8 +54,8 @@ def compare(config: Config, family: ModelFamily, cond: Conditioning, null: Condi
                 torch.tensor(value), its[name], rtol=tolerance, atol=1e-7, msg=f"{name} of step {step}"
             )
     start = teacher.state_dict()
-    for player, mine in ((engine.student, plain.students), (engine.critic, plain.critics)):
-        its = [p.detach() for p in player.module.parameters()]
+    for trainable, mine in ((engine.student, plain.students), (engine.critic, plain.critics)):
+        its = [p.detach() for p in trainable.module.parameters()]
         assert apart(mine.parameters, its) < 1e-5
         assert apart(list(start.values()), its[: len(start)]) > 3e-4, "neither has learnt"
     (average,) = engine.student.averages

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dmd2.config import LoaderConfig
 from dmd2.data.shards import Receipt
-from dmd2.data.stream import Batch, Shards, Stream, decode
+from dmd2.data.stream import RawBatch, Shards, Stream, decode
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, read
 from dmd2.io.storage import Entry, at
@@ -253,7 +253,7 @@ def sharded(out: str) -> Counter[bytes]:
     return Counter(key for split in ("train", "holdout") for key in keys(Shards(out, split).in_order(1000)))
 
 
-def keys(batch: Batch) -> list[bytes]:
+def keys(batch: RawBatch) -> list[bytes]:
     return [image.numpy().tobytes() for image in batch.image]
 
 
@@ -341,7 +341,7 @@ def test_of_a_damaged_shard_no_image_is_used_and_it_is_named(
     good = Shards(made / "shards", "train")
     bad = set(keys(decode([good.sample(1, index) for index in range(good.counts[1])])))
     damage(shards)
-    stream, seen = Stream(Shards(shards, "train"), 4, 0, LoaderConfig(block=1, ahead=ahead)), set()
+    stream, seen = Stream(Shards(shards, "train"), 4, 0, LoaderConfig(shuffle_block=1, prefetch=ahead)), set()
     with pytest.raises(Refused, match=rf"{shards}/{BAD} .*({words})"):  # noqa: PT012 - what came before counts
         for batch in stream.batches(0):
             seen |= set(keys(batch))
@@ -356,7 +356,7 @@ def test_a_bucket_that_often_fails_is_read_like_a_folder_even_through_a_tiny_cac
     at(f"{bucket}/shards").put_many(made / "shards", contents(str(made / "shards")))
     for fault in FAULTS:
         proxy.fail(DOWNLOAD, fault, times=1, share=0.5)
-    settings = LoaderConfig(block=1, threads=2)
+    settings = LoaderConfig(shuffle_block=1, threads=2)
     streams = [
         Stream(Shards(folder, "train", cache_gb=1e-9), 6, 0, settings)
         for folder in (made / "shards", f"{bucket}/shards")

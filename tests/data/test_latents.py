@@ -138,7 +138,7 @@ def test_keys_labels_and_captions_are_carried_over_and_held_out_images_stay(
 def test_a_loader_reads_them_like_images(shards: Path, encoded: Path) -> None:
     read_back, images = Shards(encoded, "train", kind="latents"), Shards(shards, "train")
     assert read_back.counts == images.counts
-    settings = LoaderConfig(block=2)
+    settings = LoaderConfig(shuffle_block=2)
     batch, original = (Stream(s, 6, 0, settings).batch(3) for s in (read_back, images))
     assert (batch.image.shape, batch.image.dtype) == ((6, 2, 4, 8, 8), torch.float16)
     assert batch.label.tolist() == original.label.tolist()

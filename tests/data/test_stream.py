@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dmd2.config import LoaderConfig
-from dmd2.data.stream import Batch, Shards, Stream
+from dmd2.data.stream import RawBatch, Shards, Stream
 from dmd2.errors import Refused
 
 
@@ -22,7 +22,7 @@ def shards(made: Path) -> Shards:
     return Shards(made / "shards", "train")
 
 
-def keys(batch: Batch) -> list[bytes]:
+def keys(batch: RawBatch) -> list[bytes]:
     """The pixels of each image, which tell all of them apart."""
     return [image.numpy().tobytes() for image in batch.image]
 

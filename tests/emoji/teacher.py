@@ -130,7 +130,7 @@ def assembled(vae: Any, texts: tuple[str, ...], widths: tuple[int, int, int] = (
 
 
 def fit(pipe: Any, latents: Tensor, texts: tuple[str, ...], steps: int, batch: int) -> None:
-    """The noise-prediction loss of DDPM at uniform levels; the weights end as their running average."""
+    """The noise-prediction loss of DDPM at uniform timesteps; the weights end as their running average."""
     diffusion = Diffusion(scaled_linear_schedule(), predict_eps)
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
     tokens = [tokenized(t, texts) for t in (pipe.tokenizer, pipe.tokenizer_2)]
@@ -139,11 +139,11 @@ def fit(pipe: Any, latents: Tensor, texts: tuple[str, ...], steps: int, batch: i
     for step, rows in updates("unet", learner, 1.5e-3, steps, len(latents), batch):
         states, pooled = embedded(encoders, [t[rows] for t in tokens])
         shown = (torch.rand(len(rows)) >= DROPPED).float()
-        level = torch.randint(len(diffusion), (len(rows),))
+        timestep = torch.randint(len(diffusion), (len(rows),))
         eps = torch.randn_like(latents[rows])
         out = pipe.unet(
-            diffusion.add_noise(latents[rows], eps, level),
-            level,
+            diffusion.add_noise(latents[rows], eps, timestep),
+            timestep,
             states * shown[:, None, None],
             added_cond_kwargs={"text_embeds": pooled * shown[:, None], "time_ids": time_ids(len(rows))},
         ).sample

@@ -115,7 +115,7 @@ for module in modules:
 
 
 def without(names: set[str], modules: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Import modules in a new process that does not have these top-level names."""
+    """Import modules in a new process that does not have these top-timestep names."""
     told = json.dumps([sorted(names), modules])
     return subprocess.run(
         [sys.executable, "-c", BLOCKED], input=told, capture_output=True, text=True, cwd=packages.ROOT
@@ -123,7 +123,7 @@ def without(names: set[str], modules: tuple[str, ...]) -> subprocess.CompletedPr
 
 
 def absent() -> set[str]:
-    """Top-level modules of everything that is installed here and not in `dmd2-launch`."""
+    """Top-timestep modules of everything that is installed here and not in `dmd2-launch`."""
     there = names("dmd2-launch") | {"dmd2"}
     return {
         name

@@ -284,17 +284,17 @@ def test_an_edm_network_gives_the_same_x0_and_features(size: tuple[Any, ...], tm
     ours = Adm(config)
     ours.load_state_dict(state)
     diffusion = Diffusion(karras_schedule(), predict_edm(0.5))
-    level = torch.tensor([0, 300, 600, 900, 999])
+    timestep = torch.tensor([0, 300, 600, 900, 999])
     label = torch.arange(5) % size[2]
-    onehot, sigma = F.one_hot(label, size[2]).float(), diffusion.schedule.sigma[level].float()
+    onehot, sigma = F.one_hot(label, size[2]).float(), diffusion.schedule.sigma[timestep].float()
     x_t = torch.randn(5, size[1], size[0], size[0]) * (sigma**2 + 0.25).sqrt()[:, None, None, None]
     denoiser, cond = Denoiser(ours, diffusion), Conditioning(label=label)
     with torch.no_grad():
         wanted = net(x_t, sigma, onehot)
         x, time = net.fed(x_t, sigma)
         features = net.model.encode(x, net.model.embed(time, onehot))[-1]
-        torch.testing.assert_close(denoiser(x_t, level, cond), wanted, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(denoiser.features(x_t, level, cond), features, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(denoiser(x_t, timestep, cond), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(denoiser.features(x_t, timestep, cond), features, rtol=1e-5, atol=1e-5)
     assert wanted.std() > 0.1
     assert (wanted - wanted.flip(0)).abs().max() > 0.1
 

@@ -12,13 +12,13 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from dmd2 import recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import LoraConfig, StableConfig
 from dmd2.io.tensors import save_tensors
 from dmd2.models.lora import TARGETS, exported, merged, tied, updated
 from dmd2.models.stable import Unet, published
 from dmd2.training import build
-from dmd2.training.trainer import Trainer
+from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, teacher_of
 
 SMALL = LoraConfig(rank=4, alpha=2)
@@ -39,7 +39,7 @@ def test_the_update_of_sdxl_has_the_published_layers_and_size() -> None:
 
 
 def tiny(pipeline: Path) -> tuple[Any, nn.Module, tuple[Any, ...]]:
-    family = build.family(StableConfig(kind="sdxl", resolution=32, latent=2), pipeline)
+    family = build.family(StableConfig(kind="sdxl", resolution=32, vae_stride=2), pipeline)
     network = family.network()
     network.load_state_dict(family.weights(pipeline))
     cond: Conditioning = family.condition(["a red square"]).cond
@@ -83,29 +83,29 @@ def test_merged_weights_are_the_network_with_its_update(pipeline: Path) -> None:
     torch.testing.assert_close(plain(*inputs), student(*inputs), atol=1e-5, rtol=1e-4)
 
 
-def test_players_on_one_base_move_their_own_updates_and_nothing_else(pipeline: Path) -> None:
+def test_trainables_on_one_base_move_their_own_updates_and_nothing_else(pipeline: Path) -> None:
     family, base, inputs = tiny(pipeline)
     changes = {"lora": LoraConfig(rank=4, alpha=2, shared_base=True), "dtype": "bfloat16"}
     config = recipes._with(recipes.get("sdxl-4step-shared-emoji"), "shared", **changes)
-    game = build.game(config, family, base.state_dict(), ALONE)
-    assert isinstance(game, Trainer)
-    players = {"student": game.student.module, "critic": game.critic.module}
-    frozen = {id(p) for p in players["student"].parameters() if not p.requires_grad}
-    base = teacher_of(game)
+    trainer = build.trainer(config, family, base.state_dict(), ALONE)
+    assert isinstance(trainer, DMD2Trainer)
+    trainables = {"student": trainer.student.module, "critic": trainer.critic.module}
+    frozen = {id(p) for p in trainables["student"].parameters() if not p.requires_grad}
+    base = teacher_of(trainer)
     assert frozen == {id(p) for p in base.parameters()}
-    assert all(frozen < {id(p) for p in module.parameters()} for module in players.values())
+    assert all(frozen < {id(p) for p in module.parameters()} for module in trainables.values())
 
     def state() -> dict[str, list[Tensor]]:
-        learns = {n: [p for p in m.parameters() if p.requires_grad] for n, m in players.items()}
+        learns = {n: [p for p in m.parameters() if p.requires_grad] for n, m in trainables.items()}
         assert not {id(p) for p in learns["student"]} & {id(p) for p in learns["critic"]}
         with torch.no_grad():
             known = {"base": list(base.parameters()), "teacher": [base(*inputs)], **learns}
         return {name: [t.detach().clone() for t in tensors] for name, tensors in known.items()}
 
-    real = Sample(torch.randn(2, *family.shape), *family.condition(["a red square", "a blue square"]))
+    real = Batch(torch.randn(2, *family.shape), *family.condition(["a red square", "a blue square"]))
     states = [state()]
     for step in (1, 0):
-        game.step(real, step)
+        trainer.step(real, step)
         states.append(state())
     for (before, after), moves in zip(pairwise(states), ({"critic"}, {"critic", "student"}), strict=True):
         same = {n: all(torch.equal(a, b) for a, b in zip(before[n], after[n], strict=True)) for n in before}

@@ -29,14 +29,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
 from dmd2 import recipes
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, StableConfig
 from dmd2.model import load_network
-from dmd2.models.family import Shown
+from dmd2.models.family import CondPair
 from dmd2.models.stable import SCHEDULER, SCHEDULERS, UNET, Stable, completed, published, schedule
-from dmd2.sampler import Levels, generate
+from dmd2.sampler import Timesteps, generate
 from dmd2.training import build
-from dmd2.training.trainer import Trainer
+from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, teacher_of
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -92,10 +92,10 @@ def test_features_come_from_the_mid_block_at_the_cost_of_the_encoder(
     spent = []
     with torch.device("meta"):
         head = fam.head()
-        x, level, cond = torch.zeros(2, *fam.shape), torch.zeros(2, dtype=torch.int64), told(fam, 2)
+        x, timestep, cond = torch.zeros(2, *fam.shape), torch.zeros(2, dtype=torch.int64), told(fam, 2)
         for act in (fam.denoiser(network).output, fam.denoiser(network).features):
             with FlopCounterMode(display=False) as counter:
-                out = act(x, level, cond)
+                out = act(x, timestep, cond)
             spent.append(counter.get_total_flops() / 2)
         assert tuple(out.shape) == (2, *fam.features)
         assert fam.features == {"sd15": (1280, 8, 8), "sdxl": (1280, 32, 32)}[kind]
@@ -116,26 +116,26 @@ def test_features_come_from_the_mid_block_at_the_cost_of_the_encoder(
 def test_a_step_runs_at_the_real_shape_in_bfloat16(
     recipe: str, changes: dict[str, Any], steps: tuple[int, ...]
 ) -> None:
-    """At the recipe's micro-batch: of both players at step 0, of the critic alone at step 1."""
+    """At the recipe's micro-batch: of both trainables at step 0, of the critic alone at step 1."""
     few = recipes.resolve(recipe, ["seed=6"])  # a seed that draws short rollouts
     config = few.model_copy(update={"engine": few.engine.model_copy(update=changes)})
     count = config.engine.micro_batch
     with FakeTensorMode():
         fam = family(config.family.kind)
         teacher = fam.network()
-        game = fake_game(config, fam, teacher)
+        trainer = fake_trainer(config, fam, teacher)
         cond = told(fam, count)
         for step in steps:
-            game.step(Sample(torch.zeros(count, *fam.shape), cond, cond), step)
-    for player in (game.student, game.critic):
-        learns = [p for p in player.module.parameters() if p.requires_grad]
+            trainer.step(Batch(torch.zeros(count, *fam.shape), cond, cond), step)
+    for trainable in (trainer.student, trainer.critic):
+        learns = [p for p in trainable.module.parameters() if p.requires_grad]
         assert {p.dtype for p in learns} == {torch.float32}
-        assert len(player.optimizer.state) == len(learns)
-    assert {p.dtype for p in teacher_of(game).parameters()} == {torch.bfloat16}
+        assert len(trainable.optimizer.state) == len(learns)
+    assert {p.dtype for p in teacher_of(trainer).parameters()} == {torch.bfloat16}
 
 
-def fake_game(config: Config, fam: Stable, teacher: nn.Module) -> Trainer:
-    """By `build.game`. Module.to replaces parameters here: fake ones cannot be changed in place."""
+def fake_trainer(config: Config, fam: Stable, teacher: nn.Module) -> DMD2Trainer:
+    """By `build.trainer`. Module.to replaces parameters here: fake ones cannot be changed in place."""
 
     def replaced(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for part in module.modules():
@@ -147,9 +147,9 @@ def fake_game(config: Config, fam: Stable, teacher: nn.Module) -> Trainer:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "_apply", replaced)
         patch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
-        game = build.game(config, fam, teacher.state_dict(), ALONE)
-    assert isinstance(game, Trainer)
-    return game
+        trainer = build.trainer(config, fam, teacher.state_dict(), ALONE)
+    assert isinstance(trainer, DMD2Trainer)
+    return trainer
 
 
 def static_gb(recipe: str) -> dict[str, float]:
@@ -158,8 +158,8 @@ def static_gb(recipe: str) -> dict[str, float]:
     with FakeTensorMode():
         fam = family(config.family.kind)
         teacher = fam.network()
-        game = fake_game(config, fam, teacher)
-    modules = (teacher_of(game), game.student.module, game.critic.module)
+        trainer = fake_trainer(config, fam, teacher)
+    modules = (teacher_of(trainer), trainer.student.module, trainer.critic.module)
     tensors = {id(p): p for module in modules for p in module.parameters()}.values()
     held = sum(p.numel() * p.element_size() for p in tensors)
     learns = sum(3 * p.numel() * p.element_size() for p in tensors if p.requires_grad)
@@ -211,7 +211,7 @@ def stable15(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(kind: str, folder: Path) -> tuple[Stable, Any]:
-    fam = build.family(StableConfig(kind=kind, resolution=32, latent=2), folder)
+    fam = build.family(StableConfig(kind=kind, resolution=32, vae_stride=2), folder)
     assert isinstance(fam, Stable)
     network = fam.network()
     network.load_state_dict(fam.weights(folder))
@@ -273,12 +273,12 @@ def test_features_let_go_of_the_activations_they_passed(small: tuple[Stable, Any
 def test_activations_computed_again_give_the_very_same_step(recipe: str, pipeline: Path) -> None:
     def played(checkpointing: str) -> tuple[dict[str, Tensor], list[Tensor]]:
         fam, teacher = tiny("sdxl", pipeline)
-        changes = ["distill.dtype=bfloat16", f"engine.checkpointing={checkpointing}"]
-        game = build.game(recipes.resolve(recipe, changes), fam, teacher.state_dict(), ALONE)
-        assert isinstance(game, Trainer)
+        changes = ["distill.dtype=bfloat16", f"engine.activation_checkpointing={checkpointing}"]
+        trainer = build.trainer(recipes.resolve(recipe, changes), fam, teacher.state_dict(), ALONE)
+        assert isinstance(trainer, DMD2Trainer)
         torch.manual_seed(0)
-        told = game.step(Sample(torch.randn(2, *fam.shape), *fam.condition(["a red", "a blue"])), 0)
-        return told, [p.detach() for p in game.student.module.parameters() if p.requires_grad]
+        told = trainer.step(Batch(torch.randn(2, *fam.shape), *fam.condition(["a red", "a blue"])), 0)
+        return told, [p.detach() for p in trainer.student.module.parameters() if p.requires_grad]
 
     kept = played("none")
     for again in (played("full"), played("selective")):
@@ -288,16 +288,16 @@ def test_activations_computed_again_give_the_very_same_step(recipe: str, pipelin
 
 def test_nothing_is_zeros_for_sdxl_of_the_same_size(pipeline: Path) -> None:
     fam, _ = tiny("sdxl", pipeline)
-    cond, null = fam.condition(["a red square"])
+    cond, uncond = fam.condition(["a red square"])
     assert cond.text is not None
-    assert null.text is not None
-    assert null.pooled is not None
+    assert uncond.text is not None
+    assert uncond.pooled is not None
     assert cond.text.shape == (1, 24, 160)
     assert cond.text.abs().sum() > 0
-    assert null.text.abs().sum() == null.pooled.abs().sum() == 0
+    assert uncond.text.abs().sum() == uncond.pooled.abs().sum() == 0
     assert cond.size is not None
-    assert null.size is not None
-    assert cond.size.tolist() == null.size.tolist() == [[32, 32, 0, 0, 32, 32]]
+    assert uncond.size is not None
+    assert cond.size.tolist() == uncond.size.tolist() == [[32, 32, 0, 0, 32, 32]]
 
 
 def test_what_sdxl_is_told_is_what_diffusers_own_pipeline_tells_it(pipeline: Path) -> None:
@@ -312,14 +312,14 @@ def test_what_sdxl_is_told_is_what_diffusers_own_pipeline_tells_it(pipeline: Pat
 def test_nothing_is_the_empty_text_for_sd15(stable15: Path) -> None:
     fam, _ = tiny("sd15", stable15)
     shown = fam.condition(["a red square", ""])
-    assert isinstance(shown, Shown)
-    cond, null = shown
+    assert isinstance(shown, CondPair)
+    cond, uncond = shown
     assert cond.text is not None
-    assert null.text is not None
-    torch.testing.assert_close(null.text[0], cond.text[1])
-    torch.testing.assert_close(null.text[1], cond.text[1])
-    assert not torch.equal(cond.text[0], null.text[0])
-    assert cond.pooled is cond.size is null.pooled is None
+    assert uncond.text is not None
+    torch.testing.assert_close(uncond.text[0], cond.text[1])
+    torch.testing.assert_close(uncond.text[1], cond.text[1])
+    assert not torch.equal(cond.text[0], uncond.text[0])
+    assert cond.pooled is cond.size is uncond.pooled is None
 
 
 def test_the_teacher_of_sd15_is_sampled_by_diffusers_own_pipeline(stable15: Path) -> None:
@@ -334,22 +334,22 @@ def test_the_teacher_of_sd15_is_sampled_by_diffusers_own_pipeline(stable15: Path
 @pytest.mark.parametrize(
     "scheduler", [{}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}]
 )
-@pytest.mark.parametrize("levels", [(999,), (399,), (999, 499)])
+@pytest.mark.parametrize("timesteps", [(999,), (399,), (999, 499)])
 def test_a_student_of_sd15_in_stock_diffusers_draws_what_our_sampler_does(
-    levels: Levels, scheduler: dict[str, Any], stable15: Path, tmp_path: Path
+    timesteps: Timesteps, scheduler: dict[str, Any], stable15: Path, tmp_path: Path
 ) -> None:
     given, made = tmp_path / "given", tmp_path / "made"
     shutil.copytree(stable15, given)
     change(given / SCHEDULER, scheduler)
     fam, network = tiny("sd15", given)
     made.mkdir()
-    fam.save(network.state_dict(), made, levels)
+    fam.save(network.state_dict(), made, timesteps)
     prompts, eps = ["a red square", "a blue"], torch.randn(2, *fam.shape)
-    theirs = drawn(made, prompts, eps, seed=1, timesteps=list(levels), guidance_scale=0)
+    theirs = drawn(made, prompts, eps, seed=1, timesteps=list(timesteps), guidance_scale=0)
     between = torch.Generator().manual_seed(1)
     noise = partial(torch.randn, generator=between)
     cond = fam.condition(prompts).cond
-    ours = generate(fam.denoiser(network), eps, cond, levels, lambda x0: noise(x0.shape))
+    ours = generate(fam.denoiser(network), eps, cond, timesteps, lambda x0: noise(x0.shape))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
@@ -405,9 +405,9 @@ def test_the_scheduler_of_the_folder_says_how_an_output_is_read(
     scheduler = make(**BASE, beta_schedule="scaled_linear", clip_sample=False, **told)
     scheduler.set_timesteps(1000)
     x_t, out = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
-    for level in (0, 20, 399, 980, 999):
-        ours = fam.diffusion.to_x0(out, x_t, torch.tensor([level]))
-        theirs = scheduler.step(out, level, x_t).pred_original_sample
+    for timestep in (0, 20, 399, 980, 999):
+        ours = fam.diffusion.to_x0(out, x_t, torch.tensor([timestep]))
+        theirs = scheduler.step(out, timestep, x_t).pred_original_sample
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, theirs, atol=0, rtol=2e-4)  # its table is in float32
 
@@ -488,7 +488,7 @@ def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
 ) -> None:
     shutil.copytree(published("sd15"), tmp_path / "p")
     change(tmp_path / "p" / "scheduler" / "scheduler_config.json", {"num_train_timesteps": 500})
-    assert "500 levels" in refusal(lambda: family("sd15", tmp_path / "p"))
+    assert "500 timesteps" in refusal(lambda: family("sd15", tmp_path / "p"))
     wide = build.family(StableConfig(kind="sd15", resolution=768), published("sd15"))
     assert "not 12" in refusal(wide.head)
 

@@ -51,5 +51,5 @@ def test_a_published_training_folder_becomes_a_run(pickled: Path, tmp_path: Path
     torch.save(network().state_dict(), tmp_path / "training" / "pytorch_model.bin")
     stages.adopt(config, str(tmp_path / "training"), str(tmp_path / "teacher"), str(tmp_path / "run"))
     student = load_network(tmp_path / "run")
-    assert student.levels == (999,)
+    assert student.timesteps == (999,)
     assert student.sample([0, 1, 2], seed=0).shape == (3, 3, 16, 16)

@@ -71,7 +71,7 @@ def test_the_noise_between_steps_is_not_that_of_the_start(
     drawn: list[torch.Tensor] = []
 
     def record(
-        denoiser: object, eps: torch.Tensor, cond: object, levels: object, noise: Noise
+        denoiser: object, eps: torch.Tensor, cond: object, timesteps: object, noise: Noise
     ) -> torch.Tensor:
         drawn.extend([eps, noise(eps)])
         return eps
@@ -238,7 +238,7 @@ def test_sampling_what_holds_no_network_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("teacher", "no null class"), ("run", "distilled into a student")]
+    ("kind", "words"), [("teacher", "no unconditional class"), ("run", "distilled into a student")]
 )
 def test_guidance_that_cannot_be_followed_is_refused(
     made: Path, tmp_path: Path, kind: str, words: str, refusal: Callable[..., str]

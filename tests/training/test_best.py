@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dmd2 import recipes, report
-from dmd2.batch import Sample
+from dmd2.batch import Batch
 from dmd2.data.stream import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
@@ -26,13 +26,18 @@ from dmd2.model import load_network
 from dmd2.stages import training
 from dmd2.training import checkpoint
 from dmd2.training.loop import SCORE, read_metrics, scores
-from dmd2.training.trainer import Metrics, Trainer
+from dmd2.training.trainer import DMD2Trainer, Metrics
 from tests.conftest import ALONE, MICRO, flags
 from tests.training.test_loop import ONE_THREAD, assert_same, distill, numbers
 from tests.training.test_on_a_bucket import machines
 from tests.training.test_processes import ENVIRONMENT, torchrun
 
-JUDGED = (*MICRO, "distill.best.images=24", "distill.best.features=efficientnet", "distill.keep=1")
+JUDGED = (
+    *MICRO,
+    "distill.best.images=24",
+    "distill.best.features=efficientnet",
+    "distill.keep_checkpoints=1",
+)
 WORSE = (*JUDGED, "distill.student.lr=0.3", "distill.student.ema=0.5")
 """A student that the training throws far away from its teacher, so that an early checkpoint is better than the last."""
 
@@ -81,15 +86,15 @@ def test_distance_is_that_of_clean_fid() -> None:
 
 def stopped(made: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin the run, and stop it by a signal during a step."""
-    original = Trainer.step
+    original = DMD2Trainer.step
 
-    def step(self: Trainer, real: Sample, number: int) -> Metrics:
+    def step(self: DMD2Trainer, real: Batch, number: int) -> Metrics:
         if number + 1 == after:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, real, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+        patched.setattr(DMD2Trainer, "step", step)
         with pytest.raises(Interrupted):
             distill(recipes.resolve("edm-digits", WORSE), made, out)
 
@@ -215,7 +220,7 @@ def test_a_signal_is_heard_while_a_checkpoint_is_judged(
 
 
 def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, tmp_path: Path) -> None:
-    walks = ("distill.student_levels=999,499", "distill.every_stop=True", "distill.steps=7")
+    walks = ("distill.student_timesteps=999,499", "distill.continue_rollouts=True", "distill.steps=7")
     distill(recipes.resolve("edm-digits", (*JUDGED, *walks)), made, tmp_path / "run")
     assert list(scores(tmp_path / "run")) == [5, 7]
 

@@ -16,7 +16,7 @@ from dmd2.io.storage import at, join
 from dmd2.model import load
 from tests.conftest import MICRO
 
-LATENT = ("family.network.image_channels=4", "family.latent=2", "gate.factor=1e6")
+LATENT = ("family.network.image_channels=4", "family.vae_stride=2", "gate.factor=1e6")
 
 
 @pytest.fixture(scope="module")

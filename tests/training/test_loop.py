@@ -61,19 +61,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     """Weights, moments, running averages: whether the step of the stop had a checkpoint or not. (In the log, the
     window in which it stopped is told in two lines.)"""
-    from dmd2.training.trainer import Trainer
+    from dmd2.training.trainer import DMD2Trainer
 
     config = with_average(micro)
     distill(config, made, tmp_path / "whole")
-    steps, original = [], Trainer.step
+    steps, original = [], DMD2Trainer.step
 
-    def counted(self: Trainer, real: object, step: int) -> object:
+    def counted(self: DMD2Trainer, real: object, step: int) -> object:
         steps.append(step)
         if len(steps) == stop_after:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, real, step)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(DMD2Trainer, "step", counted)
     with pytest.raises(Interrupted, match=f"after step {stop_after} of 10, saved"):
         distill(config, made, tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
@@ -284,20 +284,20 @@ def test_a_torn_last_line_of_the_metrics_is_none(made: Path, tmp_path: Path) -> 
 def test_teaching_resumes_too(
     micro: Config, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmd2.training.trainer import Teaching
+    from dmd2.training.trainer import DiffusionTrainer
 
-    original = Teaching.step
+    original = DiffusionTrainer.step
 
-    def stopped(self: Teaching, real: object, step: int) -> object:
+    def stopped(self: DiffusionTrainer, real: object, step: int) -> object:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, real, step)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Teaching, "step", stopped)
+    monkeypatch.setattr(DiffusionTrainer, "step", stopped)
     with pytest.raises(Interrupted) as caught:
         stages.teach(micro, str(made / "shards"), str(tmp_path / "teacher"))
     assert caught.value.status == 75
-    monkeypatch.setattr(Teaching, "step", original)
+    monkeypatch.setattr(DiffusionTrainer, "step", original)
     stages.teach(micro, str(made / "shards"), str(tmp_path / "teacher"))
     again, before = read(tmp_path / "teacher", "teacher"), read(made / "teacher", "teacher")
     weights = [{f.path: f.sha256 for f in m.files}["network.safetensors"] for m in (again, before)]

@@ -25,7 +25,7 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import BEGUN, CONTENTS, MANIFEST, SECONDS, Draft, drafted, opened, read
 from dmd2.io.storage import at, cache
 from dmd2.training import checkpoint
-from dmd2.training.trainer import Trainer
+from dmd2.training.trainer import DMD2Trainer
 from tests.bucket import DOWNLOAD, UPLOAD, Proxy, contents, flip, listed, until
 from tests.conftest import MICRO, flags
 
@@ -101,13 +101,13 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bi
     last = max(sent(out))
     at(out).write("checkpoints/00000039/student.safetensors", b"half of it")
     node("elsewhere")
-    played, original = [], Trainer.step
+    played, original = [], DMD2Trainer.step
 
-    def counted(self: Trainer, real: object, step: int) -> object:
+    def counted(self: DMD2Trainer, real: object, step: int) -> object:
         played.append(step)
         return original(self, real, step)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(DMD2Trainer, "step", counted)
     stages.distill(slow, data, teacher, out)
     assert played == list(range(last, 40))
     assert sums(out, "run")["network.safetensors"] == sums(tmp_path / "whole", "run")["network.safetensors"]

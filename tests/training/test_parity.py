@@ -1,7 +1,7 @@
-"""One step of the game against the formulas of the paper, written out plainly.
+"""One step of the trainer against the formulas of the paper, written out plainly.
 
-Fixed weights, noises and levels; the formulas below use a network, sigmas and autograd, and nothing of the library's
-terms, losses or trainer. Everything that reaches a player must agree to 1e-5: losses, and gradients of all weights.
+Fixed weights, noises and timesteps; the formulas below use a network, sigmas and autograd, and nothing of the library's
+terms, losses or trainer. Everything that reaches a trainable must agree to 1e-5: losses, and gradients of all weights.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmd2.batch import Conditioning, Sample
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, GanConfig
 from dmd2.training import build
-from tests.conftest import trainer
+from tests.conftest import make_trainer
 
 SIGMA_DATA = 0.5
 
 
-def karras(level: Tensor) -> Tensor:
-    ramp = level.double() / 999
+def karras(timestep: Tensor) -> Tensor:
+    ramp = timestep.double() / 999
     return ((0.002 ** (1 / 7) + ramp * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7).float().reshape(-1, 1, 1, 1)
 
 
@@ -53,24 +53,24 @@ def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.Monkey
     teacher = family.network()
     for parameter in teacher.parameters():
         nn.init.normal_(parameter, std=0.15)
-    game = trainer(config, teacher)
-    student, critic = game.student.module, game.critic.module["network"]  # type: ignore[index]
-    head = game.critic.module["head"] if gan else None  # type: ignore[index]
+    trainer = make_trainer(config, teacher)
+    student, critic = trainer.student.module, trainer.critic.module["network"]  # type: ignore[index]
+    head = trainer.critic.module["head"] if gan else None  # type: ignore[index]
     with torch.no_grad():
         for parameter in [*student.parameters(), *critic.parameters()]:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     plain = {"student": copy.deepcopy(student), "critic": copy.deepcopy(critic), "head": copy.deepcopy(head)}
-    real = Sample(
+    real = Batch(
         torch.rand(4, *family.shape) * 2 - 1, Conditioning(label=torch.tensor([0, 1, 2, 0])), Conditioning()
     )
     kept: dict[str, dict[str, Tensor]] = {}
-    for player in (game.student, game.critic):
+    for trainable in (trainer.student, trainer.critic):
         monkeypatch.setattr(
-            player, "update", lambda step, p=player: kept.update({p.name: gradients(p.module)}) or {}
+            trainable, "update", lambda step, p=trainable: kept.update({p.name: gradients(p.module)}) or {}
         )
 
     torch.manual_seed(7)
-    metrics = game.step(real, step=0)
+    metrics = trainer.step(real, step=0)
 
     torch.manual_seed(7)
     expected, formulas = by_formulas(plain, teacher, real, gan)
@@ -85,9 +85,9 @@ def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.Monkey
 
 
 def by_formulas(
-    nets: dict[str, Any], teacher: nn.Module, real: Sample, gan: GanConfig | None
+    nets: dict[str, Any], teacher: nn.Module, real: Batch, gan: GanConfig | None
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Losses and gradients of both players. Noise is drawn in the order of the game: one draw per look."""
+    """Losses and gradients of both trainables. Noise is drawn in the order of the trainer: one draw per look."""
     student, critic, head = nets["student"], nets["critic"], nets["head"]
     label, shape = real.cond.label, real.x.shape
     assert label is not None

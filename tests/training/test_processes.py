@@ -1,4 +1,4 @@
-"""Many processes, really started by torchrun, against one: the same game on every mesh; stopped, killed and resumed."""
+"""Many processes, really started by torchrun, against one: the same trainer on every mesh; stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.worker import WORLDS, played, resolved
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-GAMES = [(world, game) for world, games in WORLDS.items() for game in games]
+GAMES = [(world, trainer) for world, games in WORLDS.items() for trainer in games]
 
 
 def torchrun(processes: int, *words: str) -> list[str]:
@@ -54,12 +54,12 @@ def alone(case: str, pipeline: Path) -> dict[str, Tensor]:
     return played(*resolved(case, pipeline), ALONE)
 
 
-@pytest.mark.parametrize(("world", "game"), [game for game in GAMES if "bfloat16" not in game[1]])
+@pytest.mark.parametrize(("world", "trainer"), [trainer for trainer in GAMES if "bfloat16" not in trainer[1]])
 def test_losses_gradients_and_weights_are_those_of_one_process(
-    world: int, game: str, told: Path, pipeline: Path
+    world: int, trainer: str, told: Path, pipeline: Path
 ) -> None:
-    theirs = torch.load(told / str(world) / f"{game}.pt", weights_only=True)
-    mine = alone(game.split()[0], pipeline)
+    theirs = torch.load(told / str(world) / f"{trainer}.pt", weights_only=True)
+    mine = alone(trainer.split()[0], pipeline)
     assert theirs.keys() == mine.keys()
     for name, value in mine.items():
         # Adam makes a whole step of a gradient that is nothing but rounding: of weights, only much of one is wrong.
@@ -69,10 +69,10 @@ def test_losses_gradients_and_weights_are_those_of_one_process(
         )
 
 
-@pytest.mark.parametrize(("world", "game"), [game for game in GAMES if "bfloat16" in game[1]])
-def test_in_bfloat16_they_are_within_its_noise(world: int, game: str, told: Path, pipeline: Path) -> None:
+@pytest.mark.parametrize(("world", "trainer"), [trainer for trainer in GAMES if "bfloat16" in trainer[1]])
+def test_in_bfloat16_they_are_within_its_noise(world: int, trainer: str, told: Path, pipeline: Path) -> None:
     """The distance to float32 says how large that is."""
-    theirs = torch.load(told / str(world) / f"{game}.pt", weights_only=True)
+    theirs = torch.load(told / str(world) / f"{trainer}.pt", weights_only=True)
     mine, exact = alone("bfloat16", pipeline), alone("parts", pipeline)
 
     def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -155,7 +155,7 @@ def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(
     made: Path, tmp_path: Path
 ) -> None:
     log, unfinished = tmp_path / "stderr", tmp_path / ".run.partial"
-    words = torchrun(2, *distilling(made, tmp_path / "run", "engine.hang_s=20", "distill.steps=500"))
+    words = torchrun(2, *distilling(made, tmp_path / "run", "engine.hang_timeout_s=20", "distill.steps=500"))
     with log.open("w") as stderr:
         process = subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr, text=True)
     reached(process, unfinished, 1)

@@ -69,7 +69,7 @@ def test_the_package_in_stock_diffusers_draws_what_our_sampler_does_for_the_same
             student.family.denoiser(student.network),
             eps,
             student.family.condition(prompts).cond,
-            student.levels,
+            student.timesteps,
             lambda x: torch.randn(x.shape, generator=between),
         )
     )
@@ -198,7 +198,7 @@ def test_a_one_step_student_learns_the_teachers_pairs_and_starts_from_that(
         start=str(warm),
     )
     torch.testing.assert_close(learned(run), learned(warm), atol=1e-6, rtol=1e-5)
-    assert load_network(run).levels == (399,)
+    assert load_network(run).timesteps == (399,)
 
 
 def test_pairs_killed_between_shards_continue_with_the_same_bytes(
@@ -276,7 +276,7 @@ def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -
         (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), guidance=2.0), "distilled into a student"),
         (lambda r: stages.sample(str(r / "teacher"), str(r / "x.png")), "give --prompts"),
         (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", data="shards"), "a latents folder is needed"),
-        (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", "family.latent=4"), "latent is 2, not 4"),
+        (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", "family.vae_stride=4"), "vae_stride is 2, not 4"),
         (lambda r: distilled(r, r / "x", "sdxl-4step-lora-emoji", start=str(r / "run")), "leave out --start"),
         (lambda r: distilled(r, r / "x", "sdxl-1step-warmup-emoji"), "a pairs folder is needed"),
         (lambda r: distilled(r, r / "x", "sdxl-4step-noised-real-emoji", prompts=__file__[:-2] + "txt"), "does not exist"),

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmd2.batch import Conditioning, Sample
-from dmd2.config import Player as PlayerConfig
-from dmd2.config import StableConfig
+from dmd2.batch import Batch, Conditioning
+from dmd2.config import OptimizerConfig, StableConfig
 from dmd2.denoiser import Denoiser, guided
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
-from dmd2.recipes import step_levels
-from dmd2.sampler import Levels, denoise_real, generate, simulate, walk
+from dmd2.recipes import spaced_timesteps
+from dmd2.sampler import Timesteps, denoise_real, generate, simulate, walk
 from dmd2.training import build, losses
-from dmd2.training.trainer import Player, Regression, Trainer, Weights
+from dmd2.training.trainer import DMD2Trainer, RegressionTrainer, Trainable, TrainableWeights
 
 PROCESS = Diffusion(scaled_linear_schedule(), predict_eps)
 LEVELS = (0, 20, 249, 399, 499, 749, 980, 999)
@@ -40,22 +39,22 @@ def shown(value: float, count: int) -> Conditioning:
     return Conditioning(label=torch.full((count,), value))
 
 
-def x0(x_t: Tensor, eps: Tensor, level: int) -> Tensor:
+def x0(x_t: Tensor, eps: Tensor, timestep: int) -> Tensor:
     """(x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), in float64."""
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = torch.cumprod(1 - beta, 0)[level]
+    alpha_bar = torch.cumprod(1 - beta, 0)[timestep]
     return (x_t.double() - (1 - alpha_bar).sqrt() * eps.double()) / alpha_bar.sqrt()
 
 
-@pytest.mark.parametrize(("level", "alpha_bar"), list(zip(LEVELS, ALPHA_BAR, strict=True)))
-def test_the_noise_levels_are_the_published_ones(level: int, alpha_bar: float) -> None:
-    assert round(PROCESS.schedule.alpha[level].item() ** 2, 5) == alpha_bar
+@pytest.mark.parametrize(("timestep", "alpha_bar"), list(zip(LEVELS, ALPHA_BAR, strict=True)))
+def test_the_noise_levels_are_the_published_ones(timestep: int, alpha_bar: float) -> None:
+    assert round(PROCESS.schedule.alpha[timestep].item() ** 2, 5) == alpha_bar
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_x0_in_float32_is_that_in_float64(level: int) -> None:
+@pytest.mark.parametrize("timestep", LEVELS)
+def test_x0_in_float32_is_that_in_float64(timestep: int) -> None:
     x_t, eps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    ours, exact = PROCESS.to_x0(eps, x_t, torch.tensor([level, level])), x0(x_t, eps, level)
+    ours, exact = PROCESS.to_x0(eps, x_t, torch.tensor([timestep, timestep])), x0(x_t, eps, timestep)
     assert ours.dtype == torch.float32
     assert ((ours - exact).abs().max() / exact.abs().max()).item() < 1e-6
 
@@ -63,17 +62,17 @@ def test_x0_in_float32_is_that_in_float64(level: int) -> None:
 @pytest.mark.parametrize("scale", [1.75, 6.0, 8.0])
 def test_guidance_on_x0_is_guidance_on_eps(scale: float) -> None:
     denoiser, x_t = Denoiser(Toy(), PROCESS), torch.randn(3, 4, 2, 2)
-    sample = Sample(x_t, shown(0.5, 3), shown(-0.25, 3))
-    level = torch.tensor([20, 499, 980])
-    ours = guided(denoiser, scale)(x_t, level, sample)
-    conditional, null = (denoiser.output(x_t, level, c) for c in (sample.cond, sample.null))
-    eps = null + scale * (conditional - null)
-    for row, index in enumerate(level.tolist()):
+    sample = Batch(x_t, shown(0.5, 3), shown(-0.25, 3))
+    timestep = torch.tensor([20, 499, 980])
+    ours = guided(denoiser, scale)(x_t, timestep, sample)
+    conditional, uncond = (denoiser.output(x_t, timestep, c) for c in (sample.cond, sample.uncond))
+    eps = uncond + scale * (conditional - uncond)
+    for row, index in enumerate(timestep.tolist()):
         torch.testing.assert_close(ours[row].double(), x0(x_t[row], eps[row], index), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("count", "levels"),
+    ("count", "timesteps"),
     [
         (1, (999,)),
         (2, (999, 499)),
@@ -82,14 +81,14 @@ def test_guidance_on_x0_is_guidance_on_eps(scale: float) -> None:
         (8, (999, 874, 749, 624, 499, 374, 249, 124)),
     ],
 )
-def test_steps_are_at_the_published_levels(count: int, levels: Levels) -> None:
-    assert step_levels(count) == levels
+def test_steps_are_at_the_published_levels(count: int, timesteps: Timesteps) -> None:
+    assert spaced_timesteps(count) == timesteps
 
 
 def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    student, levels, cond = Denoiser(Toy(), PROCESS), step_levels(4), shown(0.3, 2)
+    student, timesteps, cond = Denoiser(Toy(), PROCESS), spaced_timesteps(4), shown(0.3, 2)
     noises = [torch.randn(2, 4, 4, 4) for _ in range(4)]
 
     def between(rest: list[Tensor]) -> list[Tensor]:
@@ -98,21 +97,21 @@ def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
         return rest
 
     between(noises[1:])
-    chain = generate(student, noises[0], cond, levels, lambda x: torch.randn_like(x))
+    chain = generate(student, noises[0], cond, timesteps, lambda x: torch.randn_like(x))
     x = noises[0]
     told: list[Tensor] = []
-    for index, level in enumerate(levels):  # by hand
+    for index, timestep in enumerate(timesteps):  # by hand
         if index:
-            alpha, sigma = PROCESS.schedule.alpha[level], PROCESS.schedule.sigma[level]
+            alpha, sigma = PROCESS.schedule.alpha[timestep], PROCESS.schedule.sigma[timestep]
             x = (alpha * told[-1] + sigma * noises[index]).float()
-        eps = student.output(x, torch.tensor([level, level]), cond)
-        told.append(x0(x, eps, level))
+        eps = student.output(x, torch.tensor([timestep, timestep]), cond)
+        told.append(x0(x, eps, timestep))
     torch.testing.assert_close(chain.double(), told[-1], rtol=1e-4, atol=1e-3)
     for stop in range(4):
         drawn = iter(noises[1:])
-        inputs = list(walk(student, noises[0], cond, levels, lambda x, drawn=drawn: next(drawn)))  # type: ignore[misc]
+        inputs = list(walk(student, noises[0], cond, timesteps, lambda x, drawn=drawn: next(drawn)))  # type: ignore[misc]
         torch.testing.assert_close(student(*inputs[stop], cond).double(), told[stop], rtol=1e-4, atol=1e-3)
-    assert simulate(student, noises[0], cond, levels, 0).requires_grad
+    assert simulate(student, noises[0], cond, timesteps, 0).requires_grad
 
 
 @pytest.mark.parametrize("stop", range(4))
@@ -120,15 +119,15 @@ def test_a_rollout_of_a_real_network_is_its_chain_up_to_the_step_where_it_stops(
     stop: int, pipeline: Path
 ) -> None:
     """The same seed draws the same noises, and only the last step has a gradient."""
-    fam = build.family(StableConfig(kind="sdxl", resolution=32, latent=2), pipeline)
+    fam = build.family(StableConfig(kind="sdxl", resolution=32, vae_stride=2), pipeline)
     network = fam.network()
     network.load_state_dict(fam.weights(pipeline))
-    student, levels = fam.denoiser(network), step_levels(4)
+    student, timesteps = fam.denoiser(network), spaced_timesteps(4)
     eps, cond = torch.randn(2, *fam.shape), fam.condition(["a red square", "a blue square"]).cond
     torch.manual_seed(3)
-    sampled = generate(student, eps, cond, levels[: stop + 1])
+    sampled = generate(student, eps, cond, timesteps[: stop + 1])
     torch.manual_seed(3)
-    rolled = simulate(student, eps, cond, levels, stop)
+    rolled = simulate(student, eps, cond, timesteps, stop)
     assert torch.equal(rolled, sampled)
     assert rolled.requires_grad
 
@@ -156,7 +155,7 @@ def test_noised_real_samples_are_the_other_input_and_the_noisiest_is_pure_noise(
             return super().forward(x, time, cond)
 
     torch.manual_seed(0)
-    network, real = Seen(), Sample(torch.full((400, 1, 2, 2), 50.0), shown(0, 400), shown(0, 400))
+    network, real = Seen(), Batch(torch.full((400, 1, 2, 2), 50.0), shown(0, 400), shown(0, 400))
     denoise_real(Denoiser(network, PROCESS), real, (999, 499))
     x, time = network.seen
     assert set(time.tolist()) == {999.0, 499.0}
@@ -175,10 +174,10 @@ class Pull:
     def __init__(self, critic: nn.Linear) -> None:
         self.critic = critic
 
-    def student_loss(self, fake: Sample) -> Tensor:
+    def student_loss(self, fake: Batch) -> Tensor:
         return (fake.x - 2).square().mean()
 
-    def critic_loss(self, fake: Sample, real: Sample) -> Tensor:
+    def critic_loss(self, fake: Batch, real: Batch) -> Tensor:
         return (self.critic(fake.x).mean((1, 2, 3)) - real.x.mean((1, 2, 3))).square().mean()
 
 
@@ -187,17 +186,17 @@ def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch: int) -> None:
     def played(parts: int) -> list[Tensor]:
         torch.manual_seed(0)
         student, critic = Toy(), nn.Linear(2, 2)
-        players = [
-            Player(n, m, torch.optim.SGD(m.parameters(), 0.1, fused=True), lambda step: 0.1, 1e9)
+        trainables = [
+            Trainable(n, m, torch.optim.SGD(m.parameters(), 0.1, fused=True), lambda step: 0.1, 1e9)
             for n, m in (("student", student), ("critic", critic))
         ]
 
-        def draw(real: Sample, step: int) -> Sample:
+        def draw(real: Batch, step: int) -> Batch:
             return replace(real, x=student(real.x, torch.zeros(len(real.x)), real.cond))
 
-        game = Trainer(players[0], players[1], [Pull(critic)], draw, 1, parts)
-        real = Sample(torch.randn(5, 1, 2, 2), shown(0.5, 5), shown(0, 5))
-        told = [game.step(real, step) for step in range(3)]
+        trainer = DMD2Trainer(trainables[0], trainables[1], [Pull(critic)], draw, 1, parts)
+        real = Batch(torch.randn(5, 1, 2, 2), shown(0.5, 5), shown(0, 5))
+        told = [trainer.step(real, step) for step in range(3)]
         assert {"student/pull", "critic/pull"} < told[0].keys()
         return [*student.parameters(), *critic.parameters(), told[2]["student/pull"], told[2]["critic/pull"]]
 
@@ -213,41 +212,43 @@ class Matched:
     def __init__(self, teacher: Denoiser, critic: Denoiser, looks: dict[float, tuple[Tensor, int]]) -> None:
         self.teacher, self.critic, self.looks = teacher, critic, looks
 
-    def look(self, fake: Sample) -> tuple[Tensor, Tensor]:
+    def look(self, fake: Batch) -> tuple[Tensor, Tensor]:
         assert fake.cond.label is not None
-        eps, level = zip(*(self.looks[label] for label in fake.cond.label.tolist()), strict=True)
-        return PROCESS.add_noise(fake.x, torch.stack(eps), torch.tensor(level)), torch.tensor(level)
+        eps, timestep = zip(*(self.looks[label] for label in fake.cond.label.tolist()), strict=True)
+        return PROCESS.add_noise(fake.x, torch.stack(eps), torch.tensor(timestep)), torch.tensor(timestep)
 
-    def student_loss(self, fake: Sample) -> Tensor:
+    def student_loss(self, fake: Batch) -> Tensor:
         with torch.no_grad():
-            x_t, level = self.look(fake)
-            teacher, critic = (net(x_t, level, fake.cond) for net in (self.teacher, self.critic))
+            x_t, timestep = self.look(fake)
+            teacher, critic = (net(x_t, timestep, fake.cond) for net in (self.teacher, self.critic))
         return losses.distribution_matching(fake.x, teacher, critic)
 
-    def critic_loss(self, fake: Sample, real: Sample) -> Tensor:
-        x_t, level = self.look(fake)
-        return losses.denoising(self.critic.output(x_t, level, fake.cond), PROCESS.target(fake.x, x_t, level))
+    def critic_loss(self, fake: Batch, real: Batch) -> Tensor:
+        x_t, timestep = self.look(fake)
+        return losses.denoising(
+            self.critic.output(x_t, timestep, fake.cond), PROCESS.target(fake.x, x_t, timestep)
+        )
 
 
 def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([0.1, 0.2, 0.3, 0.4])
     looks = {label: (torch.randn(1, 2, 2), 200 + 150 * i) for i, label in enumerate(labels.tolist())}
-    real = Sample(torch.randn(4, 1, 2, 2), Conditioning(label=labels), shown(0, 4))
+    real = Batch(torch.randn(4, 1, 2, 2), Conditioning(label=labels), shown(0, 4))
 
     def gradients(micro_batch: int) -> list[Tensor]:
         networks = [Toy(weight) for weight in (0.7, 0.8, 0.9)]
         student, critic, teacher = (Denoiser(network, PROCESS) for network in networks)
         first, second = (
-            Player(n, m, torch.optim.SGD(m.parameters(), 1.0, fused=True), lambda step: 1.0, 1e9)
+            Trainable(n, m, torch.optim.SGD(m.parameters(), 1.0, fused=True), lambda step: 1.0, 1e9)
             for n, m in zip(("student", "critic"), networks[:2], strict=True)
         )
 
-        def draw(part: Sample, step: int) -> Sample:
+        def draw(part: Batch, step: int) -> Batch:
             return replace(part, x=student(part.x, torch.full((len(part.x),), 499), part.cond))
 
         before = [network.weight.detach().clone() for network in networks]
-        Trainer(first, second, [Matched(teacher, critic, looks)], draw, 1, micro_batch).step(real, 0)
+        DMD2Trainer(first, second, [Matched(teacher, critic, looks)], draw, 1, micro_batch).step(real, 0)
         return [old - network.weight.detach() for old, network in zip(before, networks, strict=True)]
 
     (student, critic, teacher), whole = gradients(2), gradients(0)
@@ -257,35 +258,35 @@ def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> 
     assert teacher == 0
 
 
-def regression(player: Player, level: int, micro_batch: int) -> Regression:
-    denoiser = Denoiser(player.module, PROCESS)
-    return Regression(player, denoiser, level, losses.denoising, micro_batch)
+def regression(trainable: Trainable, timestep: int, micro_batch: int) -> RegressionTrainer:
+    denoiser = Denoiser(trainable.module, PROCESS)
+    return RegressionTrainer(trainable, denoiser, timestep, losses.denoising, micro_batch)
 
 
 def test_a_regression_learns_a_known_answer() -> None:
     """Half of the noise: (eps - sigma w eps) / alpha = eps / 2 at w = (1 - alpha / 2) / sigma."""
     torch.manual_seed(0)
-    network, level = Toy(), 399
-    settings = PlayerConfig(lr=2e-2, weight_decay=0)
-    game = regression(build.player("student", network, settings, 400), level, micro_batch=3)
-    cond = shown(-level / 1000, 8)  # takes away what the toy adds for the time
+    network, timestep = Toy(), 399
+    settings = OptimizerConfig(lr=2e-2, weight_decay=0)
+    trainer = regression(build.trainable("student", network, settings, 400), timestep, micro_batch=3)
+    cond = shown(-timestep / 1000, 8)  # takes away what the toy adds for the time
     told = []
     for step in range(400):
         eps = torch.randn(8, 1, 4, 4)
-        told.append(game.step(Sample(torch.stack((eps, eps / 2), 1), cond, cond), step))
-    alpha, sigma = PROCESS.schedule.alpha[level].item(), PROCESS.schedule.sigma[level].item()
+        told.append(trainer.step(Batch(torch.stack((eps, eps / 2), 1), cond, cond), step))
+    alpha, sigma = PROCESS.schedule.alpha[timestep].item(), PROCESS.schedule.sigma[timestep].item()
     assert network.weight.item() == pytest.approx((1 - alpha / 2) / sigma, abs=1e-3)
     assert told[-1]["student/regression"] < 1e-4 < told[0]["student/regression"]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_a_regression_in_parts_moves_as_on_the_whole_batch(micro_batch: int) -> None:
-    pairs = Sample(torch.randn(8, 2, 1, 2, 2), shown(0.1, 8), shown(0, 8))
+    pairs = Batch(torch.randn(8, 2, 1, 2, 2), shown(0.1, 8), shown(0, 8))
 
     def played(parts: int) -> tuple[Tensor, Tensor]:
         network = Toy()
         optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
-        told = regression(Player("student", network, optimizer, lambda step: 0.1, 1e9), 399, parts).step(
+        told = regression(Trainable("student", network, optimizer, lambda step: 0.1, 1e9), 399, parts).step(
             pairs, 0
         )
         return network.weight.detach(), told["student/regression"]
@@ -294,21 +295,21 @@ def test_a_regression_in_parts_moves_as_on_the_whole_batch(micro_batch: int) -> 
     assert played(0)[0] != Toy().weight
 
 
-def test_a_player_is_used_with_its_average_and_goes_on_with_its_weights() -> None:
+def test_a_trainable_is_used_with_its_average_and_goes_on_with_its_weights() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
-    player = build.player("student", module, PlayerConfig(lr=0.1, ema=(0.5, 0.99)), 8)
+    trainable = build.trainable("student", module, OptimizerConfig(lr=0.1, ema=(0.5, 0.99)), 8)
     for step in range(3):
         module(torch.randn(4, 3)).square().sum().backward()
-        player.update(step)
+        trainable.update(step)
 
     def weights() -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in module.named_parameters()}
 
-    before, used = weights(), player.averages[1].shadow
-    with player.as_used():
+    before, used = weights(), trainable.averages[1].shadow
+    with trainable.as_used():
         inside = weights()
-    with pytest.raises(KeyboardInterrupt), player.as_used():
+    with pytest.raises(KeyboardInterrupt), trainable.as_used():
         raise KeyboardInterrupt
     assert before.keys() == inside.keys() == weights().keys()
     assert all(torch.equal(weight, before[name]) for name, weight in weights().items())
@@ -318,11 +319,11 @@ def test_a_player_is_used_with_its_average_and_goes_on_with_its_weights() -> Non
 
 def test_a_checkpoint_holds_what_learns_and_nothing_else() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    assert Weights(module).state_dict().keys() == {"0.weight", "0.bias"}
+    assert TrainableWeights(module).state_dict().keys() == {"0.weight", "0.bias"}
     with pytest.raises(ValueError, match="another network"):
-        Weights(module).load_state_dict({"0.weight": torch.zeros(2, 2)})
+        TrainableWeights(module).load_state_dict({"0.weight": torch.zeros(2, 2)})
 
 
 @pytest.mark.parametrize("count", range(1, 33))
 def test_a_student_of_so_many_steps_has_so_many_levels(count: int) -> None:
-    assert len(step_levels(count)) == count
+    assert len(spaced_timesteps(count)) == count

@@ -1,4 +1,4 @@
-"""The game: who moves when, and where it ends when the answer is known."""
+"""The trainer: who moves when, and where it ends when the answer is known."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmd2 import recipes
-from dmd2.batch import Conditioning, Sample
-from dmd2.config import Config, DmdConfig
-from dmd2.config import Player as PlayerConfig
+from dmd2.batch import Batch, Conditioning
+from dmd2.config import Config, DmdConfig, OptimizerConfig
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.rng import Rng
 from dmd2.training import build
 from dmd2.training.ema import Average
 from dmd2.training.terms import DistributionMatching
-from dmd2.training.trainer import Trainer
-from tests.conftest import MICRO, teacher_of, trainer
+from dmd2.training.trainer import DMD2Trainer
+from tests.conftest import MICRO, make_trainer, teacher_of
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -31,33 +30,33 @@ def weights(module: nn.Module) -> Tensor:
 
 
 @pytest.fixture
-def game(micro: Config) -> Trainer:
+def trainer(micro: Config) -> DMD2Trainer:
     torch.manual_seed(0)
     teacher = build.family(micro.family).network()
     for parameter in teacher.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return trainer(micro, teacher)
+    return make_trainer(micro, teacher)
 
 
 @pytest.fixture
-def real() -> Sample:
-    return Sample(torch.rand(8, 1, 8, 8) * 2 - 1, Conditioning(label=torch.arange(8) % 3), Conditioning())
+def real() -> Batch:
+    return Batch(torch.rand(8, 1, 8, 8) * 2 - 1, Conditioning(label=torch.arange(8) % 3), Conditioning())
 
 
-def test_students_turn_comes_every_fifth_step_from_the_first(game: Trainer, real: Sample) -> None:
+def test_students_turn_comes_every_fifth_step_from_the_first(trainer: DMD2Trainer, real: Batch) -> None:
     moved = []
     for step in range(11):
-        before = weights(game.student.module)
-        game.step(real, step)
-        moved.append(not torch.equal(before, weights(game.student.module)))
+        before = weights(trainer.student.module)
+        trainer.step(real, step)
+        moved.append(not torch.equal(before, weights(trainer.student.module)))
     assert [step for step, m in enumerate(moved) if m] == [0, 5, 10]
 
 
-def test_critic_moves_at_every_step(game: Trainer, real: Sample) -> None:
+def test_critic_moves_at_every_step(trainer: DMD2Trainer, real: Batch) -> None:
     for step in range(3):
-        before = weights(game.critic.module)
-        game.step(real, step)
-        assert not torch.equal(before, weights(game.critic.module))
+        before = weights(trainer.critic.module)
+        trainer.step(real, step)
+        assert not torch.equal(before, weights(trainer.critic.module))
 
 
 def test_compiling_is_refused_where_there_is_no_compiler(
@@ -67,23 +66,23 @@ def test_compiling_is_refused_where_there_is_no_compiler(
     monkeypatch.delenv("CC", raising=False)
     engine = micro.engine.model_copy(update={"compile": True})
     network = build.family(micro.family).network()
-    said = refusal(lambda: trainer(micro.model_copy(update={"engine": engine}), network))
+    said = refusal(lambda: make_trainer(micro.model_copy(update={"engine": engine}), network))
     assert "engine.compile is on, and torch.compile needs a C compiler" in said
 
 
-def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_game(
+def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_trainer(
     micro: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`put_` stands for the operations, most of them of CUDA, that nothing repeatable exists for."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     network = build.family(micro.family).network()
     engine = micro.engine.model_copy(update={"deterministic": True})
-    trainer(micro.model_copy(update={"engine": engine}), network)
+    make_trainer(micro.model_copy(update={"engine": engine}), network)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "without it, products on CUDA are refused"
     twice = torch.tensor([0, 0]), torch.tensor([1.0, 2.0])
     with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         torch.zeros(1).put_(*twice)
-    trainer(micro, network)
+    make_trainer(micro, network)
     torch.zeros(1).put_(*twice)
 
 
@@ -94,40 +93,40 @@ def test_a_type_without_instructions_is_told(
     can = {"architecture": "x86_64", "avx512_bf16": native, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     network = build.family(micro.family).network()
-    trainer(micro, network)
+    make_trainer(micro, network)
     assert not capsys.readouterr().err
     lower = micro.distill.model_copy(update={"dtype": "bfloat16"})
-    trainer(micro.model_copy(update={"distill": lower}), network)
+    make_trainer(micro.model_copy(update={"distill": lower}), network)
     told = "bfloat16 is emulated on this device, many times slower than float32: --distill.dtype float32"
     assert (told in capsys.readouterr().err) is not native
 
 
 def test_students_turn_leaves_no_gradient_in_the_critic(
-    game: Trainer, real: Sample, monkeypatch: pytest.MonkeyPatch
+    trainer: DMD2Trainer, real: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    update = game.student.update
+    update = trainer.student.update
     monkeypatch.setattr(
-        game.student,
+        trainer.student,
         "update",
-        lambda step: seen.append([p.grad for p in game.critic.module.parameters()]) or update(step),
+        lambda step: seen.append([p.grad for p in trainer.critic.module.parameters()]) or update(step),
     )
-    game.step(real, 0)
+    trainer.step(real, 0)
     assert seen
     assert all(gradient is None for gradient in seen[0])
 
 
-def test_critics_turn_leaves_no_gradient_in_the_student(game: Trainer, real: Sample) -> None:
-    game.step(real, 1)
-    assert all(p.grad is None for p in game.student.module.parameters())
+def test_critics_turn_leaves_no_gradient_in_the_student(trainer: DMD2Trainer, real: Batch) -> None:
+    trainer.step(real, 1)
+    assert all(p.grad is None for p in trainer.student.module.parameters())
 
 
-def test_teacher_never_moves(micro: Config, real: Sample) -> None:
-    game = trainer(micro, build.family(micro.family).network())
-    teacher = teacher_of(game)
+def test_teacher_never_moves(micro: Config, real: Batch) -> None:
+    trainer = make_trainer(micro, build.family(micro.family).network())
+    teacher = teacher_of(trainer)
     before = weights(teacher)
     for step in range(2):
-        game.step(real, step)
+        trainer.step(real, step)
     assert torch.equal(before, weights(teacher))
     assert not any(p.requires_grad for p in teacher.parameters())
 
@@ -149,55 +148,64 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("distill.student_levels=999,499", "distill.every_stop=True", "distill.gan.shared_view=True")],
+    [
+        (),
+        (
+            "distill.student_timesteps=999,499",
+            "distill.continue_rollouts=True",
+            "distill.gan.reuse_denoising_pass=True",
+        ),
+    ],
 )
-def test_no_step_waits_for_the_device(micro: Config, real: Sample, overrides: tuple[str, ...]) -> None:
+def test_no_step_waits_for_the_device(micro: Config, real: Batch, overrides: tuple[str, ...]) -> None:
     config = recipes.resolve("edm-digits", (*MICRO, "distill.student.ema=0.9", *overrides))
-    game = trainer(config, build.family(config.family).network())
+    trainer = make_trainer(config, build.family(config.family).network())
     sample = replace(real, rng=Rng.at(0, 0, range(8), torch.device("cpu")))
     with Waits() as waits:
         for step in range(3):
-            game.step(sample, step)
+            trainer.step(sample, step)
         assert not waits.found
         float(sample.x.sum())
     assert waits.found == ["_local_scalar_dense"], "the last line, to see that they are counted"
 
 
-def test_gradient_through_the_samples_equals_the_plain_backward(game: Trainer, real: Sample) -> None:
+def test_gradient_through_the_samples_equals_the_plain_backward(trainer: DMD2Trainer, real: Batch) -> None:
     kept: list[Tensor] = []
 
     def keep() -> None:
         kept.append(
-            torch.cat([p.grad.flatten() for p in game.student.module.parameters() if p.grad is not None])
+            torch.cat([p.grad.flatten() for p in trainer.student.module.parameters() if p.grad is not None])
         )
-        game.student.optimizer.zero_grad()
+        trainer.student.optimizer.zero_grad()
 
     torch.manual_seed(5)
-    game._student_gradient(game.generate(real, 0), share=1)
+    trainer._student_gradient(trainer.generate(real, 0), share=1)
     keep()
     torch.manual_seed(5)
-    fake = game.generate(real, 0)
-    torch.stack([term.student_loss(fake) for term in game.terms]).sum().backward()
+    fake = trainer.generate(real, 0)
+    torch.stack([term.student_loss(fake) for term in trainer.terms]).sum().backward()
     keep()
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-5, atol=1e-8)
 
 
 def test_warm_up_is_linear_and_then_constant() -> None:
-    player = build.player("student", nn.Linear(1, 1), PlayerConfig(lr=1.0, warmup=4), 8)
-    assert [player.lr(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    trainable = build.trainable("student", nn.Linear(1, 1), OptimizerConfig(lr=1.0, warmup_steps=4), 8)
+    assert [trainable.lr(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_a_final_share_is_reached_in_a_line_at_the_last_step() -> None:
-    settings = PlayerConfig(lr=1.0, warmup=2, final=0.5)
-    player = build.player("student", nn.Linear(1, 1), settings, 12)
-    assert [player.lr(step) for step in (0, 1, 2, 7, 12)] == [0.5, 1.0, 1.0, 0.75, 0.5]
+    settings = OptimizerConfig(lr=1.0, warmup_steps=2, final_lr_ratio=0.5)
+    trainable = build.trainable("student", nn.Linear(1, 1), settings, 12)
+    assert [trainable.lr(step) for step in (0, 1, 2, 7, 12)] == [0.5, 1.0, 1.0, 0.75, 0.5]
 
 
 def test_clipping_limits_what_adam_sees() -> None:
-    player = build.player("student", nn.Linear(1, 1, bias=False), PlayerConfig(lr=1e-3, max_grad_norm=10), 8)
-    (player.module(torch.full((1, 1), 1e4)).sum()).backward()
-    assert player.update(0)["student/grad_norm"] == pytest.approx(1e4)
-    state = next(iter(player.optimizer.state.values()))
+    trainable = build.trainable(
+        "student", nn.Linear(1, 1, bias=False), OptimizerConfig(lr=1e-3, max_grad_norm=10), 8
+    )
+    (trainable.module(torch.full((1, 1), 1e4)).sum()).backward()
+    assert trainable.update(0)["student/grad_norm"] == pytest.approx(1e4)
+    state = next(iter(trainable.optimizer.state.values()))
     assert state["exp_avg"].norm().item() == pytest.approx(0.1 * 10, rel=1e-4)
 
 
@@ -248,32 +256,32 @@ class Mover(nn.Module):
         return (wanted - 0.25 / (sigma**2 + 0.25) * x_t) / (sigma * 0.5 / (sigma**2 + 0.25).sqrt())
 
 
-def test_the_game_on_a_gaussian_ends_at_the_teachers_mean_and_deviation() -> None:
+def test_the_trainer_on_a_gaussian_ends_at_the_teachers_mean_and_deviation() -> None:
     """Teacher N(2, 0.5^2), student N(0, 1) at the start. Only the DMD term."""
     from dmd2.sampler import generate
 
     diffusion = Diffusion(karras_schedule(), predict_edm(0.5))
     teacher, student, critic = (Denoiser(n, diffusion) for n in (Affine(2.0, 0.5), Mover(), Affine(0.0, 1.0)))
     term = DistributionMatching(
-        lambda x, level, s: teacher(x, level, s.cond), critic, build._levels(DmdConfig(), 1000)
+        lambda x, timestep, s: teacher(x, timestep, s.cond), critic, build._timestep_range(DmdConfig(), 1000)
     )
     none = Conditioning()
 
-    def make(real: Sample, step: int) -> Sample:
-        return Sample(
+    def make(real: Batch, step: int) -> Batch:
+        return Batch(
             student(80 * torch.randn_like(real.x), torch.full((len(real.x),), 999), none), none, none
         )
 
-    game = Trainer(
-        build.player("student", student.network, PlayerConfig(lr=3e-2, weight_decay=0, ema=(0.95,)), 500),
-        build.player("critic", critic.network, PlayerConfig(lr=3e-2, weight_decay=0), 500),
+    trainer = DMD2Trainer(
+        build.trainable("student", student.network, OptimizerConfig(lr=3e-2, weight_decay=0, ema=(0.95,)), 500),
+        build.trainable("critic", critic.network, OptimizerConfig(lr=3e-2, weight_decay=0), 500),
         [term], make, critic_updates=5,
     )  # fmt: skip
-    real = Sample(torch.zeros(256, 1, 1, 1), none, none)
+    real = Batch(torch.zeros(256, 1, 1, 1), none, none)
     for step in range(2500):
         torch.manual_seed(step)
-        game.step(real, step)
-    student.network.load_state_dict(game.student.result())
+        trainer.step(real, step)
+    student.network.load_state_dict(trainer.student.result())
     x = generate(student, torch.randn(20_000, 1, 1, 1), none, (999,))
     assert x.mean().item() == pytest.approx(2.0, abs=0.05)
     assert x.std().item() == pytest.approx(0.5, abs=0.05)
