@@ -36,7 +36,7 @@ from safetensors import safe_open
 from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.order import Order
-from dmd2.folders import Manifest, read
+from dmd2.io.artifact import Manifest, read
 from dmd2.rng import Rng, draw_shared, reseed, seed_of_part
 from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 
@@ -56,7 +56,7 @@ Tree = Any
 TINY = (
     "family.network.resolution=8", "family.network.channels=4", "family.network.multipliers=1", "family.network.attention=8",
     "family.network.patch=2", "family.network.classes=3", "family.network.embedding_multiplier=1", "data.holdout=4",
-    "data.images_per_shard=4", "loader.block=2",
+    "data.images_per_shard=4", "loader.shuffle_block=2",
     "teach.steps=4", "teach.batch=8", "teach.log_every=2", "teach.save_every=2",
     "distill.steps=8", "distill.batch=8", "distill.log_every=2", "distill.preview_every=8", "distill.save_every=4",
     "distill.critic_updates=3", "distill.student.ema=0.9",
@@ -65,13 +65,13 @@ TINY = (
 """Of a one-step student of 8x8 pixels, which learns from DMD and GAN."""
 IN_PARTS = (
     "engine.micro_batch=4",
-    "distill.gan.shared_view=True",
+    "distill.gan.reuse_denoising_pass=True",
     "seed=3",
     "loader.lanes=2",
     "distill.student.ema=0.5,0.9",
 )
 TEXT = (
-    "family.resolution=32", "family.latent=2", "data.holdout=6", "data.images_per_shard=10", "loader.block=2",
+    "family.resolution=32", "family.vae_stride=2", "data.holdout=6", "data.images_per_shard=10", "loader.shuffle_block=2",
     "distill.steps=3", "distill.batch=4", "distill.dtype=float32", "engine.micro_batch=2", "distill.log_every=1",
     "distill.save_every=3", "distill.preview_every=3", "distill.critic_updates=2",
     "pairs.count=6", "pairs.per_shard=4", "pairs.batch=2", "pairs.steps=2",
@@ -80,7 +80,7 @@ TEXT = (
 TEXT_RUNS = {
     "four steps": ("sdxl-4step-emoji", ()),
     "low rank": ("sdxl-4step-lora-emoji", ("distill.lora.rank=4",)),
-    "shared base": ("sdxl-4step-shared-emoji", ("distill.lora.rank=4", "distill.every_stop=True", "distill.steps=4")),
+    "shared base": ("sdxl-4step-shared-emoji", ("distill.lora.rank=4", "distill.continue_rollouts=True", "distill.steps=4")),
     "noised real": ("sdxl-4step-shared-emoji", ("distill.lora.rank=4", "distill.inputs=noised-real")),
     "regression": ("sdxl-1step-warmup-emoji", ()),
     "one step": ("sd15-1step", ()),
