@@ -29,7 +29,8 @@ from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
 from dmd2.io import storage
 from dmd2.model import load_network
-from dmd2.stages import judging
+from dmd2.stages.evaluate import sampled
+from dmd2.stages.prompts import balanced
 
 ROOT = Path("runs/bench/ablation")
 VARIANTS = {
@@ -73,10 +74,10 @@ def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[s
     holdout = Shards(shards, HOLDOUT).in_order(settings.images)
     features = by_name(base, shards, holdout, device)
     real = features(holdout.image)
-    classes = judging.balanced(base.family, holdout, settings.images)
+    classes = balanced(base.family, holdout, settings.images)
     rows = []
     for variant, seed in jobs:
-        images = judging.sampled(variant, load_network(_run(variant, seed)).sample, classes, settings)
+        images = sampled(variant, load_network(_run(variant, seed)).sample, classes, settings)
         rows.append({"variant": variant, "seed": seed, "fid": distance(features(images), real)})
     return rows
 

@@ -23,7 +23,7 @@ from dmd2.evaluation.judge import Judge, distance, gaussian, own, places
 from dmd2.io.artifact import opened, read
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
-from dmd2.stages import training
+from dmd2.stages.distill import _start
 from dmd2.training import checkpoint
 from dmd2.training.loop import SCORE, read_metrics, scores
 from dmd2.training.trainer import DMD2Trainer, Metrics
@@ -226,7 +226,7 @@ def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, t
 
 
 def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> None:
-    start = training._start(str(whole), weights=True)
+    start = _start(str(whole), weights=True)
     assert start
     assert start.critic
     best = whole / "checkpoints" / f"{read(whole, 'run').facts['best_step']:08d}"

@@ -1,30 +1,19 @@
-"""Stages that bring a teacher, or a student that was distilled elsewhere."""
+"""A teacher from elsewhere becomes an artifact."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from dmd2.config import Config, EdmConfig
 from dmd2.encoders.vae import find
-from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, drafted, finished, read
-from dmd2.io.storage import at, fetched, is_local, local, sha256
-from dmd2.model import load_network, save_network, write_network_json
-from dmd2.stages.common import classes, network_of, parameters, same_shape, student_of
-from dmd2.stages.training import teach
+from dmd2.io.storage import at, fetched, local, sha256
+from dmd2.model import load_network, write_network_json
+from dmd2.stages.networks import parameters, same_shape
+from dmd2.stages.teach import teach
 from dmd2.training import build
-
-PROMPTS = (
-    "a photo of a red apple",
-    "a portrait of an old sailor",
-    "a small house by the sea",
-    "a green parrot",
-)
-"""What the pictures of a student show that came without captions."""
 
 
 def resolve(config: Config, source: str, out: str, base: str = "", vae: str = "") -> Manifest:
@@ -64,40 +53,6 @@ def a_teacher(config: Config, given: str, data: str, out: str) -> str:
     return out
 
 
-def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
-    """Make a run of a student that was distilled elsewhere, to evaluate it, to package it, or to start from it.
-
-    Args:
-        source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a raw training folder of DMD2, or
-            a LoRA in kohya's or diffusers' naming.
-        teacher: Folder of the teacher it was distilled from.
-        out: Folder to make.
-    """
-    from dmd2.models.convert import single_file
-
-    path = local(source) if is_local(source) else fetched(source)
-    if not path.exists():
-        raise Refused(f"{source} does not exist; give weights, or a training folder")
-    inputs = {"source": _content(path), "teacher": read(teacher, "teacher").digest}
-    if done := finished(out, "run", config, inputs):
-        return done
-    model = network_of(teacher, read(teacher, "teacher"))
-    same_shape(model.config, config)
-    if isinstance(config.family, EdmConfig):
-        network, weights = single_file.edm_student(path)
-        same_shape(config.family.model_copy(update={"network": network}), config)
-        prompts = classes(config.family)
-    else:
-        plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
-        weights = {f"unet.{name}": w for name, w in single_file.unet_weights(path, plain).items()}
-        prompts = list(PROMPTS)
-    with drafted(out, "run", config, inputs) as draft:
-        save_network(draft.path, student_of(model, config), weights)
-        load_network(draft.path)
-        draft.facts |= {"parameters": parameters(model.network), "adopted": source, "prompts": prompts}
-    return read(out, "run")
-
-
 def _found(
     config: Config, source: str, base: str, vae: str, scratch: Path
 ) -> tuple[Callable[[Path], None], dict[str, str]]:
@@ -122,12 +77,3 @@ def _found(
             other.copy(folder)
 
     return bring, {"source": networks.digest} | ({"vae": other.digest} if other else {})
-
-
-def _content(path: Path) -> str:
-    """Digest of a file, or of all files of a folder."""
-    if path.is_file():
-        return sha256(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    told = [(str(p.relative_to(path)), sha256(p)) for p in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

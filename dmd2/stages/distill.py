@@ -1,85 +1,34 @@
-"""Stages that train: a small teacher, and the distillation. Several processes work at one folder."""
+"""Distillation of a teacher into a student."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from dmd2 import parallel
-from dmd2.batch import Batch
-from dmd2.config import Config, EdmConfig
+from dmd2.config import Config
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import RawBatch, Shards, Stream
+from dmd2.data.stream import RawBatch, Shards
 from dmd2.encoders.vae import find
 from dmd2.errors import Refused
-from dmd2.io.artifact import Draft, Manifest, drafted, finished, joined, opened, read
+from dmd2.io.artifact import Draft, Manifest, finished, opened, read
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, save_network
 from dmd2.models.family import CondPair, ModelFamily, Prompt
 from dmd2.parallel import World
 from dmd2.rng import Rng
-from dmd2.stages.common import (
-    digest_of,
-    digests,
-    network_of,
-    parameters,
-    picture_of,
-    pictured,
-    same_shape,
-    samples_of,
-    student_of,
-)
-from dmd2.stages.judging import balanced
+from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, size_facts
+from dmd2.stages.inputs import digest_of, digests, samples_of
+from dmd2.stages.networks import network_of, same_shape, student_of
+from dmd2.stages.pictures import picture_of
+from dmd2.stages.prompts import balanced, pictured
 from dmd2.training import build, checkpoint
 from dmd2.training.loop import Pace, Score, play, use_best
 from dmd2.training.trainer import Trainable
-
-
-def teach(config: Config, data: str, out: str) -> Manifest:
-    """Train a small EDM teacher on the shards. For demos, tests and ablations: a real user brings a teacher.
-
-    Args:
-        data: Folder of shards, or of latents if the network works on them (--family.vae_stride).
-        out: Folder to make.
-    """
-    samples = samples_of(config, data)
-    inputs = digests(samples)
-    if done := finished(out, "teacher", config, inputs):
-        return done
-    if not isinstance(config.family, EdmConfig):
-        raise Refused(
-            f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
-        )
-    world, settings = parallel.join(), config.teach
-    with _together(world, out, "teacher", config, inputs) as draft:
-        trainer = build.diffusion_trainer(config, world)
-        pace = Pace(
-            settings.steps,
-            settings.batch,
-            settings.log_every,
-            settings.save_every,
-            settings.steps,
-            1,
-            config.engine.hang_timeout_s,
-        )
-        family = build.family(
-            config.family, opened(data, samples, "vae/*") if config.family.vae_stride else None
-        )
-        batches = _reader(config, data, settings.batch, world, samples.kind, family.read)
-        play("teach", trainer, batches, pace, draft, lambda step: None, world)
-        result = parallel.gathered(trainer.teacher.result(), world)
-        if world.main:
-            save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
-            draft.facts |= _size(trainer.teacher.module, settings.steps, settings.batch)
-    return read(out, "teacher")
 
 
 def distill(
@@ -106,7 +55,7 @@ def distill(
         same_shape(model.config, config)
         _same_vae(opened(teacher, original, "vae/*"), samples, data)
         world.rows(settings.batch)
-    with _together(world, out, "run", config, inputs) as draft:
+    with draft_for_all_ranks(world, out, "run", config, inputs) as draft:
         shown = _drawn(model.family, prompts, world.device) if prompts else None
         weights = model.network.state_dict() if world.main else {}
         begun = _start(start, weights=world.main)
@@ -133,7 +82,7 @@ def distill(
                 picture.save(draft.path / "previews" / f"{step:08d}.png")
 
         read_batch = model.family.read_pairs if settings.regression else model.family.read
-        batches = _reader(config, data, settings.batch, world, samples.kind, read_batch)
+        batches = batch_reader(config, data, settings.batch, world, samples.kind, read_batch)
         score = _score(config, student, trainer.student, data, samples, prompts, world)
         play("distill", trainer, batches, pace, draft, preview, world, score)
         if score:
@@ -141,7 +90,7 @@ def distill(
         result = parallel.gathered(trainer.student.result(), world)
         if world.main:
             _save_student(draft, config, student, result, teacher, original)
-            draft.facts |= _size(trainer.student.module, settings.steps, settings.batch)
+            draft.facts |= size_facts(trainer.student.module, settings.steps, settings.batch)
     return read(out, "run")
 
 
@@ -177,52 +126,6 @@ def _score(
             return judged(say)
 
     return score
-
-
-@contextmanager
-def _together(world: World, out: str, kind: str, config: Config, inputs: dict[str, str]) -> Iterator[Draft]:
-    """A folder that all processes work at: the main one begins it, and gives it its name when all are done."""
-    if not world.main:
-        meeting, draft = world.told(), joined(out, kind)
-        draft.answer(meeting)
-        if draft.apart and world.local_rank == 0:
-            draft.take("checkpoints/")
-        world.wait()
-        yield draft
-        world.wait()
-        world.wait()
-        world.part()
-        return
-    with drafted(out, kind, config, inputs, resumable=True) as draft:
-        draft.call(meeting := secrets.randbits(62))
-        world.told(meeting)
-        world.wait()
-        yield draft
-        world.wait()
-    world.wait()
-    world.part()
-
-
-def _reader(
-    config: Config,
-    data: str,
-    batch: int,
-    world: World,
-    kind: str,
-    read_batch: Callable[[RawBatch, Rng], Batch],
-) -> Callable[[int], Iterator[Batch]]:
-    """From a step on, this process's rows of each batch, with their random numbers."""
-    shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
-    stream, rows = (
-        Stream(shards, batch, config.seed, config.loader, world.rank, world.size),
-        world.rows(batch),
-    )
-
-    def samples(first: int) -> Iterator[Batch]:
-        for step, part in enumerate(stream.batches(first), first):
-            yield read_batch(part, Rng.at(config.seed, step, rows, world.device)).to(world.device)
-
-    return samples
 
 
 def _save_student(
@@ -282,11 +185,3 @@ def _same_vae(teacher: Path, samples: Manifest, data: str) -> None:
         raise Refused(
             f"the latents in {data} were made with another VAE than the teacher's; encode the shards again with --vae set to the teacher's folder"
         )
-
-
-def _size(network: nn.Module, steps: int, batch: int) -> dict[str, Any]:
-    return {
-        "parameters": parameters(network),
-        "steps": steps,
-        "images": steps * batch,
-    }

@@ -1,16 +1,15 @@
-"""Stages that look at a student: samples, the evaluation, the gate."""
+"""Comparison of student and teacher with held-out real images."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import torch
 
 from dmd2 import parallel
-from dmd2.config import Config, EdmConfig, EvaluateConfig, FamilyConfig
+from dmd2.config import Config, EvaluateConfig
 from dmd2.data.shards import HOLDOUT, TRAIN
-from dmd2.data.stream import RawBatch, Shards
+from dmd2.data.stream import Shards
 from dmd2.errors import Refused
 from dmd2.image_grid import grid
 from dmd2.io.artifact import Manifest, drafted, finished, read
@@ -18,48 +17,9 @@ from dmd2.model import Model
 from dmd2.models.family import Prompt
 from dmd2.progress import Progress
 from dmd2.rng import seed_of_part
-from dmd2.stages.common import Sampler, columns, delivered, network_of, on, picture_of, pictured, save_png
-
-
-def sample(
-    package: str,
-    out: str,
-    count: int = 80,
-    seed: int = 0,
-    labels: tuple[int, ...] = (),
-    prompts: tuple[str, ...] = (),
-    steps: int = 0,
-    guidance: float = 1.0,
-) -> str:
-    """Sample a package, the student of a run, or a teacher into a picture grid.
-
-    Args:
-        package: Folder of a package, of a finished run, or of a teacher.
-        out: PNG file to write.
-        count: Images.
-        seed: Seed of the noise.
-        labels: Classes, repeated to `count`; all classes in turn if none are given.
-        prompts: Texts, repeated to `count`; for networks that are told by text.
-        steps: Steps; 0 = those of the student, or 30 of a teacher. A student of several steps may take fewer.
-        guidance: Scale of a teacher's guidance; a student has none.
-    """
-    if count < 1:
-        raise Refused(f"count is {count}; draw at least one image")
-    if steps < 0:
-        raise Refused(f"steps is {steps}; give a positive number, or 0 for the usual one")
-    manifest = read(package, "package", "run", "teacher")
-    model = on(parallel.device(), network_of(package, manifest))
-    shown: list[Prompt] = [*prompts, *labels] or _any(model.config, manifest)
-    wanted = list(itertools.islice(itertools.cycle(shown), count))
-    if manifest.kind == "teacher":
-        images = model.sample_teacher(wanted, seed, steps or 30, guidance)
-    else:
-        if guidance != 1:
-            raise Refused(f"guidance is {guidance}; it is distilled into a student, so leave it out")
-        images = replace(model, timesteps=_timesteps(model, steps)).sample(wanted, seed)
-    with delivered(out) as path:
-        save_png(grid(images, min(len(shown), 10)), path)
-    return out
+from dmd2.stages.networks import network_of, on
+from dmd2.stages.pictures import Sampler, picture_of, save_png
+from dmd2.stages.prompts import balanced, columns, pictured
 
 
 def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Manifest:
@@ -150,34 +110,6 @@ def _samplers(student: Model, guide: Model, settings: EvaluateConfig) -> dict[st
     return found
 
 
-def gate(config: Config, evaluation: str, out: str) -> Manifest:
-    """Accept or reject a student by its FID.
-
-    Args:
-        evaluation: Folder of the evaluation.
-        out: Folder to make.
-    """
-    judged = read(evaluation, "evaluation")
-    inputs = {"evaluation": judged.digest}
-    if done := finished(out, "gate", config, inputs):
-        return done
-    student, teacher, factor = judged.facts["fid_student"], judged.facts["fid_teacher"], config.gate.factor
-    accepted = student <= factor * teacher
-    reason = (
-        f"FID of the student {student:.2f} is {'at most' if accepted else 'more than'} {factor:g} x the teacher's "
-        f"{teacher:.2f} = {factor * teacher:.2f}"
-    )
-    with drafted(out, "gate", config, inputs) as draft:
-        draft.facts |= {"decision": "accepted" if accepted else "rejected", "reason": reason}
-    return read(out, "gate")
-
-
-def balanced(family: FamilyConfig, holdout: RawBatch, count: int) -> list[Prompt]:
-    """What to draw, in the shares of the held-out images."""
-    shown = holdout.label.tolist() if isinstance(family, EdmConfig) else holdout.text
-    return list(itertools.islice(itertools.cycle(shown), count))
-
-
 def sampled(name: str, sampler: Sampler, prompts: list[Prompt], settings: EvaluateConfig) -> torch.Tensor:
     """Images for all prompts; each part has its own seed, so that a part can be made again alone."""
     images = []
@@ -187,21 +119,3 @@ def sampled(name: str, sampler: Sampler, prompts: list[Prompt], settings: Evalua
             images.append(sampler(part, seed_of_part(settings.seed, start)))
             progress.advance(len(part))
     return torch.cat(images)
-
-
-def _timesteps(model: Model, steps: int) -> tuple[int, ...]:
-    """The first of the student's timesteps; more steps than it was made for are refused."""
-    if steps > len(model.timesteps):
-        raise Refused(
-            f"steps is {steps}; this student was made for {len(model.timesteps)}, and may take fewer"
-        )
-    return model.timesteps[: steps or len(model.timesteps)]
-
-
-def _any(family: FamilyConfig, manifest: Manifest) -> list[Prompt]:
-    """What to show if nobody says."""
-    if isinstance(family, EdmConfig):
-        return list(range(family.classes))
-    if not (prompts := manifest.facts.get("prompts")):
-        raise Refused("this network is told by text; give --prompts")
-    return list(prompts)

@@ -1,0 +1,66 @@
+"""A student that was distilled elsewhere becomes a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from dmd2.config import Config, EdmConfig
+from dmd2.errors import Refused
+from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.storage import fetched, is_local, local, sha256
+from dmd2.model import load_network, save_network
+from dmd2.stages.networks import network_of, parameters, same_shape, student_of
+from dmd2.stages.prompts import classes
+
+PROMPTS = (
+    "a photo of a red apple",
+    "a portrait of an old sailor",
+    "a small house by the sea",
+    "a green parrot",
+)
+"""What the pictures of a student show that came without captions."""
+
+
+def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
+    """Make a run of a student that was distilled elsewhere, to evaluate it, to package it, or to start from it.
+
+    Args:
+        source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a raw training folder of DMD2, or
+            a LoRA in kohya's or diffusers' naming.
+        teacher: Folder of the teacher it was distilled from.
+        out: Folder to make.
+    """
+    from dmd2.models.convert import single_file
+
+    path = local(source) if is_local(source) else fetched(source)
+    if not path.exists():
+        raise Refused(f"{source} does not exist; give weights, or a training folder")
+    inputs = {"source": _content(path), "teacher": read(teacher, "teacher").digest}
+    if done := finished(out, "run", config, inputs):
+        return done
+    model = network_of(teacher, read(teacher, "teacher"))
+    same_shape(model.config, config)
+    if isinstance(config.family, EdmConfig):
+        network, weights = single_file.edm_student(path)
+        same_shape(config.family.model_copy(update={"network": network}), config)
+        prompts = classes(config.family)
+    else:
+        plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
+        weights = {f"unet.{name}": w for name, w in single_file.unet_weights(path, plain).items()}
+        prompts = list(PROMPTS)
+    with drafted(out, "run", config, inputs) as draft:
+        save_network(draft.path, student_of(model, config), weights)
+        load_network(draft.path)
+        draft.facts |= {"parameters": parameters(model.network), "adopted": source, "prompts": prompts}
+    return read(out, "run")
+
+
+def _content(path: Path) -> str:
+    """Digest of a file, or of all files of a folder."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    told = [(str(p.relative_to(path)), sha256(p)) for p in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -1,0 +1,57 @@
+"""Shards become latents."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from dmd2.config import Config
+from dmd2.data import latents
+from dmd2.data.shards import TRAIN
+from dmd2.data.stream import Shards
+from dmd2.encoders.vae import find
+from dmd2.io.artifact import Manifest, drafted, finished, read
+
+
+def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
+    """Encode the training images with a VAE, once for all. The images that are held out stay images.
+
+    Started with torchrun or accelerate, each process encodes its share of the shards; the bytes are the same for any
+    number of them, on machines of one kind. Killed, the same command continues.
+
+    Args:
+        data: Folder of shards.
+        vae: Folder of a diffusers AutoencoderKL, or of a pipeline that has one; local, gs://, or a name on the hub.
+        out: Folder to make, local or gs://.
+    """
+    networks = find(vae, config.encode.text)
+    inputs = {"shards": read(data, "shards").digest, "vae": networks.digest}
+    if done := finished(out, "latents", config, inputs):
+        return done
+    state, shards = latents.processes(), Shards(data, TRAIN, cache_gb=config.loader.cache_gb)
+    encoder = latents.Encoder.load(shards, config, networks, state.device)
+    if state.is_main_process:
+        print(encoder.cost(), file=sys.stderr, flush=True)
+    draft_of = partial(drafted, out, "latents", config, inputs, resumable=True)
+    if state.num_processes > 1:
+        with draft_of(part=True) as draft:
+            latents.write_latents(encoder, draft, (state.process_index, state.num_processes))
+        state.wait_for_everyone()
+    if state.is_main_process:
+        with draft_of() as draft:
+            receipts = latents.write_latents(encoder, draft)
+            draft.facts |= encoder.facts(networks, receipts)
+            draft.facts["shards"] = latents.deliver(receipts, draft)
+            alone = find(vae, text=False)
+            alone.copy(draft.path)
+            draft.facts["vae"] = alone.digest
+    state.wait_for_everyone()
+    return read(out, "latents")
+
+
+def what_it_learns_from(config: Config, data: str, teacher: str, out: str) -> str:
+    """The folder that `distill` takes: the shards, or for a network on latents what the teacher's VAE makes of them."""
+    if not config.family.vae_stride:
+        return data
+    encode(config, data, teacher, out)
+    return out

@@ -1,0 +1,54 @@
+"""What users load, made and tried."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from dmd2.errors import Refused
+from dmd2.image_grid import grid
+from dmd2.io.artifact import Manifest, drafted, finished, opened, read
+from dmd2.model import load_network, model_card, save_network
+from dmd2.stages.networks import network_of
+from dmd2.stages.pictures import save_png
+from dmd2.stages.prompts import columns
+
+
+def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
+    """Make what users load: weights, how to use them, a model card. Then load it and compare.
+
+    Args:
+        run: Folder of the distillation.
+        evaluation: Folder of its evaluation.
+        gate: Folder of the gate that accepted it.
+        out: Folder to make.
+    """
+    made, judged, decided = read(run, "run"), read(evaluation, "evaluation"), read(gate, "gate")
+    if judged.inputs["run"] != made.digest or decided.inputs["evaluation"] != judged.digest:
+        raise Refused(
+            f"{evaluation} and {gate} do not judge the run in {run}; evaluate that run and pass it through the gate"
+        )
+    if decided.facts["decision"] != "accepted":
+        raise Refused(f"{gate} rejected this run ({decided.facts['reason']}); nothing is packaged")
+    inputs = {"run": made.digest, "evaluation": judged.digest, "gate": decided.digest}
+    if done := finished(out, "package", made.config, inputs):
+        return done
+    model = network_of(run, made)
+    with drafted(out, "package", made.config, inputs) as draft:
+        save_network(draft.path, model, model.network.state_dict())
+        if made.config and made.config.distill.lora and not made.facts.get("adopted"):
+            shutil.copytree(opened(run, made, "lora/*") / "lora", draft.path / "lora")
+        (draft.path / "README.md").write_text(model_card(made, judged, decided))
+        prompts = made.facts["prompts"]
+        images = model.sample(prompts, seed=0)
+        save_png(grid(images, columns(model.config)), draft.path / "samples.png")
+        if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
+            raise Refused(
+                "the package, loaded again, does not sample what the run samples; it was not published"
+            )
+        draft.facts |= {
+            "recipe": made.config.recipe if made.config else "",
+            "fid_student": judged.facts["fid_student"],
+        }
+    return read(out, "package")

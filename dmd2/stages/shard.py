@@ -1,0 +1,57 @@
+"""Images of a source become shards."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from dmd2.config import Config
+from dmd2.data.shards import deliver, told, write_shards
+from dmd2.data.sources import open_source
+from dmd2.errors import Refused
+from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.storage import is_local
+
+
+def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "") -> Manifest:
+    """Write the images of a source as shards, with some held out for evaluation.
+
+    The bytes are the same for any number of workers and parts. Killed, the same command continues. To share the work
+    among machines, give each a part, `--part 0/4` to `--part 3/4`, and at last call it once without: it makes the
+    folder of what the parts have left.
+
+    Args:
+        source: `digits`, a folder of images with one sub-folder per class, or another layout (README, Data).
+        out: Folder to make, local or gs://.
+        workers: Processes; 0 = one per core.
+        part: `i/n` for the i-th of n parts, counted from 0; empty for all of it.
+    """
+    images, share = open_source(source), _part(part)
+    inputs = {"source": images.fingerprint}
+    if done := finished(out, "shards", config, inputs):
+        return done
+    if part and config.data.format == "lmdb" and not is_local(out):
+        raise Refused(
+            "a table on a bucket is made by one machine; leave out --part, or set --data.format tar"
+        )
+    workers = workers or os.cpu_count() or 1
+    with drafted(out, "shards", config, inputs, resumable=True, part=bool(part)) as draft:
+        receipts = write_shards(images, config, draft, workers, share)
+        if part:
+            return _unpublished("shards", config, inputs, {"part": part, "units": len(receipts)})
+        draft.facts |= {"source": source, "classes": images.classes} | told(receipts, len(images.classes))
+        draft.facts["shards"] = deliver(receipts, config, draft)
+    return read(out, "shards")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`2/8` -> (2, 8)."""
+    number, _, count = (text or "0/1").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise Refused(f"part is {text!r}; give i/n with i from 0 to n - 1, for example 0/4")
+    return int(number), int(count)
+
+
+def _unpublished(kind: str, config: Config, inputs: dict[str, str], facts: dict[str, Any]) -> Manifest:
+    """What a part has to tell: there is no folder yet."""
+    return Manifest(kind=kind, config=config, inputs=inputs, files=[], facts=facts, versions={}, seconds=0)

@@ -1,0 +1,52 @@
+"""Training of a small teacher."""
+
+from __future__ import annotations
+
+from dmd2 import parallel
+from dmd2.config import Config, EdmConfig
+from dmd2.errors import Refused
+from dmd2.io.artifact import Manifest, finished, opened, read
+from dmd2.model import Model, save_network
+from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, size_facts
+from dmd2.stages.inputs import digests, samples_of
+from dmd2.training import build
+from dmd2.training.loop import Pace, play
+
+
+def teach(config: Config, data: str, out: str) -> Manifest:
+    """Train a small EDM teacher on the shards. For demos, tests and ablations: a real user brings a teacher.
+
+    Args:
+        data: Folder of shards, or of latents if the network works on them (--family.vae_stride).
+        out: Folder to make.
+    """
+    samples = samples_of(config, data)
+    inputs = digests(samples)
+    if done := finished(out, "teacher", config, inputs):
+        return done
+    if not isinstance(config.family, EdmConfig):
+        raise Refused(
+            f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
+        )
+    world, settings = parallel.join(), config.teach
+    with draft_for_all_ranks(world, out, "teacher", config, inputs) as draft:
+        trainer = build.diffusion_trainer(config, world)
+        pace = Pace(
+            settings.steps,
+            settings.batch,
+            settings.log_every,
+            settings.save_every,
+            settings.steps,
+            1,
+            config.engine.hang_timeout_s,
+        )
+        family = build.family(
+            config.family, opened(data, samples, "vae/*") if config.family.vae_stride else None
+        )
+        batches = batch_reader(config, data, settings.batch, world, samples.kind, family.read)
+        play("teach", trainer, batches, pace, draft, lambda step: None, world)
+        result = parallel.gathered(trainer.teacher.result(), world)
+        if world.main:
+            save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
+            draft.facts |= size_facts(trainer.teacher.module, settings.steps, settings.batch)
+    return read(out, "teacher")
