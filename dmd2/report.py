@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from dmd2.io.artifact import Manifest
 from dmd2.io.storage import write
 from dmd2.model import chosen
-from dmd2.training.loop import SCORE, read_metrics
+from dmd2.training.metrics_log import SCORE, read_metrics
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }

@@ -15,7 +15,7 @@ from torch import nn
 from dmd2 import recipes, stages
 from dmd2.config import AdmConfig, Config, EdmConfig
 from dmd2.denoiser import Denoiser
-from dmd2.parallel import World
+from dmd2.parallel.ranks import World
 from dmd2.training import build
 from dmd2.training.terms import DistributionMatching
 from dmd2.training.trainer import DMD2Trainer

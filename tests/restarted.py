@@ -10,9 +10,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from dmd2 import parallel
+from dmd2.parallel import ranks
 
-world = parallel.join()
+world = ranks.join()
 met = torch.ones(1)
 dist.all_reduce(met)
 assert met == world.size

@@ -18,7 +18,7 @@ from dmd2 import plan, recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily
-from dmd2.parallel import World
+from dmd2.parallel.ranks import World
 from dmd2.plan import counts, prediction, rehearsal, table
 from dmd2.plan.counts import Layout
 from dmd2.plan.rehearsal import Pass

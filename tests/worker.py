@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmd2 import parallel, recipes
+from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
+from dmd2.parallel import ranks, sharding
 from dmd2.rng import Rng
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
@@ -45,7 +46,7 @@ WORLDS = {
 """Case, shards and weights of what so many processes play: DDP, HSDP and FSDP."""
 
 
-def played(config: Config, family: ModelFamily, steps: int, world: parallel.World) -> dict[str, Tensor]:
+def played(config: Config, family: ModelFamily, steps: int, world: ranks.World) -> dict[str, Tensor]:
     """Losses, sizes of gradients and weights of some steps, from a teacher whose weights are noise."""
     torch.manual_seed(1)
     teacher = {name: 0.1 * torch.randn_like(p) for name, p in family.network().state_dict().items()}
@@ -56,14 +57,14 @@ def played(config: Config, family: ModelFamily, steps: int, world: parallel.Worl
         for name, value in game.step(real(config, family, step, world), step).items():
             told[f"{step:02d} {name}"] = world.mean(value.detach().float().clone())
     for trainable in (game.student, game.critic):
-        weights = parallel.gathered(trainable.state()[trainable.name].state_dict(), world)
+        weights = sharding.gathered(trainable.state()[trainable.name].state_dict(), world)
         told |= {f"{trainable.name}: {name}": w.clone() for name, w in weights.items()}
-        averages = parallel.gathered(trainable.result(), world)
+        averages = sharding.gathered(trainable.result(), world)
         told |= {f"{trainable.name}, used: {name}": w.clone() for name, w in averages.items()}
     return told
 
 
-def real(config: Config, family: ModelFamily, step: int, world: parallel.World) -> Batch:
+def real(config: Config, family: ModelFamily, step: int, world: ranks.World) -> Batch:
     """This process's rows of a batch."""
     batch = config.distill.batch
     rows = world.rows(batch)
@@ -84,7 +85,7 @@ def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, ModelFamily
 
 def main(out: Path, pipeline: Path) -> None:
     torch.set_num_threads(1)
-    world = parallel.join()
+    world = ranks.join()
     for game in WORLDS[world.size]:
         case, shards, weights = game.split()
         mesh = f"engine.shards={shards}", f"engine.weights={weights}"

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmd2 import parallel
 from dmd2.config import EncodeConfig
 from dmd2.errors import Refused, brief
 from dmd2.io.storage import at, cache, is_local, local, sha256
 from dmd2.io.tensors import sent
+from dmd2.parallel import ranks
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
 DENOISER = {
@@ -269,7 +269,7 @@ class Vae:
 
 def load_vae(folder: Path | str) -> Vae:
     """From a folder, a bucket or the hub; in float32, on the device of this process."""
-    return Vae(find(str(folder), text=False), EncodeConfig(), parallel.device())
+    return Vae(find(str(folder), text=False), EncodeConfig(), ranks.device())
 
 
 class Texts:

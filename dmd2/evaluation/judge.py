@@ -20,7 +20,7 @@ from dmd2.data.stream import RawBatch, Shards
 from dmd2.errors import Refused
 from dmd2.evaluation.features import Features
 from dmd2.models.family import ModelFamily, Prompt
-from dmd2.parallel import World
+from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, seed_of_part
 
 PART = 16

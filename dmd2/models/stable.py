@@ -24,7 +24,6 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from dmd2 import parallel
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import EncodeConfig, StableConfig
 from dmd2.data.latents import latent
@@ -44,6 +43,7 @@ from dmd2.errors import Refused, near_miss
 from dmd2.io.tensors import load_tensors, save_tensors, sent
 from dmd2.models.family import CondPair, Prompt
 from dmd2.models.heads import ConvHead
+from dmd2.parallel import ranks
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps
 
@@ -152,7 +152,7 @@ class Stable(ABC):
 
     @cached_property
     def texts(self) -> Texts:
-        return Texts(find(str(self.folder), text=True), EncodeConfig(), parallel.device())
+        return Texts(find(str(self.folder), text=True), EncodeConfig(), ranks.device())
 
     @cached_property
     def vae(self) -> Vae:

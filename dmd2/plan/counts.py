@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dmd2 import parallel
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.models.family import ModelFamily
+from dmd2.parallel import sharding
 from dmd2.plan.hardware import (
     CALL_S,
     EFFICIENCY,
@@ -175,7 +175,7 @@ GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 def owned(fam: ModelFamily, network: nn.Module, outermost: bool) -> dict[str, int]:
     """Weights that learn by unit, named by its place in the family's list; "" has what is left. None are left out."""
     units, mine, seen = list(fam.blocks(network)), {}, set()
-    used = {id(unit) for unit in (parallel.outermost(units) if outermost else units)}
+    used = {id(unit) for unit in (sharding.outermost(units) if outermost else units)}
     named = [(str(i), unit) for i, unit in enumerate(units) if id(unit) in used]
     for name, unit in [*named, ("", network)]:
         fresh = [p for p in unit.parameters() if id(p) not in seen]

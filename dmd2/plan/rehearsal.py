@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmd2 import parallel
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, EdmConfig
 from dmd2.denoiser import Denoiser
 from dmd2.models.family import ModelFamily
+from dmd2.parallel import sharding
 from dmd2.training import build, memory
 from dmd2.training.terms import Adversarial, DistributionMatching, LossTerm
 
@@ -277,7 +277,7 @@ def _note(entered: dict[str, None], name: str, *_: Any) -> None:
 def checkpointing(fam: ModelFamily, nets: Networks, how: str) -> Iterator[None]:
     """While inside, student and critic compute activations again."""
     changed = list(dict.fromkeys((nets.student, nets.critic))) if how != "none" else []
-    units = [unit for network in changed for unit in parallel.innermost(fam.blocks(network))]
+    units = [unit for network in changed for unit in sharding.innermost(fam.blocks(network))]
     before = [unit.__dict__.get("forward") for unit in units]
     for network in changed:
         build.checkpointed(fam, network, how)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from dmd2 import parallel
 from dmd2.config import Config
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
@@ -19,7 +18,8 @@ from dmd2.io.artifact import Draft, Manifest, finished, opened, read
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, save_network
 from dmd2.models.family import CondPair, ModelFamily, Prompt
-from dmd2.parallel import World
+from dmd2.parallel import ranks, sharding
+from dmd2.parallel.ranks import World
 from dmd2.rng import Rng
 from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, size_facts
 from dmd2.stages.inputs import digest_of, digests, samples_of
@@ -27,8 +27,9 @@ from dmd2.stages.networks import network_of, same_shape, student_of
 from dmd2.stages.pictures import picture_of
 from dmd2.stages.prompts import balanced, pictured
 from dmd2.training import build, checkpoint
-from dmd2.training.loop import Pace, Score, play, use_best
-from dmd2.training.trainer import Trainable
+from dmd2.training.loop import Score, play, use_best
+from dmd2.training.metrics_log import Pace
+from dmd2.training.optim import Trainable
 
 
 def distill(
@@ -43,7 +44,7 @@ def distill(
         start: Run to start from, instead of the teacher: its student, and its critic if it had one.
         prompts: File of prompts for the student to draw, instead of those of the data.
     """
-    world, settings = parallel.join(), config.distill
+    world, settings = ranks.join(), config.distill
     with world.in_turn():
         samples = read(data, "pairs") if settings.regression else samples_of(config, data)
         original = read(teacher, "teacher")
@@ -87,7 +88,7 @@ def distill(
         play("distill", trainer, batches, pace, draft, preview, world, score)
         if score:
             draft.facts |= use_best(draft, trainer.student, world)
-        result = parallel.gathered(trainer.student.result(), world)
+        result = sharding.gathered(trainer.student.result(), world)
         if world.main:
             _save_student(draft, config, student, result, teacher, original)
             draft.facts |= size_facts(trainer.student.module, settings.steps, settings.batch)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from dmd2 import parallel
 from dmd2.config import Config, EvaluateConfig
 from dmd2.data.shards import HOLDOUT, TRAIN
 from dmd2.data.stream import Shards
@@ -15,6 +14,7 @@ from dmd2.image_grid import grid
 from dmd2.io.artifact import Manifest, drafted, finished, read
 from dmd2.model import Model
 from dmd2.models.family import Prompt
+from dmd2.parallel import ranks
 from dmd2.progress import Progress
 from dmd2.rng import seed_of_part
 from dmd2.stages.networks import network_of, on
@@ -42,7 +42,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
             )
     if done := finished(out, "evaluation", config, inputs):
         return done
-    device, settings = parallel.device(), config.evaluate
+    device, settings = ranks.device(), config.evaluate
     student = on(device, network_of(run, made))
     guide = on(device, network_of(teacher, original))
     holdout = Shards(data, HOLDOUT).in_order(settings.images)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from dmd2 import parallel
 from dmd2.config import Config
 from dmd2.data import latents
 from dmd2.data.pairs import write_pairs
@@ -14,6 +13,7 @@ from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
 from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.parallel import ranks
 from dmd2.stages.inputs import captions, digest_of, digests
 from dmd2.stages.networks import network_of, on
 
@@ -31,7 +31,7 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
     inputs = digests(described) | {"teacher": original.digest} | digest_of(prompts)
     if done := finished(out, "pairs", config, inputs):
         return done
-    model, settings = on(parallel.device(), network_of(teacher, original)), config.pairs
+    model, settings = on(ranks.device(), network_of(teacher, original)), config.pairs
     texts = (
         read_prompts(prompts) if prompts else captions(Shards(data, TRAIN, described.kind), settings.count)
     )

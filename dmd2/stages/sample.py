@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from dmd2 import parallel
 from dmd2.config import EdmConfig, FamilyConfig
 from dmd2.errors import Refused
 from dmd2.image_grid import grid
 from dmd2.io.artifact import Manifest, read
 from dmd2.model import Model
 from dmd2.models.family import Prompt
+from dmd2.parallel import ranks
 from dmd2.stages.networks import network_of, on
 from dmd2.stages.output_file import delivered
 from dmd2.stages.pictures import save_png
@@ -44,7 +44,7 @@ def sample(
     if steps < 0:
         raise Refused(f"steps is {steps}; give a positive number, or 0 for the usual one")
     manifest = read(package, "package", "run", "teacher")
-    model = on(parallel.device(), network_of(package, manifest))
+    model = on(ranks.device(), network_of(package, manifest))
     shown: list[Prompt] = [*prompts, *labels] or _any(model.config, manifest)
     wanted = list(itertools.islice(itertools.cycle(shown), count))
     if manifest.kind == "teacher":

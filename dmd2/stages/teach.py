@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dmd2 import parallel
 from dmd2.config import Config, EdmConfig
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, finished, opened, read
 from dmd2.model import Model, save_network
+from dmd2.parallel import ranks, sharding
 from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, size_facts
 from dmd2.stages.inputs import digests, samples_of
 from dmd2.training import build
-from dmd2.training.loop import Pace, play
+from dmd2.training.loop import play
+from dmd2.training.metrics_log import Pace
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:
@@ -28,7 +29,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         raise Refused(
             f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
         )
-    world, settings = parallel.join(), config.teach
+    world, settings = ranks.join(), config.teach
     with draft_for_all_ranks(world, out, "teacher", config, inputs) as draft:
         trainer = build.diffusion_trainer(config, world)
         pace = Pace(
@@ -45,7 +46,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         )
         batches = batch_reader(config, data, settings.batch, world, samples.kind, family.read)
         play("teach", trainer, batches, pace, draft, lambda step: None, world)
-        result = parallel.gathered(trainer.teacher.result(), world)
+        result = sharding.gathered(trainer.teacher.result(), world)
         if world.main:
             save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
             draft.facts |= size_facts(trainer.teacher.module, settings.steps, settings.batch)

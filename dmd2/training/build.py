@@ -16,18 +16,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from dmd2 import config as c
-from dmd2 import parallel
 from dmd2.batch import Batch
 from dmd2.denoiser import Denoiser, guided
 from dmd2.encoders.vae import load_vae
 from dmd2.errors import Refused
 from dmd2.models.edm import Edm
 from dmd2.models.family import CondPair, ModelFamily
-from dmd2.parallel import World
+from dmd2.parallel import ranks, sharding
+from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, draw_shared, reseed
 from dmd2.sampler import Rollouts, denoise_real, simulate
 from dmd2.training import losses, memory
-from dmd2.training.ema import Average
+from dmd2.training.optim import HEAD, trainable
 from dmd2.training.terms import (
     Adversarial,
     CriticPasses,
@@ -37,14 +37,7 @@ from dmd2.training.terms import (
     separate_passes,
     shared_noise_passes,
 )
-from dmd2.training.trainer import (
-    HEAD,
-    DiffusionTrainer,
-    DMD2Trainer,
-    OptimizerState,
-    RegressionTrainer,
-    Trainable,
-)
+from dmd2.training.trainer import DiffusionTrainer, DMD2Trainer, RegressionTrainer
 
 
 def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") -> ModelFamily:
@@ -68,7 +61,7 @@ def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
     network = fam.network().to(world.device)
     mesh = world.meshed(config.engine.shards)
     if mesh:
-        parallel.shard(network, fam.blocks(network), mesh, torch.float32, resident=True)
+        sharding.shard(network, fam.blocks(network), mesh, torch.float32, resident=True)
 
     def timesteps(noise: Tensor) -> Tensor:
         return fam.diffusion.nearest(settings.p_mean + settings.p_std * noise)
@@ -110,7 +103,7 @@ def trainer(
         )
     reseed(config.seed)
     repeatable(config.engine.deterministic)
-    if world.main and parallel.emulates(world.device, getattr(torch, config.distill.dtype)):
+    if world.main and ranks.emulates(world.device, getattr(torch, config.distill.dtype)):
         print(
             f"{config.distill.dtype} is emulated on this device, many times slower than float32: --distill.dtype float32",
             file=sys.stderr,
@@ -149,9 +142,9 @@ def _networks(
         with torch.device("meta"):
             network = fam.network().to(dtype).requires_grad_(learns)
         if mesh and divided:
-            parallel.shard(network, fam.blocks(network), mesh, computed, resident=resident)
+            sharding.shard(network, fam.blocks(network), mesh, computed, resident=resident)
         network = network.to_empty(device=world.device)
-        parallel.spread(network, weights, world)
+        sharding.spread(network, weights, world)
         return network
 
     computed = dtype
@@ -177,7 +170,7 @@ def updated(
     network = low_rank.updated(base, lora)
     if mesh:
         frozen = [p for p in network.parameters() if not p.requires_grad]
-        parallel.shard(network, fam.blocks(network), mesh, dtype, resident=True, whole=frozen)
+        sharding.shard(network, fam.blocks(network), mesh, dtype, resident=True, whole=frozen)
     return network
 
 
@@ -267,7 +260,7 @@ def _head(fam: ModelFamily, world: World, mesh: DeviceMesh | None) -> nn.Module:
     """In float32, and the same on every process at the start."""
     head = fam.head().to(world.device)
     if mesh:
-        parallel.shard(head, [], mesh, torch.float32, resident=True)
+        sharding.shard(head, [], mesh, torch.float32, resident=True)
     return head
 
 
@@ -310,7 +303,7 @@ def repeatable(on: bool) -> None:
 def checkpointed(fam: ModelFamily, network: nn.Module, how: str) -> None:
     """Let each of the family's units, but those that hold others, compute its activations again when they are needed."""
     kept = partial(create_selective_checkpoint_contexts, KEPT) if how == "selective" else noop_context_fn
-    for unit in parallel.innermost(fam.blocks(network)):
+    for unit in sharding.innermost(fam.blocks(network)):
         unit.forward = partial(checkpoint, unit.forward, use_reentrant=False, context_fn=kept)
 
 
@@ -336,32 +329,12 @@ def compiled(fam: ModelFamily, network: nn.Module) -> None:
             "engine.compile is on, and torch.compile needs a C compiler; there is none here: leave it out, or make the image on a base "
             "that has one (make images BASE=...)"
         )
-    for unit in parallel.innermost(fam.blocks(network)):
+    for unit in sharding.innermost(fam.blocks(network)):
         unit.forward = torch.compile(unit.forward, dynamic=False)
 
 
 RECOMPILED = 256
 """Units share their code and differ in their shapes; beyond torch's usual 8, they would silently not be compiled."""
-
-
-def trainable(name: str, module: nn.Module, settings: c.OptimizerConfig, steps: int) -> Trainable:
-    optimizer = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-    def lr(step: int) -> float:
-        if step < settings.warmup_steps:
-            return settings.lr * (step + 1) / settings.warmup_steps
-        gone = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-        return settings.lr * (1 - gone * (1 - settings.final_lr_ratio))
-
-    OptimizerState(optimizer)
-    averages = [Average(module, decay) for decay in settings.ema]
-    return Trainable(name, module, optimizer, lr, settings.max_grad_norm, averages)
 
 
 def _teacher(denoiser: Denoiser, scale: float) -> TeacherPrediction:

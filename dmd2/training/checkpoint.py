@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Draft
 from dmd2.io.storage import flush, sha256, write
-from dmd2.parallel import World
+from dmd2.parallel.ranks import World
 
 
 class Stateful(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmd2.parallel import local
+from dmd2.parallel.sharding import local
 
 
 class Average:

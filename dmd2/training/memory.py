@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from dmd2.config import Config, OptimizerConfig
 from dmd2.models.family import ModelFamily
-from dmd2.parallel import outermost
+from dmd2.parallel.sharding import outermost
 
 ROOM = 0.6
 """Share of a device that weights, gradients and moments may take; the rest is for activations."""

@@ -26,12 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmd2 import parallel, recipes
+from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.io import storage
 from dmd2.models.stable import Stable, published
-from dmd2.parallel import World
+from dmd2.parallel import sharding
+from dmd2.parallel.ranks import World
 from dmd2.rng import draw_shared
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
@@ -99,13 +100,13 @@ def without_data() -> Iterator[None]:
                     part._parameters[name] = nn.Parameter(convert(p.detach()), p.requires_grad)
         return module
 
-    before = nn.Module._apply, parallel.spread
-    nn.Module._apply, parallel.spread = replaced, lambda network, weights, world: None  # type: ignore[method-assign]
+    before = nn.Module._apply, sharding.spread
+    nn.Module._apply, sharding.spread = replaced, lambda network, weights, world: None  # type: ignore[method-assign]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        nn.Module._apply, parallel.spread = before  # type: ignore[method-assign]
+        nn.Module._apply, sharding.spread = before  # type: ignore[method-assign]
 
 
 def made(config: Config, family: Stable, world: World, reference: bool) -> DMD2Trainer:
@@ -113,7 +114,7 @@ def made(config: Config, family: Stable, world: World, reference: bool) -> DMD2T
         trainer = build.trainer(config, family, {}, world)
         assert isinstance(trainer, DMD2Trainer)
         return trainer
-    shard = parallel.shard
+    shard = sharding.shard
 
     def in_float32(
         network: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, *_: Any, **__: Any
@@ -121,13 +122,13 @@ def made(config: Config, family: Stable, world: World, reference: bool) -> DMD2T
         frozen = not any(p.requires_grad for p in network.parameters())
         dtype = torch.bfloat16 if frozen else torch.float32
         shard(network, reference_units(network), mesh, dtype, resident=False)
-        parallel.RESIDENT.add(network)  # so that gradients are added up once in a step, as there
+        sharding.RESIDENT.add(network)  # so that gradients are added up once in a step, as there
 
-    parallel.shard = in_float32
+    sharding.shard = in_float32
     try:
         trainer = build.trainer(config, family, {}, world)
     finally:
-        parallel.shard = shard
+        sharding.shard = shard
     assert isinstance(trainer, DMD2Trainer)
     trainer.passes = apart_in_three(trainer)
     return trainer

@@ -34,16 +34,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dmd2 import parallel, recipes
+from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import AdmConfig, Config
 from dmd2.denoiser import Denoiser
 from dmd2.io import storage
 from dmd2.models.family import CondPair, ModelFamily
-from dmd2.parallel import World
+from dmd2.parallel import ranks
+from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, draw_shared
 from dmd2.training import build
-from dmd2.training.trainer import HEAD, DMD2Trainer, Trainable
+from dmd2.training.optim import HEAD, Trainable
+from dmd2.training.trainer import DMD2Trainer
 from tests.bench.baseline import Baseline, Learner, Process, View
 
 RESULT = Path("runs/bench/engine.json")
@@ -166,7 +168,7 @@ PLAIN: dict[str, type[Baseline]] = {
     "baseline, guidance by two passes": TwoPasses,
     "baseline, features by a whole pass": NoExit,
 }
-LOWER = {} if parallel.emulates(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
+LOWER = {} if ranks.emulates(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
 """The type of the fast mode: of a processor that has no instructions for bfloat16, float32."""
 LESS: dict[str, Any] = {"reuse_denoising_pass": True, "continue_rollouts": True}
 SWITCHES: dict[str, dict[str, Any]] = {

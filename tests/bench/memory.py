@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from dmd2 import parallel, recipes
+from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, LoraConfig
 from dmd2.io import storage
 from dmd2.models.stable import UNET, Stable, published
+from dmd2.parallel import ranks
 from dmd2.training import build
 
 LIMIT_GB = 20.0
@@ -41,7 +42,7 @@ def main(small: bool = False) -> None:
     torch.set_default_dtype(torch.bfloat16)
     teacher = family.network()
     torch.set_default_dtype(torch.float32)
-    trainer = build.trainer(config, family, teacher.state_dict(), parallel.World(torch.device("cpu")))
+    trainer = build.trainer(config, family, teacher.state_dict(), ranks.World(torch.device("cpu")))
     start = time.monotonic()
     text = torch.randn(1, 77, 768)
     sample = Batch(torch.randn(1, *family.shape), Conditioning(text=text), Conditioning(text=text * 0))

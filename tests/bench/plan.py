@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from dmd2 import parallel, recipes
+from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.io import storage
+from dmd2.parallel import ranks
 from dmd2.plan import counts, hardware, prediction
 from dmd2.training import build
 
@@ -91,7 +92,7 @@ def warm(config: Config) -> None:
 def play(config: Config, steps: int) -> float:
     """The most memory that was resident during the steps, in 1e9 bytes."""
     fam = build.family(config.family)
-    trainer = build.trainer(config, fam, fam.network().state_dict(), parallel.World(torch.device("cpu")))
+    trainer = build.trainer(config, fam, fam.network().state_dict(), ranks.World(torch.device("cpu")))
     tidy()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     batch = config.distill.batch

@@ -19,7 +19,7 @@ from components.place import place
 from dmd2.io import artifact, storage
 from dmd2.recipes import RECIPES
 from dmd2.training import checkpoint
-from dmd2.training.loop import read_metrics
+from dmd2.training.metrics_log import read_metrics
 from pipelines import readme
 from pipelines.__main__ import COMPILED, PIPELINES, run_local
 from pipelines.cluster import compiled as fresh

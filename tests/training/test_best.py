@@ -25,8 +25,9 @@ from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
 from dmd2.stages.distill import _start
 from dmd2.training import checkpoint
-from dmd2.training.loop import SCORE, read_metrics, scores
-from dmd2.training.trainer import DMD2Trainer, Metrics
+from dmd2.training.metrics_log import SCORE, read_metrics, scores
+from dmd2.training.optim import Metrics
+from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, MICRO, flags
 from tests.training.test_loop import ONE_THREAD, assert_same, distill, numbers
 from tests.training.test_on_a_bucket import machines

@@ -23,7 +23,7 @@ from dmd2.errors import Diverged, Interrupted
 from dmd2.io.artifact import read
 from dmd2.io.tensors import load_tensors
 from dmd2.training import checkpoint
-from dmd2.training.loop import METRICS, forget, read_metrics
+from dmd2.training.metrics_log import METRICS, forget, read_metrics
 from tests.conftest import MICRO, flags
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}

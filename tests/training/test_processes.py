@@ -20,7 +20,7 @@ from torch import Tensor
 from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.training import checkpoint
-from dmd2.training.loop import METRICS, forget, read_metrics
+from dmd2.training.metrics_log import METRICS, forget, read_metrics
 from tests.conftest import ALONE, MICRO, flags
 from tests.training.test_loop import assert_same, numbers
 from tests.worker import WORLDS, played, resolved

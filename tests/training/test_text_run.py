@@ -23,7 +23,7 @@ from dmd2.models.lora import exported
 from dmd2.sampler import generate
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.loop import read_metrics, scores
+from dmd2.training.metrics_log import read_metrics, scores
 from tests.tiny_sdxl import SMALL
 
 

@@ -15,8 +15,9 @@ from dmd2.denoiser import Denoiser, guided
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
 from dmd2.recipes import spaced_timesteps
 from dmd2.sampler import Timesteps, denoise_real, generate, simulate, walk
-from dmd2.training import build, losses
-from dmd2.training.trainer import DMD2Trainer, RegressionTrainer, Trainable, TrainableWeights
+from dmd2.training import build, losses, optim
+from dmd2.training.optim import Trainable, TrainableWeights
+from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
 
 PROCESS = Diffusion(scaled_linear_schedule(), predict_eps)
 LEVELS = (0, 20, 249, 399, 499, 749, 980, 999)
@@ -268,7 +269,7 @@ def test_a_regression_learns_a_known_answer() -> None:
     torch.manual_seed(0)
     network, timestep = Toy(), 399
     settings = OptimizerConfig(lr=2e-2, weight_decay=0)
-    trainer = regression(build.trainable("student", network, settings, 400), timestep, micro_batch=3)
+    trainer = regression(optim.trainable("student", network, settings, 400), timestep, micro_batch=3)
     cond = shown(-timestep / 1000, 8)  # takes away what the toy adds for the time
     told = []
     for step in range(400):
@@ -298,7 +299,7 @@ def test_a_regression_in_parts_moves_as_on_the_whole_batch(micro_batch: int) -> 
 def test_a_trainable_is_used_with_its_average_and_goes_on_with_its_weights() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
-    trainable = build.trainable("student", module, OptimizerConfig(lr=0.1, ema=(0.5, 0.99)), 8)
+    trainable = optim.trainable("student", module, OptimizerConfig(lr=0.1, ema=(0.5, 0.99)), 8)
     for step in range(3):
         module(torch.randn(4, 3)).square().sum().backward()
         trainable.update(step)

@@ -18,7 +18,7 @@ from dmd2.config import Config, DmdConfig, OptimizerConfig
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.rng import Rng
-from dmd2.training import build
+from dmd2.training import build, optim
 from dmd2.training.ema import Average
 from dmd2.training.terms import DistributionMatching
 from dmd2.training.trainer import DMD2Trainer
@@ -189,18 +189,18 @@ def test_gradient_through_the_samples_equals_the_plain_backward(trainer: DMD2Tra
 
 
 def test_warm_up_is_linear_and_then_constant() -> None:
-    trainable = build.trainable("student", nn.Linear(1, 1), OptimizerConfig(lr=1.0, warmup_steps=4), 8)
+    trainable = optim.trainable("student", nn.Linear(1, 1), OptimizerConfig(lr=1.0, warmup_steps=4), 8)
     assert [trainable.lr(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_a_final_share_is_reached_in_a_line_at_the_last_step() -> None:
     settings = OptimizerConfig(lr=1.0, warmup_steps=2, final_lr_ratio=0.5)
-    trainable = build.trainable("student", nn.Linear(1, 1), settings, 12)
+    trainable = optim.trainable("student", nn.Linear(1, 1), settings, 12)
     assert [trainable.lr(step) for step in (0, 1, 2, 7, 12)] == [0.5, 1.0, 1.0, 0.75, 0.5]
 
 
 def test_clipping_limits_what_adam_sees() -> None:
-    trainable = build.trainable(
+    trainable = optim.trainable(
         "student", nn.Linear(1, 1, bias=False), OptimizerConfig(lr=1e-3, max_grad_norm=10), 8
     )
     (trainable.module(torch.full((1, 1), 1e4)).sum()).backward()
@@ -273,8 +273,8 @@ def test_the_trainer_on_a_gaussian_ends_at_the_teachers_mean_and_deviation() -> 
         )
 
     trainer = DMD2Trainer(
-        build.trainable("student", student.network, OptimizerConfig(lr=3e-2, weight_decay=0, ema=(0.95,)), 500),
-        build.trainable("critic", critic.network, OptimizerConfig(lr=3e-2, weight_decay=0), 500),
+        optim.trainable("student", student.network, OptimizerConfig(lr=3e-2, weight_decay=0, ema=(0.95,)), 500),
+        optim.trainable("critic", critic.network, OptimizerConfig(lr=3e-2, weight_decay=0), 500),
         [term], make, critic_updates=5,
     )  # fmt: skip
     real = Batch(torch.zeros(256, 1, 1, 1), none, none)
