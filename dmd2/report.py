@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from dmd2.io.artifact import Manifest
 from dmd2.io.storage import write
-from dmd2.model import chosen
+from dmd2.model_card import chosen
 from dmd2.training.metrics_log import SCORE, read_metrics
 
 STYLE = """

@@ -108,7 +108,7 @@ def _score(
     settings = config.distill.best
     if not settings.images:
         return None
-    from dmd2.evaluation import features, judge  # slow to import, only needed here
+    from dmd2.evaluation import checkpoint_score, features  # slow to import, only needed here
 
     texts = read_prompts(prompts) if prompts else ()
 
@@ -120,7 +120,7 @@ def _score(
     with world.in_turn():
         looks = features.pretrained(settings, "distill.best", world.device)
     train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
-    judged = judge.judge(settings, looks, student.sample, train, student.family, shown, world)
+    judged = checkpoint_score.judge(settings, looks, student.sample, train, student.family, shown, world)
 
     def score(say: Callable[[str], None]) -> float:
         with trainable.as_used():

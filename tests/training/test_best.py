@@ -19,7 +19,7 @@ from dmd2.batch import Batch
 from dmd2.data.stream import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
-from dmd2.evaluation.judge import Judge, distance, gaussian, own, places
+from dmd2.evaluation.checkpoint_score import Judge, distance, gaussian, own, places
 from dmd2.io.artifact import opened, read
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
@@ -116,7 +116,7 @@ def test_a_run_that_is_killed_while_it_judges_loses_nothing(made: Path, whole: P
     code = """
 import os, signal, sys
 from dmd2.config import Config
-from dmd2.evaluation.judge import Judge
+from dmd2.evaluation.checkpoint_score import Judge
 from dmd2 import stages
 calls, judge = [], Judge.__call__
 def killed(self, say):
@@ -238,7 +238,7 @@ def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> 
 
 
 def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
-    from dmd2.model import chosen, model_card
+    from dmd2.model_card import chosen, model_card
 
     made_of = read(whole, "run")
     sentence = chosen(made_of)
