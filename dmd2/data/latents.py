@@ -28,7 +28,9 @@ from torch import Tensor
 from dmd2.config import Config
 from dmd2.data.shards import RECEIPTS, TRAIN, OpenShard, Shard, notes
 from dmd2.data.stream import RawBatch, Shards, decode
-from dmd2.encoders.vae import Networks, Texts, Vae
+from dmd2.encoders.pipeline_folder import Networks
+from dmd2.encoders.text import Texts
+from dmd2.encoders.vae import Vae
 from dmd2.errors import Refused
 from dmd2.io.artifact import Draft, File
 from dmd2.progress import Progress

@@ -38,7 +38,9 @@ from dmd2.diffusion import (
     predict_v,
     predict_x0,
 )
-from dmd2.encoders.vae import Texts, Vae, find, load_vae
+from dmd2.encoders.pipeline_folder import find
+from dmd2.encoders.text import Texts
+from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused, near_miss
 from dmd2.io.tensors import load_tensors, save_tensors, sent
 from dmd2.models.family import CondPair, Prompt

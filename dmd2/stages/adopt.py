@@ -32,7 +32,7 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
         teacher: Folder of the teacher it was distilled from.
         out: Folder to make.
     """
-    from dmd2.models.convert import single_file
+    from dmd2.models.convert import edm_pickle, student_weights
 
     path = local(source) if is_local(source) else fetched(source)
     if not path.exists():
@@ -43,12 +43,12 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     model = network_of(teacher, read(teacher, "teacher"))
     same_shape(model.config, config)
     if isinstance(config.family, EdmConfig):
-        network, weights = single_file.edm_student(path)
+        network, weights = edm_pickle.edm_student(path)
         same_shape(config.family.model_copy(update={"network": network}), config)
         prompts = classes(config.family)
     else:
         plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
-        weights = {f"unet.{name}": w for name, w in single_file.unet_weights(path, plain).items()}
+        weights = {f"unet.{name}": w for name, w in student_weights.unet_weights(path, plain).items()}
         prompts = list(PROMPTS)
     with drafted(out, "run", config, inputs) as draft:
         save_network(draft.path, student_of(model, config), weights)

@@ -12,7 +12,7 @@ from dmd2.config import Config
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import RawBatch, Shards
-from dmd2.encoders.vae import find
+from dmd2.encoders.pipeline_folder import find
 from dmd2.errors import Refused
 from dmd2.io.artifact import Draft, Manifest, finished, opened, read
 from dmd2.io.tensors import save_tensors

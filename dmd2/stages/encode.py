@@ -9,7 +9,7 @@ from dmd2.config import Config
 from dmd2.data import latents
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
-from dmd2.encoders.vae import find
+from dmd2.encoders.pipeline_folder import find
 from dmd2.io.artifact import Manifest, drafted, finished, read
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dmd2.config import Config, EdmConfig
-from dmd2.encoders.vae import find
+from dmd2.encoders.pipeline_folder import find
 from dmd2.io.artifact import MANIFEST, Manifest, drafted, finished, read
 from dmd2.io.storage import at, fetched, local, sha256
 from dmd2.model import load_network, write_network_json
@@ -57,11 +57,11 @@ def _found(
     config: Config, source: str, base: str, vae: str, scratch: Path
 ) -> tuple[Callable[[Path], None], dict[str, str]]:
     """How to bring a teacher into a folder, and the digest of what it is."""
-    from dmd2.models.convert import single_file
+    from dmd2.models.convert import edm_pickle, single_file
 
     if isinstance(config.family, EdmConfig):
         path = fetched(source)
-        network, weights = single_file.edm_pickle(path)
+        network, weights = edm_pickle.edm_pickle(path)
         if network != config.family.network:
             same_shape(config.family.model_copy(update={"network": network}), config)
         return lambda folder: build.family(config.family).save(weights, folder, ()), {"source": sha256(path)}

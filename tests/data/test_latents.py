@@ -26,7 +26,8 @@ from dmd2 import recipes, stages
 from dmd2.config import Config, EncodeConfig, LoaderConfig
 from dmd2.data.latents import SDXL, latent, stored
 from dmd2.data.stream import Shards, Stream
-from dmd2.encoders.vae import Vae, find
+from dmd2.encoders.pipeline_folder import find
+from dmd2.encoders.vae import Vae
 from dmd2.io.artifact import read
 from dmd2.io.storage import at
 from tests.bucket import contents, ended, killed, listed, started, until

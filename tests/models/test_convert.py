@@ -31,16 +31,10 @@ from dmd2.batch import Conditioning
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.models.adm import Adm
-from dmd2.models.convert.single_file import (
-    Form,
-    _adm,
-    critic_weights,
-    edm_pickle,
-    edm_student,
-    sgm_names,
-    single_file,
-    unet_weights,
-)
+from dmd2.models.convert.edm_pickle import Form, _adm, edm_pickle, edm_student
+from dmd2.models.convert.lora_names import sgm_names
+from dmd2.models.convert.single_file import single_file
+from dmd2.models.convert.student_weights import critic_weights, unet_weights
 
 Refusal = Callable[[Callable[[], object]], str]
 Weights = dict[str, Tensor]

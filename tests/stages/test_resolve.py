@@ -12,7 +12,7 @@ from dmd2 import recipes, stages
 from dmd2.config import Config, EdmConfig
 from dmd2.io.artifact import read
 from dmd2.model import load_network
-from dmd2.models.convert.single_file import edm_pickle
+from dmd2.models.convert.edm_pickle import edm_pickle
 from tests.models.test_convert import edm, network
 
 

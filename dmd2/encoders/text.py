@@ -1,0 +1,69 @@
+"""What the text encoders of a pipeline make of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmd2.config import EncodeConfig
+from dmd2.encoders.pipeline_folder import (
+    CLIP,
+    TEXT_WEIGHTS,
+    TOKENIZER_FILES,
+    WORDS,
+    Networks,
+    _from_files,
+    _loaded,
+    _repeatable,
+)
+from dmd2.errors import Refused
+from dmd2.io.tensors import sent
+
+
+class Embedded(NamedTuple):
+    states: Tensor
+    """float16 (B, tokens, width)."""
+    pooled: Tensor | None
+    """float16 (B, width), if there are two encoders."""
+
+
+class Texts:
+    """What a pipeline makes of a caption: of one encoder the last hidden states, of two the last but one of each,
+    side by side, and the pooled projection of the second."""
+
+    def __init__(self, networks: Networks, settings: EncodeConfig, device: torch.device) -> None:
+        import transformers
+
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        self.device, dtype = device, getattr(torch, settings.dtype)
+        self.parts = []
+        for folder, words in networks.texts:
+            encoder = _loaded(getattr(transformers, CLIP[folder.name]), folder, TEXT_WEIGHTS, device, dtype)
+            if not any(all((words / name).is_file() for name in names) for names in WORDS):
+                raise Refused(
+                    f"{words} holds no CLIP tokenizer: it has neither tokenizer.json, nor vocab.json and merges.txt"
+                )
+            tokenizer = _from_files(transformers.CLIPTokenizer, words, TOKENIZER_FILES)
+            self.parts.append((tokenizer, encoder))
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """As it is stored."""
+        states, pooled = self.states(texts)
+        return Embedded(states.half().cpu(), None if pooled is None else pooled.half().cpu())
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """float32 (B, tokens, width) and, if there are two encoders, (B, width) of the second, on the device."""
+        states, pooled = [], None
+        for tokenizer, encoder in self.parts:
+            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            settings = {"padding": "max_length", "truncation": True, "max_length": length}
+            tokens = tokenizer(list(texts), return_tensors="pt", **settings).input_ids
+            with _repeatable(self.device):
+                out = encoder(sent(tokens, self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2] if len(self.parts) > 1 else out.last_hidden_state)
+            pooled = out.text_embeds.float() if "text_embeds" in out else None
+        return torch.cat(states, -1).float(), pooled

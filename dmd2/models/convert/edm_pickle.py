@@ -1,0 +1,300 @@
+"""Networks of NVIDIA's EDM, read as tensors under our names. Nothing of what is read is ever run.
+
+A teacher of EDM is a pickle that carries its own source code. Here it is a description: what it would build is looked
+up in a short table of names, an object becomes a record of what was said about it, and the records are then read as
+one reads a form. Whatever is left over or does not fit is named and refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmd2.config import AdmConfig
+from dmd2.data.prompts import PLAIN
+from dmd2.errors import Refused, brief
+from dmd2.models.adm import MAX_PERIOD, Adm
+from dmd2.models.convert.student_weights import STUDENT, _bare, _model
+from dmd2.models.convert.tensor_files import _named, _read, _there, _unpickled, _whole
+
+BUILDING = PLAIN | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_SET", "ADDITEMS"}
+"""Instructions of a pickle that make an object from a name; those that reach other registries are not among them."""
+PERSISTENT, MODULES = (
+    "torch_utils.persistence._reconstruct_persistent_obj",
+    "torch.nn.modules.container.ModuleDict",
+)
+PARAMETER, TENSOR = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"
+STORAGE = "torch.storage._load_from_bytes"
+NUMPY = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+"""Recorded arguments of constructors are often NumPy's numbers; they are never looked at."""
+
+
+class Record:
+    """What a pickle says about an object: the name of its maker, the arguments, the state. It does nothing."""
+
+    name = ""
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> Record:
+        record = super().__new__(cls)
+        record.args, record.state = args, None
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+NAMES: dict[str, type] = {
+    name: type("Record", (Record,), {"name": name})
+    for name in (PERSISTENT, MODULES, PARAMETER, TENSOR, STORAGE, *NUMPY)
+} | {
+    "collections.OrderedDict": dict,
+    "dnnlib.util.EasyDict": dict,
+    "builtins.set": set,
+    "__builtin__.set": set,
+}
+"""The only names that mean something in a pickle, and what is made instead."""
+
+
+class Form(pickle.Unpickler):
+    """Knows the names of the table, and imports nothing."""
+
+    def find_class(self, module: str, name: str) -> type:
+        full = f"{module}.{name}"
+        if full not in NAMES:
+            raise Refused(
+                f"it names {full!r:.100}, which no EDM network needs, so nothing of it was run; get the file again from its publisher"
+            )
+        return NAMES[full]
+
+
+class Module(NamedTuple):
+    """A module of the pickled network."""
+
+    prefix: str
+    """Of the names of its tensors: empty, or with a dot at the end."""
+    kind: str
+    state: dict[str, Any]
+    own: dict[str, Tensor]
+    """Parameters and buffers."""
+
+    def rules(self) -> dict[str, object]:
+        """What the settings must be for the network to be an `Adm`."""
+        width = self.state.get("out_channels", 0)
+        match self.kind:
+            case "EDMPrecond":
+                return {"sigma_data": 0.5}
+            case "PositionalEmbedding":
+                return {"max_positions": MAX_PERIOD, "endpoint": False}
+            case "GroupNorm":
+                return {"eps": 1e-5, "num_groups": min(32, len(self.own["weight"]) // 4)}
+            case "Conv2d":
+                return {"fused_resample": False}
+            case "UNetBlock":
+                heads = width // 64 if "qkv" in self.state["_modules"] else 0
+                return {"skip_scale": 1, "adaptive_scale": True, "num_heads": heads}
+        return {}
+
+
+KINDS = (
+    "EDMPrecond", "DhariwalUNet", "ModuleDict", "UNetBlock", "PositionalEmbedding", "GroupNorm", "Conv2d", "Linear",
+)  # fmt: skip
+PARTS = {
+    "norm0": "norm_in", "conv0": "conv_in", "affine": "affine", "norm1": "norm_out", "conv1": "conv_out",
+    "skip": "skip", "norm2": "attention.norm", "qkv": "attention.qkv", "proj": "attention.project",
+}  # fmt: skip
+"""Layers of a block: EDM's names and ours."""
+
+
+def edm_pickle(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
+    """The class-conditional ADM network of a pickle in the format of NVIDIA's EDM, as
+    `edm-imagenet-64x64-cond-adm.pkl`: its size, and the weights of our `Adm` in float32.
+
+    The file must hold an EDMPrecond with sigma_data 0.5 around a DhariwalUNet, under the key `ema`.
+    """
+    with _named(path), _whole("pickled EDM network"):
+        pickled = _form(_there(path))
+        if not isinstance(pickled, dict) or "ema" not in pickled:
+            raise Refused("it has no key 'ema'; give a network as EDM's training saves it")
+        modules = list(_modules(pickled["ema"]))
+        for module in modules:
+            _check(module)
+        return _adm({module.prefix + name: t for module in modules for name, t in module.own.items()})
+
+
+def edm_student(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
+    """The same of a student of such a network in a training folder of DMD2's authors, or of its file alone. Names and
+    shapes are all that a state dict says, so nothing else can be checked."""
+    with _named(path):
+        file = _read(_model(path, STUDENT) if path.is_dir() else path)
+        with _whole("state dict of an EDM network"):
+            return _adm(_bare(file.tensors))
+
+
+def _adm(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[str, Tensor]]:
+    """From a state dict with EDM's names (`model.enc.64x64_conv.weight`); each weight is used exactly once."""
+    theirs = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    theirs.pop("map_augment.weight", None)  # describes augmentation in training; without any it adds zero
+    for name in [name for name in theirs if name.endswith("resample_filter")]:
+        if not torch.equal(theirs.pop(name).float(), torch.full((1, 1, 2, 2), 0.25)):
+            raise Refused(f"{name} is not the mean of 2x2 pixels; only networks that resample so can be read")
+    config = _size(theirs)
+    names = _our_names(config)
+    if unknown := sorted(theirs.keys() - names.keys()):
+        raise Refused(
+            f"{unknown[0]} has no place in a class-conditional ADM network of this size; only those can be read"
+        )
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in Adm(config).state_dict().items()}
+    state = {names[name]: _our_layout(names[name], tensor) for name, tensor in theirs.items()}
+    for theirs_name, name in names.items():
+        if name in wanted and (found := tuple(state[name].shape) if name in state else ()) != wanted[name]:
+            raise Refused(
+                f"{theirs_name} is {f'of shape {found}' if found else 'missing'}, and an ADM network of this size has one of {wanted[name]}; get the file again"
+            )
+    assert state.keys() == wanted.keys()
+    return config, state
+
+
+def _form(path: Path) -> Any:
+    """What the pickle describes, looked through before any of it is followed."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        for instruction, argument, _ in pickletools.genops(stream):
+            # A place in the memo far beyond the file's length only serves to use up memory.
+            far = "PUT" in instruction.name and isinstance(argument, int) and argument > size
+            if instruction.name not in BUILDING or far:
+                raise Refused(
+                    f"it does more than describe a network ({instruction.name}), so nothing of it was run; get the file again from its publisher"
+                )
+        stream.seek(0)
+        return Form(stream).load()
+
+
+def _modules(root: object) -> Iterator[Module]:
+    """Every module below, each once."""
+    rest, seen = [("", root)], set[int]()
+    while rest:
+        prefix, thing = rest.pop()
+        if id(thing) in seen:
+            raise Refused(f"{prefix.removesuffix('.')} is in it twice; each part of a network has one place")
+        seen.add(id(thing))
+        kind, state = _said(thing, prefix)
+        own = {**state["_parameters"], **state["_buffers"]}
+        yield Module(
+            prefix, kind, state, {n: _tensor(value) for n, value in own.items() if value is not None}
+        )
+        children = [(f"{prefix}{n}.", child) for n, child in state["_modules"].items() if child is not None]
+        rest += reversed(children)
+
+
+def _said(thing: object, prefix: str) -> tuple[str, dict[str, Any]]:
+    """The class of a module, by its name, and its state."""
+    if isinstance(thing, Record) and thing.name == MODULES:
+        return "ModuleDict", thing.state
+    if not isinstance(thing, Record) or thing.name != PERSISTENT:
+        raise Refused(f"{prefix or 'ema'} is a {type(thing).__name__}, not one of EDM's modules")
+    meta = thing.args[0]
+    if meta["class_name"] not in KINDS:
+        raise Refused(
+            f"{prefix.removesuffix('.') or 'ema'} is a {meta['class_name']!r:.60}, and a class-conditional ADM network under EDM's preconditioning consists of {', '.join(KINDS)}; give such a one"
+        )
+    return meta["class_name"], meta["state"]
+
+
+def _tensor(value: Any) -> Tensor:
+    """The tensor that a record of a tensor or a parameter describes."""
+    if value.name == PARAMETER:
+        value = value.args[0]
+    storage, offset, size, stride = value.args[:4]
+    if value.name != TENSOR or storage.name != STORAGE:
+        raise Refused(f"a weight is made by {value.name}, not as torch pickles a tensor")
+    read = _unpickled(io.BytesIO(storage.args[0]))
+    whole = torch.empty(0, dtype=read.dtype).set_(read._untyped_storage)
+    return whole.as_strided(size, stride, offset)  # which refuses to reach beyond
+
+
+def _check(module: Module) -> None:
+    found = {name: module.state.get(name) for name in module.rules()}
+    for name, wanted in module.rules().items():
+        if found[name] != wanted:
+            raise Refused(
+                f"{module.prefix}{name} is {found[name]!r:.60}, and only networks in which it is {wanted!r} can be read"
+            )
+
+
+def _size(tensors: Mapping[str, Tensor]) -> AdmConfig:
+    """The numbers behind the names and shapes; what they say wrong shows when the shapes are compared."""
+    for name in ("map_layer0.weight", "map_label.weight"):
+        if name not in tensors:
+            raise Refused(f"it has no {name}; only class-conditional ADM networks can be read")
+    found = [re.fullmatch(r"enc\.(\d+)x\1_block(\d+)\.conv0\.weight", name) for name in tensors]
+    blocks = [(int(match[1]), int(match[2])) for match in found if match]
+    sides = sorted({side for side, _ in blocks}, reverse=True)
+    stem = tensors.get(f"enc.{sides[0]}x{sides[0]}_conv.weight") if sides else None
+    if stem is None:
+        raise Refused("it has no encoder with a first layer (enc.64x64_conv, enc.64x64_block0, ...)")
+    embedding, channels = tensors["map_layer0.weight"].shape
+    widths = [len(tensors[f"enc.{side}x{side}_block0.conv0.weight"]) for side in sides]
+    try:
+        return AdmConfig(
+            resolution=sides[0],
+            image_channels=stem.shape[1],
+            classes=tensors["map_label.weight"].shape[1],
+            channels=channels,
+            multipliers=tuple(width // channels for width in widths),
+            blocks=len([side for side, _ in blocks if side == sides[0]]),
+            attention=tuple(side for side in sides if f"enc.{side}x{side}_block0.qkv.weight" in tensors),
+            embedding_multiplier=embedding // channels,
+        )
+    except ValueError as error:
+        raise Refused(f"it is of a size that our network cannot have: {brief(error)}") from None
+
+
+def _our_names(config: AdmConfig) -> dict[str, str]:
+    """EDM's name of each weight the network may have, and ours."""
+    side = config.resolution
+    layers = {
+        "map_layer0": "time_in", "map_layer1": "time_out", "map_label": "label",
+        f"enc.{side}x{side}_conv": "stem", "out_norm": "norm", "out_conv": "out",
+    }  # fmt: skip
+    for block, ours in _blocks(config):
+        layers |= {f"{block}.{part}": f"{ours}.{name}" for part, name in PARTS.items()}
+    names = {
+        f"{theirs}.{leaf}": f"{ours}.{leaf}" for theirs, ours in layers.items() for leaf in ("weight", "bias")
+    }
+    del names["map_label.bias"]
+    return names
+
+
+def _blocks(config: AdmConfig) -> Iterator[tuple[str, str]]:
+    """EDM's name of each block and ours; theirs are named by side and number, ours are lists in the same order."""
+    sides = [config.resolution >> depth for depth in range(len(config.multipliers))]
+    encoder = [[f"block{i}" for i in range(config.blocks)] for _ in sides]
+    decoder = [["up"] + [f"block{i}" for i in range(config.blocks + 1)] for _ in sides]
+    for names in encoder[1:]:
+        names.insert(0, "down")
+    decoder[-1].remove("up")
+    down = [f"enc.{side}x{side}_{name}" for side, names in zip(sides, encoder, strict=True) for name in names]
+    pairs = reversed(list(zip(sides, decoder, strict=True)))
+    up = [f"dec.{side}x{side}_{name}" for side, names in pairs for name in names]
+    yield from ((name, f"encoder.{index}") for index, name in enumerate(down))
+    yield from ((f"dec.{sides[-1]}x{sides[-1]}_in{index}", f"middle.{index}") for index in range(2))
+    yield from ((name, f"decoder.{index}") for index, name in enumerate(up))
+
+
+def _our_layout(name: str, tensor: Tensor) -> Tensor:
+    """In float32; the channels of queries, keys and values, (head, channel, which) in EDM, as (which, head, channel),
+    and the matrix that takes a one-hot label, (width, classes), as a table of (classes, width)."""
+    if ".qkv." in name and len(tensor) % 3 == 0:
+        tensor = tensor.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+    return (tensor.T if name == "label.weight" else tensor).float().contiguous()

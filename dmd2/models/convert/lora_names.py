@@ -1,0 +1,80 @@
+"""Names that the formats of LoRAs give to the layers of a U-Net of diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from dmd2.errors import Refused
+
+LORA = re.compile(r"(.+?)[._]lora[._](down|up|A|B)(?:\.\w+)?\.weight")
+"""Kohya's, diffusers' older and peft's names of the two factors; peft's may carry the name of the adapter."""
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+EDGES = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+"""Layers of a UNet: diffusers' names and those of the first code for it (SGM's)."""
+
+
+def _part(key: str) -> tuple[str, str]:
+    """The layer that a key of a LoRA names, and which it is of "down", "up" and "alpha"; "" if none of them."""
+    if match := LORA.fullmatch(key):
+        return _plain(match[1]), {"A": "down", "B": "up"}.get(match[2], match[2])
+    return _plain(key.removesuffix(".alpha")), "alpha" if key.endswith(".alpha") else ""
+
+
+def _plain(module: str) -> str:
+    """The name of a LoRA's module without what the formats put around it."""
+    module = module.removeprefix("base_model.model.").removeprefix("unet.")
+    if ".processor." in module:  # how diffusers named them before it used peft
+        module = module.replace(".processor.", ".")
+        module += ".0" if module.endswith(".to_out") else ""
+    return module
+
+
+def lora_names(base: Iterable[str]) -> dict[str, str]:
+    """Names that a LoRA may have for the layers of a UNet -> names of their weights. Kohya's put `_` for `.`, so they
+    are made from the names that there are, never taken apart."""
+    names: dict[str, str] = {}
+    for module, sgm in sgm_names(base).items():
+        weight = f"{module}.weight"
+        for name in {module, *(f"lora_unet_{known.replace('.', '_')}" for known in (module, sgm))}:
+            if names.setdefault(name, weight) != weight:
+                raise Refused(f"{weight} and {names[name]} of the base are both {name} in a LoRA")
+    return names
+
+
+def sgm_names(base: Iterable[str]) -> dict[str, str]:
+    """Layers that have a weight in a UNet of diffusers -> their names in the code of SGM and CompVis."""
+    modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
+    layers = 1 + max(
+        [int(m[1]) for name in modules if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", name))] or [0]
+    )
+    attending = {match[1] for name in modules if (match := re.match(r"up_blocks\.(\d+)\.attentions", name))}
+    return {module: _sgm(module, layers, attending) for module in modules}
+
+
+def _sgm(module: str, layers: int, attending: set[str]) -> str:
+    """SGM counts a block's layers and its resampling through; a layer is (resnet, attention, upsampling)."""
+    match = re.fullmatch(
+        r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", module
+    )
+    if match is None:
+        return EDGES.get(module, module)
+    where, block, kind, index, rest = match.groups()
+    rest = RESNET.get(rest, rest) if kind == "resnets" else rest
+    place = int(kind == "attentions")
+    if where == "mid":
+        return f"middle_block.{2 * int(index) + place}.{rest}"
+    first = int(block) * (layers + 1)
+    if kind == "downsamplers":
+        return f"input_blocks.{1 + first + layers}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + layers}.{1 + (block in attending)}.{rest}"
+    side, first = ("input", first + 1) if where == "down" else ("output", first)
+    return f"{side}_blocks.{first + int(index)}.{place}.{rest}"

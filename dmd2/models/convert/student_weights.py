@@ -1,0 +1,151 @@
+"""Students of SD and SDXL that others have published: whole U-Nets, LoRAs that are merged into a base, training folders
+of DMD2's authors. Whatever does not fit is named and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from dmd2.errors import Refused
+from dmd2.models.convert.lora_names import LORA, _part, lora_names
+from dmd2.models.convert.tensor_files import File, _named, _read, _whole
+
+STUDENT, GUIDANCE = ("pytorch_model.bin", "model.safetensors"), ("pytorch_model_1.bin", "model_1.safetensors")
+"""Models 0 and 1 of a training folder, as accelerate saves them."""
+WRAPPED = ("module.", "feedforward_model.")
+"""Prefixes that training leaves on the names of a student."""
+CRITIC = "fake_unet."
+UNET = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
+"""What every UNet of SD and SDXL has in diffusers' naming."""
+
+
+def unet_weights(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Weights of a diffusers UNet of SD or SDXL, in the precision they have in the file.
+
+    Args:
+        path: All weights (.safetensors; .bin, .pt or .pth, of which only tensors are read), a LoRA in kohya's or
+            diffusers' naming, or a training folder of DMD2's authors, whose student is read.
+        base: The UNet a LoRA is merged into; the others must agree with it in names and shapes, if it is given.
+    """
+    with _named(path):
+        file = _read(_model(path, STUDENT) if path.is_dir() else path)
+        if any(".base_layer." in name for name in file.tensors):
+            raise Refused(
+                "it is a UNet with a LoRA beside its weights, and does not say the LoRA's alpha; give the LoRA's own file, or merge it first"
+            )
+        if any(LORA.fullmatch(name) for name in file.tensors):
+            with _whole("LoRA"):
+                return _merged(file, base, path)
+        return _unet(_bare(file.tensors), base)
+
+
+def critic_weights(path: Path) -> dict[str, Tensor] | None:
+    """Weights of the critic in a training folder of DMD2's authors, without the head; None if there is none."""
+    if not any((path / name).is_file() for name in GUIDANCE):
+        return None
+    with _named(path):
+        tensors = _bare(_read(_model(path, GUIDANCE)).tensors)
+        return _unet({n.removeprefix(CRITIC): t for n, t in tensors.items() if n.startswith(CRITIC)})
+
+
+def _model(folder: Path, names: Iterable[str]) -> Path:
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise Refused(
+            f"it is a folder without {' or '.join(names)}; give a training folder, or a file of weights"
+        )
+    return found
+
+
+def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that all names share."""
+    for prefix in WRAPPED * 2:  # in any order
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors, if they are a UNet's and agree with the base."""
+    if missing := [name for name in UNET if name not in tensors]:
+        whole = any(name.startswith("model.diffusion_model.") for name in tensors)
+        advice = (
+            "it is a whole model in one file: import it as that"
+            if whole
+            else "give a UNet in diffusers' naming"
+        )
+        raise Refused(
+            f"it holds no UNet: it has no {missing[0]} ({', '.join(list(tensors)[:1]) or 'nothing':.100} for one); {advice}"
+        )
+    if base is not None:
+        _agree(tensors, base)
+    return tensors
+
+
+def _agree(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    for name in sorted(tensors.keys() | base.keys()):
+        found, wanted = (tuple(part[name].shape) if name in part else "missing" for part in (tensors, base))
+        if found != wanted:
+            raise Refused(f"{name} is {found}, and {wanted} in the base; give the base it was made from")
+
+
+def _merged(file: File, base: Mapping[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
+    """The base with weight + alpha / rank * up @ down in place of each weight that the LoRA knows."""
+    if base is None:
+        raise Refused("it is a LoRA, which changes a network and is none; give the base it was made from")
+    default, names = _alpha(file, path), lora_names(base)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in file.tensors.items():
+        module, part = _part(key)
+        weight = names.get(module)
+        if not part or weight is None:
+            raise Refused(
+                f"{key!r:.150} of the LoRA fits no weight of the base; give a LoRA of this UNet alone, and the base it was made from"
+            )
+        if part in factors.setdefault(weight, {}):
+            raise Refused(f"{key!r:.150} of the LoRA is there a second time, under another name")
+        factors[weight][part] = tensor
+    return dict(base) | {
+        weight: _sum(weight, base[weight], parts, default) for weight, parts in factors.items()
+    }
+
+
+def _sum(name: str, weight: Tensor, parts: Mapping[str, Tensor], default: float | None) -> Tensor:
+    """weight (out, in, ...) + alpha / rank * up (out, rank) @ down (rank, in, ...), in float32, for its rounding, and
+    back. Without any alpha it is the rank, which is how diffusers and kohya's code read it too."""
+    if missing := [part for part in ("down", "up") if part not in parts]:
+        raise Refused(f"the LoRA has no {missing[0]} factor for {name}; get the file again")
+    up, down = parts["up"].float().flatten(1), parts["down"].float().flatten(1)
+    rank = len(down)
+    if up.shape[1] != rank or (len(up), down.shape[1]) != weight.flatten(1).shape:
+        raise Refused(
+            f"the LoRA has factors of {tuple(up.shape)} and {tuple(down.shape)} for {name} of {tuple(weight.shape)}; give the base it was made from"
+        )
+    alpha = float(parts["alpha"]) if "alpha" in parts else rank if default is None else default
+    return (weight.float() + alpha / rank * (up @ down).view(weight.shape)).to(weight.dtype)
+
+
+def _alpha(file: File, path: Path) -> float | None:
+    """The alpha of all factors, if diffusers or peft has written it down beside them."""
+    config = path.with_name("adapter_config.json")
+    text = file.notes.get("lora_adapter_metadata")
+    if text is None and path.stem == "adapter_model":
+        if not config.is_file():
+            raise Refused(
+                f"it is a LoRA of peft without the {config.name} that says its alpha; put it beside it"
+            )
+        text = config.read_text()
+    try:
+        said = json.loads(text or "{}")
+        settings = {name.removeprefix("unet."): value for name, value in said.items()}
+    except (ValueError, AttributeError):
+        raise Refused("it is a LoRA whose settings are not a JSON object; get the file again") from None
+    for name in ("use_dora", "use_rslora", "alpha_pattern", "fan_in_fan_out"):
+        if settings.get(name):
+            raise Refused(
+                f"it is a LoRA with {name} = {settings[name]!r:.60}, which is not supported; merge it first"
+            )
+    return float(settings["lora_alpha"]) if "lora_alpha" in settings else None

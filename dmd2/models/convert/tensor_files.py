@@ -1,0 +1,96 @@
+"""Files of tensors as others publish them: safetensors, and pickles of which only tensors are read. Nothing of a file is run."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dmd2.errors import Refused, brief, near_miss
+
+
+class File(NamedTuple):
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+    """What the file says about itself."""
+
+
+def _read(path: Path) -> File:
+    """All tensors of a file, left on the disk until they are used."""
+    if _there(path).suffix not in READERS:
+        raise Refused(
+            f"it is no file of weights by its suffix {path.suffix!r}: {near_miss(path.suffix, list(READERS))}"
+        )
+    with _whole(f"file of tensors ({path.name})"):
+        file = READERS[path.suffix](path)
+    if not file.tensors:
+        raise Refused("it holds no tensors; give a file of weights")
+    for name, value in file.tensors.items():
+        if not isinstance(value, Tensor):
+            raise Refused(
+                f"{name!r:.100} is a {type(value).__name__}, not a tensor; save the weights alone, by their names"
+            )
+    return file
+
+
+def _safetensors(path: Path) -> File:
+    with safe_open(path, "pt") as file:
+        return File({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+
+
+def _pickled(path: Path) -> File:
+    found = _unpickled(path, mmap=zipfile.is_zipfile(path))
+    if not isinstance(found, dict):
+        raise Refused(
+            f"it holds a {type(found).__name__}, not a dict of tensors; save the weights by their names"
+        )
+    return File({str(name): value for name, value in found.items()}, {})
+
+
+def _unpickled(source: Path | io.BytesIO, mmap: bool = False) -> Any:
+    """What torch reads of a pickle that holds nothing but tensors."""
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        raise Refused(
+            f"it is a pickle that does more than hold tensors ({f'it names {name[1]:.100}' if name else 'or is broken'}), so nothing of it was run; convert it to safetensors where you trust it"
+        ) from None
+
+
+READERS = {".safetensors": _safetensors} | dict.fromkeys((".bin", ".pt", ".pth"), _pickled)
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise Refused("it does not exist, or is no file; check the path")
+    return path
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file it was."""
+    try:
+        yield
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from None
+
+
+@contextmanager
+def _whole(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside lies in a file that is broken or something else."""
+    try:
+        yield
+    except (Refused, FileNotFoundError, PermissionError):
+        raise
+    except (Exception, SafetensorError) as error:  # a broken pickle raises anything
+        raise Refused(f"it is no {what}, or not all of it ({brief(error)}); copy it again") from None
