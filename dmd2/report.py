@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dmd2.io.artifact import Manifest
-from dmd2.io.storage import write
+from dmd2.io.local import write
 from dmd2.model_card import chosen
 from dmd2.training.metrics_log import SCORE, read_metrics
 

@@ -17,7 +17,7 @@ from typing import Literal
 import tyro
 
 from dmd2.errors import Refused, one_sentence
-from dmd2.io.storage import write
+from dmd2.io.local import write
 from images import packages, pins
 
 Image = Literal["dmd2", "dmd2-launch"]

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dmd2.errors import Refused, brief, near_miss
-from dmd2.io.storage import write
+from dmd2.io.local import write
 
 PINS = Path(__file__).with_name("images.lock")
 BASE = "python"

@@ -28,7 +28,8 @@ from rich.table import Table
 from components.begin.check import check
 from components.distill.launch import flags
 from dmd2.errors import Refused, one_sentence
-from dmd2.io import artifact, storage
+from dmd2.io import artifact
+from dmd2.io.local import write
 from pipelines import cluster, readme
 from pipelines.cluster import Where, compiled
 from pipelines.distill import distill
@@ -47,9 +48,9 @@ def compile_all() -> None:
     """Compile the pipelines to `pipelines/compiled/*.yaml`, and the components' README, for review and for a cluster."""
     COMPILED.mkdir(exist_ok=True)
     for name, pipeline in PIPELINES.items():
-        storage.write(COMPILED / f"{name}.yaml", compiled(pipeline).text)
+        write(COMPILED / f"{name}.yaml", compiled(pipeline).text)
         print(COMPILED / f"{name}.yaml")
-    storage.write(readme.PATH, readme.text())
+    write(readme.PATH, readme.text())
     print(readme.PATH)
 
 
@@ -91,7 +92,7 @@ def run_local(
         told = re.sub(r"\x1b\[\d+m", "", str(error)).rstrip(".")
         raise Refused(f"{told}; the failed stage says above what was wrong") from None
     summary = summarize(root, time.monotonic() - start)
-    storage.write(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write(root / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 

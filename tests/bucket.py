@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from dmd2.io import storage
+from dmd2.io import gcs, storage
 
 HOST = "STORAGE_EMULATOR_HOST"
 RANDOM = re.compile(r"bucket-\w+|upload_id=\w+")
@@ -66,12 +66,12 @@ def proxy(bucket: str, object_store: str, monkeypatch: pytest.MonkeyPatch) -> It
     with Proxy(object_store).serving() as proxy:
         at_host(proxy.url, monkeypatch)
         yield proxy
-    storage._client.cache_clear()
+    gcs._client.cache_clear()
 
 
 def at_host(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOST, url)
-    storage._client.cache_clear()
+    gcs._client.cache_clear()
 
 
 Fault = Literal["403", "503", "drop", "lost", "cut", "short", "flip"]

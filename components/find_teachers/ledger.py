@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmd2.errors import Refused, brief
-from dmd2.io.storage import TOGETHER, Store, join
+from dmd2.io.storage import join
+from dmd2.io.store import TOGETHER, Store
 
 State = Literal["waiting", "claimed", "running", "done", "failed", "quarantined"]
 FREE: tuple[State, ...] = ("waiting", "failed")

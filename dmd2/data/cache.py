@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmd2.io.artifact import File, bring
-from dmd2.io.storage import Store, cache, locked
+from dmd2.io.local import locked
+from dmd2.io.storage import cache
+from dmd2.io.store import Store
 
 Opened = TypeVar("Opened")
 

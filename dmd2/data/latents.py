@@ -32,7 +32,8 @@ from dmd2.encoders.pipeline_folder import Networks
 from dmd2.encoders.text import Texts
 from dmd2.encoders.vae import Vae
 from dmd2.errors import Refused
-from dmd2.io.artifact import Draft, File
+from dmd2.io.artifact import File
+from dmd2.io.staging import Draft
 from dmd2.progress import Progress
 
 NAMES = {"npy": "latents", "emb": "embeddings", "pool": "pooled", "txt": "captions"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from dmd2.config import Config
 from dmd2.data.latents import Receipt, npy
 from dmd2.data.shards import RECEIPTS, TRAIN, OpenShard, Shard, notes
-from dmd2.io.artifact import Draft
+from dmd2.io.staging import Draft
 from dmd2.progress import Progress
 from dmd2.rng import seed_of_part
 

@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from dmd2.data.decode import IMAGES
 from dmd2.data.files import hidden
 from dmd2.errors import Refused, near_miss
-from dmd2.io.storage import Entry, Store, at, is_local, join, local
+from dmd2.io.storage import at, is_local, join, local
+from dmd2.io.store import Entry, Store
 
 SPLIT = re.compile(r"(?:^|[-_./])(train|test|val|validation)(?=[-_./])")
 """Names of splits, where they are a word of a file's name."""

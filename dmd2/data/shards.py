@@ -39,8 +39,10 @@ from dmd2.data.lmdb_table import Column, Writer
 from dmd2.data.sources import Record, Source
 from dmd2.data.stream import Tar, array
 from dmd2.errors import Interrupted, Refused, brief
-from dmd2.io.artifact import MANIFEST, Draft, File
-from dmd2.io.storage import Local, Store, flush
+from dmd2.io.artifact import MANIFEST, File
+from dmd2.io.local import Local, flush
+from dmd2.io.staging import Draft
+from dmd2.io.store import Store
 from dmd2.progress import Progress
 
 SPLITS = TRAIN, HOLDOUT = "train", "holdout"

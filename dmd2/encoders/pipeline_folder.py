@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from dmd2.errors import Refused, brief
-from dmd2.io.storage import at, cache, is_local, local, sha256
+from dmd2.io.local import sha256
+from dmd2.io.storage import at, cache, is_local, local
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
 DENOISER = {

@@ -23,7 +23,7 @@ from dmd2.data.shards import TRAIN
 from dmd2.data.stream import RawBatch, Shards
 from dmd2.evaluation import classifier, efficientnet
 from dmd2.evaluation.weights import fetch
-from dmd2.io.storage import sha256
+from dmd2.io.local import sha256
 from dmd2.progress import Progress
 
 FIT_IMAGES = 20_000

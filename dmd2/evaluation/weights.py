@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dmd2.config import WeightsConfig
 from dmd2.errors import Refused
-from dmd2.io.storage import fetched, sha256
+from dmd2.io.local import sha256
+from dmd2.io.storage import fetched
 
 
 def fetch(settings: WeightsConfig, target: Path, option: str) -> None:

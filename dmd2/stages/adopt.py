@@ -8,8 +8,10 @@ from pathlib import Path
 
 from dmd2.config import Config, EdmConfig
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, drafted, finished, read
-from dmd2.io.storage import fetched, is_local, local, sha256
+from dmd2.io.artifact import Manifest, finished, read
+from dmd2.io.local import sha256
+from dmd2.io.staging import drafted
+from dmd2.io.storage import fetched, is_local, local
 from dmd2.model import load_network, save_network
 from dmd2.stages.networks import network_of, parameters, same_shape, student_of
 from dmd2.stages.prompts import classes

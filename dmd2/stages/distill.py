@@ -14,7 +14,8 @@ from dmd2.data.shards import TRAIN
 from dmd2.data.stream import RawBatch, Shards
 from dmd2.encoders.pipeline_folder import find
 from dmd2.errors import Refused
-from dmd2.io.artifact import Draft, Manifest, finished, opened, read
+from dmd2.io.artifact import Manifest, finished, opened, read
+from dmd2.io.staging import Draft
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, save_network
 from dmd2.models.family import CondPair, ModelFamily, Prompt

@@ -13,7 +13,7 @@ from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import RawBatch, Shards, Stream
-from dmd2.io.artifact import Draft, drafted, joined
+from dmd2.io.staging import Draft, drafted, joined
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng
 from dmd2.stages.networks import parameters

@@ -10,7 +10,8 @@ from dmd2.data import latents
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
 from dmd2.encoders.pipeline_folder import find
-from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.artifact import Manifest, finished, read
+from dmd2.io.staging import drafted
 
 
 def encode(config: Config, data: str, vae: str, out: str) -> Manifest:

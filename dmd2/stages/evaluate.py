@@ -11,7 +11,8 @@ from dmd2.data.shards import HOLDOUT, TRAIN
 from dmd2.data.stream import Shards
 from dmd2.errors import Refused
 from dmd2.image_grid import grid
-from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.artifact import Manifest, finished, read
+from dmd2.io.staging import drafted
 from dmd2.model import Model
 from dmd2.models.family import Prompt
 from dmd2.parallel import ranks

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dmd2.config import Config
-from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.artifact import Manifest, finished, read
+from dmd2.io.staging import drafted
 
 
 def gate(config: Config, evaluation: str, out: str) -> Manifest:

@@ -8,7 +8,8 @@ import torch
 
 from dmd2.errors import Refused
 from dmd2.image_grid import grid
-from dmd2.io.artifact import Manifest, drafted, finished, opened, read
+from dmd2.io.artifact import Manifest, finished, opened, read
+from dmd2.io.staging import drafted
 from dmd2.model import load_network, save_network
 from dmd2.model_card import model_card
 from dmd2.stages.networks import network_of

@@ -12,7 +12,8 @@ from dmd2.data.pairs import write_pairs
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
-from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.artifact import Manifest, finished, read
+from dmd2.io.staging import drafted
 from dmd2.parallel import ranks
 from dmd2.stages.inputs import captions, digest_of, digests
 from dmd2.stages.networks import network_of, on

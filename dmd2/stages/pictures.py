@@ -10,7 +10,7 @@ from PIL import Image
 
 from dmd2.config import FamilyConfig
 from dmd2.image_grid import grid
-from dmd2.io.storage import replaced
+from dmd2.io.local import replaced
 from dmd2.models.family import Prompt
 from dmd2.stages.prompts import columns
 

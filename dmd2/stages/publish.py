@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, Manifest, drafted, opened, read
+from dmd2.io.artifact import MANIFEST, Manifest, opened, read
+from dmd2.io.staging import drafted
 from dmd2.io.storage import at
 
 

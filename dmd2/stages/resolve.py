@@ -8,8 +8,10 @@ from pathlib import Path
 
 from dmd2.config import Config, EdmConfig
 from dmd2.encoders.pipeline_folder import find
-from dmd2.io.artifact import MANIFEST, Manifest, drafted, finished, read
-from dmd2.io.storage import at, fetched, local, sha256
+from dmd2.io.artifact import MANIFEST, Manifest, finished, read
+from dmd2.io.local import sha256
+from dmd2.io.staging import drafted
+from dmd2.io.storage import at, fetched, local
 from dmd2.model import load_network, write_network_json
 from dmd2.stages.networks import parameters, same_shape
 from dmd2.stages.teach import teach

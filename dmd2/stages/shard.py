@@ -9,7 +9,8 @@ from dmd2.config import Config
 from dmd2.data.shards import deliver, told, write_shards
 from dmd2.data.sources import open_source
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, drafted, finished, read
+from dmd2.io.artifact import Manifest, finished, read
+from dmd2.io.staging import drafted
 from dmd2.io.storage import is_local
 
 

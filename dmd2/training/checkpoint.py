@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_together
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, Draft
-from dmd2.io.storage import flush, sha256, write
+from dmd2.io.artifact import MANIFEST
+from dmd2.io.local import flush, sha256, write
+from dmd2.io.staging import Draft
 from dmd2.parallel.ranks import World
 
 

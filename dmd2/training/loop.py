@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dmd2.batch import Batch
 from dmd2.errors import AGAIN, Diverged, Interrupted
-from dmd2.io.artifact import Draft
+from dmd2.io.staging import Draft
 from dmd2.parallel.ranks import World
 from dmd2.progress import Progress
 from dmd2.training import checkpoint

@@ -12,7 +12,7 @@ import torch
 from accelerate.tracking import TensorBoardTracker
 
 from dmd2.errors import Diverged
-from dmd2.io.storage import write
+from dmd2.io.local import write
 from dmd2.parallel.ranks import World
 from dmd2.progress import Progress
 from dmd2.training import checkpoint

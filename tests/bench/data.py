@@ -32,7 +32,8 @@ from dmd2.config import Config, LoaderConfig
 from dmd2.data.decode import prepare
 from dmd2.data.sources import open_source
 from dmd2.data.stream import Shards, Stream
-from dmd2.io import artifact, storage
+from dmd2.io import artifact, staging
+from dmd2.io.local import write
 from tests.emoji import source as emoji
 
 ROOT = Path("runs/bench/data")
@@ -182,7 +183,7 @@ def main() -> None:
         "order_start_mb_1e9": start["peak_mb"],
         "sharding": sharding,
     }
-    storage.write(ROOT.parent / "data.json", json.dumps(figures, indent=1) + "\n")
+    write(ROOT.parent / "data.json", json.dumps(figures, indent=1) + "\n")
     show(figures)
 
 
@@ -246,10 +247,10 @@ def billion() -> Path:
         inputs={},
         files=[artifact.File(path=name, size=1, sha256="0" * 64) for name in names],
         facts={"shards": [{"file": name, "split": "train", "images": images} for name in names]},
-        versions=artifact.versions(),
+        versions=staging.versions(),
         seconds=0,
     )
-    storage.write(target / artifact.MANIFEST, manifest.model_dump_json())
+    write(target / artifact.MANIFEST, manifest.model_dump_json())
     return target
 
 

@@ -29,7 +29,7 @@ from dmd2.config import Config
 from dmd2.data.shards import HOLDOUT
 from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
-from dmd2.io import storage
+from dmd2.io.local import write
 from dmd2.model import Model, load_network
 from dmd2.stages.evaluate import sampled
 from dmd2.stages.pictures import Sampler
@@ -63,7 +63,7 @@ def main(teacher: str = "tests/emoji/pipeline", only: tuple[str, ...] = tuple(RU
     with ThreadPoolExecutor(max_workers=2) as pool:  # a run a core: better than two cores a run
         seconds = dict(zip(only, pool.map(distill, only), strict=True))
     rows, pictures = score(base, only)
-    storage.write(ROOT.parent / "sdxl.json", json.dumps({"rows": rows, "seconds": seconds}, indent=1) + "\n")
+    write(ROOT.parent / "sdxl.json", json.dumps({"rows": rows, "seconds": seconds}, indent=1) + "\n")
     draw(pictures, ROOT.parent / "sdxl.png")
     show(rows)
 

@@ -16,7 +16,9 @@ import pytest
 
 from dmd2.data.cache import Cache
 from dmd2.io.artifact import File
-from dmd2.io.storage import Bucket, Store, at
+from dmd2.io.gcs import Bucket
+from dmd2.io.storage import at
+from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, Proxy
 
 SIZE = 1000

@@ -22,7 +22,8 @@ from dmd2.data.shards import Receipt
 from dmd2.data.stream import RawBatch, Shards, Stream, decode
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, read
-from dmd2.io.storage import Entry, at
+from dmd2.io.storage import at
+from dmd2.io.store import Entry
 from tests.bucket import (
     DOWNLOAD,
     UPLOAD,

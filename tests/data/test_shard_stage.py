@@ -20,7 +20,8 @@ from dmd2.data.shards import write_shards
 from dmd2.data.sources import digits, open_source
 from dmd2.data.stream import Shards
 from dmd2.errors import Refused
-from dmd2.io.artifact import drafted, read
+from dmd2.io.artifact import read
+from dmd2.io.staging import drafted
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from dmd2.config import BestConfig
 from dmd2.evaluation import efficientnet
 from dmd2.evaluation.efficientnet import Convolution, EfficientNet
 from dmd2.evaluation.features import Features, pretrained
-from dmd2.io.storage import sha256
+from dmd2.io.local import sha256
 
 CPU = torch.device("cpu")
 MILITARY_UNIFORM = 652

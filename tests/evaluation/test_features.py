@@ -14,7 +14,7 @@ from dmd2.config import Config, WeightsConfig
 from dmd2.data.stream import Shards
 from dmd2.evaluation import classifier
 from dmd2.evaluation.features import by_name, distance
-from dmd2.io.storage import sha256
+from dmd2.io.local import sha256
 
 
 def test_equal_sets_have_distance_zero() -> None:

@@ -13,7 +13,7 @@ from torchvision.models import vgg16
 
 from dmd2.config import WeightsConfig
 from dmd2.evaluation.perceptual import lpips
-from dmd2.io.storage import sha256
+from dmd2.io.local import sha256
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -83,8 +83,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Podman:
 
 ASK = """
 import importlib.util, json, os, pathlib, shutil
-from dmd2.io import storage
-storage.write(storage.cache() / "written", "here")
+from dmd2.io import local, storage
+local.write(storage.cache() / "written", "here")
 try:
     pathlib.Path("/opt/dmd2/written").write_text("")
     root = "can be written"

@@ -9,7 +9,8 @@ import pytest
 
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, drafted, finished, opened, read
+from dmd2.io.artifact import MANIFEST, finished, opened, read
+from dmd2.io.staging import drafted
 from dmd2.io.storage import local
 
 

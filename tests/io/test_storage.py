@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from dmd2 import cli
-from dmd2.io import storage
-from dmd2.io.storage import Store, at, cache, fetched
+from dmd2.io import gcs
+from dmd2.io.storage import at, cache, fetched
+from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, at_host, started
 
 
@@ -36,7 +37,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     """An object is large from here on: the least that a resumable upload can send at once."""
     from google.cloud.storage import blob
 
-    monkeypatch.setattr(storage, "LARGE", 2**18)
+    monkeypatch.setattr(gcs, "LARGE", 2**18)
     monkeypatch.setattr(blob, "_MAX_MULTIPART_SIZE", 2**18)
     return 2**18
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmd2 import stages
-from dmd2.io import artifact, storage
+from dmd2.io import artifact, local, storage
 from dmd2.model import load
 from tests.bucket import contents, listed
 
@@ -56,7 +56,7 @@ def test_another_package_is_never_overwritten(
     manifest = json.loads((other / "manifest.json").read_text())
     for file in manifest["files"]:
         if file["path"] == "README.md":
-            file |= {"size": 7, "sha256": storage.sha256(other / "README.md")}
+            file |= {"size": 7, "sha256": local.sha256(other / "README.md")}
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert "holds another package" in refusal(lambda: stages.publish(str(other), str(out)))
     assert artifact.read(out, "package").digest == artifact.read(package, "package").digest

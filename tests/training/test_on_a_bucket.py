@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.artifact import BEGUN, CONTENTS, MANIFEST, SECONDS, Draft, drafted, opened, read
+from dmd2.io.artifact import MANIFEST, opened, read
+from dmd2.io.staging import BEGUN, CONTENTS, SECONDS, Draft, drafted
 from dmd2.io.storage import at, cache
 from dmd2.training import checkpoint
 from dmd2.training.trainer import DMD2Trainer
