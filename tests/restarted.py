@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dmd2.parallel import ranks
 
-world = ranks.join()
+world = ranks.init_distributed()
 met = torch.ones(1)
 dist.all_reduce(met)
 assert met == world.size

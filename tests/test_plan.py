@@ -223,7 +223,7 @@ def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str,
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         world = collectives.Meshed(ALONE.device, 0, gpus, 0, per_node, dist.group.WORLD)
-        mesh = World.meshed(world, per_node)
+        mesh = World.device_mesh(world, per_node)
         assert mesh is not None
         collectives.MESH[:] = [mesh]
         fam = build.family(config.family)

@@ -50,16 +50,16 @@ def played(config: Config, family: ModelFamily, steps: int, world: ranks.World) 
     """Losses, sizes of gradients and weights of some steps, from a teacher whose weights are noise."""
     torch.manual_seed(1)
     teacher = {name: 0.1 * torch.randn_like(p) for name, p in family.network().state_dict().items()}
-    game = build.trainer(config, family, teacher if world.main else {}, world)
+    game = build.trainer(config, family, teacher if world.is_main else {}, world)
     assert isinstance(game, DMD2Trainer)
     told: dict[str, Tensor] = {}
     for step in range(steps):
         for name, value in game.step(real(config, family, step, world), step).items():
-            told[f"{step:02d} {name}"] = world.mean(value.detach().float().clone())
+            told[f"{step:02d} {name}"] = world.all_reduce_mean(value.detach().float().clone())
     for trainable in (game.student, game.critic):
-        weights = sharding.gathered(trainable.state()[trainable.name].state_dict(), world)
+        weights = sharding.gather_full_tensors(trainable.state()[trainable.name].state_dict(), world)
         told |= {f"{trainable.name}: {name}": w.clone() for name, w in weights.items()}
-        averages = sharding.gathered(trainable.result(), world)
+        averages = sharding.gather_full_tensors(trainable.inference_weights(), world)
         told |= {f"{trainable.name}, used: {name}": w.clone() for name, w in averages.items()}
     return told
 
@@ -67,7 +67,7 @@ def played(config: Config, family: ModelFamily, steps: int, world: ranks.World) 
 def real(config: Config, family: ModelFamily, step: int, world: ranks.World) -> Batch:
     """This process's rows of a batch."""
     batch = config.distill.batch
-    rows = world.rows(batch)
+    rows = world.local_rows(batch)
     drawn = Rng.at(7, step, range(batch), world.device)
     x, label = drawn.normal(*family.shape)[list(rows)], torch.tensor([row % 3 for row in rows])
     rng = Rng.at(config.seed, step, rows, world.device)
@@ -85,12 +85,12 @@ def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, ModelFamily
 
 def main(out: Path, pipeline: Path) -> None:
     torch.set_num_threads(1)
-    world = ranks.join()
+    world = ranks.init_distributed()
     for game in WORLDS[world.size]:
         case, shards, weights = game.split()
         mesh = f"engine.shards={shards}", f"engine.weights={weights}"
         told = played(*resolved(case, pipeline, *mesh), world)
-        if world.main:
+        if world.is_main:
             torch.save(told, out / f"{game}.pt")
 
 

@@ -55,7 +55,7 @@ class Judge:
     def __call__(self, say: Callable[[str], None]) -> float:
         """The Frechet distance, known to the main process; `say` is told how far this one is, by all equally often."""
         drawn = gaussian(self._parts(say), self.world)
-        return distance(drawn, self.real) if self.world.main else math.nan
+        return distance(drawn, self.real) if self.world.is_main else math.nan
 
     def images(self, rows: range) -> Tensor:
         return self.draw(self.prompts[rows], seed_of_part(self.seed, rows.start))
@@ -119,7 +119,7 @@ def gaussian(parts: Iterable[np.ndarray], world: World) -> Gaussian:
     for features in parts:
         counted = np.concatenate([np.ones((len(features), 1)), features], axis=1)
         total = total + counted.T @ counted
-    sums = world.sum(torch.from_numpy(total))
+    sums = world.all_reduce_sum(torch.from_numpy(total))
     count, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
     return Gaussian(mean, (sums[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1))
 

@@ -59,7 +59,7 @@ def shard(
         if resident:
             gathered_apart.set_reshard_after_backward(False, recurse=False)
         if dtype == torch.bfloat16 and mesh.shape[-1] > 1:
-            gathered_apart.set_custom_reduce_scatter(AddedInFloat32())
+            gathered_apart.set_custom_reduce_scatter(Float32ReduceScatter())
 
 
 def outermost(units: Sequence[nn.Module]) -> list[nn.Module]:
@@ -74,7 +74,7 @@ def innermost(units: Sequence[nn.Module]) -> list[nn.Module]:
     return [unit for unit in units if not any(id(m) in ids for m in unit.modules() if m is not unit)]
 
 
-class AddedInFloat32(ReduceScatter):
+class Float32ReduceScatter(ReduceScatter):
     """Gradients travel as the backward pass made them, in bfloat16, and are added up in float32: half the bytes of a
     float32 reduction, and its sums."""
 
@@ -97,26 +97,26 @@ class AddedInFloat32(ReduceScatter):
             output_tensor.div_(group.size())
 
 
-def spread(network: nn.Module, weights: Mapping[str, Tensor], world: World) -> None:
+def broadcast_state_dict(network: nn.Module, weights: Mapping[str, Tensor], world: World) -> None:
     """Give the network the weights that the main process has, each process what it keeps of them; the others give none."""
-    if not world.control:
+    if not world.host_group:
         network.load_state_dict(weights)
         return
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(network, dict(weights) if world.main else {}, options=options)
+    set_model_state_dict(network, dict(weights) if world.is_main else {}, options=options)
 
 
-def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+def gather_full_tensors(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """Whole tensors, on the host of the main process, one after the other; nothing on the others, which must take part."""
     found = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.main:
-            found[name] = whole.cpu() if world.control else whole
+        if world.is_main:
+            found[name] = whole.cpu() if world.host_group else whole
     return found
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -127,7 +127,7 @@ def reshard(module: nn.Module) -> None:
         unit.reshard()
 
 
-def reduces(module: nn.Module, now: bool) -> None:
+def set_gradient_sync(module: nn.Module, now: bool) -> None:
     """Whether the next backward pass of a resident network, whose forward pass is done, adds its gradients up over the
     processes, or keeps them for a later one to do so. Others always do, for they have no room to keep them whole."""
     if isinstance(module, FSDPModule) and module in RESIDENT:
@@ -137,7 +137,7 @@ def reduces(module: nn.Module, now: bool) -> None:
                 unit.unshard()  # one that a short pass did not reach must be there to keep nothing
 
 
-def norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Of all of them together, over the shards."""
     total = nn.utils.get_total_norm(gradients, foreach=True)
     return total.full_tensor() if isinstance(total, DTensor) else total

@@ -28,8 +28,8 @@ from dmd2.stages.networks import network_of, same_shape, student_of
 from dmd2.stages.pictures import picture_of
 from dmd2.stages.prompts import balanced, pictured
 from dmd2.training import build, checkpoint
-from dmd2.training.loop import Score, play, use_best
-from dmd2.training.metrics_log import Pace
+from dmd2.training.loop import Score, load_best, train
+from dmd2.training.metrics_log import LoopSettings
 from dmd2.training.optim import Trainable
 
 
@@ -45,25 +45,25 @@ def distill(
         start: Run to start from, instead of the teacher: its student, and its critic if it had one.
         prompts: File of prompts for the student to draw, instead of those of the data.
     """
-    world, settings = ranks.join(), config.distill
-    with world.in_turn():
+    world, settings = ranks.init_distributed(), config.distill
+    with world.main_process_first():
         samples = read(data, "pairs") if settings.regression else samples_of(config, data)
         original = read(teacher, "teacher")
         inputs = digests(samples) | {"teacher": original.digest} | digest_of(prompts)
         inputs |= {"start": read(start, "run").digest} if start else {}
         if done := finished(out, "run", config, inputs):
             return done
-        model = network_of(teacher, original, weights=world.main)
+        model = network_of(teacher, original, weights=world.is_main)
         same_shape(model.config, config)
         _same_vae(opened(teacher, original, "vae/*"), samples, data)
-        world.rows(settings.batch)
+        world.local_rows(settings.batch)
     with draft_for_all_ranks(world, out, "run", config, inputs) as draft:
         shown = _drawn(model.family, prompts, world.device) if prompts else None
-        weights = model.network.state_dict() if world.main else {}
-        begun = _start(start, weights=world.main)
+        weights = model.network.state_dict() if world.is_main else {}
+        begun = _start(start, weights=world.is_main)
         trainer = build.trainer(config, model.family, weights, world, begun, shown)
         del weights
-        pace = Pace(
+        pace = LoopSettings(
             settings.steps,
             settings.batch,
             settings.log_every,
@@ -77,20 +77,20 @@ def distill(
         draft.facts["prompts"] = pictured(config.family, Shards(data, TRAIN, samples.kind), prompts)
 
         def preview(step: int) -> None:
-            with trainer.student.as_used():
+            with trainer.student.swap_in_inference_weights():
                 picture = picture_of(config.family, looked.sample, draft.facts["prompts"], config.seed)
-            if world.main:
+            if world.is_main:
                 (draft.path / "previews").mkdir(exist_ok=True)
                 picture.save(draft.path / "previews" / f"{step:08d}.png")
 
         read_batch = model.family.read_pairs if settings.regression else model.family.read
         batches = batch_reader(config, data, settings.batch, world, samples.kind, read_batch)
         score = _score(config, student, trainer.student, data, samples, prompts, world)
-        play("distill", trainer, batches, pace, draft, preview, world, score)
+        train("distill", trainer, batches, pace, draft, preview, world, score)
         if score:
-            draft.facts |= use_best(draft, trainer.student, world)
-        result = sharding.gathered(trainer.student.result(), world)
-        if world.main:
+            draft.facts |= load_best(draft, trainer.student, world)
+        result = sharding.gather_full_tensors(trainer.student.inference_weights(), world)
+        if world.is_main:
             _save_student(draft, config, student, result, teacher, original)
             draft.facts |= size_facts(trainer.student.module, settings.steps, settings.batch)
     return read(out, "run")
@@ -118,13 +118,13 @@ def _score(
             [texts[row % len(texts)] for row in rows] if texts else balanced(config.family, beside, len(rows))
         )
 
-    with world.in_turn():
+    with world.main_process_first():
         looks = features.pretrained(settings, "distill.best", world.device)
     train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
     judged = checkpoint_score.judge(settings, looks, student.sample, train, student.family, shown, world)
 
     def score(say: Callable[[str], None]) -> float:
-        with trainable.as_used():
+        with trainable.swap_in_inference_weights():
             return judged(say)
 
     return score
@@ -165,7 +165,7 @@ def _start(run: str, weights: bool) -> build.Start | None:
     if not saved or not made.config or made.config.distill.lora:
         return build.Start(student)
     beside = f"checkpoints/{made.facts['best_step']:08d}" if "best_step" in made.facts else saved[-1]
-    critic = checkpoint.whole(opened(run, made, f"{beside}/*") / beside, "critic")
+    critic = checkpoint.load_object(opened(run, made, f"{beside}/*") / beside, "critic")
     network = {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
     return build.Start(student, network or None)
 

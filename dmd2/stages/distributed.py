@@ -24,25 +24,25 @@ def draft_for_all_ranks(
     world: World, out: str, kind: str, config: Config, inputs: dict[str, str]
 ) -> Iterator[Draft]:
     """A folder that all processes work at: the main one begins it, and gives it its name when all are done."""
-    if not world.main:
-        meeting, draft = world.told(), joined(out, kind)
+    if not world.is_main:
+        meeting, draft = world.broadcast_int(), joined(out, kind)
         draft.answer(meeting)
         if draft.apart and world.local_rank == 0:
             draft.take("checkpoints/")
-        world.wait()
+        world.barrier()
         yield draft
-        world.wait()
-        world.wait()
-        world.part()
+        world.barrier()
+        world.barrier()
+        world.shutdown()
         return
     with drafted(out, kind, config, inputs, resumable=True) as draft:
         draft.call(meeting := secrets.randbits(62))
-        world.told(meeting)
-        world.wait()
+        world.broadcast_int(meeting)
+        world.barrier()
         yield draft
-        world.wait()
-    world.wait()
-    world.part()
+        world.barrier()
+    world.barrier()
+    world.shutdown()
 
 
 def batch_reader(
@@ -57,7 +57,7 @@ def batch_reader(
     shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
     stream, rows = (
         Stream(shards, batch, config.seed, config.loader, world.rank, world.size),
-        world.rows(batch),
+        world.local_rows(batch),
     )
 
     def samples(first: int) -> Iterator[Batch]:

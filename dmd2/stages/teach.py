@@ -10,8 +10,8 @@ from dmd2.parallel import ranks, sharding
 from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, size_facts
 from dmd2.stages.inputs import digests, samples_of
 from dmd2.training import build
-from dmd2.training.loop import play
-from dmd2.training.metrics_log import Pace
+from dmd2.training.loop import train
+from dmd2.training.metrics_log import LoopSettings
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:
@@ -29,10 +29,10 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         raise Refused(
             f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
         )
-    world, settings = ranks.join(), config.teach
+    world, settings = ranks.init_distributed(), config.teach
     with draft_for_all_ranks(world, out, "teacher", config, inputs) as draft:
         trainer = build.diffusion_trainer(config, world)
-        pace = Pace(
+        pace = LoopSettings(
             settings.steps,
             settings.batch,
             settings.log_every,
@@ -45,9 +45,9 @@ def teach(config: Config, data: str, out: str) -> Manifest:
             config.family, opened(data, samples, "vae/*") if config.family.vae_stride else None
         )
         batches = batch_reader(config, data, settings.batch, world, samples.kind, family.read)
-        play("teach", trainer, batches, pace, draft, lambda step: None, world)
-        result = sharding.gathered(trainer.teacher.result(), world)
-        if world.main:
+        train("teach", trainer, batches, pace, draft, lambda step: None, world)
+        result = sharding.gather_full_tensors(trainer.teacher.inference_weights(), world)
+        if world.is_main:
             save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
             draft.facts |= size_facts(trainer.teacher.module, settings.steps, settings.batch)
     return read(out, "teacher")

@@ -59,7 +59,7 @@ def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
     repeatable(config.engine.deterministic)
     fam, settings = family(config.family), config.teach
     network = fam.network().to(world.device)
-    mesh = world.meshed(config.engine.shards)
+    mesh = world.device_mesh(config.engine.shards)
     if mesh:
         sharding.shard(network, fam.blocks(network), mesh, torch.float32, resident=True)
 
@@ -103,13 +103,13 @@ def trainer(
         )
     reseed(config.seed)
     repeatable(config.engine.deterministic)
-    if world.main and ranks.emulates(world.device, getattr(torch, config.distill.dtype)):
+    if world.is_main and ranks.is_emulated(world.device, getattr(torch, config.distill.dtype)):
         print(
             f"{config.distill.dtype} is emulated on this device, many times slower than float32: --distill.dtype float32",
             file=sys.stderr,
             flush=True,
         )
-    mesh = world.meshed(config.engine.shards)
+    mesh = world.device_mesh(config.engine.shards)
     networks = _networks(config, fam, teacher, world, mesh, start)
     if config.engine.activation_checkpointing != "none":
         for network in networks[1:]:
@@ -144,7 +144,7 @@ def _networks(
         if mesh and divided:
             sharding.shard(network, fam.blocks(network), mesh, computed, resident=resident)
         network = network.to_empty(device=world.device)
-        sharding.spread(network, weights, world)
+        sharding.broadcast_state_dict(network, weights, world)
         return network
 
     computed = dtype
@@ -180,8 +180,8 @@ def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -
         return config.engine.weights == "resident"
     needed, there = memory.static_gb(config, fam, (1, shards), resident=True), memory.device_gb(world.device)
     # Devices may differ, and all processes must do alike.
-    resident = bool(world.told(int(needed <= memory.ROOM * there)))
-    if world.main:
+    resident = bool(world.broadcast_int(int(needed <= memory.ROOM * there)))
+    if world.is_main:
         print(
             f"weights {'resident' if resident else 'sharded'}: whole networks would take {needed:.1f} GB of the {there:.1f} GB "
             f"of a device, {'at most' if resident else 'more than'} {memory.ROOM:.0%} (--engine.weights chooses)",
@@ -252,7 +252,7 @@ def _dmd2_trainer(
         settings.critic_updates,
         config.engine.micro_batch,
         _passes(settings, terms),
-        carries=settings.continue_rollouts,
+        continues_rollouts=settings.continue_rollouts,
     )
 
 

@@ -54,21 +54,21 @@ class Checkpoints:
     """The step of the one that is kept besides."""
     _writing: tuple[int, Future[Any]] | None = field(default=None, init=False)
 
-    def begin(self, step: int, objects: Mapping[str, Stateful]) -> None:
+    def save_async(self, step: int, objects: Mapping[str, Stateful]) -> None:
         """Write the state after `step` steps, in the background; wait for what is being written first."""
-        self.finish()
+        self.wait_for_save()
         draft = self._draft(step)
-        if self.world.main or self._gives:
+        if self.world.is_main or self._gives:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-        self.world.wait()
+        self.world.barrier()
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
         with warnings.catch_warnings(action="ignore"):
             future = async_save(
                 _tensors(objects),
                 storage_writer=writer,
-                process_group=self.world.writers,
-                no_dist=not self.world.control,
+                process_group=self.world.checkpoint_group,
+                no_dist=not self.world.host_group,
             )
         self._writing = step, cast("Future[Any]", future)
 
@@ -77,7 +77,7 @@ class Checkpoints:
         """Whether nothing is being written by this process."""
         return not self._writing or self._writing[1].done()
 
-    def finish(self) -> bool:
+    def wait_for_save(self) -> bool:
         """Let what was begun be there, once all have written it; whether there was anything."""
         if not self._writing:
             return False
@@ -89,14 +89,14 @@ class Checkpoints:
         except CheckpointException as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise _cause(error, draft) from None
-        self.world.wait()
+        self.world.barrier()
         if self._gives and self.place:
             self.place.give(draft, self._name(step), self.world.rank)
             shutil.rmtree(draft)
-        self.world.wait()
-        if self.world.main:
+        self.world.barrier()
+        if self.world.is_main:
             self._publish(draft, step)
-        self.world.wait()
+        self.world.barrier()
         return True
 
     @property
@@ -118,7 +118,7 @@ class Checkpoints:
         target = self.root / f"{step:08d}"
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
-        for old in steps(self.root)[: -self.keep]:
+        for old in saved_steps(self.root)[: -self.keep]:
             if old != self.best:
                 shutil.rmtree(self.root / f"{old:08d}")
 
@@ -126,7 +126,7 @@ class Checkpoints:
         return self.root / f".{step:08d}.partial"
 
 
-def steps(root: Path) -> list[int]:
+def saved_steps(root: Path) -> list[int]:
     """The steps with a complete checkpoint, oldest first."""
     return sorted(int(p.parent.name) for p in root.glob(f"[0-9]*/{MANIFEST}")) if root.is_dir() else []
 
@@ -144,7 +144,7 @@ def load(root: Path, step: int, objects: Mapping[str, Stateful], world: World | 
         raise Refused(
             f"{folder} is of another network: {odd[0]} is on one side only; remove the run's folder and start anew"
         )
-    alone = not (world and world.control)
+    alone = not (world and world.host_group)
     with warnings.catch_warnings(action="ignore"):
         load_together(tensors, storage_reader=_reader(folder), no_dist=alone)
     for name, thing in objects.items():
@@ -152,7 +152,7 @@ def load(root: Path, step: int, objects: Mapping[str, Stateful], world: World | 
         thing.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
-def whole(folder: Path, name: str) -> dict[str, Tensor]:
+def load_object(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one object of a checkpoint; none if it has no such object."""
     found = _reader(folder).read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmd2.parallel.sharding import local
+from dmd2.parallel.sharding import local_tensor
 
 
-class Average:
+class Ema:
     """shadow <- decay * shadow + (1 - decay) * weights, of those that learn, with a smaller decay over the first updates."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -19,8 +19,8 @@ class Average:
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [local(p.detach()) for p in network.parameters() if p.requires_grad]
-        torch._foreach_lerp_([local(value) for value in self.shadow.values()], weights, 1 - decay)
+        weights = [local_tensor(p.detach()) for p in network.parameters() if p.requires_grad]
+        torch._foreach_lerp_([local_tensor(value) for value in self.shadow.values()], weights, 1 - decay)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -29,4 +29,4 @@ class Average:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.updates = int(state["updates"])
         for name, value in self.shadow.items():
-            local(value).copy_(local(state[f"shadow.{name}"]))
+            local_tensor(value).copy_(local_tensor(state[f"shadow.{name}"]))

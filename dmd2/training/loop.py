@@ -26,7 +26,7 @@ from dmd2.parallel.ranks import World
 from dmd2.progress import Progress
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.metrics_log import Journal, Pace, best, due, scores
+from dmd2.training.metrics_log import LoopSettings, MetricsLog, best_step, checkpoint_scores, due
 from dmd2.training.optim import Trainable
 from dmd2.training.trainer import Trainer
 
@@ -36,11 +36,11 @@ EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGHUP: AGAIN}
 """What a run that was stopped by a signal exits with."""
 
 
-def play(
+def train(
     name: str,
     trainer: Trainer,
     batches: Callable[[int], Iterator[Batch]],
-    pace: Pace,
+    pace: LoopSettings,
     draft: Draft,
     preview: Callable[[int], None],
     world: World,
@@ -48,15 +48,15 @@ def play(
 ) -> None:
     """Play from the newest checkpoint in the draft, or from the start, to the last step. With a `score`, every checkpoint is
     judged that was due, and the best one kept."""
-    with world.interruptible():
-        _play(name, trainer, batches, pace, draft, preview, world, score)
+    with world.interrupt_on_lost_rank():
+        _train(name, trainer, batches, pace, draft, preview, world, score)
 
 
-def _play(
+def _train(
     name: str,
     trainer: Trainer,
     batches: Callable[[int], Iterator[Batch]],
-    pace: Pace,
+    pace: LoopSettings,
     draft: Draft,
     preview: Callable[[int], None],
     world: World,
@@ -64,25 +64,25 @@ def _play(
 ) -> None:
     folder = draft.path
     checkpoints = Checkpoints(folder / "checkpoints", world, pace.keep, draft)
-    saved = checkpoint.steps(checkpoints.root)
+    saved = checkpoint.saved_steps(checkpoints.root)
     first = saved[-1] if saved else 0
     if first:
         checkpoint.load(checkpoints.root, first, trainer.state(), world)
 
     def finish() -> None:
-        if checkpoints.finish():
+        if checkpoints.wait_for_save():
             faulthandler.cancel_dump_traceback_later()  # a bucket takes its time, and no device waits meanwhile
-            if world.main:
+            if world.is_main:
                 draft.push()
-            world.wait()
+            world.barrier()
             alive()
 
     with (
-        Progress(name, pace.steps, "steps", first, world.main) as progress,
+        Progress(name, pace.steps, "steps", first, world.is_main) as progress,
         _signals() as asked,
         _watched(pace.hang_timeout_s) as alive,
     ):
-        journal, words = Journal(folder, progress, pace, first, world), Words(world)
+        journal, words = MetricsLog(folder, progress, pace, first, world), Words(world)
 
         def judge(score: Score, step: int) -> None:
             def say(note: str) -> None:
@@ -99,12 +99,12 @@ def _play(
             alive()
 
         def note_best() -> None:
-            if world.main:  # the others would read what it is just writing
-                checkpoints.best = best(folder)
+            if world.is_main:  # the others would read what it is just writing
+                checkpoints.best = best_step(folder)
 
         note_best()
-        unjudged = int(world.main and first not in scores(folder))
-        if score and first and _save_due(trainer, first - 1, pace) and world.told(unjudged):
+        unjudged = int(world.is_main and first not in checkpoint_scores(folder))
+        if score and first and _save_due(trainer, first - 1, pace) and world.broadcast_int(unjudged):
             judge(score, first)
         stream = batches(first)
         for step in range(first, pace.steps):
@@ -122,10 +122,10 @@ def _play(
             if not writing:
                 finish()
             last = step + 1 == pace.steps  # from which nothing goes on
-            if (trainer.complete(step) or last) and (stop or _save_due(trainer, step, pace)):
+            if (trainer.is_resumable_after(step) or last) and (stop or _save_due(trainer, step, pace)):
                 journal.flush()
                 finish()
-                checkpoints.begin(step + 1, trainer.state())
+                checkpoints.save_async(step + 1, trainer.state())
                 if score or stop or last:
                     finish()
                 if stop and not last:
@@ -149,9 +149,9 @@ class Words:
         self.said: tuple[Tensor, dist.Work] | None = None
 
     def say(self, stop: int, writing: bool) -> None:
-        if self.world.control:
+        if self.world.host_group:
             words = torch.tensor([stop, int(writing)])
-            work = dist.all_reduce(words, dist.ReduceOp.MAX, self.world.control, async_op=True)
+            work = dist.all_reduce(words, dist.ReduceOp.MAX, self.world.host_group, async_op=True)
             assert work is not None
             self.said = words, work
 
@@ -162,7 +162,7 @@ class Words:
 
     def heard(self, stop: int, writing: bool) -> tuple[int, bool]:
         """The largest exit status that was asked for, and whether any is writing; of a single process, its own."""
-        if not self.world.control:
+        if not self.world.host_group:
             return stop, writing
         if not self.said:
             return 0, True
@@ -171,20 +171,20 @@ class Words:
         return int(words[0]), bool(words[1])
 
 
-def use_best(draft: Draft, student: Trainable, world: World) -> dict[str, float]:
+def load_best(draft: Draft, student: Trainable, world: World) -> dict[str, float]:
     """Bring what is used of the student to the state it had at the best checkpoint; what to tell of it."""
-    step = world.told((best(draft.path) or 0) if world.main else 0)
+    step = world.broadcast_int((best_step(draft.path) or 0) if world.is_main else 0)
     if world.local_rank == 0:
         draft.complete(f"checkpoints/{step:08d}")
-    world.wait()
-    checkpoint.load(draft.path / "checkpoints", step, student.used(), world)
-    return {"best_step": step, "best_fid": scores(draft.path)[step]} if world.main else {}
+    world.barrier()
+    checkpoint.load(draft.path / "checkpoints", step, student.inference_state(), world)
+    return {"best_step": step, "best_fid": checkpoint_scores(draft.path)[step]} if world.is_main else {}
 
 
-def _save_due(trainer: Trainer, step: int, pace: Pace) -> bool:
+def _save_due(trainer: Trainer, step: int, pace: LoopSettings) -> bool:
     """At the first step from which a run can be resumed, once a checkpoint is due."""
     since = step
-    while since > 0 and not trainer.complete(since - 1):
+    while since > 0 and not trainer.is_resumable_after(since - 1):
         since -= 1
     return any(due(s, pace.save_every, pace.steps) for s in range(since, step + 1))
 

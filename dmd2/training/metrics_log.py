@@ -26,7 +26,7 @@ IN_A_ROW = 5
 
 
 @dataclass(frozen=True)
-class Pace:
+class LoopSettings:
     """How long a run is, and how often it does what, in steps."""
 
     steps: int
@@ -39,12 +39,12 @@ class Pace:
 
 
 @dataclass
-class Journal:
+class MetricsLog:
     """Collects the numbers of each step, and tells them every `log_every` steps."""
 
     folder: Path
     progress: Progress
-    pace: Pace
+    pace: LoopSettings
     first: int
     world: World
     window: list[tuple[int, Metrics]] = field(default_factory=list)
@@ -53,8 +53,8 @@ class Journal:
 
     def __post_init__(self) -> None:
         self.since = time.monotonic()
-        if self.world.main:
-            forget(self.folder / METRICS, self.first)
+        if self.world.is_main:
+            truncate_after(self.folder / METRICS, self.first)
             self.tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=self.first)
             self.tracker.start()
 
@@ -77,7 +77,7 @@ class Journal:
         line = {"step": steps[-1] + 1, **means, "images_per_s": rate, "eta_s": self.progress.eta_s}
         self.window.clear()
         self.since = time.monotonic()
-        if self.world.main:
+        if self.world.is_main:
             self._write(line)
         losses = " ".join(
             f"{n} {v:.4g}" for n, v in means.items() if not n.endswith(("_gradient", "grad_norm", SKIPPED))
@@ -86,7 +86,7 @@ class Journal:
 
     def score(self, step: int, value: float) -> None:
         """Write the score of a checkpoint. The time that it took is not that of steps."""
-        if self.world.main:
+        if self.world.is_main:
             self._write({"step": step, SCORE: value})
         self.since = time.monotonic()
 
@@ -112,12 +112,12 @@ class Journal:
                         f"has saved is from before it: lower the learning rate of the {trainable}, remove that folder if it is "
                         "there, and start anew"
                     )
-                if self.world.main:
+                if self.world.is_main:
                     print(f"{what} at step {step}; this update is skipped", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.flush()
-        if self.world.main:
+        if self.world.is_main:
             self.tracker.finish()
 
 
@@ -126,14 +126,14 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in _lines(path)] if path.is_file() else []
 
 
-def scores(folder: Path) -> dict[int, float]:
+def checkpoint_scores(folder: Path) -> dict[int, float]:
     """Of the checkpoints that were judged, by their step."""
     return {int(line["step"]): line[SCORE] for line in read_metrics(folder) if SCORE in line}
 
 
-def best(folder: Path) -> int | None:
+def best_step(folder: Path) -> int | None:
     """The step of the checkpoint with the least score; none where none was judged."""
-    there, judged = checkpoint.steps(folder / "checkpoints"), scores(folder)
+    there, judged = checkpoint.saved_steps(folder / "checkpoints"), checkpoint_scores(folder)
     return min((step for step in there if step in judged), key=judged.__getitem__, default=None)
 
 
@@ -145,7 +145,7 @@ def _column(window: list[tuple[int, Metrics]], name: str, world: World) -> dict[
     """{step: value} of one metric, read from the device at once; the mean over the processes."""
     there = [(step, metrics[name]) for step, metrics in window if name in metrics]
     values = torch.stack([value.float() for _, value in there]).cpu()
-    return dict(zip((step for step, _ in there), world.mean(values).tolist(), strict=True))
+    return dict(zip((step for step, _ in there), world.all_reduce_mean(values).tolist(), strict=True))
 
 
 def _told(name: str, values: list[float]) -> float:
@@ -170,7 +170,7 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def forget(path: Path, first: int) -> None:
+def truncate_after(path: Path, first: int) -> None:
     """Drop the lines of steps that will be played again."""
     if path.is_file():
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first]

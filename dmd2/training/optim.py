@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmd2.config import OptimizerConfig
 from dmd2.parallel import sharding
 from dmd2.training.checkpoint import Stateful
-from dmd2.training.ema import Average
+from dmd2.training.ema import Ema
 
 HEAD = "head"
 """The name of a GAN head among the networks of a critic."""
@@ -39,7 +39,7 @@ class TrainableWeights:
             odd = min(mine.keys() ^ state.keys())
             raise ValueError(f"the weights are of another network: {odd} is on one side only")
         for name, value in mine.items():
-            sharding.local(value).copy_(sharding.local(state[name]))
+            sharding.local_tensor(value).copy_(sharding.local_tensor(state[name]))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class OptimizerState:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.state_dict().items():
-            sharding.local(value).copy_(sharding.local(state[name]))
+            sharding.local_tensor(value).copy_(sharding.local_tensor(state[name]))
 
 
 @dataclass
@@ -73,41 +73,41 @@ class Trainable:
     lr: Callable[[int], float]
     """Learning rate at a step: a function, so that nothing has to be saved to resume it."""
     max_grad_norm: float
-    averages: list[Average] = field(default_factory=list)
+    emas: list[Ema] = field(default_factory=list)
 
-    def reduces(self, last_part: bool, last_pass: bool) -> None:
+    def set_gradient_sync(self, last_part: bool, last_pass: bool) -> None:
         """Say which gradients are complete after the next backward pass, and so are added up over the processes: those of
         a body with the last pass of the last part, those of a head, which the last pass may not reach, with each of it."""
         for name, module in self._roots().items():
-            sharding.reduces(module, last_part and (last_pass or name == HEAD))
+            sharding.set_gradient_sync(module, last_part and (last_pass or name == HEAD))
 
     def update(self, step: int) -> Metrics:
         """Follow the gradient that is there, then forget it. One that is not finite is not followed; nobody waits for the
         device to know."""
         sharding.reshard(self.module)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = sharding.norm(gradients)
+        norm = sharding.global_norm(gradients)
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_([sharding.local(gradient) for gradient in gradients], scale)
+        torch._foreach_mul_([sharding.local_tensor(gradient) for gradient in gradients], scale)
         bad = (~norm.isfinite()).float()
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as a GradScaler tells a fused optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for average in self.averages:
+        for average in self.emas:
             average.update(self.module)
         return {f"{self.name}/grad_norm": norm, f"{self.name}/{SKIPPED}": bad}
 
     def state(self) -> dict[str, Stateful]:
         """What a checkpoint of this trainable consists of."""
-        averages = {f"{self.name}.average{i}": average for i, average in enumerate(self.averages)}
+        averages = {f"{self.name}.average{i}": average for i, average in enumerate(self.emas)}
         moments = OptimizerState(self.optimizer)
         return {self.name: TrainableWeights(self.module), f"{self.name}.optimizer": moments, **averages}
 
-    def used(self) -> dict[str, Stateful]:
+    def inference_state(self) -> dict[str, Stateful]:
         """Of its state, what `result` is."""
-        name = f"{self.name}.average{len(self.averages) - 1}" if self.averages else self.name
+        name = f"{self.name}.average{len(self.emas) - 1}" if self.emas else self.name
         return {name: self.state()[name]}
 
     def _roots(self) -> dict[str, nn.Module]:
@@ -118,19 +118,19 @@ class Trainable:
             else {"": self.module}
         )
 
-    def result(self) -> dict[str, Tensor]:
+    def inference_weights(self) -> dict[str, Tensor]:
         """The weights to use: the last running average, or the weights themselves if there is none."""
-        return self.averages[-1].shadow if self.averages else TrainableWeights(self.module).state_dict()
+        return self.emas[-1].shadow if self.emas else TrainableWeights(self.module).state_dict()
 
     @contextmanager
-    def as_used(self) -> Iterator[None]:
+    def swap_in_inference_weights(self) -> Iterator[None]:
         """While inside, the module has the weights to use."""
-        if not self.averages:  # they are those it has
+        if not self.emas:  # they are those it has
             yield
             return
         weights = TrainableWeights(self.module)
         before = {name: value.clone() for name, value in weights.state_dict().items()}
-        weights.load_state_dict(self.result())
+        weights.load_state_dict(self.inference_weights())
         try:
             yield
         finally:
@@ -153,5 +153,5 @@ def trainable(name: str, module: nn.Module, settings: OptimizerConfig, steps: in
         return settings.lr * (1 - gone * (1 - settings.final_lr_ratio))
 
     OptimizerState(optimizer)
-    averages = [Average(module, decay) for decay in settings.ema]
+    averages = [Ema(module, decay) for decay in settings.ema]
     return Trainable(name, module, optimizer, lr, settings.max_grad_norm, averages)

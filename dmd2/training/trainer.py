@@ -22,7 +22,7 @@ class Trainer(Protocol):
 
     def step(self, real: Batch, step: int) -> Metrics: ...
 
-    def complete(self, step: int) -> bool:
+    def is_resumable_after(self, step: int) -> bool:
         """Whether the state after this step is all that the next one needs."""
 
     def state(self) -> dict[str, Stateful]: ...
@@ -43,14 +43,14 @@ class DMD2Trainer:
     """Samples that go through the networks together; gradients add up to those of the batch. 0 = all."""
     passes: CriticPasses | None = None
     """The critic's losses, pass by pass; each term on its own if not given."""
-    carries: bool = False
+    continues_rollouts: bool = False
     """Whether `generate` goes on from one step to the next, until the student's next turn."""
 
     def state(self) -> dict[str, Stateful]:
         return self.student.state() | self.critic.state()
 
-    def complete(self, step: int) -> bool:
-        return not self.carries or (step + 1) % self.critic_updates == 0
+    def is_resumable_after(self, step: int) -> bool:
+        return not self.continues_rollouts or (step + 1) % self.critic_updates == 0
 
     def step(self, real: Batch, step: int) -> Metrics:
         students_turn = step % self.critic_updates == 0
@@ -61,7 +61,7 @@ class DMD2Trainer:
             with torch.set_grad_enabled(students_turn):
                 fake = self.generate(part, step)
             if students_turn:
-                self.student.reduces(part is parts[-1], last_pass=True)
+                self.student.set_gradient_sync(part is parts[-1], last_pass=True)
                 told.append(self._student_gradient(fake, share))
             fakes.append(replace(fake, x=fake.x.detach()))
         metrics = _summed(told) | self.student.update(step) if students_turn else {}
@@ -86,7 +86,7 @@ class DMD2Trainer:
         passes = (self.passes or separate_passes(self.terms))(fake, real)
         for compute in passes:
             shares = {name: share * loss for name, loss in compute().items()}
-            self.critic.reduces(last_part, last_pass=compute is passes[-1])
+            self.critic.set_gradient_sync(last_part, last_pass=compute is passes[-1])
             torch.stack(list(shares.values())).sum().backward()
             told.append({name: loss.detach() for name, loss in shares.items()})
         return _named("critic", _added(told))
@@ -104,7 +104,7 @@ class RegressionTrainer:
     """Samples of student and teacher (B, C, H, W) -> a scalar."""
     micro_batch: int = 0
 
-    def complete(self, step: int) -> bool:
+    def is_resumable_after(self, step: int) -> bool:
         return True
 
     def state(self) -> dict[str, Stateful]:
@@ -118,7 +118,7 @@ class RegressionTrainer:
             timestep = torch.full((len(eps),), self.timestep, device=eps.device)
             x = self.denoiser(self.denoiser.diffusion.schedule.prior_std * eps, timestep, part.cond)
             loss = self.distance(x, answer) * (len(eps) / len(pairs.x))
-            self.student.reduces(part is parts[-1], last_pass=True)
+            self.student.set_gradient_sync(part is parts[-1], last_pass=True)
             loss.backward()
             told.append({"student/regression": loss.detach()})
         return _summed(told) | self.student.update(step)
@@ -133,7 +133,7 @@ class DiffusionTrainer:
     timesteps: Callable[[Tensor], Tensor]
     """Unit noise (B,) -> timesteps (B,)."""
 
-    def complete(self, step: int) -> bool:
+    def is_resumable_after(self, step: int) -> bool:
         return True
 
     def state(self) -> dict[str, Stateful]:
@@ -145,7 +145,7 @@ class DiffusionTrainer:
         x_t = diffusion.add_noise(real.x, real.rng.normal_like(real.x), timestep)
         target = diffusion.target(real.x, x_t, timestep)
         loss = losses.denoising(self.denoiser.output(x_t, timestep, real.cond), target)
-        self.teacher.reduces(last_part=True, last_pass=True)
+        self.teacher.set_gradient_sync(last_part=True, last_pass=True)
         loss.backward()
         return {"teacher/denoising": loss.detach()} | self.teacher.update(step)
 

@@ -69,7 +69,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.optimizer = self._optimizer(foreach=False, fused=False)
-        self.averages = [[p.detach().clone() for p in self.parameters] for _ in self.settings.ema]
+        self.emas = [[p.detach().clone() for p in self.parameters] for _ in self.settings.ema]
 
     def follow(self, step: int) -> float:
         """The norm of the gradient that was followed."""
@@ -77,7 +77,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
         self.optimizer.step()
-        for decay, average in zip(self.settings.ema, self.averages, strict=True):
+        for decay, average in zip(self.settings.ema, self.emas, strict=True):
             self._average(average, min(decay, (1 + self.updates) / (10 + self.updates)))
         self.updates += 1
         return norm.item()

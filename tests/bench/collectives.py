@@ -66,7 +66,7 @@ class Messages(TorchDispatchMode):
 class Meshed(World):
     """A world whose mesh was made before tensors lost their data."""
 
-    def meshed(self, shards: int) -> DeviceMesh | None:
+    def device_mesh(self, shards: int) -> DeviceMesh | None:
         return MESH[0]
 
 
@@ -100,13 +100,13 @@ def without_data() -> Iterator[None]:
                     part._parameters[name] = nn.Parameter(convert(p.detach()), p.requires_grad)
         return module
 
-    before = nn.Module._apply, sharding.spread
-    nn.Module._apply, sharding.spread = replaced, lambda network, weights, world: None  # type: ignore[method-assign]
+    before = nn.Module._apply, sharding.broadcast_state_dict
+    nn.Module._apply, sharding.broadcast_state_dict = replaced, lambda network, weights, world: None  # type: ignore[method-assign]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        nn.Module._apply, sharding.spread = before  # type: ignore[method-assign]
+        nn.Module._apply, sharding.broadcast_state_dict = before  # type: ignore[method-assign]
 
 
 def made(config: Config, family: Stable, world: World, reference: bool) -> DMD2Trainer:
@@ -202,7 +202,7 @@ def main(ranks: tuple[int, ...] = (8, 64), recipe: str = "sdxl-4step") -> None:
     for size in ranks:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         world = Meshed(torch.device("cpu"), 0, size, 0, MACHINE, dist.group.WORLD)
-        MESH[:] = [World.meshed(world, MACHINE)]  # type: ignore[list-item]
+        MESH[:] = [World.device_mesh(world, MACHINE)]  # type: ignore[list-item]
         found = {}
         for scheme in ("reference", "resident"):
             settings = ["engine.weights=resident" if scheme == "resident" else "engine.weights=sharded"]

@@ -168,7 +168,7 @@ PLAIN: dict[str, type[Baseline]] = {
     "baseline, guidance by two passes": TwoPasses,
     "baseline, features by a whole pass": NoExit,
 }
-LOWER = {} if ranks.emulates(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
+LOWER = {} if ranks.is_emulated(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
 """The type of the fast mode: of a processor that has no instructions for bfloat16, float32."""
 LESS: dict[str, Any] = {"reuse_denoising_pass": True, "continue_rollouts": True}
 SWITCHES: dict[str, dict[str, Any]] = {

@@ -58,8 +58,8 @@ def compare(config: Config, family: ModelFamily, cond: Conditioning, uncond: Con
         its = [p.detach() for p in trainable.module.parameters()]
         assert apart(mine.parameters, its) < 1e-5
         assert apart(list(start.values()), its[: len(start)]) > 3e-4, "neither has learnt"
-    (average,) = engine.student.averages
-    assert apart(plain.students.averages[0], list(average.shadow.values())) < 1e-5
+    (average,) = engine.student.emas
+    assert apart(plain.students.emas[0], list(average.shadow.values())) < 1e-5
 
 
 def apart(some: list[Any], others: list[Tensor]) -> float:

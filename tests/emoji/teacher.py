@@ -29,7 +29,7 @@ from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
 from dmd2.progress import Progress
-from dmd2.training.ema import Average
+from dmd2.training.ema import Ema
 
 RESOLUTION, STRIDE, TOKENS, WORDS = 64, 4, 24, 1400
 DROPPED = 0.1
@@ -135,7 +135,7 @@ def fit(pipe: Any, latents: Tensor, texts: tuple[str, ...], steps: int, batch: i
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
     tokens = [tokenized(t, texts) for t in (pipe.tokenizer, pipe.tokenizer_2)]
     learner = nn.ModuleList([pipe.unet, *encoders])
-    average, total = Average(learner, 0.998), 0.0
+    average, total = Ema(learner, 0.998), 0.0
     for step, rows in updates("unet", learner, 1.5e-3, steps, len(latents), batch):
         states, pooled = embedded(encoders, [t[rows] for t in tokens])
         shown = (torch.rand(len(rows)) >= DROPPED).float()

@@ -289,7 +289,7 @@ def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(pictures: Pa
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 130, told
     assert "Traceback" not in told
-    while not (saved := checkpoint.steps(unfinished / "checkpoints")):
+    while not (saved := checkpoint.saved_steps(unfinished / "checkpoints")):
         time.sleep(0.05)
     assert 0 < saved[0] < 200
     run_local(root, source=str(pictures), overrides=overrides)

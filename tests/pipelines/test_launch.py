@@ -89,7 +89,7 @@ def test_a_signal_reaches_the_training_which_saves_and_says_so(
     assert f"{number.name}: told the training" in told
     assert "saved; the same command resumes" in told
     assert "Traceback" not in told
-    assert checkpoint.steps(tmp_path / ".run.partial" / "checkpoints")
+    assert checkpoint.saved_steps(tmp_path / ".run.partial" / "checkpoints")
 
 
 def test_a_wrong_input_ends_with_64_and_its_sentence(begun: Begun, words: Words) -> None:

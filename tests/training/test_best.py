@@ -25,7 +25,7 @@ from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
 from dmd2.stages.distill import _start
 from dmd2.training import checkpoint
-from dmd2.training.metrics_log import SCORE, read_metrics, scores
+from dmd2.training.metrics_log import SCORE, checkpoint_scores, read_metrics
 from dmd2.training.optim import Metrics
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, MICRO, flags
@@ -52,14 +52,14 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_checkpoint_is_judged_and_the_best_is_kept_and_becomes_the_student(whole: Path) -> None:
-    told, facts = scores(whole), read(whole, "run").facts
+    told, facts = checkpoint_scores(whole), read(whole, "run").facts
     assert list(told) == [4, 8, 10]
     best = min(told, key=told.__getitem__)
     assert best != 10, f"the last is the best, {told}, so that this test shows nothing"
     assert facts["best_step"] == best
     assert facts["best_fid"] == told[best]
-    assert checkpoint.steps(whole / "checkpoints") == [best, 10]
-    saved = checkpoint.whole(whole / "checkpoints" / f"{best:08d}", "student.average0")
+    assert checkpoint.saved_steps(whole / "checkpoints") == [best, 10]
+    saved = checkpoint.load_object(whole / "checkpoints" / f"{best:08d}", "student.average0")
     for name, weight in load_tensors(whole / "network.safetensors").items():
         assert torch.equal(weight, saved[f"shadow.{name}"]), name
 
@@ -107,7 +107,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_student(
     """Where a checkpoint is due, which is then judged when it goes on, and where none is."""
     stopped(made, tmp_path / "run", after, monkeypatch)
     distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
-    assert scores(tmp_path / "run") == scores(whole)
+    assert checkpoint_scores(tmp_path / "run") == checkpoint_scores(whole)
     assert_same(tmp_path / "run", whole)
 
 
@@ -133,8 +133,8 @@ stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
     ended = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     unfinished = tmp_path / ".run.partial"
-    assert checkpoint.steps(unfinished / "checkpoints") == [4, 8]
-    assert list(scores(unfinished)) == [4]
+    assert checkpoint.saved_steps(unfinished / "checkpoints") == [4, 8]
+    assert list(checkpoint_scores(unfinished)) == [4]
     distill(config, made, tmp_path / "run")
     assert_same(tmp_path / "run", whole)
     assert numbers(tmp_path / "run") == numbers(whole)
@@ -155,8 +155,10 @@ def test_four_processes_choose_as_one_does(
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert list(scores(tmp_path / "run")) == [4, 8, 10]
-    for mine, theirs in zip(scores(tmp_path / "run").values(), scores(whole).values(), strict=True):
+    assert list(checkpoint_scores(tmp_path / "run")) == [4, 8, 10]
+    for mine, theirs in zip(
+        checkpoint_scores(tmp_path / "run").values(), checkpoint_scores(whole).values(), strict=True
+    ):
         assert mine == pytest.approx(theirs, rel=1e-2), (
             "a pixel of a sample is rounded another way now and then"
         )
@@ -223,7 +225,7 @@ def test_a_signal_is_heard_while_a_checkpoint_is_judged(
 def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, tmp_path: Path) -> None:
     walks = ("distill.student_timesteps=999,499", "distill.continue_rollouts=True", "distill.steps=7")
     distill(recipes.resolve("edm-digits", (*JUDGED, *walks)), made, tmp_path / "run")
-    assert list(scores(tmp_path / "run")) == [5, 7]
+    assert list(checkpoint_scores(tmp_path / "run")) == [5, 7]
 
 
 def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> None:
@@ -231,8 +233,8 @@ def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> 
     assert start
     assert start.critic
     best = whole / "checkpoints" / f"{read(whole, 'run').facts['best_step']:08d}"
-    critic = checkpoint.whole(best, "critic")
-    last = checkpoint.whole(whole / "checkpoints" / "00000010", "critic")
+    critic = checkpoint.load_object(best, "critic")
+    last = checkpoint.load_object(whole / "checkpoints" / "00000010", "critic")
     assert all(torch.equal(weight, critic[f"network.{name}"]) for name, weight in start.critic.items())
     assert not all(torch.equal(weight, last[f"network.{name}"]) for name, weight in start.critic.items())
 

@@ -23,7 +23,7 @@ from dmd2.errors import Diverged, Interrupted
 from dmd2.io.artifact import read
 from dmd2.io.tensors import load_tensors
 from dmd2.training import checkpoint
-from dmd2.training.metrics_log import METRICS, forget, read_metrics
+from dmd2.training.metrics_log import METRICS, read_metrics, truncate_after
 from tests.conftest import MICRO, flags
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(micro: Config, made: Path
     ]  # fmt: skip
     process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE)
     checkpoints = tmp_path / ".killed.partial" / "checkpoints"
-    while process.poll() is None and not [s for s in checkpoint.steps(checkpoints) if s >= 6]:
+    while process.poll() is None and not [s for s in checkpoint.saved_steps(checkpoints) if s >= 6]:
         time.sleep(0.02)
     process.kill()
     process.communicate()
@@ -122,7 +122,7 @@ def test_ctrl_c_in_a_real_process_saves_and_exits_130(made: Path, tmp_path: Path
     assert process.returncode == 130
     assert "Traceback" not in said
     assert "saved; the same command resumes" in said
-    assert checkpoint.steps(tmp_path / ".run.partial" / "checkpoints")
+    assert checkpoint.saved_steps(tmp_path / ".run.partial" / "checkpoints")
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
@@ -197,7 +197,7 @@ def test_tensorboard_has_the_same_numbers(made: Path) -> None:
 
 
 def test_only_the_newest_checkpoints_are_kept(made: Path) -> None:
-    assert checkpoint.steps(made / "run" / "checkpoints") == [8, 10]
+    assert checkpoint.saved_steps(made / "run" / "checkpoints") == [8, 10]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(micro: Config, made: Path, tmp_path: Path) -> None:
@@ -214,13 +214,13 @@ from dmd2.training.checkpoint import Checkpoints
 from dmd2.config import Config
 from dmd2.errors import one_sentence
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-begin = Checkpoints.begin
+save_async = Checkpoints.save_async
 def limited(self, step, objects):
     if step == 8:
-        self.finish()
+        self.wait_for_save()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    begin(self, step, objects)
-Checkpoints.begin = limited
+    save_async(self, step, objects)
+Checkpoints.save_async = limited
 with one_sentence():
     stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
 """
@@ -237,7 +237,7 @@ with one_sentence():
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run").exists()
     kept = tmp_path / ".run.partial" / "checkpoints"
-    assert checkpoint.steps(kept) == [4]
+    assert checkpoint.saved_steps(kept) == [4]
     assert tensors(kept)
 
 
@@ -277,7 +277,7 @@ def test_a_torn_last_line_of_the_metrics_is_none(made: Path, tmp_path: Path) -> 
     with (tmp_path / METRICS).open("a") as stream:
         stream.write('{"step": 1')
     assert read_metrics(tmp_path) == whole
-    forget(tmp_path / METRICS, 10)
+    truncate_after(tmp_path / METRICS, 10)
     assert (tmp_path / METRICS).read_text().endswith("}\n")
 
 

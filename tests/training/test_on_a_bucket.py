@@ -168,7 +168,7 @@ def test_a_checkpoint_that_was_sent_by_half_is_not_used(
     proxy.rules.clear()
     node("elsewhere")
     with drafted(out, "run", micro, {}, resumable=True) as draft:
-        assert checkpoint.steps(draft.path / "checkpoints") == [1]
+        assert checkpoint.saved_steps(draft.path / "checkpoints") == [1]
         save(draft, 3)
     assert [name for name in sums(out, "run") if "0002" in name] == []
     assert contents(out) == listed(out)
@@ -210,7 +210,7 @@ def test_the_process_that_began_last_goes_on_and_the_one_before_gives_way(
             old.push()
             node("elsewhere")
             with drafted(out, "run", micro, {}, resumable=True) as new:
-                assert checkpoint.steps(new.path / "checkpoints") == [1]
+                assert checkpoint.saved_steps(new.path / "checkpoints") == [1]
                 save(new, 2)
                 (old.path / "log").write_text("of the old one")
                 with pytest.raises(Refused, match="another process has begun to work"):

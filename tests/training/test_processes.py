@@ -20,7 +20,7 @@ from torch import Tensor
 from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.training import checkpoint
-from dmd2.training.metrics_log import METRICS, forget, read_metrics
+from dmd2.training.metrics_log import METRICS, read_metrics, truncate_after
 from tests.conftest import ALONE, MICRO, flags
 from tests.training.test_loop import assert_same, numbers
 from tests.worker import WORLDS, played, resolved
@@ -168,13 +168,13 @@ def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(
     assert process.wait(timeout=120) != 0
     stacks = log.read_text().partition("Timeout (0:00:20)!")[2]
     assert 'dmd2/training/loop.py", line' in stacks
-    assert "in _play" in stacks
+    assert "in _train" in stacks
 
 
 def forgotten(out: Path) -> int:
     """The step that a run goes on from; what is told of later ones is removed, so that it can be waited for."""
-    saved = max(checkpoint.steps(out / "checkpoints"), default=0)
-    forget(out / METRICS, saved)
+    saved = max(checkpoint.saved_steps(out / "checkpoints"), default=0)
+    truncate_after(out / METRICS, saved)
     return saved
 
 
@@ -207,7 +207,7 @@ def test_a_run_that_is_stopped_ten_times_on_other_numbers_of_processes_is_the_un
             said = process.communicate(timeout=120)[1]
             assert process.returncode != 0
             assert "saved; the same command resumes" in said
-            (stopped,) = checkpoint.steps(unfinished / "checkpoints")[-1:]
+            (stopped,) = checkpoint.saved_steps(unfinished / "checkpoints")[-1:]
             assert max(line["step"] for line in read_metrics(unfinished)) == stopped, (
                 "it saved where it stopped"
             )

@@ -23,7 +23,7 @@ from dmd2.models.lora import exported
 from dmd2.sampler import generate
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.metrics_log import read_metrics, scores
+from dmd2.training.metrics_log import checkpoint_scores, read_metrics
 from tests.tiny_sdxl import SMALL
 
 
@@ -152,11 +152,11 @@ def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp
         "distill.student.lr=3",
         prompts=str(tmp_path / "prompts.txt"),
     )
-    told, facts = scores(run), read(run, "run").facts
+    told, facts = checkpoint_scores(run), read(run, "run").facts
     assert facts["best_step"] == min(told, key=told.__getitem__) < max(told)
     lora = recipes.get("sdxl-4step-lora-emoji").distill.lora
     assert lora
-    average = checkpoint.whole(run / "checkpoints" / f"{facts['best_step']:08d}", "student.average0")
+    average = checkpoint.load_object(run / "checkpoints" / f"{facts['best_step']:08d}", "student.average0")
     saved = {name.removeprefix("shadow."): weight for name, weight in average.items() if name != "updates"}
     update = load_tensors(run / "lora" / "pytorch_lora_weights.safetensors")
     assert update.keys() == exported(saved, lora).keys()
@@ -165,7 +165,7 @@ def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp
 
 def test_in_shared_base_mode_a_checkpoint_holds_only_what_learns(root: Path, tmp_path: Path) -> None:
     run = distilled(root, tmp_path / "run", "sdxl-4step-shared-emoji")
-    saved = [checkpoint.whole(run / "checkpoints" / "00000006", name) for name in ("student", "critic")]
+    saved = [checkpoint.load_object(run / "checkpoints" / "00000006", name) for name in ("student", "critic")]
     assert all(".lora_" in name for name in saved[0])
     assert {name.split(".")[0] for name in saved[1]} == {"network", "head"}
     assert all(".lora_" in name for name in saved[1] if name.startswith("network."))
@@ -249,7 +249,7 @@ def test_a_picture_of_any_folder_with_a_network(root: Path, tmp_path: Path) -> N
 def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -> None:
     whole = distilled(root, tmp_path / "whole", "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
     parts = tmp_path / "parts"
-    original, seen = Checkpoints.finish, []
+    original, seen = Checkpoints.wait_for_save, []
 
     def finish(self: Checkpoints) -> bool:
         if original(self):
@@ -259,7 +259,7 @@ def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -
         return bool(seen)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "finish", finish)
+        patch.setattr(Checkpoints, "wait_for_save", finish)
         with pytest.raises(KeyboardInterrupt):
             distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
     distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")

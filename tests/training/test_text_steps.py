@@ -307,10 +307,10 @@ def test_a_trainable_is_used_with_its_average_and_goes_on_with_its_weights() -> 
     def weights() -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in module.named_parameters()}
 
-    before, used = weights(), trainable.averages[1].shadow
-    with trainable.as_used():
+    before, used = weights(), trainable.emas[1].shadow
+    with trainable.swap_in_inference_weights():
         inside = weights()
-    with pytest.raises(KeyboardInterrupt), trainable.as_used():
+    with pytest.raises(KeyboardInterrupt), trainable.swap_in_inference_weights():
         raise KeyboardInterrupt
     assert before.keys() == inside.keys() == weights().keys()
     assert all(torch.equal(weight, before[name]) for name, weight in weights().items())

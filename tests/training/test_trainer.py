@@ -19,7 +19,7 @@ from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.rng import Rng
 from dmd2.training import build, optim
-from dmd2.training.ema import Average
+from dmd2.training.ema import Ema
 from dmd2.training.terms import DistributionMatching
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import MICRO, make_trainer, teacher_of
@@ -213,7 +213,7 @@ def test_average_follows_the_closed_form() -> None:
     """Constant weights w after a start at 0: shadow = (1 - prod decays) w, decays (1+n)/(10+n) up to the limit."""
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
-    average = Average(network, 0.3)
+    average = Ema(network, 0.3)
     nn.init.constant_(network.weight, 2.0)
     for _ in range(3):
         average.update(network)
@@ -281,7 +281,7 @@ def test_the_trainer_on_a_gaussian_ends_at_the_teachers_mean_and_deviation() -> 
     for step in range(2500):
         torch.manual_seed(step)
         trainer.step(real, step)
-    student.network.load_state_dict(trainer.student.result())
+    student.network.load_state_dict(trainer.student.inference_weights())
     x = generate(student, torch.randn(20_000, 1, 1, 1), none, (999,))
     assert x.mean().item() == pytest.approx(2.0, abs=0.05)
     assert x.std().item() == pytest.approx(0.5, abs=0.05)
