@@ -21,6 +21,7 @@ from dmd2.models.family import ModelFamily
 from dmd2.parallel.ranks import World
 from dmd2.plan import counts, prediction, rehearsal, table
 from dmd2.plan.counts import Layout
+from dmd2.plan.meter import CPU_ATTENTION, Meter, norms_as_on_cuda
 from dmd2.plan.rehearsal import Pass
 from dmd2.training import build, memory
 from dmd2.training.trainer import DMD2Trainer
@@ -50,7 +51,7 @@ def counted(config: Config, fam: ModelFamily, teacher: nn.Module, real: Batch) -
     assert isinstance(trainer, DMD2Trainer)
     found = []
     for step in range(config.distill.critic_updates + 1):
-        with FlopCounterMode(display=False, custom_mapping=memory.CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             trainer.step(real, step)
         found.append(counter.get_total_flops())
     return found
@@ -148,7 +149,7 @@ def test_memory_of_a_pass_is_on_a_line_through_two_sizes() -> None:
 
 def test_the_meter_sees_what_lives_and_lets_go_of_what_died() -> None:
     layer = nn.Linear(4, 4, bias=False)
-    with memory.Meter(layer) as meter:
+    with Meter(layer) as meter:
         x = torch.ones(2, 4)
         y = layer(x)
         assert meter.live == 2 * 32
@@ -168,7 +169,7 @@ def test_norms_are_kept_in_float32_as_on_cuda() -> None:
     norm, x = nn.GroupNorm(2, 4), torch.ones(1, 4, 3, 3, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm.bfloat16()(x).dtype == torch.bfloat16
-        memory.norms_as_on_cuda(norm)
+        norms_as_on_cuda(norm)
         assert norm(x).dtype == torch.float32
 
 

@@ -20,7 +20,9 @@ from dmd2.config import Config, EdmConfig
 from dmd2.denoiser import Denoiser
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
-from dmd2.training import build, memory
+from dmd2.plan.meter import Meter, norms_as_on_cuda
+from dmd2.training import build
+from dmd2.training.activation import checkpointed
 from dmd2.training.terms import Adversarial, DistributionMatching, LossTerm
 
 
@@ -101,7 +103,7 @@ def networks(config: Config, fam: ModelFamily) -> Networks:
             _fake(network, dtype, fakes)
         if head:
             _fake(head, torch.float32, fakes)
-    memory.norms_as_on_cuda(*dict.fromkeys((teacher, student, critic)))
+    norms_as_on_cuda(*dict.fromkeys((teacher, student, critic)))
     return Networks(teacher, student, critic, head, mode)
 
 
@@ -234,11 +236,11 @@ class Rehearsal:
     def _shares(self) -> bool:
         return bool(self.config.distill.gan and self.config.distill.gan.reuse_denoising_pass)
 
-    def _kept(self, name: str, meter: memory.Meter) -> None:
+    def _kept(self, name: str, meter: Meter) -> None:
         self.found[name] = Pass(self.rows, 0, kept=meter.live)
 
     @contextmanager
-    def _watched(self, name: str) -> Iterator[memory.Meter]:
+    def _watched(self, name: str) -> Iterator[Meter]:
         """Count what is done inside, as the pass of this name."""
         modules = [n for n in (self.nets.teacher, self.nets.student, self.nets.critic, self.nets.head) if n]
         entered: dict[str, None] = {}
@@ -247,7 +249,7 @@ class Rehearsal:
                 for index, unit in enumerate(self.fam.blocks(network)):
                     hook = unit.register_forward_pre_hook(partial(_note, entered, str(index)))
                     stack.callback(hook.remove)
-            meter = stack.enter_context(memory.Meter(*modules))
+            meter = stack.enter_context(Meter(*modules))
             yield meter
         sizes = {
             "peak": meter.peak_apart,
@@ -280,7 +282,7 @@ def checkpointing(fam: ModelFamily, nets: Networks, how: str) -> Iterator[None]:
     units = [unit for network in changed for unit in sharding.innermost(fam.blocks(network))]
     before = [unit.__dict__.get("forward") for unit in units]
     for network in changed:
-        build.checkpointed(fam, network, how)
+        checkpointed(fam, network, how)
     yield
     for unit, forward in zip(units, before, strict=True):
         del unit.forward
