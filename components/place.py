@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmd2.errors import Refused
-from dmd2.io.storage import join
+from dmd2.io.storage import join_uri
 
 
 def place(root: str, run: str, artifact: str) -> str:
@@ -22,4 +22,4 @@ def place(root: str, run: str, artifact: str) -> str:
             f"root is empty, and the artifacts of this run lie at {artifact}, which is no gs:// address with the run in it; "
             "give a root, as gs://bucket/folder"
         )
-    return join(before + run, "dmd2")
+    return join_uri(before + run, "dmd2")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dmd2.io.tensors import sent
+from dmd2.io.tensors import to_device
 from dmd2.rng import Rng
 
 
@@ -34,7 +34,7 @@ class Conditioning:
         return self.map(lambda t: t[rows])
 
     def to(self, device: torch.device) -> Conditioning:
-        return self.map(lambda t: sent(t, device))
+        return self.map(lambda t: to_device(t, device))
 
     def cat(self, other: Conditioning) -> Conditioning:
         pairs = {k: (v, getattr(other, k)) for k, v in self.__dict__.items() if v is not None}
@@ -54,7 +54,7 @@ class Batch:
     """What is drawn for these rows comes from here."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(sent(self.x, device), self.cond.to(device), self.uncond.to(device), self.rng)
+        return Batch(to_device(self.x, device), self.cond.to(device), self.uncond.to(device), self.rng)
 
     def split(self, size: int) -> list[Batch]:
         """Parts of `size` rows, the last one shorter; a size of 0 makes no parts of it."""

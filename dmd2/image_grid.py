@@ -10,7 +10,7 @@ BORDER = 1
 """Pixels between the pictures of a grid."""
 
 
-def grid(images: Tensor, columns: int) -> Image.Image:
+def image_grid(images: Tensor, columns: int) -> Image.Image:
     """uint8 (N, C, H, W) -> one picture, row by row."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)

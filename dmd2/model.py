@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dmd2.config import FamilyConfig, in_first_spelling
 from dmd2.errors import Refused
-from dmd2.io.artifact import opened, read
-from dmd2.io.storage import local
+from dmd2.io.artifact import open_artifact, read_manifest
+from dmd2.io.storage import local_path
 from dmd2.models.family import CondPair, ModelFamily, Prompt
 from dmd2.sampler import Timesteps, generate
 from dmd2.training import build
@@ -96,7 +96,7 @@ class Model:
 
 def load(folder: str | Path) -> Model:
     """Load a package: `load("package").sample([0, 1, 2], seed=0)`."""
-    return load_network(opened(folder, read(folder, "package")))
+    return load_network(open_artifact(folder, read_manifest(folder, "package")))
 
 
 def save_network(folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ def write_network_json(folder: Path, family: FamilyConfig, timesteps: Timesteps)
 
 def load_network(folder: str | Path, weights: bool = True) -> Model:
     """The network of a teacher, run or package folder; without weights, only its form."""
-    path = local(folder)
+    path = local_path(folder)
     if not (path / "network.json").is_file():
         raise Refused(f"{path} holds no network (no network.json); give a teacher, run or package folder")
     facts = json.loads((path / "network.json").read_text())

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dmd2.io.artifact import Manifest
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.model_card import chosen
 from dmd2.training.metrics_log import SCORE, read_metrics
 
@@ -52,7 +52,7 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
         _provenance(manifests),
     ]
     title = f"<title>{escape(config.recipe)}</title>"
-    write(
+    write_text(
         path,
         f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style>{"".join(parts)}</html>\n',
     )

@@ -17,7 +17,7 @@ from typing import Literal
 import tyro
 
 from dmd2.errors import Refused, one_sentence
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from images import packages, pins
 
 Image = Literal["dmd2", "dmd2-launch"]
@@ -76,7 +76,7 @@ def labels(image: str, base: str) -> dict[str, str]:
 def lock() -> None:
     """Write the locks of packages out of `requirements.lock`, and the digest of the base into `images.lock`."""
     for name, roots in packages.ROOTS.items():
-        write(packages.part(name), packages.select(roots))
+        write_text(packages.part(name), packages.select(roots))
     print(pins.pin(pins.BASE, re.sub(pins.DIGEST, "", pins.reference(pins.BASE))))
 
 

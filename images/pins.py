@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dmd2.errors import Refused, brief, near_miss
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 
 PINS = Path(__file__).with_name("images.lock")
 BASE = "python"
@@ -60,7 +60,9 @@ def pin(name: str, tagged: str, path: Path = PINS) -> str:
     """Write down what a registry holds now under `tagged` -> the pinned reference."""
     reference(name, path)
     found = f"{tagged}@{digest(tagged)}"
-    write(path, re.sub(rf"^{re.escape(name)}: .*$", f"{name}: {found}", path.read_text(), flags=re.MULTILINE))
+    write_text(
+        path, re.sub(rf"^{re.escape(name)}: .*$", f"{name}: {found}", path.read_text(), flags=re.MULTILINE)
+    )
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from dmd2.errors import Refused, near_miss, one_sentence
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from images import pins
 
 ROOT = Path(__file__).parent
@@ -62,7 +62,7 @@ def main(out: Path = Path("runs/manifests")) -> None:
     reference = pins.reference("dmd2")
     for overlay in overlays():
         path = out / f"{overlay}.yaml"
-        write(path, with_image(render(overlay), reference))
+        write_text(path, with_image(render(overlay), reference))
         print(path)
     if "@sha256:" not in reference:
         print(

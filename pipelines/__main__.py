@@ -29,7 +29,7 @@ from components.begin.check import check
 from components.distill.launch import flags
 from dmd2.errors import Refused, one_sentence
 from dmd2.io import artifact
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from pipelines import cluster, readme
 from pipelines.cluster import Where, compiled
 from pipelines.distill import distill
@@ -48,9 +48,9 @@ def compile_all() -> None:
     """Compile the pipelines to `pipelines/compiled/*.yaml`, and the components' README, for review and for a cluster."""
     COMPILED.mkdir(exist_ok=True)
     for name, pipeline in PIPELINES.items():
-        write(COMPILED / f"{name}.yaml", compiled(pipeline).text)
+        write_text(COMPILED / f"{name}.yaml", compiled(pipeline).text)
         print(COMPILED / f"{name}.yaml")
-    write(readme.PATH, readme.text())
+    write_text(readme.PATH, readme.text())
     print(readme.PATH)
 
 
@@ -92,7 +92,7 @@ def run_local(
         told = re.sub(r"\x1b\[\d+m", "", str(error)).rstrip(".")
         raise Refused(f"{told}; the failed stage says above what was wrong") from None
     summary = summarize(root, time.monotonic() - start)
-    write(root / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
@@ -315,11 +315,11 @@ def summarize(root: Path, wall_s: float) -> dict[str, Any]:
         "evaluation": "evaluate",
         "gate": "gate",
     }
-    manifests = {kind: artifact.read(root / kind, kind) for kind in kinds if (root / kind).is_dir()}
+    manifests = {kind: artifact.read_manifest(root / kind, kind) for kind in kinds if (root / kind).is_dir()}
     scores, gate = manifests["evaluation"].facts, manifests["gate"].facts
     accepted = gate["decision"] == "accepted"
     if accepted:
-        manifests["package"] = artifact.read(root / "package", "package")
+        manifests["package"] = artifact.read_manifest(root / "package", "package")
     seconds = {kinds.get(kind, kind): manifest.seconds for kind, manifest in manifests.items()}
     names = (
         "fid_student",

@@ -300,10 +300,10 @@ def until(what: Callable[[], object]) -> None:
 
 
 def contents(uri: str) -> list[str]:
-    return [entry.name for entry in storage.at(uri).list()]
+    return [entry.name for entry in storage.open_store(uri).list()]
 
 
 def listed(uri: str) -> list[str]:
     """The files that a finished folder may hold: those of the manifest and itself."""
-    files = json.loads(storage.at(uri).read("manifest.json"))["files"]
+    files = json.loads(storage.open_store(uri).read("manifest.json"))["files"]
     return sorted([file["path"] for file in files] + ["manifest.json"])

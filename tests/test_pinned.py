@@ -36,7 +36,7 @@ from safetensors import safe_open
 from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.order import Order
-from dmd2.io.artifact import Manifest, read
+from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.rng import Rng, draw_shared, reseed, seed_of_part
 from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 
@@ -337,7 +337,7 @@ def edm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shards(source: Path, edm: Path, tmp_path: Path) -> None:
-    made = read(edm / "shards", "shards")
+    made = read_manifest(edm / "shards", "shards")
     table = stages.shard(config(*TABLE), str(source), str(tmp_path / "table"), workers=1)
     other = stages.shard(config("seed=1"), str(source), str(tmp_path / "other"), workers=1)
     noted = {"source": made.inputs["source"], "files": files(made), "members": members(edm / "shards")}
@@ -394,7 +394,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     stages.distill(config(), *(str(root / name) for name in ("shards", "teacher", "run")))
     assert {path: sha(path.read_bytes()) for path in before} == before
     out = stages.sample(str(root / "teacher"), str(tmp_path / "a.png"), count=6, seed=4, steps=3)
-    digests = [made.digest, read(root / "shards", "shards").digest]
+    digests = [made.digest, read_manifest(root / "shards", "shards").digest]
     pinned("run that went on", run_of(root / "run") | {"digests": digests, "sample": picture(Path(out))})
 
 
@@ -404,7 +404,7 @@ MANIFESTS = json.loads(gzip.decompress((HERE / "recipes.json.gz").read_bytes()))
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_of_an_earlier_version_says_what_the_recipe_says_now(name: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFESTS[name]))
-    assert read(tmp_path, "gate").config == recipes.get(name)
+    assert read_manifest(tmp_path, "gate").config == recipes.get(name)
 
 
 # Students that are told by text.
@@ -434,8 +434,8 @@ def described(root: Path, name: str, which: str, source: Path) -> tuple[Path, Pa
 
 def test_latents(text: Path, pipeline: Path) -> None:
     _, latents = described(text, "sdxl", "four steps", pipeline)
-    noted = {"shards": files(read(text / "shards", "shards")), "members": members(text / "shards")}
-    pinned("latents", noted | {"latents": files(read(latents, "latents"), "~")})
+    noted = {"shards": files(read_manifest(text / "shards", "shards")), "members": members(text / "shards")}
+    pinned("latents", noted | {"latents": files(read_manifest(latents, "latents"), "~")})
 
 
 @pytest.mark.parametrize("which", TEXT_RUNS)

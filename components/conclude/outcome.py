@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 
-from dmd2.io.artifact import MANIFEST, read
-from dmd2.io.storage import at, join
+from dmd2.io.artifact import MANIFEST, read_manifest
+from dmd2.io.storage import join_uri, open_store
 
 OUTCOME = "outcome.json"
 FOLDERS = {
@@ -27,8 +27,12 @@ def conclusion(root: str, run: str, state: str, error: str) -> str:
         state: SUCCEEDED, FAILED or CANCELLED, as the platform says.
         error: What the platform says of a failure.
     """
-    there = {name: join(root, name) for name in FOLDERS if at(join(root, name)).generation(MANIFEST)}
-    gate = read(there["gate"], "gate").facts if "gate" in there else {}
+    there = {
+        name: join_uri(root, name)
+        for name in FOLDERS
+        if open_store(join_uri(root, name)).generation(MANIFEST)
+    }
+    gate = read_manifest(there["gate"], "gate").facts if "gate" in there else {}
     outcome = {
         "run": run,
         "state": state,
@@ -36,9 +40,9 @@ def conclusion(root: str, run: str, state: str, error: str) -> str:
         "decision": gate.get("decision"),
         "reason": gate.get("reason"),
         "root": root,
-        "folders": {name: read(uri, FOLDERS[name]).digest for name, uri in there.items()},
+        "folders": {name: read_manifest(uri, FOLDERS[name]).digest for name, uri in there.items()},
     }
-    at(root).write(OUTCOME, json.dumps(outcome, indent=1).encode())
+    open_store(root).write(OUTCOME, json.dumps(outcome, indent=1).encode())
     lines = [f"# {state.lower()}: {gate.get('reason') or error or 'no gate was reached'}", ""]
     lines += [f"- {name}: `{uri}`" for name, uri in there.items()]
-    return "\n".join([*lines, "", f"outcome: `{join(root, OUTCOME)}`"])
+    return "\n".join([*lines, "", f"outcome: `{join_uri(root, OUTCOME)}`"])

@@ -47,4 +47,4 @@ def distill(
         words = ["distill", recipe, *words, *flags(overrides)]
         if status := through(Torchrun(words, Size(nodes, gpus, queue))):
             raise SystemExit(status)
-        run.metadata.update(artifact.point(f"{root}/run", "run", run.path))
+        run.metadata.update(artifact.write_pointer(f"{root}/run", "run", run.path))

@@ -33,4 +33,4 @@ def encode_latents(
         data, original = shards.metadata["uri"], teacher.metadata["uri"]
         folder = stages.what_it_learns_from(config, data, original, f"{root}/latents")
         kind = "latents" if config.family.vae_stride else "shards"
-        samples.metadata.update(artifact.point(folder, kind, samples.path))
+        samples.metadata.update(artifact.write_pointer(folder, kind, samples.path))

@@ -34,7 +34,9 @@ def evaluate(
         config = recipes.resolve(recipe, overrides.split())
         data, original, student = (a.metadata["uri"] for a in (shards, teacher, run))
         result = stages.evaluate(config, data, original, student, f"{root}/evaluation")
-        evaluation.metadata.update(artifact.point(f"{root}/evaluation", "evaluation", evaluation.path))
+        evaluation.metadata.update(
+            artifact.write_pointer(f"{root}/evaluation", "evaluation", evaluation.path)
+        )
     for name, value in result.facts.items():
         if isinstance(value, int | float):
             metrics.log_metric(name, value)

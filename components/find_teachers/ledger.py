@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmd2.errors import Refused, brief
-from dmd2.io.storage import join
-from dmd2.io.store import TOGETHER, Store
+from dmd2.io.storage import join_uri
+from dmd2.io.store import CONCURRENT_REQUESTS, Store
 
 State = Literal["waiting", "claimed", "running", "done", "failed", "quarantined"]
 FREE: tuple[State, ...] = ("waiting", "failed")
@@ -176,7 +176,7 @@ class Claim(NamedTuple):
     @property
     def text(self) -> str:
         """The address of the entry, `#`, and the token."""
-        return f"{join(self.ledger, ENTRIES + self.key)}.json#{self.token}"
+        return f"{join_uri(self.ledger, ENTRIES + self.key)}.json#{self.token}"
 
     @classmethod
     def read(cls, text: str) -> Claim:
@@ -257,7 +257,7 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """All of them, sorted by key."""
         names = [entry.name for entry in self.store.list(ENTRIES)]
-        with ThreadPoolExecutor(TOGETHER) as pool:
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             found = pool.map(self.entry, [name.removeprefix(ENTRIES).removesuffix(".json") for name in names])
             return [entry for entry in found if entry]
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from dmd2.errors import Refused, brief
 from dmd2.io.artifact import MANIFEST, Manifest
-from dmd2.io.storage import at, join
+from dmd2.io.storage import join_uri, open_store
 
 HUB = "hf://"
 REGISTRY = re.compile(r"registry\+(https?://.+)")
@@ -72,7 +72,7 @@ def source(address: str) -> Callable[[str], Found]:
 
 def below(address: str) -> Found:
     """The teachers below a folder, local or `gs://`, at any depth."""
-    store, found = at(address), Found()
+    store, found = open_store(address), Found()
     sizes = {entry.name: entry.size for entry in store.list()}
     for name in sizes:
         folder, _, last = name.rpartition("/")
@@ -82,7 +82,7 @@ def below(address: str) -> Found:
                 for n, size in sizes.items()
                 if not folder or n.startswith(f"{folder}/")
             }
-            found.add(_announced(join(address, folder) if folder else address, store.read(name), beside))
+            found.add(_announced(join_uri(address, folder) if folder else address, store.read(name), beside))
     return found
 
 
@@ -146,7 +146,7 @@ def _artifacts(host: str) -> Iterator[dict[str, Any]]:
 
 def _pointed_to(uri: str, who: str) -> Found:
     """A folder that somebody names must be there; one of another kind is none of our business."""
-    store = at(uri)
+    store = open_store(uri)
     try:
         text = store.read(MANIFEST)
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def _announced(folder: str, text: bytes, sizes: dict[str, int]) -> Found:
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        where = join(folder, MANIFEST)
+        where = join_uri(folder, MANIFEST)
         return Found(passed_over=[f"{where} is not a manifest of this version ({brief(error)})"])
     if manifest.kind != "teacher":
         return Found()

@@ -16,7 +16,7 @@ from components.find_teachers.ledger import FREE, Claim, Entry, Ledger, Limits, 
 from components.find_teachers.runs import Pipeline, Runs, State
 from components.find_teachers.sources import Teacher, find
 from dmd2.errors import Refused
-from dmd2.io.storage import at, join
+from dmd2.io.storage import join_uri, open_store
 
 SAME = ("recipe", "overrides", "source", "gate")
 """The settings of a distillation that decide what comes out; with others, a teacher is another piece of work."""
@@ -96,7 +96,7 @@ class Watch:
 
     def _start(self, teacher: Teacher, claim: Claim) -> str:
         name = run_name(teacher.address, claim)
-        own = {"teacher": teacher.address, "root": join(self.root, claim.key), "claim": claim.text}
+        own = {"teacher": teacher.address, "root": join_uri(self.root, claim.key), "claim": claim.text}
         try:
             run = self.runs.start(name, {**self.settings, **own})
         except Refused as error:
@@ -144,7 +144,7 @@ def retrained(
         )
     if owns := settings.keys() & OWN:
         raise Refused(f"settings has {min(owns)!r}, which retraining sets for each teacher; leave it out")
-    runs, book = Pipeline(pipeline, service_account, api), Ledger(at(ledger))
+    runs, book = Pipeline(pipeline, service_account, api), Ledger(open_store(ledger))
     runs.check({**settings, **dict.fromkeys(OWN, "")})
     watch = Watch(book, runs, settings, root, gpu_hours, limits, owner)
     watch.settle()  # whatever the sources say

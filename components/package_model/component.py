@@ -21,4 +21,4 @@ def package_model(
 
     with one_sentence():
         stages.package(run.metadata["uri"], evaluation.metadata["uri"], f"{root}/gate", f"{root}/package")
-        package.metadata.update(artifact.point(f"{root}/package", "package", package.path))
+        package.metadata.update(artifact.write_pointer(f"{root}/package", "package", package.path))

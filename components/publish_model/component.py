@@ -24,5 +24,5 @@ def publish_model(
     with one_sentence():
         out = f"{destination.rstrip('/')}/{recipe}/{package.metadata['digest'][:16]}"
         stages.publish(package.metadata["uri"], out)
-        model.metadata.update(artifact.point(out, "package", model.path))
+        model.metadata.update(artifact.write_pointer(out, "package", model.path))
     print(f"published: {out}")

@@ -6,8 +6,8 @@ Without a claim, as in a run that a person has started, there is nothing to say.
 from __future__ import annotations
 
 from components.find_teachers.ledger import Claim, Ledger
-from dmd2.io.artifact import read
-from dmd2.io.storage import at, join
+from dmd2.io.artifact import read_manifest
+from dmd2.io.storage import join_uri, open_store
 
 
 def begin(claim: str, run: str) -> str:
@@ -20,7 +20,7 @@ def begin(claim: str, run: str) -> str:
     if not claim:
         return "this run works for no entry of a ledger"
     held = Claim.read(claim)
-    return Ledger(at(held.ledger)).begin(held, run).told
+    return Ledger(open_store(held.ledger)).begin(held, run).told
 
 
 def end(claim: str, run: str, root: str, state: str, error: str) -> str:
@@ -36,12 +36,12 @@ def end(claim: str, run: str, root: str, state: str, error: str) -> str:
     if not claim:
         return "this run works for no entry of a ledger"
     held = Claim.read(claim)
-    ledger = Ledger(at(held.ledger))
+    ledger = Ledger(open_store(held.ledger))
     if state != "SUCCEEDED":
         reason = error or f"the run ended as {state}"
         return ledger.failed(held, run, reason, for_good=state == "CANCELLED").told
-    decision = str(read(join(root, "gate"), "gate").facts["decision"])
-    package = join(root, "package") if decision == "accepted" else ""
+    decision = str(read_manifest(join_uri(root, "gate"), "gate").facts["decision"])
+    package = join_uri(root, "package") if decision == "accepted" else ""
     if package:
-        read(package, "package")
+        read_manifest(package, "package")
     return ledger.done(held, run, decision, package).told

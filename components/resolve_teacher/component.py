@@ -29,4 +29,4 @@ def resolve_teacher(
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         folder = stages.a_teacher(config, teacher, shards.metadata["uri"], f"{root}/teacher")
-        resolved.metadata.update(artifact.point(folder, "teacher", resolved.path))
+        resolved.metadata.update(artifact.write_pointer(folder, "teacher", resolved.path))

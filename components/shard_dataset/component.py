@@ -23,4 +23,4 @@ def shard_dataset(
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         stages.shard(config, source, f"{root}/shards")
-        shards.metadata.update(artifact.point(f"{root}/shards", "shards", shards.path))
+        shards.metadata.update(artifact.write_pointer(f"{root}/shards", "shards", shards.path))

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dmd2.io.artifact import File, bring
-from dmd2.io.local import locked
+from dmd2.io.artifact import ArtifactFile, copy_verified
+from dmd2.io.local import file_lock
 from dmd2.io.storage import cache
 from dmd2.io.store import Store
 
@@ -26,37 +26,37 @@ class Cache:
         self.store, self.limit, self.folder = store, limit, cache() / "shards"
         """`limit` in bytes, for all shards of all folders."""
 
-    def path(self, file: File) -> Path:
+    def path(self, file: ArtifactFile) -> Path:
         """Where the shard lies now."""
         path = self.folder / file.sha256
-        with locked(self.folder / f".{file.sha256}.lock"):
+        with file_lock(self.folder / f".{file.sha256}.lock"):
             if path.is_file():
                 os.utime(path)
             else:
                 self._bring(file, path)
         return path
 
-    def opened(self, file: File, opener: Callable[[Path], Opened]) -> Opened:
+    def opened(self, file: ArtifactFile, opener: Callable[[Path], Opened]) -> Opened:
         """The shard, opened before another process makes room."""
         while True:
             with suppress(FileNotFoundError):
                 return opener(self.path(file))
 
-    def _bring(self, file: File, path: Path) -> None:
+    def _bring(self, file: ArtifactFile, path: Path) -> None:
         for left in self.folder.glob(f".*{file.sha256}*.partial"):  # by a process that was killed
             left.unlink(missing_ok=True)
         self._make_room(self.limit - file.size)
         try:
-            bring(self.store, file, path)
+            copy_verified(self.store, file, path)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._make_room(0)
-            bring(self.store, file, path)
+            copy_verified(self.store, file, path)
 
     def _make_room(self, limit: int) -> None:
         """Drop shards, the one used longest ago first, until no more than `limit` bytes are left."""
-        with locked(self.folder / ".lock"):
+        with file_lock(self.folder / ".lock"):
             there = sorted(
                 (stat.st_mtime_ns, stat.st_size, path)
                 for path in self.folder.glob("[0-9a-f]*")

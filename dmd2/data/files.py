@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmd2.errors import Refused, brief
-from dmd2.io.storage import fetched
+from dmd2.io.storage import fetch_file
 
 Pixels = NDArray[np.uint8]
 
@@ -47,7 +47,7 @@ def told(where: str, what: str, *errors: type[Exception]) -> Iterator[None]:
 @contextmanager
 def opened_tar(uri: str, part: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarFile]:
     """A tar, or the tar that is `part` of it."""
-    path = fetched(uri)
+    path = fetch_file(uri)
     with told(uri, "tar file", tarfile.TarError, EOFError), tarfile.open(path, "r:") as tar:
         if part is None:
             yield tar
@@ -102,7 +102,7 @@ def _key(member: tarfile.TarInfo) -> tuple[str, str]:
 @lru_cache(maxsize=4)
 def opened_zip(uri: str, process: int) -> zipfile.ZipFile:
     """Open in this process: a file that was open before a fork has one position for all."""
-    return zipfile.ZipFile(fetched(uri))
+    return zipfile.ZipFile(fetch_file(uri))
 
 
 def unzipped(uri: str, name: str) -> bytes:
@@ -114,7 +114,7 @@ def opened_parquet(uri: str) -> Iterator[Any]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    path = fetched(uri)
+    path = fetch_file(uri)
     with (
         told(uri, "Parquet file", ArrowException, OSError, ValueError, AttributeError),
         ParquetFile(path) as file,
@@ -124,7 +124,7 @@ def opened_parquet(uri: str) -> Iterator[Any]:
 
 def idx_array(uri: str, dimensions: int) -> Pixels:
     """An array of bytes: two zeros, the type (8), the number of dimensions, the dimensions, the values."""
-    data = fetched(uri).read_bytes()
+    data = fetch_file(uri).read_bytes()
     with told(uri, "IDX file", EOFError, gzip.BadGzipFile, zlib.error):
         data = gzip.decompress(data) if uri.endswith(".gz") else data
     start = 4 + 4 * dimensions

@@ -32,7 +32,7 @@ from dmd2.encoders.pipeline_folder import Networks
 from dmd2.encoders.text import Texts
 from dmd2.encoders.vae import Vae
 from dmd2.errors import Refused
-from dmd2.io.artifact import File
+from dmd2.io.artifact import ArtifactFile
 from dmd2.io.staging import Draft
 from dmd2.progress import Progress
 
@@ -166,7 +166,9 @@ def write_latents(encoder: Encoder, draft: Draft, part: tuple[int, int] = (0, 1)
 def deliver(receipts: list[Receipt], draft: Draft) -> list[dict[str, Any]]:
     """Let the draft know the shards, which are already where they belong; what the manifest says of each."""
     shards = [receipt.shard for receipt in receipts]
-    draft.delivered += [File(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards]
+    draft.delivered += [
+        ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards
+    ]
     return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]
 
 

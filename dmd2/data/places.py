@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from dmd2.data.decode import IMAGES
 from dmd2.data.files import hidden
 from dmd2.errors import Refused, near_miss
-from dmd2.io.storage import at, is_local, join, local
-from dmd2.io.store import Entry, Store
+from dmd2.io.storage import is_local, join_uri, local_path, open_store
+from dmd2.io.store import ObjectInfo, Store
 
 SPLIT = re.compile(r"(?:^|[-_./])(train|test|val|validation)(?=[-_./])")
 """Names of splits, where they are a word of a file's name."""
@@ -25,13 +25,13 @@ class Place:
 
     layout: str
     store: Store
-    entries: list[Entry]
+    entries: list[ObjectInfo]
     """Hidden files left out."""
     named: bool
     """The address names files, by a name or a pattern, and not their folder."""
 
     def uri(self, name: str) -> str:
-        return join(self.store.uri, name)
+        return join_uri(self.store.uri, name)
 
     @property
     def fingerprint(self) -> str:
@@ -44,14 +44,16 @@ def look(address: str, known: list[str]) -> Place:
     Args:
         known: Names that could have been meant, for the message.
     """
-    store = at(address)
+    store = open_store(address)
     entries = _visible(store.list()) if address else []
     if entries:
         return Place("", store, entries, named=False)
     above, name = os.path.split(address)
-    store, pattern = at(above or "."), re.search(r"[*?[]", name)
-    if is_local(address) and (path := local(address)).is_file():  # its folder may have millions of others
-        entries = [Entry(name, path.stat().st_size, str(path.stat().st_mtime_ns))]
+    store, pattern = open_store(above or "."), re.search(r"[*?[]", name)
+    if (
+        is_local(address) and (path := local_path(address)).is_file()
+    ):  # its folder may have millions of others
+        entries = [ObjectInfo(name, path.stat().st_size, str(path.stat().st_mtime_ns))]
     elif pattern or (name and not is_local(address)):
         there = _visible(store.list(name[: pattern.start()] if pattern else name))
         entries = [e for e in there if e.name == name or ("/" not in e.name and fnmatchcase(e.name, name))]
@@ -64,7 +66,7 @@ def _nothing(address: str, known: list[str]) -> Refused:
     advice = "give a folder of images with one sub-folder per class, or another layout"
     if not is_local(address):
         return Refused(f"source {address} is empty or does not exist; {advice}")
-    if address and local(address).exists():
+    if address and local_path(address).exists():
         return Refused(f"source {address} is empty; {advice}")
     head = address.split("/")[0]
     if head == address or ":" in head:
@@ -73,7 +75,7 @@ def _nothing(address: str, known: list[str]) -> Refused:
     return Refused(f"source {address} does not exist; {advice}")
 
 
-def _visible(entries: list[Entry]) -> list[Entry]:
+def _visible(entries: list[ObjectInfo]) -> list[ObjectInfo]:
     """In the order of folders; without hidden files, and without what a bucket puts in place of a folder."""
     there = (e for e in entries if e.name and not e.name.endswith("/") and not hidden(e.name))
     return sorted(there, key=lambda entry: entry.name.split("/"))
@@ -105,7 +107,7 @@ def around(place: Place, name: str) -> tuple[Place, str]:
         return place, name
     above, below = posixpath.split(place.store.uri)
     if below == "annotations":  # of COCO
-        store, name = at(above or "."), f"{below}/{name}"
+        store, name = open_store(above or "."), f"{below}/{name}"
     else:
         store = place.store
     return replace(place, store=store, entries=_visible(store.list()), named=False), name

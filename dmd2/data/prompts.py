@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dmd2.errors import Refused, brief, near_miss
-from dmd2.io.storage import fetched
+from dmd2.io.storage import fetch_file
 
 COLUMNS = ("text", "caption", "prompt")
 """The first that is there counts, unless the address chooses one."""
@@ -46,7 +46,7 @@ def read_prompts(address: str) -> list[str]:
     if chosen and suffix not in (".jsonl", ".parquet"):
         raise Refused(f"{address} has no columns to choose {column!r} from; give the address alone")
     try:
-        path = fetched(address)
+        path = fetch_file(address)
         found = list(READERS[suffix](path, address, column if chosen else ""))
     except (FileNotFoundError, IsADirectoryError):
         raise Refused(f"{address} does not exist or is no file; give a file of prompts") from None

@@ -39,8 +39,8 @@ from dmd2.data.lmdb_table import Column, Writer
 from dmd2.data.sources import Record, Source
 from dmd2.data.stream import Tar, array
 from dmd2.errors import Interrupted, Refused, brief
-from dmd2.io.artifact import MANIFEST, File
-from dmd2.io.local import Local, flush
+from dmd2.io.artifact import MANIFEST, ArtifactFile
+from dmd2.io.local import LocalStore, fsync
 from dmd2.io.staging import Draft
 from dmd2.io.store import Store
 from dmd2.progress import Progress
@@ -186,7 +186,7 @@ def deliver(receipts: list[Receipt], config: Config, draft: Draft) -> list[dict[
         raise Refused("no image of the source could be used for training; nothing was written")
     if config.data.format == "lmdb":
         return [_table(split, [s for s in shards if s.split == split], config, draft) for split in SPLITS]
-    files = [File(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards]
+    files = [ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards]
     draft.delivered += files
     return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]
 
@@ -197,7 +197,7 @@ def _place(data: DataConfig, draft: Draft) -> tuple[Path, Store]:
         return draft.path, draft.store
     hidden = draft.path / TARS
     hidden.mkdir(exist_ok=True)
-    return hidden, Local(hidden)
+    return hidden, LocalStore(hidden)
 
 
 def _table(split: str, shards: list[Shard], config: Config, draft: Draft) -> dict[str, Any]:
@@ -304,8 +304,8 @@ class OpenShard:
         """Bring it to its place; its size and checksums."""
         self.writer.close()
         self.measured.close()
-        if isinstance(self.store, Local):
-            flush(self.measured.path)
+        if isinstance(self.store, LocalStore):
+            fsync(self.measured.path)
             self.measured.path.replace(self.store.path / self.name)
         else:
             if self.store.generation(MANIFEST):

@@ -38,7 +38,7 @@ from dmd2.data.files import (
 )  # fmt: skip
 from dmd2.data.places import Place, around, ending, look, matching, one
 from dmd2.errors import Refused
-from dmd2.io.storage import fetched, is_local, join
+from dmd2.io.storage import fetch_file, is_local, join_uri
 
 DIGIT_BORDER = 2
 """Black pixels added on each side of a 28x28 digit."""
@@ -211,7 +211,7 @@ def edm(place: Place) -> Source:
 def npz(place: Place) -> Source:
     """Arrays in an npz file: images uint8 (N, H, W[, C]), and labels (N,) if there are classes."""
     uri = place.uri(one(place, r".*\.npz", "npz file"))
-    path = fetched(uri)
+    path = fetch_file(uri)
     with told(uri, "npz file of plain arrays", ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         if not zipfile.is_zipfile(path):
             raise Refused(f"{uri} is no npz file, or not all of it; write it with numpy.savez")
@@ -331,8 +331,8 @@ def _listing(place: Place, rows: Sequence[Row], read: Callable[[str], bytes], ro
     root = root or place.store.uri
     if not rows:
         raise Refused(f"{root} holds no images; the layout {place.layout} expects some")
-    labels = _classes((join(root, row.name), row.label) for row in rows)
-    records = [Record(join(root, n), labels[label], partial(read, n), text) for n, label, text in rows]
+    labels = _classes((join_uri(root, row.name), row.label) for row in rows)
+    records = [Record(join_uri(root, n), labels[label], partial(read, n), text) for n, label, text in rows]
     return Source(_names(labels), place.fingerprint, records)
 
 

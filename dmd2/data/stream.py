@@ -28,8 +28,8 @@ from dmd2.data.cache import Cache
 from dmd2.data.lmdb_table import Table
 from dmd2.data.order import Order
 from dmd2.errors import Refused
-from dmd2.io.artifact import File, Manifest, check_file, read
-from dmd2.io.storage import at, is_local, join, local
+from dmd2.io.artifact import ArtifactFile, Manifest, check_file, read_manifest
+from dmd2.io.storage import is_local, join_uri, local_path, open_store
 
 OPEN_AT_MOST = 400
 """Shards that one process keeps open; a usual limit is 1,024 files."""
@@ -119,16 +119,16 @@ class Shards:
 
     def __init__(self, folder: str | Path, split: str, kind: str = "shards", cache_gb: float = 50.0) -> None:
         self.uri = str(folder)
-        self.manifest: Manifest = read(folder, kind)
+        self.manifest: Manifest = read_manifest(folder, kind)
         listed = {file.path: file for file in self.manifest.files}
         shards = [
             shard for shard in self.manifest.facts["shards"] if shard["split"] == split and shard["images"]
         ]
         if not shards:
             raise Refused(f"{folder} holds no {split} images; shard again with --data.holdout above 0")
-        self.files: list[File] = [listed[shard["file"]] for shard in shards]
+        self.files: list[ArtifactFile] = [listed[shard["file"]] for shard in shards]
         self.counts: list[int] = [shard["images"] for shard in shards]
-        self._cache = None if is_local(folder) else Cache(at(folder), int(cache_gb * 1e9))
+        self._cache = None if is_local(folder) else Cache(open_store(folder), int(cache_gb * 1e9))
         self._open: OrderedDict[int, Tar | Rows] = OrderedDict()
         self._lock = threading.Lock()
         self._checked: set[int] = set()
@@ -170,14 +170,14 @@ class Shards:
         if self._cache:
             tar = self._cache.opened(file, opener)
         else:
-            path = local(self.uri) / file.path
+            path = local_path(self.uri) / file.path
             if shard not in self._checked:
                 check_file(path, file)
                 self._checked.add(shard)
             tar = opener(path)
         if not tar.whole or len(tar) != self.counts[shard]:
             raise Refused(
-                f"{join(self.uri, file.path)} holds {len(tar)} images, its manifest says {self.counts[shard]}; shard again"
+                f"{join_uri(self.uri, file.path)} holds {len(tar)} images, its manifest says {self.counts[shard]}; shard again"
             )
         return tar
 

@@ -22,7 +22,7 @@ import torch
 
 from dmd2.errors import Refused, brief
 from dmd2.io.local import sha256
-from dmd2.io.storage import at, cache, is_local, local
+from dmd2.io.storage import cache, is_local, local_path, open_store
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
 DENOISER = {
@@ -122,16 +122,16 @@ def _read(path: Path) -> bool:
 def _brought(place: str, names: list[str]) -> Path:
     """A folder of this machine with those of the files that there are."""
     if not is_local(place):
-        store = at(place)
+        store = open_store(place)
         there = {name: version for name in names if (version := store.generation(name))}
         folder = cache() / "networks" / hashlib.sha256(json.dumps([place, there]).encode()).hexdigest()
         for name in there:
             if not (folder / name).is_file():
                 store.fetch(name, folder / name)
         return folder
-    if local(place).is_dir():
-        return local(place)
-    if local(place).exists() or not HUB_NAME.fullmatch(place):
+    if local_path(place).is_dir():
+        return local_path(place)
+    if local_path(place).exists() or not HUB_NAME.fullmatch(place):
         raise Refused(f"{place} is no folder; give that of a VAE or a pipeline, gs://, or a name on the hub")
     return _from_hub(place, names)
 

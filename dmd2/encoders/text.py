@@ -20,7 +20,7 @@ from dmd2.encoders.pipeline_folder import (
     _repeatable,
 )
 from dmd2.errors import Refused
-from dmd2.io.tensors import sent
+from dmd2.io.tensors import to_device
 
 
 class Embedded(NamedTuple):
@@ -63,7 +63,7 @@ class Texts:
             settings = {"padding": "max_length", "truncation": True, "max_length": length}
             tokens = tokenizer(list(texts), return_tensors="pt", **settings).input_ids
             with _repeatable(self.device):
-                out = encoder(sent(tokens, self.device), output_hidden_states=True)
+                out = encoder(to_device(tokens, self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2] if len(self.parts) > 1 else out.last_hidden_state)
             pooled = out.text_embeds.float() if "text_embeds" in out else None
         return torch.cat(states, -1).float(), pooled

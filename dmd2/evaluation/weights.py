@@ -9,7 +9,7 @@ from pathlib import Path
 from dmd2.config import WeightsConfig
 from dmd2.errors import Refused
 from dmd2.io.local import sha256
-from dmd2.io.storage import fetched
+from dmd2.io.storage import fetch_file
 
 
 def fetch(settings: WeightsConfig, target: Path, option: str) -> None:
@@ -19,7 +19,7 @@ def fetch(settings: WeightsConfig, target: Path, option: str) -> None:
             with urllib.request.urlopen(settings.uri, timeout=60) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
         else:
-            shutil.copyfile(fetched(settings.uri.removeprefix("file://")), target)
+            shutil.copyfile(fetch_file(settings.uri.removeprefix("file://")), target)
     except OSError as error:
         raise Refused(
             f"the weights at {settings.uri} cannot be read ({error}); set {option}.uri to a copy of them"

@@ -20,12 +20,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.local import replaced, sha256
-from dmd2.io.storage import at, cache, is_local, join, local
+from dmd2.io.local import atomic_write, sha256
+from dmd2.io.storage import cache, is_local, join_uri, local_path, open_store
 from dmd2.io.store import Store
 
 MANIFEST = "manifest.json"
-READS: dict[str, tuple[str, ...]] = {
+RELEVANT_FIELDS: dict[str, tuple[str, ...]] = {
     "shards": ("seed", "family", "data"),
     "latents": ("encode",),
     "teacher": ("seed", "family", "loader.shuffle_block", "loader.lanes", "teach"),
@@ -36,22 +36,22 @@ READS: dict[str, tuple[str, ...]] = {
     "package": (),
 }
 """The parts of the Config that decide what a folder of this kind holds; only these are compared."""
-LIMITS = ("data.max_broken", "distill.best.inception.uri")
+IGNORED_FIELDS = ("data.max_broken", "distill.best.inception.uri")
 """Decide only whether it is made at all."""
 
 
-def plain(name: str) -> str:
+def check_file_name(name: str) -> str:
     """A name that stays inside its folder, whoever wrote it; anything else is a ValueError."""
     if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError(f"{name!r} is no name of a file in a folder")
     return name
 
 
-class File(BaseModel):
+class ArtifactFile(BaseModel):
     """One file of a folder."""
 
     model_config = ConfigDict(frozen=True)
-    path: Annotated[str, AfterValidator(plain)]
+    path: Annotated[str, AfterValidator(check_file_name)]
     """Relative to the folder, with forward slashes."""
     size: int
     """Bytes."""
@@ -68,7 +68,7 @@ class Manifest(BaseModel):
     """The Config it was made with."""
     inputs: dict[str, str]
     """Digest of each input folder, by name."""
-    files: list[File]
+    files: list[ArtifactFile]
     facts: dict[str, Any]
     """What the stage found out: counts, scores, the outcome."""
     versions: dict[str, str]
@@ -81,10 +81,10 @@ class Manifest(BaseModel):
         return hashlib.sha256(json.dumps([self.kind, files], sort_keys=True).encode()).hexdigest()
 
 
-def read(folder: str | Path, *kinds: str) -> Manifest:
+def read_manifest(folder: str | Path, *kinds: str) -> Manifest:
     """The manifest of a finished folder of one of these kinds."""
     kind = " or ".join(kinds)
-    text = _manifest(folder)
+    text = _read_manifest_bytes(folder)
     if text is None:
         raise Refused(
             f"{folder} has no manifest.json, so it does not exist or was never finished; "
@@ -94,47 +94,47 @@ def read(folder: str | Path, *kinds: str) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise Refused(
-            f"{join(folder, MANIFEST)} is not a manifest of this version: {_first(error)}; remove the folder and make it again"
+            f"{join_uri(folder, MANIFEST)} is not a manifest of this version: {_first_error(error)}; remove the folder and make it again"
         ) from None
     if manifest.kind not in kinds:
         raise Refused(f"{folder} is a {manifest.kind} folder; a {kind} folder is needed here")
     return manifest
 
 
-def point(folder: str | Path, kind: str, card: str | Path) -> dict[str, str]:
+def write_pointer(folder: str | Path, kind: str, card: str | Path) -> dict[str, str]:
     """What a pipeline hands on instead of the folder: where it is and its digest; `card` gets the manifest."""
-    manifest = read(folder, kind)
-    Path(card).write_bytes(at(folder).read(MANIFEST))
+    manifest = read_manifest(folder, kind)
+    Path(card).write_bytes(open_store(folder).read(MANIFEST))
     return {"uri": str(folder), "digest": manifest.digest}
 
 
-def opened(folder: str | Path, manifest: Manifest, *patterns: str) -> Path:
+def open_artifact(folder: str | Path, manifest: Manifest, *patterns: str) -> Path:
     """A local folder with the files of the manifest (those that fit a pattern, if any is given), compared with it.
     From a bucket, they are copied into the cache first."""
-    path = local(folder) if is_local(folder) else cache() / "folders" / manifest.digest
-    store = at(folder)
+    path = local_path(folder) if is_local(folder) else cache() / "folders" / manifest.digest
+    store = open_store(folder)
     wanted = [file for file in manifest.files if any(fnmatch(file.path, p) for p in patterns or ("*",))]
     for file in wanted:
         if is_local(folder):
             check_file(path / file.path, file)
-        elif not _intact(path / file.path, file):
-            bring(store, file, path / file.path)
+        elif not _is_intact(path / file.path, file):
+            copy_verified(store, file, path / file.path)
     return path
 
 
-def bring(store: Store, file: File, path: Path) -> None:
+def copy_verified(store: Store, file: ArtifactFile, path: Path) -> None:
     """Copy a file to a local path if it is what the manifest says."""
-    with replaced(path) as draft:
+    with atomic_write(path) as draft:
         with suppress(FileNotFoundError):  # `check_file` says what is missing
             store.fetch(file.path, draft)
-        check_file(draft, file, join(store.uri, file.path))
+        check_file(draft, file, join_uri(store.uri, file.path))
 
 
-def _intact(path: Path, file: File) -> bool:
+def _is_intact(path: Path, file: ArtifactFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size and sha256(path) == file.sha256
 
 
-def check_file(path: Path, file: File, name: str = "") -> None:
+def check_file(path: Path, file: ArtifactFile, name: str = "") -> None:
     """Refuse what is not as the manifest says; `name` is what to call it, if not by its path."""
     name = name or str(path)
     if not path.is_file():
@@ -149,41 +149,43 @@ def check_file(path: Path, file: File, name: str = "") -> None:
         )
 
 
-def finished(out: str | Path, kind: str, config: Config | None, inputs: dict[str, str]) -> Manifest | None:
+def find_finished(
+    out: str | Path, kind: str, config: Config | None, inputs: dict[str, str]
+) -> Manifest | None:
     """The manifest of `out` if it is already the result of this very stage; an error if it is another one."""
-    if _manifest(out) is None:
+    if _read_manifest_bytes(out) is None:
         return None
-    there = read(out, kind)
+    there = read_manifest(out, kind)
     if there.inputs != inputs:
         raise Refused(f"{out} was made from other inputs; choose another --out or remove it")
-    if change := _difference(kind, there.config, config):
+    if change := config_difference(kind, there.config, config):
         raise Refused(
             f"{out} was made with another configuration ({change}); choose another --out or remove it"
         )
     return there
 
 
-def _manifest(folder: str | Path) -> bytes | None:
+def _read_manifest_bytes(folder: str | Path) -> bytes | None:
     try:
-        return at(folder).read(MANIFEST)
+        return open_store(folder).read(MANIFEST)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
         raise
 
 
-def _difference(kind: str, old: Config | None, new: Config | None) -> str:
+def config_difference(kind: str, old: Config | None, new: Config | None) -> str:
     """`distill.steps: 100 -> 200`, for the first few fields that differ among those the kind depends on."""
     a, b = (_flat(c.model_dump(mode="json")) if c else {} for c in (old, new))
-    read = [
+    relevant = [
         key
         for key in sorted(a.keys() | b.keys())
-        if f"{key}.".startswith(tuple(f"{r}." for r in READS[kind]))
+        if f"{key}.".startswith(tuple(f"{r}." for r in RELEVANT_FIELDS[kind]))
     ]
     changes = [
         f"{key}: {a.get(key)} -> {b.get(key)}"
-        for key in read
-        if a.get(key) != b.get(key) and key not in LIMITS
+        for key in relevant
+        if a.get(key) != b.get(key) and key not in IGNORED_FIELDS
     ]
     return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
@@ -195,6 +197,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _first(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.errors import Refused, brief
-from dmd2.io.local import replaced
-from dmd2.io.store import TOGETHER, Entries, Entry
+from dmd2.io.local import atomic_write
+from dmd2.io.store import CONCURRENT_REQUESTS, ObjectInfo, ObjectInfos
 
-LARGE = 32 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Bytes from which an object is transferred in pieces."""
 
 
-class Bucket:
+class GcsStore:
     """A prefix of a Google Cloud Storage bucket."""
 
     def __init__(self, uri: str) -> None:
@@ -30,11 +30,11 @@ class Bucket:
         if not self.bucket:
             raise Refused(f"{uri} names no bucket; give gs://bucket/folder")
 
-    def list(self, prefix: str = "") -> Entries:
+    def list(self, prefix: str = "") -> ObjectInfos:
         with self._told(prefix):
             blobs = _client(os.getpid()).list_blobs(self.bucket, prefix=self.prefix + prefix, retry=_retry())
             return [
-                Entry(blob.name.removeprefix(self.prefix), blob.size, f"{blob.generation} {blob.crc32c}")
+                ObjectInfo(blob.name.removeprefix(self.prefix), blob.size, f"{blob.generation} {blob.crc32c}")
                 for blob in blobs
                 if not blob.name.endswith("/")  # consoles make these, in place of folders
             ]
@@ -46,20 +46,20 @@ class Bucket:
     def fetch(self, name: str, path: Path) -> None:
         from google.cloud.storage import transfer_manager
 
-        with self._told(name), replaced(path) as draft:
+        with self._told(name), atomic_write(path) as draft:
             blob = self._blob(name)
             blob.reload(retry=_retry())
-            if blob.size < LARGE:
+            if blob.size < CHUNK_BYTES:
                 blob.download_to_filename(str(draft), checksum="crc32c", retry=_retry())
             else:
                 transfer_manager.download_chunks_concurrently(
-                    blob, str(draft), LARGE, {"retry": _retry()}, worker_type="thread"
+                    blob, str(draft), CHUNK_BYTES, {"retry": _retry()}, worker_type="thread"
                 )
 
     def put(self, path: Path, name: str) -> None:
         with self._told(name):
             blob = self._blob(name)
-            blob.chunk_size = LARGE  # larger ones go up resumably, piece by piece
+            blob.chunk_size = CHUNK_BYTES  # larger ones go up resumably, piece by piece
             blob.upload_from_filename(str(path), checksum="crc32c", retry=_retry())
 
     def put_many(self, folder: Path, names: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ class Bucket:
             return int(blob.generation) if blob else 0
 
     def delete(self, names: Iterable[str]) -> None:
-        with ThreadPoolExecutor(TOGETHER) as pool:
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             list(pool.map(self._delete, names))
 
     def _delete(self, name: str) -> None:

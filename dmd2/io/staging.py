@@ -17,16 +17,16 @@ from typing import Any
 
 from dmd2.config import Config
 from dmd2.errors import Interrupted, Refused
-from dmd2.io.artifact import MANIFEST, File, Manifest, _difference, plain
-from dmd2.io.local import Local, locked, sha256, write
-from dmd2.io.storage import at, cache, is_local, local
-from dmd2.io.store import TOGETHER, Store
+from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest, check_file_name, config_difference
+from dmd2.io.local import LocalStore, file_lock, sha256, write_text
+from dmd2.io.storage import cache, is_local, local_path, open_store
+from dmd2.io.store import CONCURRENT_REQUESTS, Store
 
 CONTENTS = ".contents.json"
 """On a bucket: what a draft consists of. Written after its files, so that a draft is never taken up half-sent."""
-BEGUN, SECONDS = ".begun.json", ".seconds"
+STARTED_WITH, SECONDS = ".begun.json", ".seconds"
 """What an unfinished folder was begun with, and the time it has taken."""
-WORTH_KEEPING = ("checkpoints/[0-9]*", ".units/*", ".digests/*", ".tars/.units/*", ".tars/.digests/*")
+RESUMABLE_FILES = ("checkpoints/[0-9]*", ".units/*", ".digests/*", ".tars/.units/*", ".tars/.digests/*")
 """What an unfinished folder must hold to be continued."""
 
 
@@ -39,7 +39,7 @@ class Draft:
     store: Store
     """Where the files end up: the same folder, or a bucket."""
     facts: dict[str, Any] = field(default_factory=dict)
-    delivered: list[File] = field(default_factory=list)
+    delivered: list[ArtifactFile] = field(default_factory=list)
     """Files that the stage has brought to the store itself."""
     generation: int = 0
     """Of the contents on the bucket: when it changes, another process has taken the draft over."""
@@ -47,13 +47,13 @@ class Draft:
     """What the processes that work at it call this start of theirs."""
     apart: bool = False
     """Whether this is the folder of another machine than the main process's, which gives its files to the bucket itself."""
-    given: dict[str, File] = field(default_factory=dict)
+    given: dict[str, ArtifactFile] = field(default_factory=dict)
     """By name: what other machines have brought to the bucket."""
     _sent: dict[str, str] = field(default_factory=dict)
 
     @property
     def remote(self) -> bool:
-        return not isinstance(self.store, Local)
+        return not isinstance(self.store, LocalStore)
 
     def push(self) -> None:
         """Have on the bucket what is here, so that another machine can go on."""
@@ -78,7 +78,7 @@ class Draft:
         if not self.remote:
             return
         for name in json.loads(self.store.read(CONTENTS)) if self.generation else ():
-            self.store.fetch(name, self.path / plain(name))
+            self.store.fetch(name, self.path / check_file_name(name))
         self._sent = self._here()
         self._claim()
 
@@ -103,10 +103,10 @@ class Draft:
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
         there = json.loads(self.store.read(CONTENTS)) if self.generation else []
-        names = [plain(name) for name in there if name.startswith(folders)]
+        names = [check_file_name(name) for name in there if name.startswith(folders)]
         last = max((name.split("/")[1] for name in names), default="")
         wanted = [name for name in names if name.split("/")[1] == last]
-        with ThreadPoolExecutor(TOGETHER) as pool:
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             list(pool.map(lambda name: self.store.fetch(name, self.path / name), wanted))
 
     def complete(self, folder: str) -> None:
@@ -114,29 +114,29 @@ class Draft:
         if not self.remote:
             return
         names = json.loads(self.store.read(f"{folder}/{MANIFEST}"))["files"]
-        wanted = [f"{folder}/{plain(name)}" for name in (*names, MANIFEST)]
+        wanted = [f"{folder}/{check_file_name(name)}" for name in (*names, MANIFEST)]
         missing = [name for name in wanted if not (self.path / name).exists()]
-        with ThreadPoolExecutor(TOGETHER) as pool:
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             list(pool.map(lambda name: self.store.fetch(name, self.path / name), missing))
 
     def give(self, path: Path, folder: str, who: int) -> None:
         """Bring what is at `path` to the bucket as a part of `folder`, and tell the main process."""
 
-        def sent(name: str, size: int) -> File:
+        def sent(name: str, size: int) -> ArtifactFile:
             self.store.put(path / name, f"{folder}/{name}")
-            return File(path=f"{folder}/{name}", size=size, sha256=sha256(path / name))
+            return ArtifactFile(path=f"{folder}/{name}", size=size, sha256=sha256(path / name))
 
-        with ThreadPoolExecutor(TOGETHER) as pool:
-            files = list(pool.map(lambda entry: sent(entry.name, entry.size), Local(path).list()))
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+            files = list(pool.map(lambda entry: sent(entry.name, entry.size), LocalStore(path).list()))
         told = json.dumps([file.model_dump() for file in files])
         self.store.write(f"{self._parts(folder)}{who}.json", told.encode())
 
-    def receive(self, folder: str) -> list[File]:
+    def receive(self, folder: str) -> list[ArtifactFile]:
         """What all the others gave to it."""
         if not self.remote:
             return []
         told = [json.loads(self.store.read(entry.name)) for entry in self.store.list(self._parts(folder))]
-        files = [File.model_validate(file) for part in told for file in part]
+        files = [ArtifactFile.model_validate(file) for part in told for file in part]
         self.given |= {file.path: file for file in files}
         return files
 
@@ -148,12 +148,12 @@ class Draft:
         if self.remote:
             with suppress(OSError, Refused):
                 self._claim()
-                if {entry.name for entry in self.store.list()} <= {BEGUN, SECONDS, CONTENTS}:
-                    self.store.delete([BEGUN, SECONDS, CONTENTS])
+                if {entry.name for entry in self.store.list()} <= {STARTED_WITH, SECONDS, CONTENTS}:
+                    self.store.delete([STARTED_WITH, SECONDS, CONTENTS])
 
     def _here(self) -> dict[str, str]:
         """What belongs on the bucket, and in which state it is."""
-        return {e.name: e.version for e in Local(self.path).list() if not e.name.startswith(".tars/")}
+        return {e.name: e.version for e in LocalStore(self.path).list() if not e.name.startswith(".tars/")}
 
     def _claim(self) -> None:
         """Say on the bucket what the draft consists of; only the process that started last may."""
@@ -167,7 +167,7 @@ class Draft:
 
 
 @contextmanager
-def drafted(
+def draft_artifact(
     out: str | Path,
     kind: str,
     config: Config | None,
@@ -181,8 +181,8 @@ def drafted(
     A failure removes the hidden folder, unless it is `resumable` and holds something to continue from. A `part` is
     made beside others, in the same hidden folder, and leaves the manifest to whoever has the whole.
     """
-    with ready(out, kind, config, inputs, resumable=resumable, part=part) as draft:
-        clock = Clock(draft.store if resumable and not part else None)
+    with _lock_draft(out, kind, config, inputs, resumable=resumable, part=part) as draft:
+        clock = Stopwatch(draft.store if resumable and not part else None)
         try:
             yield draft
             if part:
@@ -191,19 +191,19 @@ def drafted(
                 kind=kind,
                 config=config,
                 inputs=inputs,
-                files=_files(draft),
+                files=_list_files(draft),
                 facts=draft.facts,
-                versions=versions(),
+                versions=package_versions(),
                 seconds=round(clock.read(), 2),
             )
             _publish(draft, out, manifest.model_dump_json(indent=1))
         except BaseException as error:
             if not part:
-                _put_away(draft, clock, resumable and _worth_keeping(draft, error))
+                _clean_up(draft, clock, resumable and _is_resumable(draft, error))
             raise
 
 
-def _put_away(draft: Draft, clock: Clock, keep: bool) -> None:
+def _clean_up(draft: Draft, clock: Stopwatch, keep: bool) -> None:
     """What is left after a failure: what can be continued, in the place where it is continued."""
     if keep:
         clock.stop()
@@ -213,23 +213,23 @@ def _put_away(draft: Draft, clock: Clock, keep: bool) -> None:
         shutil.rmtree(draft.path)
 
 
-def _worth_keeping(draft: Draft, error: BaseException) -> bool:
-    if any(any(draft.path.glob(pattern)) for pattern in WORTH_KEEPING):
+def _is_resumable(draft: Draft, error: BaseException) -> bool:
+    if any(any(draft.path.glob(pattern)) for pattern in RESUMABLE_FILES):
         return True
     if not draft.remote:
         return False
     if isinstance(error, OSError | Interrupted):  # something may still be on its way to the bucket
         return True
-    return any(fnmatch(entry.name, pattern) for entry in draft.store.list() for pattern in WORTH_KEEPING)
+    return any(fnmatch(entry.name, pattern) for entry in draft.store.list() for pattern in RESUMABLE_FILES)
 
 
-def joined(out: str | Path, kind: str) -> Draft:
+def join_draft(out: str | Path, kind: str) -> Draft:
     """The hidden folder that another process of the same run has begun, on this machine."""
-    return _draft(out, kind)
+    return _make_draft(out, kind)
 
 
 @contextmanager
-def ready(
+def _lock_draft(
     out: str | Path,
     kind: str,
     config: Config | None,
@@ -239,13 +239,13 @@ def ready(
     part: bool,
 ) -> Iterator[Draft]:
     """The hidden folder, locked, with what an earlier start of the same work has left in it."""
-    draft = _draft(out, kind)
+    draft = _make_draft(out, kind)
     try:
-        with locked(draft.path / ".lock", wait=False, shared=part):
+        with file_lock(draft.path / ".lock", wait=False, shared=part):
             if not part and (draft.remote or not resumable):
                 _clear(draft.path)  # the truth of a draft on a bucket is what reached the bucket
             if resumable:
-                _same_beginning(draft.store, kind, config, inputs)
+                _check_same_start(draft.store, kind, config, inputs)
             if resumable and not part:
                 draft.pull()
             yield draft
@@ -255,23 +255,23 @@ def ready(
         ) from None
 
 
-def _draft(out: str | Path, kind: str) -> Draft:
+def _make_draft(out: str | Path, kind: str) -> Draft:
     if not is_local(out):
-        store = at(out)
+        store = open_store(out)
         names = {entry.name for entry in store.list()}
-        if names and not names & {BEGUN, CONTENTS}:
+        if names and not names & {STARTED_WITH, CONTENTS}:
             raise Refused(
                 f"{out} holds other things, {min(names)!r} for one; choose another --out or remove them"
             )
         path = cache() / "drafts" / hashlib.sha256(str(out).encode()).hexdigest()[:32]
         return Draft(path, store, generation=store.generation(CONTENTS))
-    target = local(out).absolute()
+    target = local_path(out).absolute()
     if (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
         raise Refused(
             f"{target} exists and is not a finished {kind} folder; choose another --out or remove it"
         )
     path = target.with_name(f".{target.name}.partial")
-    return Draft(path, Local(path))
+    return Draft(path, LocalStore(path))
 
 
 def _publish(draft: Draft, out: str | Path, manifest: str) -> None:
@@ -292,14 +292,14 @@ def _publish(draft: Draft, out: str | Path, manifest: str) -> None:
         draft.store.delete(n for n in names if n.startswith(".") or n.split("/")[0] in ours)
         shutil.rmtree(draft.path)
         return
-    write(draft.path / MANIFEST, manifest)
-    target = local(out).absolute()
+    write_text(draft.path / MANIFEST, manifest)
+    target = local_path(out).absolute()
     draft.path.replace(target)
     for hidden in target.glob(".*"):
         shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink(missing_ok=True)
 
 
-class Clock:
+class Stopwatch:
     """Seconds spent, over several starts if it has a place to remember them."""
 
     def __init__(self, memory: Store | None) -> None:
@@ -318,16 +318,16 @@ class Clock:
                 self.memory.write(SECONDS, str(self.read()).encode())
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     return {name: version(name) for name in ("dmd2", "torch", "numpy", "pillow", "clean-fid", "webdataset")}
 
 
-def _files(draft: Draft) -> list[File]:
+def _list_files(draft: Draft) -> list[ArtifactFile]:
     """All files, but the hidden ones, and the manifest of one that was killed before it could publish."""
     files = {file.path: file for file in (*draft.delivered, *draft.given.values())}
-    for name, size, _ in Local(draft.path).list():
+    for name, size, _ in LocalStore(draft.path).list():
         if name not in (*files, MANIFEST) and not any(part.startswith(".") for part in name.split("/")):
-            files[name] = File(path=name, size=size, sha256=sha256(draft.path / name))
+            files[name] = ArtifactFile(path=name, size=size, sha256=sha256(draft.path / name))
     return [files[name] for name in sorted(files)]
 
 
@@ -340,14 +340,14 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _same_beginning(store: Store, kind: str, config: Config | None, inputs: dict[str, str]) -> None:
+def _check_same_start(store: Store, kind: str, config: Config | None, inputs: dict[str, str]) -> None:
     """Remember what an unfinished folder was begun with; refuse to go on with something else."""
     begun = {"config": config.model_dump(mode="json") if config else None, "inputs": inputs}
     try:
-        store.write(BEGUN, json.dumps(begun).encode(), generation=0)
+        store.write(STARTED_WITH, json.dumps(begun).encode(), generation=0)
         return
     except FileExistsError:
-        old = json.loads(store.read(BEGUN))
+        old = json.loads(store.read(STARTED_WITH))
     if old["inputs"] != inputs:
         raise Refused(f"the unfinished {store.uri} was begun with other inputs; remove it to start anew")
     try:
@@ -356,7 +356,7 @@ def _same_beginning(store: Store, kind: str, config: Config | None, inputs: dict
         raise Refused(
             f"the unfinished {store.uri} was begun by another version; remove it to start anew"
         ) from None
-    if change := _difference(kind, was, config):
+    if change := config_difference(kind, was, config):
         raise Refused(
             f"the unfinished {store.uri} was begun with another configuration ({change}); give the same one to continue, or remove it to start anew"
         )

@@ -12,14 +12,14 @@ import os
 from pathlib import Path
 
 from dmd2.errors import Refused
-from dmd2.io.gcs import Bucket
-from dmd2.io.local import Local
+from dmd2.io.gcs import GcsStore
+from dmd2.io.local import LocalStore
 from dmd2.io.store import Store
 
 
-def at(uri: str | Path) -> Store:
+def open_store(uri: str | Path) -> Store:
     """The store of a folder, which need not be there yet."""
-    return Local(local(uri)) if is_local(uri) else Bucket(str(uri))
+    return LocalStore(local_path(uri)) if is_local(uri) else GcsStore(str(uri))
 
 
 def is_local(uri: str | Path) -> bool:
@@ -29,14 +29,14 @@ def is_local(uri: str | Path) -> bool:
     return not separator or scheme == "file"
 
 
-def local(uri: str | Path) -> Path:
+def local_path(uri: str | Path) -> Path:
     """The local path that a URI names."""
     if not is_local(uri):
         raise Refused(f"{uri} is on a bucket; a local path is needed here")
     return Path(str(uri).removeprefix("file://")).expanduser()
 
 
-def join(uri: str | Path, name: str) -> str:
+def join_uri(uri: str | Path, name: str) -> str:
     return f"{str(uri).rstrip('/')}/{name}"
 
 
@@ -45,12 +45,12 @@ def cache() -> Path:
     return Path(os.environ.get("DMD2_CACHE", "~/.cache/dmd2")).expanduser()
 
 
-def fetched(uri: str | Path) -> Path:
+def fetch_file(uri: str | Path) -> Path:
     """A local path with the content of one file: the file itself, or a copy of this version of the object."""
     if is_local(uri):
-        return local(uri)
+        return local_path(uri)
     folder, _, name = str(uri).rpartition("/")
-    store = at(folder)
+    store = open_store(folder)
     version = f"{uri} {store.generation(name)}"
     path = cache() / "files" / hashlib.sha256(version.encode()).hexdigest() / name
     if not path.is_file():

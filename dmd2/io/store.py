@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-TOGETHER = 16
+CONCURRENT_REQUESTS = 16
 """Requests at a time, where many are made."""
 
 
-class Entry(NamedTuple):
+class ObjectInfo(NamedTuple):
     name: str
     size: int
     """Bytes."""
@@ -18,13 +18,13 @@ class Entry(NamedTuple):
     """Changes with the content."""
 
 
-Entries = list[Entry]
+ObjectInfos = list[ObjectInfo]
 
 
 class Store(Protocol):
     uri: str
 
-    def list(self, prefix: str = "") -> Entries:
+    def list(self, prefix: str = "") -> ObjectInfos:
         """Every file whose name starts so, sorted by name; none if there is nothing."""
 
     def read(self, name: str) -> bytes: ...

@@ -38,7 +38,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """To a device. The host does not wait for what the device still has to do before, as it would for a copy of memory that
     the system may move."""
     if device.type != "cuda" or tensor.device.type != "cpu":

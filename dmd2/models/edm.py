@@ -19,7 +19,7 @@ from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused
-from dmd2.io.tensors import load_tensors, save_tensors, sent
+from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.adm import Adm
 from dmd2.models.family import CondPair, Prompt
 from dmd2.models.heads import ConvHead
@@ -86,7 +86,7 @@ class Edm:
 
     def _x(self, image: Tensor, rng: Rng) -> Tensor:
         if self.config.vae_stride:
-            return latent(sent(image, rng.device), rng.normal(*self.shape))
+            return latent(to_device(image, rng.device), rng.normal(*self.shape))
         return image.float() / 127.5 - 1
 
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:

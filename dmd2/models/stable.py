@@ -42,7 +42,7 @@ from dmd2.encoders.pipeline_folder import find
 from dmd2.encoders.text import Texts
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused, near_miss
-from dmd2.io.tensors import load_tensors, save_tensors, sent
+from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.family import CondPair, Prompt
 from dmd2.models.heads import ConvHead
 from dmd2.parallel import ranks
@@ -188,7 +188,7 @@ class Stable(ABC):
                 f"the data holds arrays of shape {tuple(batch.image.shape[1:])}, the network works on latents of shape "
                 f"(2, {', '.join(map(str, self.shape))}); make them with the VAE of the teacher and this recipe's resolution"
             )
-        x = latent(sent(batch.image, rng.device), rng.normal(*self.shape))
+        x = latent(to_device(batch.image, rng.device), rng.normal(*self.shape))
         return Batch(x, *self.condition(batch.text), rng)
 
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:

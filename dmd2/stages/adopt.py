@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dmd2.config import Config, EdmConfig
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, finished, read
+from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.local import sha256
-from dmd2.io.staging import drafted
-from dmd2.io.storage import fetched, is_local, local
+from dmd2.io.staging import draft_artifact
+from dmd2.io.storage import fetch_file, is_local, local_path
 from dmd2.model import load_network, save_network
 from dmd2.stages.networks import network_of, parameters, same_shape, student_of
 from dmd2.stages.prompts import classes
@@ -36,13 +36,13 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     """
     from dmd2.models.convert import edm_pickle, student_weights
 
-    path = local(source) if is_local(source) else fetched(source)
+    path = local_path(source) if is_local(source) else fetch_file(source)
     if not path.exists():
         raise Refused(f"{source} does not exist; give weights, or a training folder")
-    inputs = {"source": _content(path), "teacher": read(teacher, "teacher").digest}
-    if done := finished(out, "run", config, inputs):
+    inputs = {"source": _content(path), "teacher": read_manifest(teacher, "teacher").digest}
+    if done := find_finished(out, "run", config, inputs):
         return done
-    model = network_of(teacher, read(teacher, "teacher"))
+    model = network_of(teacher, read_manifest(teacher, "teacher"))
     same_shape(model.config, config)
     if isinstance(config.family, EdmConfig):
         network, weights = edm_pickle.edm_student(path)
@@ -52,11 +52,11 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
         plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
         weights = {f"unet.{name}": w for name, w in student_weights.unet_weights(path, plain).items()}
         prompts = list(PROMPTS)
-    with drafted(out, "run", config, inputs) as draft:
+    with draft_artifact(out, "run", config, inputs) as draft:
         save_network(draft.path, student_of(model, config), weights)
         load_network(draft.path)
         draft.facts |= {"parameters": parameters(model.network), "adopted": source, "prompts": prompts}
-    return read(out, "run")
+    return read_manifest(out, "run")
 
 
 def _content(path: Path) -> str:

@@ -14,7 +14,7 @@ from dmd2.data.shards import TRAIN
 from dmd2.data.stream import RawBatch, Shards
 from dmd2.encoders.pipeline_folder import find
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, finished, opened, read
+from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.staging import Draft
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, save_network
@@ -47,15 +47,15 @@ def distill(
     """
     world, settings = ranks.init_distributed(), config.distill
     with world.main_process_first():
-        samples = read(data, "pairs") if settings.regression else samples_of(config, data)
-        original = read(teacher, "teacher")
+        samples = read_manifest(data, "pairs") if settings.regression else samples_of(config, data)
+        original = read_manifest(teacher, "teacher")
         inputs = digests(samples) | {"teacher": original.digest} | digest_of(prompts)
-        inputs |= {"start": read(start, "run").digest} if start else {}
-        if done := finished(out, "run", config, inputs):
+        inputs |= {"start": read_manifest(start, "run").digest} if start else {}
+        if done := find_finished(out, "run", config, inputs):
             return done
         model = network_of(teacher, original, weights=world.is_main)
         same_shape(model.config, config)
-        _same_vae(opened(teacher, original, "vae/*"), samples, data)
+        _same_vae(open_artifact(teacher, original, "vae/*"), samples, data)
         world.local_rows(settings.batch)
     with draft_for_all_ranks(world, out, "run", config, inputs) as draft:
         shown = _drawn(model.family, prompts, world.device) if prompts else None
@@ -73,7 +73,7 @@ def distill(
             config.engine.hang_timeout_s,
         )
         student = replace(student_of(model, config), network=trainer.student.module)
-        looked = replace(student, family=_decoding(config, model, opened(teacher, original)))
+        looked = replace(student, family=_decoding(config, model, open_artifact(teacher, original)))
         draft.facts["prompts"] = pictured(config.family, Shards(data, TRAIN, samples.kind), prompts)
 
         def preview(step: int) -> None:
@@ -93,7 +93,7 @@ def distill(
         if world.is_main:
             _save_student(draft, config, student, result, teacher, original)
             draft.facts |= size_facts(trainer.student.module, settings.steps, settings.batch)
-    return read(out, "run")
+    return read_manifest(out, "run")
 
 
 def _score(
@@ -145,7 +145,7 @@ def _save_student(
         (draft.path / "lora").mkdir(exist_ok=True)
         update = draft.path / "lora" / "pytorch_lora_weights.safetensors"
         save_tensors(exported(result, config.distill.lora), update)
-        result = merged(student.family.weights(opened(teacher, original)), result, config.distill.lora)
+        result = merged(student.family.weights(open_artifact(teacher, original)), result, config.distill.lora)
     save_network(draft.path, student, result)
 
 
@@ -159,13 +159,13 @@ def _start(run: str, weights: bool) -> build.Start | None:
     """Student and, if that run had one, critic; a head starts anew."""
     if not run or not weights:
         return build.Start({}) if run else None
-    made = read(run, "run")
+    made = read_manifest(run, "run")
     student = network_of(run, made).network.state_dict()
     saved = sorted({f.path.rpartition("/")[0] for f in made.files if f.path.startswith("checkpoints/")})
     if not saved or not made.config or made.config.distill.lora:
         return build.Start(student)
     beside = f"checkpoints/{made.facts['best_step']:08d}" if "best_step" in made.facts else saved[-1]
-    critic = checkpoint.load_object(opened(run, made, f"{beside}/*") / beside, "critic")
+    critic = checkpoint.load_object(open_artifact(run, made, f"{beside}/*") / beside, "critic")
     network = {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
     return build.Start(student, network or None)
 

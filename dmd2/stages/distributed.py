@@ -13,7 +13,7 @@ from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import RawBatch, Shards, Stream
-from dmd2.io.staging import Draft, drafted, joined
+from dmd2.io.staging import Draft, draft_artifact, join_draft
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng
 from dmd2.stages.networks import parameters
@@ -25,7 +25,7 @@ def draft_for_all_ranks(
 ) -> Iterator[Draft]:
     """A folder that all processes work at: the main one begins it, and gives it its name when all are done."""
     if not world.is_main:
-        meeting, draft = world.broadcast_int(), joined(out, kind)
+        meeting, draft = world.broadcast_int(), join_draft(out, kind)
         draft.answer(meeting)
         if draft.apart and world.local_rank == 0:
             draft.take("checkpoints/")
@@ -35,7 +35,7 @@ def draft_for_all_ranks(
         world.barrier()
         world.shutdown()
         return
-    with drafted(out, kind, config, inputs, resumable=True) as draft:
+    with draft_artifact(out, kind, config, inputs, resumable=True) as draft:
         draft.call(meeting := secrets.randbits(62))
         world.broadcast_int(meeting)
         world.barrier()

@@ -10,8 +10,8 @@ from dmd2.data import latents
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
 from dmd2.encoders.pipeline_folder import find
-from dmd2.io.artifact import Manifest, finished, read
-from dmd2.io.staging import drafted
+from dmd2.io.artifact import Manifest, find_finished, read_manifest
+from dmd2.io.staging import draft_artifact
 
 
 def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
@@ -26,14 +26,14 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
         out: Folder to make, local or gs://.
     """
     networks = find(vae, config.encode.text)
-    inputs = {"shards": read(data, "shards").digest, "vae": networks.digest}
-    if done := finished(out, "latents", config, inputs):
+    inputs = {"shards": read_manifest(data, "shards").digest, "vae": networks.digest}
+    if done := find_finished(out, "latents", config, inputs):
         return done
     state, shards = latents.processes(), Shards(data, TRAIN, cache_gb=config.loader.cache_gb)
     encoder = latents.Encoder.load(shards, config, networks, state.device)
     if state.is_main_process:
         print(encoder.cost(), file=sys.stderr, flush=True)
-    draft_of = partial(drafted, out, "latents", config, inputs, resumable=True)
+    draft_of = partial(draft_artifact, out, "latents", config, inputs, resumable=True)
     if state.num_processes > 1:
         with draft_of(part=True) as draft:
             latents.write_latents(encoder, draft, (state.process_index, state.num_processes))
@@ -47,7 +47,7 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
             alone.copy(draft.path)
             draft.facts["vae"] = alone.digest
     state.wait_for_everyone()
-    return read(out, "latents")
+    return read_manifest(out, "latents")
 
 
 def what_it_learns_from(config: Config, data: str, teacher: str, out: str) -> str:

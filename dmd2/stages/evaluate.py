@@ -10,9 +10,9 @@ from dmd2.config import Config, EvaluateConfig
 from dmd2.data.shards import HOLDOUT, TRAIN
 from dmd2.data.stream import Shards
 from dmd2.errors import Refused
-from dmd2.image_grid import grid
-from dmd2.io.artifact import Manifest, finished, read
-from dmd2.io.staging import drafted
+from dmd2.image_grid import image_grid
+from dmd2.io.artifact import Manifest, find_finished, read_manifest
+from dmd2.io.staging import draft_artifact
 from dmd2.model import Model
 from dmd2.models.family import Prompt
 from dmd2.parallel import ranks
@@ -34,14 +34,14 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
     """
     from dmd2.evaluation.features import by_name, distance  # slow to import, only needed here
 
-    original, made = read(teacher, "teacher"), read(run, "run")
-    inputs = {"shards": read(data, "shards").digest, "teacher": original.digest, "run": made.digest}
+    original, made = read_manifest(teacher, "teacher"), read_manifest(run, "run")
+    inputs = {"shards": read_manifest(data, "shards").digest, "teacher": original.digest, "run": made.digest}
     for name, given in (("shards", data), ("teacher", teacher)):
         if made.inputs.get(name, inputs[name]) != inputs[name]:
             raise Refused(
                 f"{run} was not made with the {name} in {given}; evaluate it with the {name} it was made with"
             )
-    if done := finished(out, "evaluation", config, inputs):
+    if done := find_finished(out, "evaluation", config, inputs):
         return done
     device, settings = ranks.device(), config.evaluate
     student = on(device, network_of(run, made))
@@ -52,7 +52,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
             f"{data} holds out {len(holdout.image)} image; FID needs at least 2, better thousands: shard again"
         )
     prompts = balanced(config.family, holdout, settings.images)
-    with drafted(out, "evaluation", config, inputs) as draft:
+    with draft_artifact(out, "evaluation", config, inputs) as draft:
         features = by_name(config, data, holdout, device)
         real = features(holdout.image)
         samplers = _samplers(student, guide, settings)
@@ -83,8 +83,8 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         shown = pictured(config.family, Shards(data, HOLDOUT))
         for name, (_, _, sampler) in samplers.items():
             save_png(picture_of(config.family, sampler, shown, settings.seed), draft.path / f"{name}.png")
-        save_png(grid(holdout.image[: len(shown)], columns(config.family)), draft.path / "real.png")
-    return read(out, "evaluation")
+        save_png(image_grid(holdout.image[: len(shown)], columns(config.family)), draft.path / "real.png")
+    return read_manifest(out, "evaluation")
 
 
 def _samplers(student: Model, guide: Model, settings: EvaluateConfig) -> dict[str, tuple[str, int, Sampler]]:

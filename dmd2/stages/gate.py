@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dmd2.config import Config
-from dmd2.io.artifact import Manifest, finished, read
-from dmd2.io.staging import drafted
+from dmd2.io.artifact import Manifest, find_finished, read_manifest
+from dmd2.io.staging import draft_artifact
 
 
 def gate(config: Config, evaluation: str, out: str) -> Manifest:
@@ -14,9 +14,9 @@ def gate(config: Config, evaluation: str, out: str) -> Manifest:
         evaluation: Folder of the evaluation.
         out: Folder to make.
     """
-    judged = read(evaluation, "evaluation")
+    judged = read_manifest(evaluation, "evaluation")
     inputs = {"evaluation": judged.digest}
-    if done := finished(out, "gate", config, inputs):
+    if done := find_finished(out, "gate", config, inputs):
         return done
     student, teacher, factor = judged.facts["fid_student"], judged.facts["fid_teacher"], config.gate.factor
     accepted = student <= factor * teacher
@@ -24,6 +24,6 @@ def gate(config: Config, evaluation: str, out: str) -> Manifest:
         f"FID of the student {student:.2f} is {'at most' if accepted else 'more than'} {factor:g} x the teacher's "
         f"{teacher:.2f} = {factor * teacher:.2f}"
     )
-    with drafted(out, "gate", config, inputs) as draft:
+    with draft_artifact(out, "gate", config, inputs) as draft:
         draft.facts |= {"decision": "accepted" if accepted else "rejected", "reason": reason}
-    return read(out, "gate")
+    return read_manifest(out, "gate")

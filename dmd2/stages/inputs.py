@@ -9,12 +9,12 @@ from dmd2.config import Config
 from dmd2.data.prompts import read_prompts
 from dmd2.data.stream import Shards
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, read
+from dmd2.io.artifact import Manifest, read_manifest
 
 
 def samples_of(config: Config, data: str) -> Manifest:
     """Of what the network is trained on: shards of images, or of latents."""
-    return read(data, "latents" if config.family.vae_stride else "shards")
+    return read_manifest(data, "latents" if config.family.vae_stride else "shards")
 
 
 def digests(samples: Manifest) -> dict[str, str]:

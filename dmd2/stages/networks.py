@@ -10,13 +10,13 @@ from torch import nn
 
 from dmd2.config import Config, FamilyConfig
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, opened
+from dmd2.io.artifact import Manifest, open_artifact
 from dmd2.model import Model, load_network
 
 
 def network_of(folder: str, manifest: Manifest, weights: bool = True) -> Model:
     parts = ("vae", "unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    path = opened(folder, manifest, "network.*", "model_index.json", *(f"{p}/*" for p in parts))
+    path = open_artifact(folder, manifest, "network.*", "model_index.json", *(f"{p}/*" for p in parts))
     return load_network(path, weights)
 
 

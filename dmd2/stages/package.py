@@ -7,9 +7,9 @@ import shutil
 import torch
 
 from dmd2.errors import Refused
-from dmd2.image_grid import grid
-from dmd2.io.artifact import Manifest, finished, opened, read
-from dmd2.io.staging import drafted
+from dmd2.image_grid import image_grid
+from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
+from dmd2.io.staging import draft_artifact
 from dmd2.model import load_network, save_network
 from dmd2.model_card import model_card
 from dmd2.stages.networks import network_of
@@ -26,7 +26,11 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         gate: Folder of the gate that accepted it.
         out: Folder to make.
     """
-    made, judged, decided = read(run, "run"), read(evaluation, "evaluation"), read(gate, "gate")
+    made, judged, decided = (
+        read_manifest(run, "run"),
+        read_manifest(evaluation, "evaluation"),
+        read_manifest(gate, "gate"),
+    )
     if judged.inputs["run"] != made.digest or decided.inputs["evaluation"] != judged.digest:
         raise Refused(
             f"{evaluation} and {gate} do not judge the run in {run}; evaluate that run and pass it through the gate"
@@ -34,17 +38,17 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
     if decided.facts["decision"] != "accepted":
         raise Refused(f"{gate} rejected this run ({decided.facts['reason']}); nothing is packaged")
     inputs = {"run": made.digest, "evaluation": judged.digest, "gate": decided.digest}
-    if done := finished(out, "package", made.config, inputs):
+    if done := find_finished(out, "package", made.config, inputs):
         return done
     model = network_of(run, made)
-    with drafted(out, "package", made.config, inputs) as draft:
+    with draft_artifact(out, "package", made.config, inputs) as draft:
         save_network(draft.path, model, model.network.state_dict())
         if made.config and made.config.distill.lora and not made.facts.get("adopted"):
-            shutil.copytree(opened(run, made, "lora/*") / "lora", draft.path / "lora")
+            shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
         (draft.path / "README.md").write_text(model_card(made, judged, decided))
         prompts = made.facts["prompts"]
         images = model.sample(prompts, seed=0)
-        save_png(grid(images, columns(model.config)), draft.path / "samples.png")
+        save_png(image_grid(images, columns(model.config)), draft.path / "samples.png")
         if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
             raise Refused(
                 "the package, loaded again, does not sample what the run samples; it was not published"
@@ -53,4 +57,4 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
             "recipe": made.config.recipe if made.config else "",
             "fid_student": judged.facts["fid_student"],
         }
-    return read(out, "package")
+    return read_manifest(out, "package")

@@ -12,8 +12,8 @@ from dmd2.data.pairs import write_pairs
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
-from dmd2.io.artifact import Manifest, finished, read
-from dmd2.io.staging import drafted
+from dmd2.io.artifact import Manifest, find_finished, read_manifest
+from dmd2.io.staging import draft_artifact
 from dmd2.parallel import ranks
 from dmd2.stages.inputs import captions, digest_of, digests
 from dmd2.stages.networks import network_of, on
@@ -28,9 +28,9 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
         out: Folder to make. Killed, the same command continues.
         prompts: File of prompts to sample instead.
     """
-    described, original = read(data, "shards", "latents"), read(teacher, "teacher")
+    described, original = read_manifest(data, "shards", "latents"), read_manifest(teacher, "teacher")
     inputs = digests(described) | {"teacher": original.digest} | digest_of(prompts)
-    if done := finished(out, "pairs", config, inputs):
+    if done := find_finished(out, "pairs", config, inputs):
         return done
     model, settings = on(ranks.device(), network_of(teacher, original)), config.pairs
     texts = (
@@ -40,8 +40,8 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
     def answer(part: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         return model.pairs(part, seed, settings.steps, settings.guidance)
 
-    with drafted(out, "pairs", config, inputs, resumable=True) as draft:
+    with draft_artifact(out, "pairs", config, inputs, resumable=True) as draft:
         receipts = write_pairs(config, texts, answer, draft)
         draft.facts |= {"classes": [""], "images": settings.count, "guidance": settings.guidance}
         draft.facts["shards"] = latents.deliver(receipts, draft)
-    return read(out, "pairs")
+    return read_manifest(out, "pairs")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from dmd2.config import FamilyConfig
-from dmd2.image_grid import grid
-from dmd2.io.local import replaced
+from dmd2.image_grid import image_grid
+from dmd2.io.local import atomic_write
 from dmd2.models.family import Prompt
 from dmd2.stages.prompts import columns
 
@@ -19,9 +19,9 @@ Sampler = Callable[[Sequence[Prompt], int], torch.Tensor]
 
 
 def picture_of(family: FamilyConfig, sampler: Sampler, prompts: Sequence[Prompt], seed: int) -> Image.Image:
-    return grid(sampler(prompts, seed), columns(family))
+    return image_grid(sampler(prompts, seed), columns(family))
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    with replaced(path) as draft:
+    with atomic_write(path) as draft:
         picture.save(draft, format="PNG")

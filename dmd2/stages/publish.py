@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, Manifest, opened, read
-from dmd2.io.staging import drafted
-from dmd2.io.storage import at
+from dmd2.io.artifact import MANIFEST, Manifest, open_artifact, read_manifest
+from dmd2.io.staging import draft_artifact
+from dmd2.io.storage import open_store
 
 
 def publish(package: str, out: str) -> Manifest:
@@ -17,18 +17,18 @@ def publish(package: str, out: str) -> Manifest:
         package: Folder of the package.
         out: Folder to make, local or gs://.
     """
-    made = read(package, "package")
-    if at(out).generation(MANIFEST):
-        there = read(out, "package")
+    made = read_manifest(package, "package")
+    if open_store(out).generation(MANIFEST):
+        there = read_manifest(out, "package")
         if there.digest != made.digest:
             raise Refused(
                 f"{out} holds another package ({there.digest[:16]}, not {made.digest[:16]}); choose another --out"
             )
         return there
-    with drafted(out, "package", made.config, made.inputs) as draft:
-        whole = opened(package, made)
+    with draft_artifact(out, "package", made.config, made.inputs) as draft:
+        whole = open_artifact(package, made)
         for file in made.files:
             (draft.path / file.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(whole / file.path, draft.path / file.path)
         draft.facts |= made.facts
-    return read(out, "package")
+    return read_manifest(out, "package")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dmd2 import report as reports
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, opened, read
+from dmd2.io.artifact import Manifest, open_artifact, read_manifest
 from dmd2.stages.output_file import delivered
 
 
@@ -21,12 +21,12 @@ def report(data: str, teacher: str, run: str, evaluation: str, gate: str, out: s
         package: Folder of the package, if there is one.
     """
     kinds = {"shards": data, "teacher": teacher, "run": run, "evaluation": evaluation, "gate": gate}
-    manifests = {kind: read(folder, kind) for kind, folder in kinds.items()}
+    manifests = {kind: read_manifest(folder, kind) for kind, folder in kinds.items()}
     _belong_together(kinds, manifests)
     if package:
-        manifests["package"] = read(package, "package")
-    curves = opened(run, manifests["run"], "metrics.jsonl", "previews/*")
-    pictures = opened(evaluation, manifests["evaluation"])
+        manifests["package"] = read_manifest(package, "package")
+    curves = open_artifact(run, manifests["run"], "metrics.jsonl", "previews/*")
+    pictures = open_artifact(evaluation, manifests["evaluation"])
     with delivered(out) as path:
         reports.write_report(path, manifests, curves, pictures)
     return out

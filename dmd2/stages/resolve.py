@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dmd2.config import Config, EdmConfig
 from dmd2.encoders.pipeline_folder import find
-from dmd2.io.artifact import MANIFEST, Manifest, finished, read
+from dmd2.io.artifact import MANIFEST, Manifest, find_finished, read_manifest
 from dmd2.io.local import sha256
-from dmd2.io.staging import drafted
-from dmd2.io.storage import at, fetched, local
+from dmd2.io.staging import draft_artifact
+from dmd2.io.storage import fetch_file, local_path, open_store
 from dmd2.model import load_network, write_network_json
 from dmd2.stages.networks import parameters, same_shape
 from dmd2.stages.teach import teach
@@ -30,9 +30,9 @@ def resolve(config: Config, source: str, out: str, base: str = "", vae: str = ""
     """
     with tempfile.TemporaryDirectory() as scratch:
         bring, inputs = _found(config, source, base, vae, Path(scratch))
-        if done := finished(out, "teacher", config, inputs):
+        if done := find_finished(out, "teacher", config, inputs):
             return done
-        with drafted(out, "teacher", config, inputs) as draft:
+        with draft_artifact(out, "teacher", config, inputs) as draft:
             bring(draft.path)
             write_network_json(draft.path, config.family, ())
             teacher = load_network(draft.path)
@@ -40,7 +40,7 @@ def resolve(config: Config, source: str, out: str, base: str = "", vae: str = ""
                 "parameters": parameters(teacher.network),
                 "source": source,
             } | teacher.family.facts
-    return read(out, "teacher")
+    return read_manifest(out, "teacher")
 
 
 def a_teacher(config: Config, given: str, data: str, out: str) -> str:
@@ -48,7 +48,7 @@ def a_teacher(config: Config, given: str, data: str, out: str) -> str:
     given, a small one trained on the shards."""
     if not given:
         teach(config, data, out)
-    elif at(given).generation(MANIFEST) and read(given, "teacher"):
+    elif open_store(given).generation(MANIFEST) and read_manifest(given, "teacher"):
         return given
     else:
         resolve(config, given, out)
@@ -62,13 +62,13 @@ def _found(
     from dmd2.models.convert import edm_pickle, single_file
 
     if isinstance(config.family, EdmConfig):
-        path = fetched(source)
+        path = fetch_file(source)
         network, weights = edm_pickle.edm_pickle(path)
         if network != config.family.network:
             same_shape(config.family.model_copy(update={"network": network}), config)
         return lambda folder: build.family(config.family).save(weights, folder, ()), {"source": sha256(path)}
     if source.endswith((".safetensors", ".ckpt")):
-        single_file.single_file(fetched(source), local(base) if base else None, scratch / "pipeline")
+        single_file.single_file(fetch_file(source), local_path(base) if base else None, scratch / "pipeline")
         source = str(scratch / "pipeline")
     networks = find(source, text=True, whole=True)
     other = find(vae, text=False) if vae else None

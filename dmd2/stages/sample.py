@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from dmd2.config import EdmConfig, FamilyConfig
 from dmd2.errors import Refused
-from dmd2.image_grid import grid
-from dmd2.io.artifact import Manifest, read
+from dmd2.image_grid import image_grid
+from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.model import Model
 from dmd2.models.family import Prompt
 from dmd2.parallel import ranks
@@ -43,7 +43,7 @@ def sample(
         raise Refused(f"count is {count}; draw at least one image")
     if steps < 0:
         raise Refused(f"steps is {steps}; give a positive number, or 0 for the usual one")
-    manifest = read(package, "package", "run", "teacher")
+    manifest = read_manifest(package, "package", "run", "teacher")
     model = on(ranks.device(), network_of(package, manifest))
     shown: list[Prompt] = [*prompts, *labels] or _any(model.config, manifest)
     wanted = list(itertools.islice(itertools.cycle(shown), count))
@@ -54,7 +54,7 @@ def sample(
             raise Refused(f"guidance is {guidance}; it is distilled into a student, so leave it out")
         images = replace(model, timesteps=_timesteps(model, steps)).sample(wanted, seed)
     with delivered(out) as path:
-        save_png(grid(images, min(len(shown), 10)), path)
+        save_png(image_grid(images, min(len(shown), 10)), path)
     return out
 
 

@@ -9,8 +9,8 @@ from dmd2.config import Config
 from dmd2.data.shards import deliver, told, write_shards
 from dmd2.data.sources import open_source
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, finished, read
-from dmd2.io.staging import drafted
+from dmd2.io.artifact import Manifest, find_finished, read_manifest
+from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import is_local
 
 
@@ -29,20 +29,20 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
     """
     images, share = open_source(source), _part(part)
     inputs = {"source": images.fingerprint}
-    if done := finished(out, "shards", config, inputs):
+    if done := find_finished(out, "shards", config, inputs):
         return done
     if part and config.data.format == "lmdb" and not is_local(out):
         raise Refused(
             "a table on a bucket is made by one machine; leave out --part, or set --data.format tar"
         )
     workers = workers or os.cpu_count() or 1
-    with drafted(out, "shards", config, inputs, resumable=True, part=bool(part)) as draft:
+    with draft_artifact(out, "shards", config, inputs, resumable=True, part=bool(part)) as draft:
         receipts = write_shards(images, config, draft, workers, share)
         if part:
             return _unpublished("shards", config, inputs, {"part": part, "units": len(receipts)})
         draft.facts |= {"source": source, "classes": images.classes} | told(receipts, len(images.classes))
         draft.facts["shards"] = deliver(receipts, config, draft)
-    return read(out, "shards")
+    return read_manifest(out, "shards")
 
 
 def _part(text: str) -> tuple[int, int]:

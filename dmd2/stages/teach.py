@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dmd2.config import Config, EdmConfig
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, finished, opened, read
+from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.model import Model, save_network
 from dmd2.parallel import ranks, sharding
 from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, size_facts
@@ -23,7 +23,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
     """
     samples = samples_of(config, data)
     inputs = digests(samples)
-    if done := finished(out, "teacher", config, inputs):
+    if done := find_finished(out, "teacher", config, inputs):
         return done
     if not isinstance(config.family, EdmConfig):
         raise Refused(
@@ -42,7 +42,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
             config.engine.hang_timeout_s,
         )
         family = build.family(
-            config.family, opened(data, samples, "vae/*") if config.family.vae_stride else None
+            config.family, open_artifact(data, samples, "vae/*") if config.family.vae_stride else None
         )
         batches = batch_reader(config, data, settings.batch, world, samples.kind, family.read)
         train("teach", trainer, batches, pace, draft, lambda step: None, world)
@@ -50,4 +50,4 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         if world.is_main:
             save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
             draft.facts |= size_facts(trainer.teacher.module, settings.steps, settings.batch)
-    return read(out, "teacher")
+    return read_manifest(out, "teacher")

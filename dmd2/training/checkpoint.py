@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST
-from dmd2.io.local import flush, sha256, write
+from dmd2.io.local import fsync, sha256, write_text
 from dmd2.io.staging import Draft
 from dmd2.parallel.ranks import World
 
@@ -110,11 +110,11 @@ class Checkpoints:
     def _publish(self, draft: Path, step: int) -> None:
         here = sorted(draft.glob("*.safetensors"))
         for path in here:
-            flush(path)
+            fsync(path)
         files = {path.name: digest for path, digest in zip(here, _digests(here), strict=True)}
         given = self.place.receive(self._name(step)) if self.place else []
         files |= {Path(file.path).name: file.sha256 for file in given}
-        write(draft / MANIFEST, json.dumps({"step": step, "processes": self.world.size, "files": files}))
+        write_text(draft / MANIFEST, json.dumps({"step": step, "processes": self.world.size, "files": files}))
         target = self.root / f"{step:08d}"
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)

@@ -12,7 +12,7 @@ import torch
 from accelerate.tracking import TensorBoardTracker
 
 from dmd2.errors import Diverged
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.parallel.ranks import World
 from dmd2.progress import Progress
 from dmd2.training import checkpoint
@@ -174,4 +174,4 @@ def truncate_after(path: Path, first: int) -> None:
     """Drop the lines of steps that will be played again."""
     if path.is_file():
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first]
-        write(path, "".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))

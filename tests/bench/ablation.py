@@ -27,7 +27,7 @@ from dmd2.config import Config
 from dmd2.data.shards import HOLDOUT
 from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.model import load_network
 from dmd2.stages.evaluate import sampled
 from dmd2.stages.prompts import balanced
@@ -53,7 +53,7 @@ def main() -> None:
         list(pool.map(lambda job: distill(*job), jobs))
     first = stages.evaluate(base, shards, teacher, str(_run(*jobs[0])), str(ROOT / "evaluation"))
     rows = score(base, shards, jobs)
-    write(ROOT.parent / "ablation.json", json.dumps(rows, indent=1) + "\n")
+    write_text(ROOT.parent / "ablation.json", json.dumps(rows, indent=1) + "\n")
     show(rows, first.facts)
 
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.models.stable import Stable, published
 from dmd2.parallel import sharding
 from dmd2.parallel.ranks import World
@@ -219,7 +219,7 @@ def main(ranks: tuple[int, ...] = (8, 64), recipe: str = "sdxl-4step") -> None:
     Console(width=150).print(table)
     print(figures)
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    write(OUT, json.dumps(before | figures, indent=1) + "\n")
+    write_text(OUT, json.dumps(before | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from dmd2.data.decode import prepare
 from dmd2.data.sources import open_source
 from dmd2.data.stream import Shards, Stream
 from dmd2.io import artifact, staging
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from tests.emoji import source as emoji
 
 ROOT = Path("runs/bench/data")
@@ -183,7 +183,7 @@ def main() -> None:
         "order_start_mb_1e9": start["peak_mb"],
         "sharding": sharding,
     }
-    write(ROOT.parent / "data.json", json.dumps(figures, indent=1) + "\n")
+    write_text(ROOT.parent / "data.json", json.dumps(figures, indent=1) + "\n")
     show(figures)
 
 
@@ -245,12 +245,12 @@ def billion() -> Path:
         kind="shards",
         config=settings(),
         inputs={},
-        files=[artifact.File(path=name, size=1, sha256="0" * 64) for name in names],
+        files=[artifact.ArtifactFile(path=name, size=1, sha256="0" * 64) for name in names],
         facts={"shards": [{"file": name, "split": "train", "images": images} for name in names]},
-        versions=staging.versions(),
+        versions=staging.package_versions(),
         seconds=0,
     )
-    write(target / artifact.MANIFEST, manifest.model_dump_json())
+    write_text(target / artifact.MANIFEST, manifest.model_dump_json())
     return target
 
 

@@ -38,7 +38,7 @@ from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import AdmConfig, Config
 from dmd2.denoiser import Denoiser
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.models.family import CondPair, ModelFamily
 from dmd2.parallel import ranks
 from dmd2.parallel.ranks import World
@@ -201,7 +201,7 @@ def main(quick: bool = False, only: tuple[str, ...] = tuple(NETS), rounds: int =
         show(name, rows)
         found = json.loads(path.read_text()) if path.is_file() else {}
         found["nets"] = found.get("nets", {}) | {name: rows}
-        write(path, json.dumps(found, indent=1) + "\n")
+        write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:

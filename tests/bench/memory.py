@@ -20,7 +20,7 @@ import tyro
 from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, LoraConfig
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.models.stable import UNET, Stable, published
 from dmd2.parallel import ranks
 from dmd2.training import build
@@ -58,7 +58,7 @@ def main(small: bool = False) -> None:
         "before_gb": round(empty, 2),
     }
     if not small:
-        write(Path("runs/bench/memory.json"), json.dumps(figures, indent=1) + "\n")
+        write_text(Path("runs/bench/memory.json"), json.dumps(figures, indent=1) + "\n")
     print(figures)
     if figures["peak_gb"] > LIMIT_GB:
         raise SystemExit(f"the step took {figures['peak_gb']} GB, more than {LIMIT_GB}")

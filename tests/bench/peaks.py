@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dmd2 import recipes
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.models.stable import published
 from dmd2.plan import counts, prediction
 from dmd2.training import build
@@ -45,7 +45,7 @@ def main() -> None:
                 table.add_row(*row, f"{choice.gb:.1f}", "yes" if choice.fits else "no")
     Console(width=130).print(table)
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    write(OUT, json.dumps(before | {"peak_memory_gb": figures}, indent=1) + "\n")
+    write_text(OUT, json.dumps(before | {"peak_memory_gb": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import tyro
 from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.parallel import ranks
 from dmd2.plan import counts, hardware, prediction
 from dmd2.training import build
@@ -64,7 +64,7 @@ def main(
         "ratio": round(total / measured, 3),
         "parts_gb": {name: round(size, 3) for name, size in parts.items()},
     }
-    write(Path("runs/bench/plan.json"), json.dumps(figures, indent=1) + "\n")
+    write_text(Path("runs/bench/plan.json"), json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     if abs(total / measured - 1) > LIMIT:
         raise SystemExit(f"the prediction is {total / measured:.2f} times what was measured")

@@ -29,7 +29,7 @@ from dmd2.config import Config
 from dmd2.data.shards import HOLDOUT
 from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
-from dmd2.io.local import write
+from dmd2.io.local import write_text
 from dmd2.model import Model, load_network
 from dmd2.stages.evaluate import sampled
 from dmd2.stages.pictures import Sampler
@@ -63,7 +63,7 @@ def main(teacher: str = "tests/emoji/pipeline", only: tuple[str, ...] = tuple(RU
     with ThreadPoolExecutor(max_workers=2) as pool:  # a run a core: better than two cores a run
         seconds = dict(zip(only, pool.map(distill, only), strict=True))
     rows, pictures = score(base, only)
-    write(ROOT.parent / "sdxl.json", json.dumps({"rows": rows, "seconds": seconds}, indent=1) + "\n")
+    write_text(ROOT.parent / "sdxl.json", json.dumps({"rows": rows, "seconds": seconds}, indent=1) + "\n")
     draw(pictures, ROOT.parent / "sdxl.png")
     show(rows)
 
@@ -143,7 +143,7 @@ def draw(pictures: dict[str, Tensor], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from dmd2.image_grid import grid
+    from dmd2.image_grid import image_grid
 
     figure, axes = plt.subplots(
         2, -(-len(pictures) // 2), figsize=(3.6 * -(-len(pictures) // 2), 6.4), dpi=100
@@ -151,7 +151,7 @@ def draw(pictures: dict[str, Tensor], path: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     for axis, (name, images) in zip(axes.flat, pictures.items(), strict=False):
-        axis.imshow(grid(images, 5))
+        axis.imshow(image_grid(images, 5))
         axis.set_title(name, fontsize=9)
     figure.tight_layout()
     figure.savefig(path)

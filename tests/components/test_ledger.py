@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from components.find_teachers.ledger import ENTRIES, PLACES, Claim, Entry, Ledger, Limits, Work
 from dmd2.errors import Refused
-from dmd2.io.storage import at, join
+from dmd2.io.storage import join_uri, open_store
 from tests.bucket import UPLOAD, Fault, Proxy
 
 PLENTY = Limits(100, 1e9)
@@ -44,7 +44,7 @@ def clock() -> Clock:
 @pytest.fixture(params=["folder", "bucket"])
 def ledger(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Ledger:
     place = request.getfixturevalue("bucket") if request.param == "bucket" else str(tmp_path)
-    return Ledger(at(join(place, "ledger")), clock)
+    return Ledger(open_store(join_uri(place, "ledger")), clock)
 
 
 def work(teacher: str = "teacher", recipe: str = "recipe", image: str = "image") -> Work:
@@ -276,7 +276,7 @@ def test_a_bucket_that_fails_now_and_then_changes_nothing(bucket: str, proxy: Pr
     """Above all an answer that is lost: the claim was written, and is known as one's own."""
     proxy.fail(".*", fault, share=0.15)
     proxy.fail(UPLOAD, fault, times=2)
-    ledger = Ledger(at(f"{bucket}/ledger"))
+    ledger = Ledger(open_store(f"{bucket}/ledger"))
     claim = claimed(ledger)
     assert ledger.claim(work(), "t", "other", 1, PLENTY) is None
     ledger.tell(claim, "run")
@@ -323,7 +323,7 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.folder = TemporaryDirectory(dir=MEMORY)
         self.clock, self.world = Clock(), World()
-        self.ledger = Ledger(at(self.folder.name), self.clock)
+        self.ledger = Ledger(open_store(self.folder.name), self.clock)
         self.before: dict[str, Entry] = {}
 
     def teardown(self) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from dmd2.data.cache import Cache
-from dmd2.io.artifact import File
-from dmd2.io.gcs import Bucket
-from dmd2.io.storage import at
+from dmd2.io.artifact import ArtifactFile
+from dmd2.io.gcs import GcsStore
+from dmd2.io.storage import open_store
 from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, Proxy
 
@@ -26,14 +26,14 @@ SIZE = 1000
 
 @pytest.fixture
 def store(bucket: str) -> Store:
-    return at(f"{bucket}/shards")
+    return open_store(f"{bucket}/shards")
 
 
-def shard(store: Store, name: str, size: int = SIZE) -> File:
+def shard(store: Store, name: str, size: int = SIZE) -> ArtifactFile:
     """An object of random bytes, as a manifest lists it."""
     data = os.urandom(size)
     store.write(name, data)
-    return File(path=name, size=size, sha256=hashlib.sha256(data).hexdigest())
+    return ArtifactFile(path=name, size=size, sha256=hashlib.sha256(data).hexdigest())
 
 
 def there(cache: Cache) -> set[str]:
@@ -41,11 +41,11 @@ def there(cache: Cache) -> set[str]:
     return {path.name for path in cache.folder.iterdir() if not path.name.endswith(".lock")}
 
 
-def named(files: Iterable[File]) -> set[str]:
+def named(files: Iterable[ArtifactFile]) -> set[str]:
     return {file.sha256 for file in files}
 
 
-def used_in_turn(cache: Cache, files: Iterable[File]) -> None:
+def used_in_turn(cache: Cache, files: Iterable[ArtifactFile]) -> None:
     """Bring them, and say when each was used: the clock of a file system is coarse."""
     for when, file in enumerate(files):
         os.utime(cache.path(file), (when, when))
@@ -87,7 +87,7 @@ def test_a_shard_larger_than_the_cache_is_read_all_the_same(store: Store) -> Non
 
 
 def test_a_limit_counts_the_shards_of_all_folders(bucket: str) -> None:
-    one, two = (Cache(at(f"{bucket}/{name}"), 2 * SIZE) for name in ("one", "two"))
+    one, two = (Cache(open_store(f"{bucket}/{name}"), 2 * SIZE) for name in ("one", "two"))
     files = [shard(one.store, "0.tar"), shard(one.store, "1.tar")]
     used_in_turn(one, files)
     other = shard(two.store, "0.tar")
@@ -140,7 +140,7 @@ def test_processes_that_ask_at_once_bring_a_shard_once(store: Store, proxy: Prox
     assert proxy.count(DOWNLOAD) == 1
 
 
-def ask(store: Store, file: File, together: Barrier) -> None:
+def ask(store: Store, file: ArtifactFile, together: Barrier) -> None:
     cache = Cache(store, 2**21)
     together.wait()
     assert hashlib.sha256(cache.path(file).read_bytes()).hexdigest() == file.sha256
@@ -176,7 +176,7 @@ def test_what_a_killed_process_left_is_removed_when_the_shard_is_asked_for_again
     assert there(cache) == named([file])
 
 
-class Full(Bucket):
+class Full(GcsStore):
     """On a disk that has no room while there is a shard on it."""
 
     def fetch(self, name: str, path: Path) -> None:
@@ -194,7 +194,7 @@ def test_on_a_full_disk_older_shards_make_room(bucket: str) -> None:
 
 
 def test_a_disk_that_others_have_filled_is_the_disks_error(bucket: str) -> None:
-    class Fuller(Bucket):
+    class Fuller(GcsStore):
         def fetch(self, name: str, path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 

@@ -21,9 +21,9 @@ from dmd2.config import LoaderConfig
 from dmd2.data.shards import Receipt
 from dmd2.data.stream import RawBatch, Shards, Stream, decode
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, Manifest, read
-from dmd2.io.storage import at
-from dmd2.io.store import Entry
+from dmd2.io.artifact import MANIFEST, Manifest, read_manifest
+from dmd2.io.storage import open_store
+from dmd2.io.store import ObjectInfo
 from tests.bucket import (
     DOWNLOAD,
     UPLOAD,
@@ -69,18 +69,18 @@ class Work:
 
     def done(self, *more: str) -> Manifest:
         ended(self.start(*more), self.said)
-        return read(self.out, "shards")
+        return read_manifest(self.out, "shards")
 
-    def kept(self) -> dict[str, Entry]:
+    def kept(self) -> dict[str, ObjectInfo]:
         """The shards that have a receipt."""
-        store = at(self.draft)
+        store = open_store(self.draft)
         entries = {entry.name: entry for entry in store.list()}
         receipts = [Receipt.model_validate_json(store.read(n)) for n in entries if n.startswith(".units/")]
         return {shard.file: entries[shard.file] for receipt in receipts for shard in receipt.shards}
 
     def forget(self) -> None:
         if "://" in self.out:
-            at(self.out).delete(contents(self.out))
+            open_store(self.out).delete(contents(self.out))
         else:
             shutil.rmtree(self.out)
 
@@ -107,14 +107,14 @@ def test_killed_again_and_again_it_makes_the_same_bytes_and_no_shard_twice(
     """SIGKILL at ten random moments, for all its processes. If it was faster, the next begins anew."""
     digest, seconds = undisturbed
     moments, kills = random.Random(5), 0
-    kept: dict[str, Entry] = {}
+    kept: dict[str, ObjectInfo] = {}
     while kills < 10:
         process = work.start()
         process.join(moments.uniform(0.2, 1.0) * seconds)
         kills += killed(process)
         until(lambda process=process: not session(process))  # type: ignore[misc]
         if MANIFEST in contents(work.out):
-            assert read(work.out, "shards").digest == digest
+            assert read_manifest(work.out, "shards").digest == digest
             work.forget()
             kept = {}
         else:
@@ -301,15 +301,15 @@ def test_duplicates_are_left_out_and_counted_whoever_does_the_work(source: Path,
     assert sharded(alone.out) == pixels(files)
     for process in parts(together, nodes=False):
         ended(process, together.said)
-    assert together.done().digest == read(alone.out, "shards").digest
-    assert read(together.out, "shards").facts["dropped"] == facts["dropped"]
+    assert together.done().digest == read_manifest(alone.out, "shards").digest
+    assert read_manifest(together.out, "shards").facts["dropped"] == facts["dropped"]
 
 
 @pytest.fixture(params=["local", "bucket"])
 def shards(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> str:
     """A copy of a finished folder."""
     root = str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket")
-    at(f"{root}/shards").put_many(made / "shards", contents(str(made / "shards")))
+    open_store(f"{root}/shards").put_many(made / "shards", contents(str(made / "shards")))
     return f"{root}/shards"
 
 
@@ -317,11 +317,11 @@ BAD, OTHER = "train-000001-000.tar", "train-000002-000.tar"
 
 
 def overwritten(folder: str, data: bytes) -> None:
-    at(folder).write(BAD, data)
+    open_store(folder).write(BAD, data)
 
 
 def flipped(folder: str) -> None:
-    data = at(folder).read(BAD)
+    data = open_store(folder).read(BAD)
     overwritten(folder, data[:700] + bytes([data[700] ^ 1]) + data[701:])
 
 
@@ -330,9 +330,12 @@ def flipped(folder: str) -> None:
     ("damage", "words"),
     [
         (flipped, "was changed after its manifest was written"),
-        (lambda folder: overwritten(folder, at(folder).read(OTHER)), "was changed|truncated or replaced"),
-        (lambda folder: overwritten(folder, at(folder).read(BAD)[:-512]), "truncated or replaced"),
-        (lambda folder: at(folder).delete([BAD]), "is missing, though the manifest lists it"),
+        (
+            lambda folder: overwritten(folder, open_store(folder).read(OTHER)),
+            "was changed|truncated or replaced",
+        ),
+        (lambda folder: overwritten(folder, open_store(folder).read(BAD)[:-512]), "truncated or replaced"),
+        (lambda folder: open_store(folder).delete([BAD]), "is missing, though the manifest lists it"),
     ],
     ids=["flipped", "replaced", "truncated", "deleted"],
 )
@@ -354,7 +357,7 @@ def test_a_bucket_that_often_fails_is_read_like_a_folder_even_through_a_tiny_cac
     made: Path, bucket: str, proxy: Proxy
 ) -> None:
     """Two epochs; each shard puts out the one before, so that it is brought again."""
-    at(f"{bucket}/shards").put_many(made / "shards", contents(str(made / "shards")))
+    open_store(f"{bucket}/shards").put_many(made / "shards", contents(str(made / "shards")))
     for fault in FAULTS:
         proxy.fail(DOWNLOAD, fault, times=1, share=0.5)
     settings = LoaderConfig(shuffle_block=1, threads=2)

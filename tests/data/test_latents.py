@@ -28,8 +28,8 @@ from dmd2.data.latents import SDXL, latent, stored
 from dmd2.data.stream import Shards, Stream
 from dmd2.encoders.pipeline_folder import find
 from dmd2.encoders.vae import Vae
-from dmd2.io.artifact import read
-from dmd2.io.storage import at
+from dmd2.io.artifact import read_manifest
+from dmd2.io.storage import open_store
 from tests.bucket import contents, ended, killed, listed, started, until
 from tests.conftest import MICRO
 
@@ -151,7 +151,7 @@ def test_a_loader_reads_them_like_images(shards: Path, encoded: Path) -> None:
 
 
 def test_the_facts_say_what_it_is_and_takes(encoded: Path, vae: Path) -> None:
-    facts = read(encoded, "latents").facts
+    facts = read_manifest(encoded, "latents").facts
     assert (facts["images"], facts["shape"]) == (COUNT - HELD, [2, 4, 8, 8])
     assert (facts["scaling_factor"], facts["shift_factor"], facts["dtype"]) == (0.5, 0.25, "float32")
     assert facts["vae"] == find(str(vae), text=False).digest
@@ -210,7 +210,7 @@ def test_killed_anywhere_it_continues_and_makes_the_same_bytes(
     ended(started(said, *words), said)
     times = {path.stem.removeprefix("train-"): path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert done.items() <= times.items()
-    assert read(out, "latents").digest == read(encoded, "latents").digest
+    assert read_manifest(out, "latents").digest == read_manifest(encoded, "latents").digest
 
 
 def test_killed_on_a_bucket_it_continues_there(
@@ -221,13 +221,13 @@ def test_killed_on_a_bucket_it_continues_there(
     process = started(said, *words)
     until(lambda: sum(name.startswith(".units/") for name in contents(out)) >= 5)
     assert killed(process)
-    done = at(out).list("train-")
+    done = open_store(out).list("train-")
     assert 5 <= len(done) < 38
     shutil.rmtree(tmp_path / "cache")  # on another machine
     ended(started(said, *words), said)
-    assert set(done[:5]) <= set(at(out).list()), "nothing is encoded twice"
+    assert set(done[:5]) <= set(open_store(out).list()), "nothing is encoded twice"
     assert contents(out) == listed(out)
-    assert read(out, "latents").digest == read(encoded, "latents").digest
+    assert read_manifest(out, "latents").digest == read_manifest(encoded, "latents").digest
 
 
 def test_two_processes_make_the_same_bytes_as_one_also_after_a_kill(
@@ -251,7 +251,7 @@ def test_two_processes_make_the_same_bytes_as_one_also_after_a_kill(
     assert finished.stderr.count("latents: 228 images") == 1
     times = {path.stem.removeprefix("train-"): path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert done.items() <= times.items(), "nothing is encoded twice"
-    assert read(out, "latents").digest == read(encoded, "latents").digest
+    assert read_manifest(out, "latents").digest == read_manifest(encoded, "latents").digest
 
 
 def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:
 def test_a_finished_folder_is_not_made_again_nor_taken_for_that_of_another_vae(
     config: Config, shards: Path, vae: Path, encoded: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
-    before = read(encoded, "latents")
+    before = read_manifest(encoded, "latents")
     assert stages.encode(config, str(shards), str(vae), str(encoded)) == before
     autoencoder(scaling_factor=0.6).save_pretrained(tmp_path / "other")
     assert "other inputs" in refusal(
@@ -311,13 +311,13 @@ def test_a_table_is_encoded_too(config: Config, root: Path, shards: Path, vae: P
 
 def test_on_a_bucket_two_processes_make_the_same(shards: Path, vae: Path, encoded: Path, bucket: str) -> None:
     for folder in (shards, vae):
-        at(f"{bucket}/{folder.name}").put_many(folder, sorted(p.name for p in folder.iterdir()))
+        open_store(f"{bucket}/{folder.name}").put_many(folder, sorted(p.name for p in folder.iterdir()))
     words = on_two(command(f"{bucket}/shards", f"{bucket}/vae", f"{bucket}/out"))
     done = subprocess.run(
         words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert read(f"{bucket}/out", "latents").digest == read(encoded, "latents").digest
+    assert read_manifest(f"{bucket}/out", "latents").digest == read_manifest(encoded, "latents").digest
     assert contents(f"{bucket}/out") == listed(f"{bucket}/out")
     assert Shards(f"{bucket}/out", "train", kind="latents").in_order(3).image.shape == (3, 2, 4, 8, 8)
 
@@ -411,7 +411,7 @@ def test_a_pickle_beside_the_weights_is_not_opened(
     for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors.index.json"):
         (folder / name).write_bytes(pickle.dumps(Hostile()))
     again = stages.encode(config, str(shards), str(folder), str(tmp_path / "out"))
-    assert again.digest == read(encoded, "latents").digest
+    assert again.digest == read_manifest(encoded, "latents").digest
     assert not (tmp_path / "ran").exists()
 
 

@@ -20,8 +20,8 @@ from dmd2.data.shards import write_shards
 from dmd2.data.sources import digits, open_source
 from dmd2.data.stream import Shards
 from dmd2.errors import Refused
-from dmd2.io.artifact import read
-from dmd2.io.staging import drafted
+from dmd2.io.artifact import read_manifest
+from dmd2.io.staging import draft_artifact
 
 
 @pytest.fixture
@@ -37,11 +37,11 @@ def test_the_same_source_gives_the_same_bytes(
     micro: Config, source: Path, made: Path, tmp_path: Path
 ) -> None:
     again = stages.shard(micro, str(source), str(tmp_path / "again"))
-    assert again.digest == read(made / "shards", "shards").digest
+    assert again.digest == read_manifest(made / "shards", "shards").digest
 
 
 def test_facts_count_images_classes_and_shards(made: Path) -> None:
-    facts = read(made / "shards", "shards").facts
+    facts = read_manifest(made / "shards", "shards").facts
     assert (facts["train"], facts["holdout"], facts["classes"]) == (48, 12, ["across", "blob", "down"])
     assert sum(facts["histogram"]) == 60
     assert [shard["images"] for shard in facts["shards"]] == [16, 16, 16, 12]
@@ -191,7 +191,7 @@ def test_small_and_stretched_images_are_counted_by_reason(
 
 
 def test_each_shard_has_its_checksums_and_histogram(made: Path) -> None:
-    manifest = read(made / "shards", "shards")
+    manifest = read_manifest(made / "shards", "shards")
     shard = manifest.facts["shards"][0]
     content = (made / "shards" / shard["file"]).read_bytes()
     listed = {file.path: file.sha256 for file in manifest.files}
@@ -210,7 +210,7 @@ def test_a_disk_that_fails_is_not_taken_for_a_broken_image(
     shutil.copy(source / "blob" / "00.png", vanishing)
     opened = open_source(str(source))
     vanishing.unlink()
-    with pytest.raises(FileNotFoundError), drafted(tmp_path / "out", "shards", micro, {}) as draft:
+    with pytest.raises(FileNotFoundError), draft_artifact(tmp_path / "out", "shards", micro, {}) as draft:
         write_shards(opened, micro, draft, 2)
 
 

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dmd2.data.decode import prepare
 from dmd2.data.sources import Record, Source, digits, open_source
-from dmd2.io.storage import at
+from dmd2.io.storage import open_store
 
 LABELS = [index // 4 for index in range(12)]
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
@@ -231,7 +231,7 @@ def test_a_bucket_gives_the_same_as_a_folder(what: str, bucket: str, tmp_path: P
     address = f"{bucket}/{what}/{path.relative_to(tmp_path)}"
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     for file in files:
-        at(f"{bucket}/{what}").put(file, file.relative_to(tmp_path).as_posix())
+        open_store(f"{bucket}/{what}").put(file, file.relative_to(tmp_path).as_posix())
     source = open_source(address)
     here = open_source(str(path))
     assert source.classes == here.classes

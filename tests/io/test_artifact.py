@@ -9,13 +9,13 @@ import pytest
 
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, finished, opened, read
-from dmd2.io.staging import drafted
-from dmd2.io.storage import local
+from dmd2.io.artifact import MANIFEST, find_finished, open_artifact, read_manifest
+from dmd2.io.staging import draft_artifact
+from dmd2.io.storage import local_path
 
 
 def make(out: Path, config: Config | None = None, text: str = "content") -> None:
-    with drafted(out, "shards", config, {"a": "b"}) as draft:
+    with draft_artifact(out, "shards", config, {"a": "b"}) as draft:
         (draft.path / "sub").mkdir()
         (draft.path / "sub" / "file.txt").write_text(text)
         draft.facts["count"] = 1
@@ -23,24 +23,24 @@ def make(out: Path, config: Config | None = None, text: str = "content") -> None
 
 def test_a_folder_tells_its_files_config_inputs_and_facts(tmp_path: Path, micro: Config) -> None:
     make(tmp_path / "out", micro)
-    manifest = read(tmp_path / "out", "shards")
+    manifest = read_manifest(tmp_path / "out", "shards")
     assert [file.path for file in manifest.files] == ["sub/file.txt"]
     assert (manifest.config, manifest.inputs, manifest.facts) == (micro, {"a": "b"}, {"count": 1})
     assert manifest.versions["torch"]
-    opened(tmp_path / "out", manifest)
+    open_artifact(tmp_path / "out", manifest)
 
 
 def test_equal_content_has_an_equal_digest(tmp_path: Path, micro: Config) -> None:
     make(tmp_path / "one", micro)
     make(tmp_path / "two")
     make(tmp_path / "three", text="other")
-    one, two, three = (read(tmp_path / name, "shards").digest for name in ("one", "two", "three"))
+    one, two, three = (read_manifest(tmp_path / name, "shards").digest for name in ("one", "two", "three"))
     assert one == two != three
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with drafted(tmp_path / "out", "shards", None, {}) as draft:
+        with draft_artifact(tmp_path / "out", "shards", None, {}) as draft:
             (draft.path / "half").write_text("x")
             raise RuntimeError("on purpose")
 
@@ -52,7 +52,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 def test_a_resumable_failure_keeps_its_work_and_counts_its_seconds(tmp_path: Path, micro: Config) -> None:
     for attempt in range(2):
         try:
-            with drafted(tmp_path / "out", "run", micro, {}, resumable=True) as draft:
+            with draft_artifact(tmp_path / "out", "run", micro, {}, resumable=True) as draft:
                 assert (draft.path / "checkpoints" / "1").exists() == (attempt == 1)
                 (draft.path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
                 (draft.path / "checkpoints" / "1" / "half").write_text("x")
@@ -60,7 +60,7 @@ def test_a_resumable_failure_keeps_its_work_and_counts_its_seconds(tmp_path: Pat
                     raise RuntimeError
         except RuntimeError:
             assert float((draft.path / ".seconds").read_text()) >= 0
-    assert [file.path for file in read(tmp_path / "out", "run").files] == ["checkpoints/1/half"]
+    assert [file.path for file in read_manifest(tmp_path / "out", "run").files] == ["checkpoints/1/half"]
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -68,7 +68,7 @@ def test_unfinished_work_of_another_config_is_not_continued(
     tmp_path: Path, micro: Config, refusal: Callable[..., str]
 ) -> None:
     def stop() -> None:
-        with drafted(tmp_path / "out", "run", micro, {}, resumable=True) as draft:
+        with draft_artifact(tmp_path / "out", "run", micro, {}, resumable=True) as draft:
             (draft.path / "checkpoints" / "1").mkdir(parents=True)
             raise RuntimeError
 
@@ -77,7 +77,7 @@ def test_unfinished_work_of_another_config_is_not_continued(
     other = micro.model_copy(update={"seed": 7})
 
     def go_on() -> None:
-        with drafted(tmp_path / "out", "run", other, {}, resumable=True):
+        with draft_artifact(tmp_path / "out", "run", other, {}, resumable=True):
             pass
 
     assert "seed: 0 -> 7" in refusal(go_on)
@@ -86,13 +86,15 @@ def test_unfinished_work_of_another_config_is_not_continued(
 def test_what_is_no_finished_folder_of_the_kind_is_refused(
     tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    assert "does not exist" in refusal(lambda: read(tmp_path / "none", "run"))
+    assert "does not exist" in refusal(lambda: read_manifest(tmp_path / "none", "run"))
     (tmp_path / "empty").mkdir()
-    assert "never finished" in refusal(lambda: read(tmp_path / "empty", "run"))
+    assert "never finished" in refusal(lambda: read_manifest(tmp_path / "empty", "run"))
     make(tmp_path / "out")
-    assert "is a shards folder; a run folder is needed" in refusal(lambda: read(tmp_path / "out", "run"))
+    assert "is a shards folder; a run folder is needed" in refusal(
+        lambda: read_manifest(tmp_path / "out", "run")
+    )
     (tmp_path / "out" / MANIFEST).write_text('{"kind": "run"')
-    assert "not a manifest" in refusal(lambda: read(tmp_path / "out", "run"))
+    assert "not a manifest" in refusal(lambda: read_manifest(tmp_path / "out", "run"))
 
 
 def test_a_folder_with_other_things_in_it_is_not_overwritten(
@@ -106,14 +108,14 @@ def test_a_folder_with_other_things_in_it_is_not_overwritten(
 
 def test_finished_compares_inputs(tmp_path: Path) -> None:
     make(tmp_path / "out")
-    assert finished(tmp_path / "out", "shards", None, {"a": "b"})
+    assert find_finished(tmp_path / "out", "shards", None, {"a": "b"})
     with pytest.raises(Refused, match="other inputs"):
-        finished(tmp_path / "out", "shards", None, {"a": "c"})
+        find_finished(tmp_path / "out", "shards", None, {"a": "c"})
 
 
 def test_an_unknown_scheme_is_refused(refusal: Callable[..., str]) -> None:
-    assert "'s3'" in refusal(lambda: local("s3://bucket/x"))
-    assert local("file:///tmp/x") == Path("/tmp/x")
+    assert "'s3'" in refusal(lambda: local_path("s3://bucket/x"))
+    assert local_path("file:///tmp/x") == Path("/tmp/x")
 
 
 def test_a_config_survives_json(micro: Config) -> None:
@@ -126,15 +128,17 @@ def test_a_changed_file_fails_the_check(made: Path, tmp_path: Path, refusal: Cal
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "network.safetensors was changed" in refusal(lambda: opened(copy, read(copy, "teacher")))
+    assert "network.safetensors was changed" in refusal(
+        lambda: open_artifact(copy, read_manifest(copy, "teacher"))
+    )
 
 
 def test_two_processes_cannot_make_the_same_folder(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    with drafted(tmp_path / "out", "shards", None, {}) as draft:
+    with draft_artifact(tmp_path / "out", "shards", None, {}) as draft:
         (draft.path / "file").write_text("mine")
         assert "another process is working" in refusal(lambda: make(tmp_path / "out"))
         assert (draft.path / "file").read_text() == "mine"
-    assert [file.path for file in read(tmp_path / "out", "shards").files] == ["file"]
+    assert [file.path for file in read_manifest(tmp_path / "out", "shards").files] == ["file"]
 
 
 def test_what_a_killed_process_left_of_a_short_stage_is_dropped(tmp_path: Path) -> None:
@@ -142,17 +146,17 @@ def test_what_a_killed_process_left_of_a_short_stage_is_dropped(tmp_path: Path) 
     (left / "sub").mkdir(parents=True)
     (left / "half").write_text("x")
     make(tmp_path / "out")
-    assert [file.path for file in read(tmp_path / "out", "shards").files] == ["sub/file.txt"]
+    assert [file.path for file in read_manifest(tmp_path / "out", "shards").files] == ["sub/file.txt"]
 
 
 def test_a_resumable_failure_without_a_checkpoint_leaves_nothing_in_the_way(
     tmp_path: Path, micro: Config
 ) -> None:
-    with pytest.raises(RuntimeError), drafted(tmp_path / "out", "run", micro, {}, resumable=True):
+    with pytest.raises(RuntimeError), draft_artifact(tmp_path / "out", "run", micro, {}, resumable=True):
         raise RuntimeError
-    with drafted(tmp_path / "out", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):
+    with draft_artifact(tmp_path / "out", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):
         pass
-    assert read(tmp_path / "out", "run").config != micro
+    assert read_manifest(tmp_path / "out", "run").config != micro
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(
@@ -171,4 +175,4 @@ def test_a_manifest_names_nothing_outside_its_folder(
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     manifest["files"][0]["path"] = name
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
-    assert "no name of a file in a folder" in refusal(lambda: read(tmp_path / "out", "shards"))
+    assert "no name of a file in a folder" in refusal(lambda: read_manifest(tmp_path / "out", "shards"))

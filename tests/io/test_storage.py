@@ -14,7 +14,7 @@ import pytest
 
 from dmd2 import cli
 from dmd2.io import gcs
-from dmd2.io.storage import at, cache, fetched
+from dmd2.io.storage import cache, fetch_file, open_store
 from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, at_host, started
 
@@ -22,14 +22,14 @@ from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, at_host, started
 @pytest.fixture(params=["local", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
-        return at(tmp_path / "folder")
-    return at(f"{request.getfixturevalue('bucket')}/some/folder")
+        return open_store(tmp_path / "folder")
+    return open_store(f"{request.getfixturevalue('bucket')}/some/folder")
 
 
 @pytest.fixture
 def behind(bucket: str, proxy: Proxy) -> Store:
     """A store whose every request passes the proxy."""
-    return at(f"{bucket}/folder")
+    return open_store(f"{bucket}/folder")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     """An object is large from here on: the least that a resumable upload can send at once."""
     from google.cloud.storage import blob
 
-    monkeypatch.setattr(gcs, "LARGE", 2**18)
+    monkeypatch.setattr(gcs, "CHUNK_BYTES", 2**18)
     monkeypatch.setattr(blob, "_MAX_MULTIPART_SIZE", 2**18)
     return 2**18
 
@@ -101,9 +101,9 @@ def versions(store: Store) -> dict[str, str]:
 
 def test_another_folder_with_the_same_beginning_is_not_listed(bucket: str, tmp_path: Path) -> None:
     for root in (bucket, str(tmp_path)):
-        at(f"{root}/run").write("a", b"")
-        at(f"{root}/run2").write("b", b"")
-        assert names(at(f"{root}/run")) == ["a"]
+        open_store(f"{root}/run").write("a", b"")
+        open_store(f"{root}/run2").write("b", b"")
+        assert names(open_store(f"{root}/run")) == ["a"]
 
 
 def test_a_file_that_is_not_whole_is_not_listed(store: Store, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_file_that_is_not_whole_is_not_listed(store: Store, tmp_path: Path) ->
 
 def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path) -> None:
     file(tmp_path / "folder" / "sub" / ".name.123.partial", b"half")
-    assert names(at(tmp_path / "folder")) == []
+    assert names(open_store(tmp_path / "folder")) == []
 
 
 def test_a_write_that_demands_another_generation_is_refused(store: Store) -> None:
@@ -175,21 +175,21 @@ def test_a_missing_file_is_named(store: Store, tmp_path: Path) -> None:
 
 def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
     with pytest.raises(FileNotFoundError, match="gs://no-such-bucket/folder/"):
-        at("gs://no-such-bucket/folder").list()
+        open_store("gs://no-such-bucket/folder").list()
 
 
 def test_an_address_without_a_bucket_is_refused(refusal: Callable[..., str]) -> None:
-    assert "names no bucket" in refusal(lambda: at("gs://"))
+    assert "names no bucket" in refusal(lambda: open_store("gs://"))
 
 
 def test_a_copy_is_fetched_once_per_version(bucket: str, proxy: Proxy) -> None:
-    store = at(bucket)
+    store = open_store(bucket)
     store.write("a.npz", b"1")
-    paths = [fetched(f"{bucket}/a.npz") for _ in range(3)]
+    paths = [fetch_file(f"{bucket}/a.npz") for _ in range(3)]
     assert proxy.count(DOWNLOAD) == 1
     assert [path.name for path in paths] == ["a.npz"] * 3
     store.write("a.npz", b"2")
-    assert fetched(f"{bucket}/a.npz").read_bytes() == b"2"
+    assert fetch_file(f"{bucket}/a.npz").read_bytes() == b"2"
     assert paths[0].read_bytes() == b"1"
 
 
@@ -288,7 +288,7 @@ def test_a_store_that_is_gone_is_one_error_that_names_the_object(
 ) -> None:
     monkeypatch.setenv("DMD2_RETRY_S", "0.5")
     at_host("http://127.0.0.1:9", monkeypatch)
-    store, path = at(f"{bucket}/folder"), file(tmp_path / "a", b"x")
+    store, path = open_store(f"{bucket}/folder"), file(tmp_path / "a", b"x")
     actions: list[Callable[[], object]] = [
         lambda: store.read("a"), lambda: store.write("a", b""), lambda: store.put(path, "a"),
         lambda: store.put_many(tmp_path, ["a"]), lambda: store.fetch("a", tmp_path / "copy"),
@@ -334,5 +334,5 @@ def test_nothing_is_kept_of_a_copy_that_failed(behind: Store, proxy: Proxy) -> N
     behind.write("a", b"content")
     proxy.fail(DOWNLOAD, "flip")
     with pytest.raises(OSError, match="does not answer"):
-        fetched(f"{behind.uri}/a")
+        fetch_file(f"{behind.uri}/a")
     assert not [path for path in cache().rglob("*") if path.is_file()]

@@ -34,8 +34,8 @@ from components.find_teachers.sources import find
 from components.find_teachers.watch import Watch
 from components.record import end as record
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, File, Manifest
-from dmd2.io.storage import at, join
+from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest
+from dmd2.io.storage import join_uri, open_store
 from tests.bucket import served
 
 PARAMETERS = ("source", "teacher", "recipe", "overrides", "gate", "destination", "root", "claim")
@@ -186,17 +186,17 @@ def teacher(folder: str, content: str = "weights") -> str:
     """A folder of a teacher with one file, its manifest last -> its digest."""
     import hashlib
 
-    store, data = at(folder), content.encode()
+    store, data = open_store(folder), content.encode()
     store.write("network.safetensors", data)
-    file = File(path="network.safetensors", size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    file = ArtifactFile(path="network.safetensors", size=len(data), sha256=hashlib.sha256(data).hexdigest())
     return announce(folder, "teacher", [file]).digest
 
 
-def announce(folder: str, kind: str, files: list[File] | None = None, **facts: Any) -> Manifest:
+def announce(folder: str, kind: str, files: list[ArtifactFile] | None = None, **facts: Any) -> Manifest:
     manifest = Manifest(
         kind=kind, config=None, inputs={}, files=files or [], facts=facts, versions={}, seconds=0
     )
-    at(folder).write(MANIFEST, manifest.model_dump_json().encode())
+    open_store(folder).write(MANIFEST, manifest.model_dump_json().encode())
     return manifest
 
 
@@ -242,7 +242,7 @@ def watcher(world: World, seed: int) -> None:
     dice, parent = random.Random(seed), os.getppid()
     runs = Doomed("dmd2-distill", dice=dice, world=world)
     while os.getppid() == parent:  # not longer than the test
-        ledger = Ledger(at(world.ledger), lease=LEASE)
+        ledger = Ledger(open_store(world.ledger), lease=LEASE)
         watch = Watch(
             ledger, runs, {"recipe": "edm-digits"}, world.root, 1.0, world.limits, f"watcher-{seed}"
         )
@@ -300,11 +300,11 @@ def distillation(world: World, run: str, parameters: dict[str, str], seed: int) 
             record.end(claim, run, root, "FAILED", "diverged at step 3")
             raise SystemExit(76)
         try:
-            at(join(root, "package")).write(MANIFEST, _manifest("package").encode(), generation=0)
+            open_store(join_uri(root, "package")).write(MANIFEST, _manifest("package").encode(), generation=0)
             world.note("distilled", name, run)
         except FileExistsError:  # by an attempt that was killed before it could say so
             world.note("found-finished", name, run)
-        at(join(root, "gate")).write(MANIFEST, _manifest("gate", decision="accepted").encode())
+        open_store(join_uri(root, "gate")).write(MANIFEST, _manifest("gate", decision="accepted").encode())
         _maybe_die(dice, world)
     record.end(claim, run, root, "SUCCEEDED", "")
 

@@ -45,8 +45,8 @@ def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 @pytest.fixture
 def images(bucket: str, pictures: Path) -> str:
     """The pictures, on a bucket."""
-    names = [entry.name for entry in storage.at(pictures).list()]
-    storage.at(f"{bucket}/images").put_many(pictures, names)
+    names = [entry.name for entry in storage.open_store(pictures).list()]
+    storage.open_store(f"{bucket}/images").put_many(pictures, names)
     return f"{bucket}/images"
 
 
@@ -80,9 +80,9 @@ def test_an_accepted_run_goes_from_images_on_a_bucket_to_a_published_package(
     ].keys()
     assert all(summary[name] > 0 for name in ("fid_student", "fid_teacher", "fid_teacher_1step"))
     assert tasks(root) == STAGES | {"package-model", "report", "publish-model"}
-    package = artifact.read(root / "package", "package")
+    package = artifact.read_manifest(root / "package", "package")
     published = f"{bucket}/models/edm-digits/{package.digest[:16]}"
-    assert artifact.read(published, "package").digest == package.digest
+    assert artifact.read_manifest(published, "package").digest == package.digest
     assert contents(published) == listed(published)
     assert (outcome(root)["state"], outcome(root)["decision"]) == ("SUCCEEDED", "accepted")
     assert outcome(root)["folders"]["package"] == package.digest

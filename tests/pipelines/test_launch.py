@@ -74,7 +74,7 @@ def test_a_training_that_ends_well_ends_with_0(begun: Begun, words: Words, tmp_p
     status, told = ended(begun(*words()))
     assert status == 0, told
     assert "distill: " in told
-    assert artifact.read(tmp_path / "run", "run").config
+    assert artifact.read_manifest(tmp_path / "run", "run").config
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

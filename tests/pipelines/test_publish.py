@@ -23,7 +23,7 @@ def package(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_published_is_the_package_and_works(package: Path, tmp_path: Path) -> None:
-    made = artifact.read(package, "package")
+    made = artifact.read_manifest(package, "package")
     published = stages.publish(str(package), str(tmp_path / "models" / "a"))
     assert published.digest == made.digest
     assert (published.inputs, published.config, published.facts) == (made.inputs, made.config, made.facts)
@@ -34,16 +34,16 @@ def test_on_a_bucket_the_manifest_comes_last(package: Path, bucket: str) -> None
     out = f"{bucket}/models/a"
     stages.publish(str(package), out)
     assert contents(out) == listed(out)
-    generations = {entry.name: int(entry.version.split()[0]) for entry in storage.at(out).list()}
+    generations = {entry.name: int(entry.version.split()[0]) for entry in storage.open_store(out).list()}
     assert max(generations, key=lambda name: generations[name]) == "manifest.json"
 
 
 def test_published_again_it_is_left_as_it_is(package: Path, bucket: str) -> None:
     out = f"{bucket}/models/a"
     stages.publish(str(package), out)
-    before = storage.at(out).list()
+    before = storage.open_store(out).list()
     stages.publish(str(package), out)
-    assert storage.at(out).list() == before
+    assert storage.open_store(out).list() == before
 
 
 def test_another_package_is_never_overwritten(
@@ -59,7 +59,7 @@ def test_another_package_is_never_overwritten(
             file |= {"size": 7, "sha256": local.sha256(other / "README.md")}
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert "holds another package" in refusal(lambda: stages.publish(str(other), str(out)))
-    assert artifact.read(out, "package").digest == artifact.read(package, "package").digest
+    assert artifact.read_manifest(out, "package").digest == artifact.read_manifest(package, "package").digest
 
 
 def test_a_damaged_package_is_not_published(

@@ -25,7 +25,7 @@ from components.find_teachers.runs import Pipeline
 from components.find_teachers.sources import Teacher, find
 from components.find_teachers.watch import OWN, SAME, Watch, retrained, run_name, table
 from components.record import end as record_end
-from dmd2.io.storage import at, join
+from dmd2.io.storage import join_uri, open_store
 from pipelines.distill import distill
 from pipelines.retrain import retrain
 from tests.bucket import Proxy, served, until
@@ -79,14 +79,14 @@ def pipeline(platform: Platform) -> Pipeline:
 @pytest.fixture(params=["folder", "bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     root = request.getfixturevalue("bucket") if request.param == "bucket" else str(tmp_path)
-    return join(root, "teachers")
+    return join_uri(root, "teachers")
 
 
 def test_a_teacher_is_there_once_its_manifest_is(place: str) -> None:
-    at(join(place, "half")).write("network.safetensors", b"weights")
+    open_store(join_uri(place, "half")).write("network.safetensors", b"weights")
     assert find(place).teachers == []
-    digest = teacher(join(place, "deep/down/a"), "a")
-    assert find(place).teachers == [Teacher("a", join(place, "deep/down/a"), digest)]
+    digest = teacher(join_uri(place, "deep/down/a"), "a")
+    assert find(place).teachers == [Teacher("a", join_uri(place, "deep/down/a"), digest)]
 
 
 def test_the_address_may_be_that_of_the_teacher_itself(place: str) -> None:
@@ -95,37 +95,37 @@ def test_the_address_may_be_that_of_the_teacher_itself(place: str) -> None:
 
 
 def test_folders_of_another_kind_are_no_teachers(place: str) -> None:
-    announce(join(place, "shards"), "shards")
+    announce(join_uri(place, "shards"), "shards")
     found = find(place)
     assert (found.teachers, found.passed_over) == ([], [])
 
 
 def test_the_same_teacher_is_found_once_wherever_it_lies(place: str) -> None:
     for name in ("a", "b"):
-        teacher(join(place, name), "same")
-    teacher(join(place, "c"), "other")
+        teacher(join_uri(place, name), "same")
+    teacher(join_uri(place, "c"), "other")
     assert [one.name for one in find(f"{place} {place}/b").teachers] == ["a", "c"]
 
 
 def test_a_teacher_that_was_copied_with_its_manifest_first_is_passed_over_for_now(place: str) -> None:
-    teacher(join(place, "a"))
-    at(join(place, "a")).delete(["network.safetensors"])
+    teacher(join_uri(place, "a"))
+    open_store(join_uri(place, "a")).delete(["network.safetensors"])
     found = find(place)
     assert found.teachers == []
     assert found.passed_over == [
-        f"{join(place, 'a')} is announced, but network.safetensors and perhaps more of it is not there as the manifest "
+        f"{join_uri(place, 'a')} is announced, but network.safetensors and perhaps more of it is not there as the manifest "
         "says; copy the manifest last"
     ]
-    teacher(join(place, "a"))
+    teacher(join_uri(place, "a"))
     assert len(find(place).teachers) == 1
 
 
 def test_a_manifest_that_is_none_does_not_keep_the_others_back(place: str) -> None:
-    at(join(place, "broken")).write("manifest.json", b'{"kind": "teacher"')
-    teacher(join(place, "a"))
+    open_store(join_uri(place, "broken")).write("manifest.json", b'{"kind": "teacher"')
+    teacher(join_uri(place, "a"))
     found = find(place)
     assert [one.name for one in found.teachers] == ["a"]
-    assert f"{join(place, 'broken/manifest.json')} is not a manifest" in found.passed_over[0]
+    assert f"{join_uri(place, 'broken/manifest.json')} is not a manifest" in found.passed_over[0]
 
 
 def test_no_source_is_refused(refusal: Callable[..., str]) -> None:
@@ -323,7 +323,7 @@ def _at_once(call: Callable[..., Any], barrier: threading.Barrier) -> Callable[.
 
 @pytest.fixture
 def watch(pipeline: Pipeline, tmp_path: Path) -> Watch:
-    ledger = Ledger(at(tmp_path / "ledger"))
+    ledger = Ledger(open_store(tmp_path / "ledger"))
     settings = {"recipe": "edm-digits"}
     return Watch(ledger, pipeline, settings, str(tmp_path / "root"), 8, Limits(2, 100), "watcher-1")
 
@@ -351,7 +351,7 @@ def test_each_new_teacher_gets_one_run_as_far_as_there_is_room(watch: Watch, pla
     parameters = platform.runs[started[0]]["runtime_config"]["parameters"]
     claim = Claim.read(parameters["claim"])
     assert parameters == {
-        "teacher": "gs://b/t/a", "recipe": "edm-digits", "root": join(watch.root, claim.key), "claim": claim.text,
+        "teacher": "gs://b/t/a", "recipe": "edm-digits", "root": join_uri(watch.root, claim.key), "claim": claim.text,
     }  # fmt: skip
     assert watch.ledger.begin(claim, started[0]).owner == "watcher-1"
     watch.ledger.done(claim, started[0], "rejected", "")
@@ -520,7 +520,7 @@ def test_wrong_settings_are_refused_before_anything_is_claimed(
     ]
     for changes, sentence in wrong:
         assert sentence in refusal(lambda changes=changes: looked(tmp_path, **changes))
-    assert Ledger(at(tmp_path / "ledger")).entries() == []
+    assert Ledger(open_store(tmp_path / "ledger")).entries() == []
 
 
 def test_the_compiled_pipeline_is_uncached_repeated_and_described(tmp_path: Path) -> None:
@@ -560,7 +560,7 @@ def test_the_pipeline_starts_runs(platform: Platform, locally: Path) -> None:
         settings={"recipe": "edm-digits"}, max_runs=2, api="",
     )  # fmt: skip
     assert len(platform.runs) == 2
-    entries = Ledger(at(locally / "ledger")).entries()
+    entries = Ledger(open_store(locally / "ledger")).entries()
     assert [entry.state for entry in entries] == ["running"] * 2
     assert len({entry.owner for entry in entries}) == 1
     assert entries[0].owner
@@ -583,12 +583,12 @@ def test_a_run_records_that_it_is_done_and_where_its_package_is(
     watch: Watch, tmp_path: Path, decision: str
 ) -> None:
     root = str(tmp_path / "run")
-    announce(join(root, "gate"), "gate", decision=decision)
-    announce(join(root, "package"), "package")
+    announce(join_uri(root, "gate"), "gate", decision=decision)
+    announce(join_uri(root, "package"), "package")
     claim = begun(watch.ledger, watch, "run-1")
     record_end.end(claim.text, "run-1", root, "SUCCEEDED", "")
     assert (only(watch).state, only(watch).decision) == ("done", decision)
-    assert only(watch).package == (join(root, "package") if decision == "accepted" else "")
+    assert only(watch).package == (join_uri(root, "package") if decision == "accepted" else "")
 
 
 def test_a_run_that_a_person_has_started_records_nothing(tmp_path: Path) -> None:
@@ -634,7 +634,7 @@ def test_fifty_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not
         status = run["begun"].exitcode
         return "RUNNING" if status is None else "FAILED" if status else "SUCCEEDED"
 
-    ledger = Ledger(at(world.ledger))
+    ledger = Ledger(open_store(world.ledger))
     with Platform(begin, health).serving() as platform:
         platform.upload("dmd2@sha256:1")
         environment["KF_PIPELINES_ENDPOINT"] = platform.url
@@ -675,7 +675,7 @@ def test_fifty_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not
         assert began[name] == len(entry.failures) + (entry.state == "done"), name
         if entry.state == "done":
             assert (distilled[name], entry.decision) == (1, "accepted")
-            assert at(entry.package).generation("manifest.json")
+            assert open_store(entry.package).generation("manifest.json")
         else:
             assert entry.state == "quarantined"
             assert len(entry.failures) == 3

@@ -10,7 +10,7 @@ import torch
 
 from dmd2 import recipes, stages
 from dmd2.config import Config, EdmConfig
-from dmd2.io.artifact import read
+from dmd2.io.artifact import read_manifest
 from dmd2.model import load_network
 from dmd2.models.convert.edm_pickle import edm_pickle
 from tests.models.test_convert import edm, network
@@ -32,7 +32,7 @@ def test_nvidias_pickle_becomes_a_teacher_that_can_be_sampled(pickled: Path, tmp
     assert made.kind == "teacher"
     images = load_network(out).sample_teacher([0, 1], seed=0, steps=2)
     assert images.shape == (2, 3, 16, 16)
-    assert stages.resolve(config, str(pickled), str(out)) == read(out, "teacher")  # done is done
+    assert stages.resolve(config, str(pickled), str(out)) == read_manifest(out, "teacher")  # done is done
 
 
 def test_a_pickle_of_another_size_is_refused_by_what_differs(

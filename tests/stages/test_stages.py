@@ -21,8 +21,8 @@ from PIL import Image
 from dmd2 import model as package
 from dmd2 import stages
 from dmd2.config import Config
-from dmd2.image_grid import grid
-from dmd2.io.artifact import read
+from dmd2.image_grid import image_grid
+from dmd2.io.artifact import read_manifest
 from dmd2.models.edm import Edm
 from dmd2.sampler import Noise
 from tests.conftest import with_adm
@@ -41,7 +41,7 @@ def packaged(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_evaluation_says_how_many_images_which_features_and_which_seed(made: Path) -> None:
-    facts = read(made / "evaluation", "evaluation").facts
+    facts = read_manifest(made / "evaluation", "evaluation").facts
     assert (facts["images"], facts["images_real"], facts["seed"]) == (24, 12, 10)
     assert (facts["nfe_student"], facts["nfe_teacher"]) == (1, 5)
     assert "classifier fitted to 48" in facts["features"]
@@ -101,7 +101,7 @@ def test_the_gate_compares_student_and_teacher(
 ) -> None:
     config = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": factor})})
     facts = stages.gate(config, str(made / "evaluation"), str(tmp_path / "gate")).facts
-    scores = read(made / "evaluation", "evaluation").facts
+    scores = read_manifest(made / "evaluation", "evaluation").facts
     assert facts["decision"] == decision
     assert f"{scores['fid_student']:.2f}" in facts["reason"]
     assert f"{scores['fid_teacher']:.2f}" in facts["reason"]
@@ -122,7 +122,7 @@ def test_a_rejected_run_is_not_packaged(
 def test_a_package_samples_what_the_run_samples(made: Path, packaged: Path) -> None:
     run, loaded = package.load_network(made / "run"), package.load(packaged)
     assert torch.equal(run.sample([0, 1, 2], seed=5), loaded.sample([0, 1, 2], seed=5))
-    assert {f.path for f in read(packaged, "package").files} == {
+    assert {f.path for f in read_manifest(packaged, "package").files} == {
         "README.md",
         "network.json",
         "network.safetensors",
@@ -147,7 +147,7 @@ def test_the_three_lines_of_the_model_card_work(packaged: Path, tmp_path: Path) 
 
 def test_the_model_card_tells_metrics_recipe_and_provenance(made: Path, packaged: Path) -> None:
     card = (packaged / "README.md").read_text()
-    scores = read(made / "evaluation", "evaluation").facts
+    scores = read_manifest(made / "evaluation", "evaluation").facts
     for wanted in (
         f"{scores['fid_student']:.2f}",
         f"{scores['fid_teacher']:.2f}",
@@ -162,7 +162,7 @@ def test_the_model_card_tells_metrics_recipe_and_provenance(made: Path, packaged
         ("run", "run"),
         ("evaluation", "evaluation"),
     ):
-        assert read(made / folder, kind).digest in card
+        assert read_manifest(made / folder, kind).digest in card
 
 
 def test_a_tampered_package_is_not_loaded(
@@ -224,7 +224,7 @@ def test_a_teacher_is_sampled_by_its_own_sampler_in_30_steps_or_as_many_as_asked
     teacher = str(made / "teacher")
     picture = stages.sample(teacher, str(tmp_path / "a.png"), count=6, seed=4, labels=(2, 1), steps=asked)
     images = package.load_network(teacher).sample_teacher([2, 1, 2, 1, 2, 1], seed=4, steps=taken)
-    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(grid(images, 2)))
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(image_grid(images, 2)))
 
 
 @pytest.mark.parametrize("kind", ["shards", "evaluation", "gate"])
@@ -283,13 +283,13 @@ def test_the_report_is_one_file_that_fetches_nothing_and_shows_everything(
     assert all(value.startswith("data:image/png;base64,") for _, value in links.found)
     assert not {"script", "link", "iframe"} & set(links.tags)
     assert links.tags.count("img") >= 4 + 5 + 2, "four grids, five plots, two previews"
-    scores = read(made / "evaluation", "evaluation").facts
+    scores = read_manifest(made / "evaluation", "evaluation").facts
     for wanted in (
         f"{scores['fid_student']:.2f}",
         f"{scores['fid_teacher']:.2f}",
         "Accepted",
         "critic_updates",
-        read(packaged, "package").digest,
+        read_manifest(packaged, "package").digest,
     ):
         assert wanted in page
 

@@ -20,7 +20,7 @@ from dmd2.data.stream import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
 from dmd2.evaluation.checkpoint_score import Judge, distance, gaussian, own, places
-from dmd2.io.artifact import opened, read
+from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
 from dmd2.stages.distill import _start
@@ -52,7 +52,7 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_checkpoint_is_judged_and_the_best_is_kept_and_becomes_the_student(whole: Path) -> None:
-    told, facts = checkpoint_scores(whole), read(whole, "run").facts
+    told, facts = checkpoint_scores(whole), read_manifest(whole, "run").facts
     assert list(told) == [4, 8, 10]
     best = min(told, key=told.__getitem__)
     assert best != 10, f"the last is the best, {told}, so that this test shows nothing"
@@ -75,7 +75,7 @@ def test_the_score_is_clean_fids_distance_between_samples_of_the_result_and_trai
     labels = train.label.tolist()
     images = [student.sample(labels[:16], seed), student.sample([*labels[16:], *labels[:8]], seed + 16)[:8]]
     expected = features.distance(look(torch.cat(images)), look(train.image))
-    assert read(whole, "run").facts["best_fid"] == pytest.approx(expected, rel=1e-4)
+    assert read_manifest(whole, "run").facts["best_fid"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_distance_is_that_of_clean_fid() -> None:
@@ -162,7 +162,10 @@ def test_four_processes_choose_as_one_does(
         assert mine == pytest.approx(theirs, rel=1e-2), (
             "a pixel of a sample is rounded another way now and then"
         )
-    assert read(tmp_path / "run", "run").facts["best_step"] == read(whole, "run").facts["best_step"]
+    assert (
+        read_manifest(tmp_path / "run", "run").facts["best_step"]
+        == read_manifest(whole, "run").facts["best_step"]
+    )
     its, of_one = (load_tensors(run / "network.safetensors") for run in (tmp_path / "run", whole))
     for name, weight in its.items():
         torch.testing.assert_close(weight, of_one[name], rtol=1e-3, atol=1e-3)
@@ -177,9 +180,9 @@ def test_machines_that_share_nothing_but_a_bucket_take_the_best_from_there(
     ):
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said[-3000:]
-    manifest = read(f"{bucket}/run", "run")
-    assert manifest.facts["best_step"] == read(whole, "run").facts["best_step"]
-    its = load_tensors(opened(f"{bucket}/run", manifest, "network.*") / "network.safetensors")
+    manifest = read_manifest(f"{bucket}/run", "run")
+    assert manifest.facts["best_step"] == read_manifest(whole, "run").facts["best_step"]
+    its = load_tensors(open_artifact(f"{bucket}/run", manifest, "network.*") / "network.safetensors")
     for name, weight in load_tensors(whole / "network.safetensors").items():
         torch.testing.assert_close(its[name], weight, rtol=1e-3, atol=1e-3)
 
@@ -232,7 +235,7 @@ def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> 
     start = _start(str(whole), weights=True)
     assert start
     assert start.critic
-    best = whole / "checkpoints" / f"{read(whole, 'run').facts['best_step']:08d}"
+    best = whole / "checkpoints" / f"{read_manifest(whole, 'run').facts['best_step']:08d}"
     critic = checkpoint.load_object(best, "critic")
     last = checkpoint.load_object(whole / "checkpoints" / "00000010", "critic")
     assert all(torch.equal(weight, critic[f"network.{name}"]) for name, weight in start.critic.items())
@@ -242,22 +245,22 @@ def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> 
 def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
     from dmd2.model_card import chosen, model_card
 
-    made_of = read(whole, "run")
+    made_of = read_manifest(whole, "run")
     sentence = chosen(made_of)
     assert f"of step {made_of.facts['best_step']} of 10" in sentence
     manifests = {"run": made_of} | {
-        kind: read(made / kind, kind) for kind in ("shards", "teacher", "evaluation", "gate")
+        kind: read_manifest(made / kind, kind) for kind in ("shards", "teacher", "evaluation", "gate")
     }
     report.write_report(whole.parent / "report.html", manifests, whole, made / "evaluation")
     page = (whole.parent / "report.html").read_text()
     assert sentence in page
     assert sentence in model_card(made_of, manifests["evaluation"], manifests["gate"])
-    assert chosen(read(made / "run", "run")) == ""
+    assert chosen(read_manifest(made / "run", "run")) == ""
 
 
 def test_nothing_is_judged_unless_it_is_asked_for(made: Path) -> None:
     assert not any(SCORE in line for line in read_metrics(made / "run"))
-    assert "best_step" not in read(made / "run", "run").facts
+    assert "best_step" not in read_manifest(made / "run", "run").facts
 
 
 def test_weights_that_are_not_there_are_told_before_the_first_step(

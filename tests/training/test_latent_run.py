@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 
 from dmd2 import recipes, stages
 from dmd2.config import Config
-from dmd2.io.artifact import Manifest, read
-from dmd2.io.storage import at, join
+from dmd2.io.artifact import Manifest, read_manifest
+from dmd2.io.storage import join_uri, open_store
 from dmd2.model import load
 from tests.conftest import MICRO
 
@@ -43,7 +43,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distilled(config: Config, source: str, vae: str, root: str) -> Manifest:
-    data, latents, teacher, run = (join(root, name) for name in ("shards", "latents", "teacher", "run"))
+    data, latents, teacher, run = (join_uri(root, name) for name in ("shards", "latents", "teacher", "run"))
     stages.shard(config, source, data, workers=2)
     stages.encode(config, data, vae, latents)
     stages.teach(config, latents, teacher)
@@ -78,11 +78,11 @@ def test_on_a_bucket_everything_is_the_same(
     """Source, VAE, shards, latents, teacher and run: nothing but gs:// addresses."""
     for folder, name in ((pictures, "pictures"), (vae, "vae")):
         files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-        at(join(bucket, name)).put_many(folder, files)
-    run = distilled(config, join(bucket, "pictures"), join(bucket, "vae"), bucket)
+        open_store(join_uri(bucket, name)).put_many(folder, files)
+    run = distilled(config, join_uri(bucket, "pictures"), join_uri(bucket, "vae"), bucket)
     for kind in ("shards", "latents"):
-        assert read(join(bucket, kind), kind).digest == read(made / kind, kind).digest
-    assert weights(run) == weights(read(made / "run", "run"))
+        assert read_manifest(join_uri(bucket, kind), kind).digest == read_manifest(made / kind, kind).digest
+    assert weights(run) == weights(read_manifest(made / "run", "run"))
 
 
 def test_images_are_no_latents(config: Config, made: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.errors import Diverged, Interrupted
-from dmd2.io.artifact import read
+from dmd2.io.artifact import read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.training import checkpoint
 from dmd2.training.metrics_log import METRICS, read_metrics, truncate_after
@@ -299,6 +299,6 @@ def test_teaching_resumes_too(
     assert caught.value.status == 75
     monkeypatch.setattr(DiffusionTrainer, "step", original)
     stages.teach(micro, str(made / "shards"), str(tmp_path / "teacher"))
-    again, before = read(tmp_path / "teacher", "teacher"), read(made / "teacher", "teacher")
+    again, before = read_manifest(tmp_path / "teacher", "teacher"), read_manifest(made / "teacher", "teacher")
     weights = [{f.path: f.sha256 for f in m.files}["network.safetensors"] for m in (again, before)]
     assert weights[0] == weights[1]

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, opened, read
-from dmd2.io.staging import BEGUN, CONTENTS, SECONDS, Draft, drafted
-from dmd2.io.storage import at, cache
+from dmd2.io.artifact import MANIFEST, open_artifact, read_manifest
+from dmd2.io.staging import CONTENTS, SECONDS, STARTED_WITH, Draft, draft_artifact
+from dmd2.io.storage import cache, open_store
 from dmd2.training import checkpoint
 from dmd2.training.trainer import DMD2Trainer
 from tests.bucket import DOWNLOAD, UPLOAD, Proxy, contents, flip, listed, until
@@ -40,16 +40,20 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
 
 
 def copied(folder: Path, uri: str) -> str:
-    at(uri).put_many(folder, contents(str(folder)))
+    open_store(uri).put_many(folder, contents(str(folder)))
     return uri
 
 
 def sums(folder: str | Path, kind: str) -> dict[str, str]:
-    return {file.path: file.sha256 for file in read(folder, kind).files}
+    return {file.path: file.sha256 for file in read_manifest(folder, kind).files}
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {e.name: at(folder).read(e.name).decode() for e in at(folder).list() if e.name != MANIFEST}
+    return {
+        e.name: open_store(folder).read(e.name).decode()
+        for e in open_store(folder).list()
+        if e.name != MANIFEST
+    }
 
 
 def test_a_whole_run_with_nothing_but_a_bucket_is_the_run_with_folders(
@@ -59,13 +63,13 @@ def test_a_whole_run_with_nothing_but_a_bucket_is_the_run_with_folders(
     data, teacher, run, evaluation, gate, package = (
         f"{bucket}/run/{name}" for name in ("shards", "teacher", "run", "evaluation", "gate", "package")
     )
-    assert stages.shard(micro, source, data).digest == read(made / "shards", "shards").digest
+    assert stages.shard(micro, source, data).digest == read_manifest(made / "shards", "shards").digest
     stages.teach(micro, data, teacher)
     stages.distill(micro, data, teacher, run)
     for folder, kind in ((teacher, "teacher"), (run, "run")):
         assert sums(folder, kind)["network.safetensors"] == sums(made / kind, kind)["network.safetensors"]
     facts = stages.evaluate(micro, data, teacher, run, evaluation).facts
-    assert facts["fid_student"] == read(made / "evaluation", "evaluation").facts["fid_student"]
+    assert facts["fid_student"] == read_manifest(made / "evaluation", "evaluation").facts["fid_student"]
     generous = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e6})})
     assert stages.gate(generous, evaluation, gate).facts["decision"] == "accepted"
     stages.package(run, evaluation, gate, package)
@@ -73,8 +77,8 @@ def test_a_whole_run_with_nothing_but_a_bucket_is_the_run_with_folders(
     stages.sample(package, f"{bucket}/grid.png", count=6)
     for folder in (data, teacher, run, evaluation, gate, package):
         assert contents(folder) == listed(folder)
-    assert b"accepted" in at(bucket).read("report.html")
-    at(bucket).fetch("grid.png", tmp_path / "grid.png")
+    assert b"accepted" in open_store(bucket).read("report.html")
+    open_store(bucket).fetch("grid.png", tmp_path / "grid.png")
     stages.sample(str(made / "run"), str(tmp_path / "local.png"), count=6)
     grids = [Image.open(tmp_path / name).tobytes() for name in ("grid.png", "local.png")]
     assert grids[0] == grids[1]
@@ -100,7 +104,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bi
     assert process.wait() == -signal.SIGKILL
     shutil.rmtree(cache())
     last = max(sent(out))
-    at(out).write("checkpoints/00000039/student.safetensors", b"half of it")
+    open_store(out).write("checkpoints/00000039/student.safetensors", b"half of it")
     node("elsewhere")
     played, original = [], DMD2Trainer.step
 
@@ -113,13 +117,13 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bi
     assert played == list(range(last, 40))
     assert sums(out, "run")["network.safetensors"] == sums(tmp_path / "whole", "run")["network.safetensors"]
     assert contents(out) == listed(out)
-    opened(out, read(out, "run"))
+    open_artifact(out, read_manifest(out, "run"))
 
 
 def sent(out: str) -> set[int]:
     """The steps of the checkpoints that the contents of an unfinished run name."""
     try:
-        named = json.loads(at(out).read(CONTENTS))
+        named = json.loads(open_store(out).read(CONTENTS))
     except FileNotFoundError:
         return set()
     return {int(name.split("/")[1]) for name in named if name.startswith("checkpoints/")}
@@ -138,7 +142,7 @@ def stopped(out: str, config: Config) -> None:
     """A run that fails after a checkpoint."""
 
     def stop() -> None:
-        with drafted(out, "run", config, {}, resumable=True) as draft:
+        with draft_artifact(out, "run", config, {}, resumable=True) as draft:
             save(draft, 1)
             draft.push()
             raise RuntimeError
@@ -156,7 +160,7 @@ def test_a_checkpoint_that_was_sent_by_half_is_not_used(
     monkeypatch.setenv("DMD2_RETRY_S", "0.2")
 
     def stop() -> None:
-        with drafted(out, "run", micro, {}, resumable=True) as draft:
+        with draft_artifact(out, "run", micro, {}, resumable=True) as draft:
             save(draft, 1)
             draft.push()
             save(draft, 2)
@@ -167,18 +171,18 @@ def test_a_checkpoint_that_was_sent_by_half_is_not_used(
         stop()
     proxy.rules.clear()
     node("elsewhere")
-    with drafted(out, "run", micro, {}, resumable=True) as draft:
+    with draft_artifact(out, "run", micro, {}, resumable=True) as draft:
         assert checkpoint.saved_steps(draft.path / "checkpoints") == [1]
         save(draft, 3)
     assert [name for name in sums(out, "run") if "0002" in name] == []
     assert contents(out) == listed(out)
-    opened(out, read(out, "run"))
+    open_artifact(out, read_manifest(out, "run"))
 
 
 def test_what_is_there_is_not_sent_again(micro: Config, bucket: str, proxy: Proxy, node: Node) -> None:
     stopped(f"{bucket}/run", micro)
     node("elsewhere")
-    with drafted(f"{bucket}/run", "run", micro, {}, resumable=True) as draft:
+    with draft_artifact(f"{bucket}/run", "run", micro, {}, resumable=True) as draft:
         before = proxy.count(UPLOAD)
         draft.push()
         assert proxy.count(UPLOAD) - before == 2, "that it works here, and what there is"
@@ -191,11 +195,11 @@ def test_what_is_there_is_not_sent_again(micro: Config, bucket: str, proxy: Prox
 
 def test_time_is_counted_over_machines(micro: Config, bucket: str, node: Node) -> None:
     stopped(f"{bucket}/run", micro)
-    at(f"{bucket}/run").write(SECONDS, b"1000")
+    open_store(f"{bucket}/run").write(SECONDS, b"1000")
     node("elsewhere")
-    with drafted(f"{bucket}/run", "run", micro, {}, resumable=True):
+    with draft_artifact(f"{bucket}/run", "run", micro, {}, resumable=True):
         pass
-    assert 1000 <= read(f"{bucket}/run", "run").seconds < 1100
+    assert 1000 <= read_manifest(f"{bucket}/run", "run").seconds < 1100
 
 
 def test_the_process_that_began_last_goes_on_and_the_one_before_gives_way(
@@ -205,11 +209,11 @@ def test_the_process_that_began_last_goes_on_and_the_one_before_gives_way(
     out = f"{bucket}/run"
 
     def come_back() -> None:
-        with drafted(out, "run", micro, {}, resumable=True) as old:
+        with draft_artifact(out, "run", micro, {}, resumable=True) as old:
             save(old, 1)
             old.push()
             node("elsewhere")
-            with drafted(out, "run", micro, {}, resumable=True) as new:
+            with draft_artifact(out, "run", micro, {}, resumable=True) as new:
                 assert checkpoint.saved_steps(new.path / "checkpoints") == [1]
                 save(new, 2)
                 (old.path / "log").write_text("of the old one")
@@ -220,7 +224,7 @@ def test_the_process_that_began_last_goes_on_and_the_one_before_gives_way(
 
     with pytest.raises(Refused, match=f"another process has begun to work in {out}"):
         come_back()
-    folder = opened(out, read(out, "run"))
+    folder = open_artifact(out, read_manifest(out, "run"))
     assert (folder / "log").read_text() == "2"
 
 
@@ -231,23 +235,23 @@ def test_a_result_that_comes_too_late_is_dropped_and_the_first_stays_whole(
     out = f"{bucket}/out"
 
     def finish_late() -> None:
-        with drafted(out, "run", micro, {}, resumable=resumable) as late:
+        with draft_artifact(out, "run", micro, {}, resumable=resumable) as late:
             (late.path / "result").write_text("late")
             (late.path / "more").write_text("late")
             node("elsewhere")
-            with drafted(out, "run", micro, {}, resumable=resumable) as first:
+            with draft_artifact(out, "run", micro, {}, resumable=resumable) as first:
                 (first.path / "result").write_text("first")
 
     with pytest.raises(Refused, match="another process"):
         finish_late()
-    assert files(opened(out, read(out, "run"))) == {"result": "first"}
+    assert files(open_artifact(out, read_manifest(out, "run"))) == {"result": "first"}
     assert contents(out) == listed(out)
 
 
 def finish(out: str, number: int, together: Barrier, place: Path) -> None:
     os.environ["DMD2_CACHE"] = str(place / str(number))
     try:
-        with drafted(out, "gate", None, {}) as draft:
+        with draft_artifact(out, "gate", None, {}) as draft:
             (draft.path / "winner").write_text(f"{number}")
             (draft.path / f"of {number}").write_text("")
             together.wait()
@@ -271,13 +275,16 @@ def test_of_four_processes_that_finish_a_folder_at_once_one_wins_and_the_others_
         codes = [process.exitcode for process in processes]
         assert sorted(map(str, codes)) == ["0", "64", "64", "64"]
         winner = codes.index(0)
-        assert files(opened(out, read(out, "gate"))) == {"winner": f"{winner}", f"of {winner}": ""}
+        assert files(open_artifact(out, read_manifest(out, "gate"))) == {
+            "winner": f"{winner}",
+            f"of {winner}": "",
+        }
 
 
 def test_a_prefix_that_holds_other_things_is_refused_and_left_alone(
     micro: Config, pictures: Path, bucket: str, refusal: Callable[..., str]
 ) -> None:
-    at(f"{bucket}/thesis").write("chapters/1.tex", b"years of work")
+    open_store(f"{bucket}/thesis").write("chapters/1.tex", b"years of work")
     sentence = refusal(lambda: stages.shard(micro, str(pictures), f"{bucket}/thesis"))
     assert f"{bucket}/thesis holds other things, 'chapters/1.tex' for one" in sentence
     assert contents(f"{bucket}/thesis") == ["chapters/1.tex"]
@@ -287,15 +294,15 @@ def test_a_prefix_that_holds_other_things_is_refused_and_left_alone(
 
 def test_what_cannot_be_continued_leaves_the_place_free(micro: Config, bucket: str) -> None:
     def fail() -> None:
-        with drafted(f"{bucket}/run", "run", micro, {}, resumable=True):
+        with draft_artifact(f"{bucket}/run", "run", micro, {}, resumable=True):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     assert contents(bucket) == []
-    with drafted(f"{bucket}/run", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):
+    with draft_artifact(f"{bucket}/run", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):
         pass
-    assert read(f"{bucket}/run", "run").config != micro
+    assert read_manifest(f"{bucket}/run", "run").config != micro
 
 
 def test_unfinished_work_of_another_config_is_refused_by_its_address(
@@ -304,10 +311,10 @@ def test_unfinished_work_of_another_config_is_refused_by_its_address(
     out = f"{bucket}/run"
     stopped(out, micro)
     before = contents(out)
-    assert BEGUN in before
+    assert STARTED_WITH in before
     node("elsewhere")
     other = micro.model_copy(update={"seed": 7})
-    sentence = refusal(lambda: drafted(out, "run", other, {}, resumable=True).__enter__())
+    sentence = refusal(lambda: draft_artifact(out, "run", other, {}, resumable=True).__enter__())
     assert f"the unfinished {out} was begun with another configuration (seed: 0 -> 7)" in sentence
     assert contents(out) == before
 
@@ -317,35 +324,39 @@ def test_a_checkpoint_that_is_missing_from_the_bucket_is_named(
 ) -> None:
     out = f"{bucket}/run"
     stopped(out, micro)
-    at(out).delete(["checkpoints/00000001/critic"])
+    open_store(out).delete(["checkpoints/00000001/critic"])
     node("elsewhere")
     with pytest.raises(FileNotFoundError, match=f"{out}/checkpoints/00000001/critic"):
-        drafted(out, "run", micro, {}, resumable=True).__enter__()
+        draft_artifact(out, "run", micro, {}, resumable=True).__enter__()
 
 
 def test_a_changed_object_is_named_and_never_enters_the_cache(
     made: Path, bucket: str, refusal: Callable[..., str]
 ) -> None:
     folder = copied(made / "teacher", f"{bucket}/teacher")
-    manifest, good = read(folder, "teacher"), at(folder).read("network.json")
-    at(folder).write("network.json", good.replace(b"8", b"9"))
+    manifest, good = read_manifest(folder, "teacher"), open_store(folder).read("network.json")
+    open_store(folder).write("network.json", good.replace(b"8", b"9"))
     for _ in range(2):
-        assert f"{folder}/network.json was changed" in refusal(lambda: opened(folder, manifest, "network.*"))
-    at(folder).delete(["network.json"])
-    assert f"{folder}/network.json is missing" in refusal(lambda: opened(folder, manifest, "network.*"))
-    at(folder).write("network.json", good)
-    assert (opened(folder, manifest, "network.*") / "network.json").read_bytes() == good
+        assert f"{folder}/network.json was changed" in refusal(
+            lambda: open_artifact(folder, manifest, "network.*")
+        )
+    open_store(folder).delete(["network.json"])
+    assert f"{folder}/network.json is missing" in refusal(
+        lambda: open_artifact(folder, manifest, "network.*")
+    )
+    open_store(folder).write("network.json", good)
+    assert (open_artifact(folder, manifest, "network.*") / "network.json").read_bytes() == good
 
 
 def test_a_damaged_copy_in_the_cache_is_fetched_again(made: Path, bucket: str, proxy: Proxy) -> None:
     folder = copied(made / "teacher", f"{bucket}/teacher")
-    manifest = read(folder, "teacher")
-    path = opened(folder, manifest, "network.*") / "network.safetensors"
+    manifest = read_manifest(folder, "teacher")
+    path = open_artifact(folder, manifest, "network.*") / "network.safetensors"
     before = proxy.count(DOWNLOAD)
-    opened(folder, manifest, "network.*")
+    open_artifact(folder, manifest, "network.*")
     assert proxy.count(DOWNLOAD) == before
     flip(path, 1000)
-    opened(folder, manifest, "network.*")
+    open_artifact(folder, manifest, "network.*")
     assert proxy.count(DOWNLOAD) == before + 1
     assert path.read_bytes() == (made / "teacher" / "network.safetensors").read_bytes()
 
@@ -381,15 +392,15 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
     first = machines(tmp_path, "ab", *words, "--out", run)
     until(
         lambda: (
-            bool(at(run).generation(CONTENTS))
-            and f"checkpoints/00000004/{MANIFEST}" in at(run).read(CONTENTS).decode()
+            bool(open_store(run).generation(CONTENTS))
+            and f"checkpoints/00000004/{MANIFEST}" in open_store(run).read(CONTENTS).decode()
         )
     )
     for process in first:
         subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
         process.kill()
         process.communicate()
-    told = json.loads(at(run).read(f"checkpoints/00000004/{MANIFEST}"))
+    told = json.loads(open_store(run).read(f"checkpoints/00000004/{MANIFEST}"))
     assert len(told["files"]) == 2
     assert {name for name in contents(run) if "/00000004/" in name} >= {
         f"checkpoints/00000004/{n}" for n in told["files"]
@@ -398,9 +409,9 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said[-3000:]
     assert contents(run) == listed(run), "nothing else is left there"
-    assert read(run, "run").facts.keys() == read(made / "run", "run").facts.keys()
+    assert read_manifest(run, "run").facts.keys() == read_manifest(made / "run", "run").facts.keys()
     found, alone = (
-        load_file(opened(place, read(place, "run"), "network*") / "network.safetensors")
+        load_file(open_artifact(place, read_manifest(place, "run"), "network*") / "network.safetensors")
         for place in (run, made / "run")
     )
     for name, weight in alone.items():

@@ -16,7 +16,7 @@ from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.shards import TRAIN
 from dmd2.data.stream import Shards
-from dmd2.io.artifact import read
+from dmd2.io.artifact import read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load, load_network
 from dmd2.models.lora import exported
@@ -100,7 +100,7 @@ def test_the_teacher_is_sampled_by_diffusers_own_pipeline(root: Path, pipeline: 
 
 
 def test_an_evaluation_scores_student_and_teacher_at_few_and_many_steps(root: Path) -> None:
-    facts = read(root / "evaluation", "evaluation").facts
+    facts = read_manifest(root / "evaluation", "evaluation").facts
     told = [(v["name"], v["recipe"], v["steps"], v["calls"]) for v in facts["variants"]]
     assert told == [
         ("student", "sdxl-4step-emoji", 4, 4),
@@ -152,7 +152,7 @@ def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp
         "distill.student.lr=3",
         prompts=str(tmp_path / "prompts.txt"),
     )
-    told, facts = checkpoint_scores(run), read(run, "run").facts
+    told, facts = checkpoint_scores(run), read_manifest(run, "run").facts
     assert facts["best_step"] == min(told, key=told.__getitem__) < max(told)
     lora = recipes.get("sdxl-4step-lora-emoji").distill.lora
     assert lora
@@ -232,7 +232,7 @@ def test_prompts_of_a_file_replace_those_of_the_data_and_not_captions_of_real_sa
     prompts.write_text("a green square\na blue square\n")
     run = distilled(root, tmp_path / "run", "sdxl-4step-emoji", prompts=str(prompts))
     assert not torch.equal(learned(run), learned(root / "run"))
-    assert "prompts" in read(run, "run").inputs
+    assert "prompts" in read_manifest(run, "run").inputs
     other = "sdxl-4step-noised-real-emoji"
     assert "leave out --prompts" in refusal(
         lambda: distilled(root, tmp_path / "x", other, prompts=str(prompts))
@@ -314,7 +314,9 @@ def test_a_published_unet_becomes_a_run_that_is_evaluated_and_packaged(root: Pat
     stages.evaluate(config(), shards, teacher, names[0], names[1])
     stages.gate(config(), names[1], names[2])
     stages.package(*names)
-    scores = [read(folder, "evaluation").facts["fid_student"] for folder in (root / "evaluation", names[1])]
+    scores = [
+        read_manifest(folder, "evaluation").facts["fid_student"] for folder in (root / "evaluation", names[1])
+    ]
     assert scores[0] == scores[1]
     assert torch.equal(learned(tmp_path / "package"), learned(root / "package"))
 
@@ -341,11 +343,14 @@ def test_another_vae_takes_the_place_of_the_teachers(root: Path, pipeline: Path,
     stages.resolve(config(), str(pipeline), str(tmp_path / "teacher"), vae=str(tmp_path / "vae"))
     files = [Path(f, "vae", "diffusion_pytorch_model.safetensors") for f in (tmp_path, tmp_path / "teacher")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert read(tmp_path / "teacher", "teacher").digest != read(root / "teacher", "teacher").digest
+    assert (
+        read_manifest(tmp_path / "teacher", "teacher").digest
+        != read_manifest(root / "teacher", "teacher").digest
+    )
 
 
 def test_a_teacher_says_what_it_predicts(root: Path) -> None:
-    facts = read(root / "teacher", "teacher").facts
+    facts = read_manifest(root / "teacher", "teacher").facts
     told = facts["predicts"], facts["zero_terminal_snr"], facts["scheduler"]
     assert told == ("epsilon", False, "EulerDiscreteScheduler")
 
@@ -393,7 +398,7 @@ def test_data_without_captions_is_not_learned_from_as_if_it_had_some(
     (tmp_path / "prompts.txt").write_text("a green square")
     run = tmp_path / "told"
     stages.distill(config(), latents, teacher, str(run), prompts=str(tmp_path / "prompts.txt"))
-    assert set(read(run, "run").facts["prompts"]) == {"a green square"}
+    assert set(read_manifest(run, "run").facts["prompts"]) == {"a green square"}
 
 
 def test_adopting_depends_on_every_file_of_a_training_folder(
