@@ -1,4 +1,8 @@
-"""The processes of a run: how they find each other, wait for each other and agree."""
+"""The ranks of a run: start, rendezvous, device, mesh, and what the hosts agree on beside the devices.
+
+Ranks exchange control values (stop signals, decisions, barriers) over gloo on the hosts, so that no rank waits for its
+accelerator to learn them. Every decision about collectives must be the same on all ranks, or the run deadlocks.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from dmd2.errors import AGAIN, Interrupted, Refused, brief
 
 HOST_TIMEOUT = timedelta(days=1)
-"""How long processes wait for each other where only one of them works, as when it writes a result."""
+"""Timeout of operations between hosts: long, because the main process may be writing a result meanwhile."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a collective of a step may take."""
+"""Timeout of the collectives of a training step, and of the rendezvous."""
 CONNECTION_LOST = re.compile(r"gloo|[Cc]onnection (closed|reset)|process group")
-"""How the libraries say that the other end of a connection is gone."""
+"""Matches the error messages of gloo and NCCL for a rank that has gone away."""
 GLOO_EXIT_DELAY_S = 0.2
-"""How long a process waits before it ends, so that gloo's threads can let go of the tensors of their last work. One that
-still needs the interpreter for it when that is gone aborts the process, and its exit status is lost."""
+"""Seconds that a process sleeps at exit, so that gloo's threads release the tensors of their last operation. A thread that
+needs the Python interpreter after its shutdown aborts the process, and the exit status is lost."""
 
 
 def device() -> torch.device:
@@ -38,7 +42,7 @@ def device() -> torch.device:
 
 
 def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device has no instructions for the type, so that float32 is the faster one."""
+    """Whether the device has no instructions for bfloat16, which is then slower than float32."""
     if dtype != torch.bfloat16:
         return False
     if device.type == "cuda":
@@ -49,25 +53,26 @@ def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that torchrun started, or the only one."""
+    """The ranks that torchrun started, seen from this one; or a single process without a process group."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among those of this machine."""
+    """Rank among the processes of this machine."""
     local_size: int = 1
+    """Number of processes on this machine."""
     host_group: dist.ProcessGroup | None = None
-    """For words between hosts, beside the work of the devices; none if there is only one process."""
+    """gloo group of all ranks for control values on the hosts; None for a single process."""
     checkpoint_group: dist.ProcessGroup | None = None
-    """The same for what is written in the background."""
+    """A second gloo group, used by the background thread that writes checkpoints."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def local_rows(self, batch: int) -> range:
-        """The rows of the whole batch that are this process's."""
+        """Indices of the rows of a global batch that this rank works on. Refuses a batch that ranks cannot share equally."""
         if batch % self.size:
             raise Refused(
                 f"a batch of {batch} images cannot be divided among {self.size} processes; choose a multiple"
@@ -75,22 +80,23 @@ class World:
         return range(self.rank, batch, self.size)
 
     def barrier(self) -> None:
-        """For all the others."""
+        """Wait until all ranks are here."""
         if self.host_group:
             with self.interrupt_on_lost_rank():
                 dist.barrier(self.host_group)
 
     def broadcast_int(self, number: int = 0) -> int:
-        """The number that the main process tells all."""
-        told = torch.tensor(number)
+        """Return the main process's number on every rank; the argument of the other ranks is ignored."""
+        value = torch.tensor(number)
         if self.host_group:
             with self.interrupt_on_lost_rank():
-                dist.broadcast(told, 0, self.host_group)
-        return int(told)
+                dist.broadcast(value, 0, self.host_group)
+        return int(value)
 
     @contextmanager
     def interrupt_on_lost_rank(self) -> Iterator[None]:
-        """What is done here needs the others: to be told that one is gone is to be interrupted."""
+        """Raise Interrupted, with the exit status that asks for a restart, if a collective inside fails because another
+        rank has died."""
         try:
             yield
         except RuntimeError as error:
@@ -105,18 +111,19 @@ class World:
             ) from error
 
     def shutdown(self) -> None:
-        """From the others, when all have come to the end: none is left waiting for one that is gone."""
+        """Leave the process group. Call it after a barrier, so that no rank waits for one that has left."""
         if self.host_group:
             dist.destroy_process_group()
 
     def _abort_process_group(self) -> None:
-        """Give up what a lost process will never answer, so that this one can end; hosts give up by themselves."""
+        """Cancel device collectives that a lost rank will never answer, so that this process can end. gloo's fail by
+        themselves."""
         if self.device.type != "cpu":
             dist.distributed_c10d._abort_process_group()
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The main process first, so that a mistake is told once; then the others."""
+        """Run the block on the main process, then on the other ranks: an input error is reported once."""
         if not self.is_main:
             self.barrier()
         yield
@@ -124,17 +131,21 @@ class World:
             self.barrier()
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Over the processes, of numbers on the host."""
+        """Sum a CPU tensor over the ranks, in place."""
         if self.host_group:
             dist.all_reduce(values, group=self.host_group)
         return values
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """The same, divided by their number."""
+        """Mean of a CPU tensor over the ranks. Overwrites the argument."""
         return self.all_reduce_sum(values) / self.size
 
     def device_mesh(self, shards: int) -> DeviceMesh | None:
-        """The mesh with so many shards (0 = a machine's processes); none where no process group is."""
+        """The mesh ("replica", "shard"), or ("shard",) if there is one replica; None for a single process.
+
+        Args:
+            shards: Ranks that share one copy of the weights; 0 = the processes of one machine.
+        """
         if not self.host_group:
             return None
         shards = shards or self.local_size
@@ -142,14 +153,14 @@ class World:
             raise Refused(
                 f"engine.shards is {shards}, which does not divide the {self.size} processes; choose a divisor"
             )
-        if shards == self.size:  # no replicas to agree with
+        if shards == self.size:
             return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
         shape = (self.size // shards, shards)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
 
 
 def init_distributed() -> World:
-    """Meet the processes that torchrun started this one with; without any, be alone."""
+    """Join the process group of the ranks that torchrun started; without torchrun, a world of one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return World(device())
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -158,32 +169,28 @@ def init_distributed() -> World:
     if accelerator:
         torch.accelerator.set_device_index(local_rank)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not dist.is_initialized():  # a single one too, or accelerate makes a group that knows no host
+    if not dist.is_initialized():  # also for one rank: accelerate would create a group without gloo
         backend = (
             f"cpu:gloo,{here.type}:{dist.get_default_backend_for_device(here)}" if accelerator else "gloo"
         )
-        dist.init_process_group(
-            backend,
-            timeout=COLLECTIVE_TIMEOUT,
-            store=_rendezvous_store(rank, size),
-            rank=rank,
-            world_size=size,
-        )
+        store = _rendezvous_store(rank, size)
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=size)
         atexit.register(time.sleep, GLOO_EXIT_DELAY_S)
     if size == 1:
         return World(here)
     host_group, checkpoint_group = (dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) for _ in range(2))
     assert isinstance(host_group, dist.ProcessGroup)
     assert isinstance(checkpoint_group, dist.ProcessGroup)
-    return World(
-        here, dist.get_rank(), dist.get_world_size(), local_rank, local_size, host_group, checkpoint_group
-    )
+    return World(here, rank, size, local_rank, local_size, host_group, checkpoint_group)
 
 
 def _rendezvous_store(rank: int, size: int) -> Store:
-    """Where the processes find each other, new with every start. torchrun keeps its own store when it starts them again,
-    and with it the addresses of those that died; so the first one opens another, and tells by torchrun's where. What is
-    found there from an earlier start leads to a port that nobody serves any more."""
+    """A store that is new with every start of the workers.
+
+    torchrun keeps its own store when it restarts workers, and with it the addresses of the dead ones. So rank 0 opens
+    another store and publishes its port in torchrun's. The other ranks retry until they can connect: a port left there
+    by an earlier start refuses connections.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return TCPStore(host, port, size, rank == 0, COLLECTIVE_TIMEOUT)
@@ -192,13 +199,13 @@ def _rendezvous_store(rank: int, size: int) -> Store:
         store = TCPStore(host, 0, size, True, COLLECTIVE_TIMEOUT, wait_for_workers=False)
         agent.set("dmd2", str(store.port))
         return store
-    until = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
     while True:
-        served = int(agent.get("dmd2"))
+        published = int(agent.get("dmd2"))
         try:
-            socket.create_connection((host, served), timeout=5).close()
-            return TCPStore(host, served, size, False, COLLECTIVE_TIMEOUT, wait_for_workers=False)
+            socket.create_connection((host, published), timeout=5).close()
+            return TCPStore(host, published, size, False, COLLECTIVE_TIMEOUT, wait_for_workers=False)
         except OSError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)

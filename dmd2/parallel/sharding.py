@@ -1,10 +1,9 @@
-"""The processes of a run, and how they share the weights: a mesh of (replicas, shards).
+"""Sharding of networks over a mesh of (replicas, shards) by FSDP2's `fully_shard`.
 
-(1, 1) is one device, (W, 1) is DDP, (1, W) is FSDP and (R, S) is HSDP, all by FSDP2's `fully_shard`. Weights that learn
-are float32 and divided among the shards, with their gradients and moments; what is computed with is gathered from
-them, in the type it is computed in. `resident` networks are gathered whole and once per update of theirs: they stay
-gathered through rollouts, passes and parts of a batch, and their gradients travel once. Weights that are frozen are
-whole on every device, and never travel.
+(1, 1) is one device, (W, 1) is DDP, (1, W) is FSDP and (R, S) is HSDP. Trainable weights are float32 and sharded, with
+their gradients and optimizer state; an all-gather makes full copies for the forward pass, in the compute dtype.
+*Resident* networks are all-gathered as a whole and once per optimizer step: they stay gathered through rollouts, passes
+and micro-batches, and their gradients are reduced once. Frozen weights of resident networks are replicated.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from dmd2.parallel.ranks import World
 
 RESIDENT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Networks that stay gathered, and whose gradients stay whole until they are complete."""
+"""Networks that stay all-gathered, and whose full gradients accumulate until the last pass reduces them."""
 
 
 def shard(
@@ -35,10 +34,17 @@ def shard(
     dtype: torch.dtype,
     *,
     resident: bool,
-    whole: Iterable[nn.Parameter] = (),
+    ignored: Iterable[nn.Parameter] = (),
 ) -> None:
-    """Divide the weights of `network` among the shards of the mesh, in place: each unit on its own, then what is left of
-    it. What is `whole` stays so on every process. Resident, only the outermost units are used: fewer, larger messages."""
+    """Shard the parameters of `network` over the mesh, in place.
+
+    Args:
+        units: Modules that are gathered as one: each gets its own FSDP group, and the rest of the network another. A
+            resident network uses only the outermost ones, for fewer and larger messages.
+        dtype: Of the gathered weights; gradients are reduced in float32.
+        resident: Keep the gathered weights after forward and backward, until `reshard`.
+        ignored: Parameters that stay replicated.
+    """
     policy = MixedPrecisionPolicy(
         None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
@@ -48,35 +54,35 @@ def shard(
         "mesh": mesh,
         "mp_policy": policy,
         "reshard_after_forward": not resident,
-        "ignored_params": set(whole),
+        "ignored_params": set(ignored),
     }
     for unit in outermost(units) if resident else units:
         fully_shard(unit, **settings)
     fully_shard(network, **settings)
     if resident:
         RESIDENT.add(network)
-    for gathered_apart in _sharded(network):
+    for module in _fsdp_modules(network):
         if resident:
-            gathered_apart.set_reshard_after_backward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
         if dtype == torch.bfloat16 and mesh.shape[-1] > 1:
-            gathered_apart.set_custom_reduce_scatter(Float32ReduceScatter())
+            module.set_custom_reduce_scatter(Float32ReduceScatter())
 
 
 def outermost(units: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those that no other one holds."""
+    """The units that are inside no other unit."""
     inner = {id(m) for unit in units for m in unit.modules() if m is not unit}
     return [unit for unit in units if id(unit) not in inner]
 
 
 def innermost(units: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those that hold no other one."""
+    """The units that contain no other unit."""
     ids = {id(unit) for unit in units}
     return [unit for unit in units if not any(id(m) in ids for m in unit.modules() if m is not unit)]
 
 
 class Float32ReduceScatter(ReduceScatter):
-    """Gradients travel as the backward pass made them, in bfloat16, and are added up in float32: half the bytes of a
-    float32 reduction, and its sums."""
+    """Reduce-scatter that sends bfloat16 and sums in float32: an all-to-all of the gradients as the backward pass made
+    them, then a local sum. Half the bytes of a float32 reduce-scatter, without its loss of digits in bfloat16 sums."""
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -89,16 +95,16 @@ class Float32ReduceScatter(ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> None:
-        sent = input_tensor.to(torch.bfloat16)
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=group)
-        torch.sum(got.view(group.size(), -1), dim=0, dtype=torch.float32, out=output_tensor)
+        send = input_tensor.to(torch.bfloat16)
+        receive = torch.empty_like(send)
+        dist.all_to_all_single(receive, send, group=group)
+        torch.sum(receive.view(group.size(), -1), dim=0, dtype=torch.float32, out=output_tensor)
         if op == dist.ReduceOp.AVG:
             output_tensor.div_(group.size())
 
 
 def broadcast_state_dict(network: nn.Module, weights: Mapping[str, Tensor], world: World) -> None:
-    """Give the network the weights that the main process has, each process what it keeps of them; the others give none."""
+    """Load the main process's full state dict; every rank keeps its shards. Other ranks may pass an empty mapping."""
     if not world.host_group:
         network.load_state_dict(weights)
         return
@@ -107,41 +113,43 @@ def broadcast_state_dict(network: nn.Module, weights: Mapping[str, Tensor], worl
 
 
 def gather_full_tensors(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Whole tensors, on the host of the main process, one after the other; nothing on the others, which must take part."""
-    found = {}
+    """Full tensors on the CPU of the main process, gathered one at a time; an empty dict on the other ranks. All ranks
+    must call it."""
+    full_tensors = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if world.is_main:
-            found[name] = whole.cpu() if world.host_group else whole
-    return found
+            full_tensors[name] = full.cpu() if world.host_group else full
+    return full_tensors
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
+    """This rank's shard of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of what was gathered: the parameters of the module are again the divided ones, those that learn."""
-    for unit in _sharded(module):
-        unit.reshard()
+    """Free the gathered weights: the module's parameters are again the sharded float32 ones that the optimizer updates."""
+    for fsdp_module in _fsdp_modules(module):
+        fsdp_module.reshard()
 
 
-def set_gradient_sync(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass of a resident network, whose forward pass is done, adds its gradients up over the
-    processes, or keeps them for a later one to do so. Others always do, for they have no room to keep them whole."""
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass of a resident network reduces its gradients over the ranks, or accumulates full ones
+    for a later pass to reduce. Call it after the forward pass. Networks that are not resident reduce in every pass,
+    because they have no memory for full gradients."""
     if isinstance(module, FSDPModule) and module in RESIDENT:
-        module.set_requires_gradient_sync(now)
-        if not now:
-            for unit in _sharded(module):
-                unit.unshard()  # one that a short pass did not reach must be there to keep nothing
+        module.set_requires_gradient_sync(enabled)
+        if not enabled:
+            for fsdp_module in _fsdp_modules(module):
+                fsdp_module.unshard()  # a module that the forward pass skipped must be gathered to accumulate nothing
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Of all of them together, over the shards."""
-    total = nn.utils.get_total_norm(gradients, foreach=True)
-    return total.full_tensor() if isinstance(total, DTensor) else total
+    """L2 norm of all gradients together, over all shards; a scalar on the device."""
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _sharded(module: nn.Module) -> Iterator[FSDPModule]:
-    return (unit for unit in module.modules() if isinstance(unit, FSDPModule))
+def _fsdp_modules(module: nn.Module) -> Iterator[FSDPModule]:
+    return (m for m in module.modules() if isinstance(m, FSDPModule))

@@ -168,7 +168,7 @@ def updated(
     network = low_rank.updated(base, lora)
     if mesh:
         frozen = [p for p in network.parameters() if not p.requires_grad]
-        sharding.shard(network, fam.blocks(network), mesh, dtype, resident=True, whole=frozen)
+        sharding.shard(network, fam.blocks(network), mesh, dtype, resident=True, ignored=frozen)
     return network
 
 

@@ -1,4 +1,4 @@
-"""Running averages of weights."""
+"""Exponential moving averages (EMA) of weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dmd2.parallel.sharding import local_tensor
 
 
 class Ema:
-    """shadow <- decay * shadow + (1 - decay) * weights, of those that learn, with a smaller decay over the first updates."""
+    """shadow <- decay * shadow + (1 - decay) * weights, for the trainable weights of a network.
+
+    The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)), so that the first weights are forgotten soon.
+    """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
