@@ -65,11 +65,18 @@ def run(words: Sequence[str]) -> None:
 
 def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[..., dict[str, Any]]:
     """A function with the stage's parameters as flags, the Config's among them, that returns what it was given."""
+    given = inspect.signature(stage).parameters.values()
+    types = {
+        p.name: eval(p.annotation, stage.__globals__) for p in given
+    }  # not that of the result: slow to import
+    types["config"] = Annotated[Config, tyro.conf.arg(name="")]
     parameters = [
-        p.replace(kind=p.KEYWORD_ONLY, annotation=Annotated[Config, tyro.conf.arg(name="")], default=config)
-        if p.name == "config"
-        else p.replace(kind=p.KEYWORD_ONLY)
-        for p in inspect.signature(stage, eval_str=True).parameters.values()
+        p.replace(
+            kind=p.KEYWORD_ONLY,
+            annotation=types[p.name],
+            default=config if p.name == "config" else p.default,
+        )
+        for p in given
     ]
 
     def collect(**arguments: Any) -> dict[str, Any]:

@@ -31,6 +31,6 @@ def encode_latents(
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         data, original = shards.metadata["uri"], teacher.metadata["uri"]
-        folder = stages.what_it_learns_from(config, data, original, f"{root}/latents")
+        folder = stages.encode_if_needed(config, data, original, f"{root}/latents")
         kind = "latents" if config.family.vae_stride else "shards"
         samples.metadata.update(artifact.write_pointer(folder, kind, samples.path))

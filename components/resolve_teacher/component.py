@@ -28,5 +28,5 @@ def resolve_teacher(
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
-        folder = stages.a_teacher(config, teacher, shards.metadata["uri"], f"{root}/teacher")
+        folder = stages.resolve_or_teach(config, teacher, shards.metadata["uri"], f"{root}/teacher")
         resolved.metadata.update(artifact.write_pointer(folder, "teacher", resolved.path))

@@ -9,17 +9,15 @@ stated efficiency. What is not known is said.
 from __future__ import annotations
 
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from dmd2.config import Config
 from dmd2.errors import Refused, near_miss
-from dmd2.models.family import ModelFamily
-from dmd2.plan.counts import layout
 from dmd2.plan.hardware import GPUS
-from dmd2.plan.prediction import Plan, planned
-from dmd2.plan.table import show
-from dmd2.training import build
+
+if TYPE_CHECKING:
+    from dmd2.models.family import ModelFamily
+    from dmd2.plan.prediction import Plan
 
 
 def plan(
@@ -34,6 +32,12 @@ def plan(
         price: Of a GPU for an hour, in any currency.
         teacher: Local folder of the teacher, for sd15 and sdxl of another size than the published networks.
     """
+    from rich.console import Console
+
+    from dmd2.plan.counts import layout
+    from dmd2.plan.prediction import planned
+    from dmd2.plan.table import show
+
     if gpu not in GPUS:
         raise Refused(f"unknown GPU {gpu!r}; {near_miss(gpu, list(GPUS))}")
     if price < 0:
@@ -45,6 +49,8 @@ def plan(
 
 
 def _family(config: Config, teacher: str) -> ModelFamily:
+    from dmd2.training import build
+
     if teacher and not Path(teacher).is_dir():
         raise Refused(
             f"{teacher} is not a folder on this machine; give that of the teacher, or leave out --teacher"

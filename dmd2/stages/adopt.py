@@ -12,57 +12,66 @@ from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.local import sha256
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import fetch_file, is_local, local_path
-from dmd2.model import load_network, save_network
-from dmd2.stages.networks import network_of, parameters, same_shape, student_of
-from dmd2.stages.prompts import classes
 
-PROMPTS = (
+PREVIEW_PROMPTS = (
     "a photo of a red apple",
     "a portrait of an old sailor",
     "a small house by the sea",
     "a green parrot",
 )
-"""What the pictures of a student show that came without captions."""
+"""Prompts of the pictures of an adopted student, which comes without captions."""
 
 
 def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     """Make a run of a student that was distilled elsewhere, to evaluate it, to package it, or to start from it.
 
     Args:
-        source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a raw training folder of DMD2, or
-            a LoRA in kohya's or diffusers' naming.
+        source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a training folder of the DMD2
+            reference code, or a LoRA in kohya's or diffusers' naming.
         teacher: Folder of the teacher it was distilled from.
-        out: Folder to make.
+        out: Folder to write the run to.
     """
+    from dmd2.model import load_network, save_network
     from dmd2.models.convert import edm_pickle, student_weights
+    from dmd2.stages.networks import (
+        check_same_family,
+        load_artifact_model,
+        parameter_count,
+        student_model,
+    )
+    from dmd2.stages.prompts import grid_classes
 
     path = local_path(source) if is_local(source) else fetch_file(source)
     if not path.exists():
         raise Refused(f"{source} does not exist; give weights, or a training folder")
-    inputs = {"source": _content(path), "teacher": read_manifest(teacher, "teacher").digest}
+    inputs = {"source": _content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}
     if done := find_finished(out, "run", config, inputs):
         return done
-    model = network_of(teacher, read_manifest(teacher, "teacher"))
-    same_shape(model.config, config)
+    model = load_artifact_model(teacher, read_manifest(teacher, "teacher"))
+    check_same_family(model.config, config)
     if isinstance(config.family, EdmConfig):
         network, weights = edm_pickle.edm_student(path)
-        same_shape(config.family.model_copy(update={"network": network}), config)
-        prompts = classes(config.family)
+        check_same_family(config.family.model_copy(update={"network": network}), config)
+        prompts = grid_classes(config.family)
     else:
         plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
         weights = {f"unet.{name}": w for name, w in student_weights.unet_weights(path, plain).items()}
-        prompts = list(PROMPTS)
+        prompts = list(PREVIEW_PROMPTS)
     with draft_artifact(out, "run", config, inputs) as draft:
-        save_network(draft.path, student_of(model, config), weights)
+        save_network(draft.path, student_model(model, config), weights)
         load_network(draft.path)
-        draft.facts |= {"parameters": parameters(model.network), "adopted": source, "prompts": prompts}
+        draft.facts |= {
+            "parameters": parameter_count(model.network),
+            "adopted": source,
+            "prompts": prompts,
+        }
     return read_manifest(out, "run")
 
 
-def _content(path: Path) -> str:
-    """Digest of a file, or of all files of a folder."""
+def _content_digest(path: Path) -> str:
+    """The sha256 of a file, or of the names and digests of all files of a folder."""
     if path.is_file():
         return sha256(path)
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    told = [(str(p.relative_to(path)), sha256(p)) for p in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    digests = [(str(p.relative_to(path)), sha256(p)) for p in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What several processes that train at one folder share."""
+"""What the ranks of a training share: one draft of the output, the rows of each batch, the facts of the result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dmd2.data.stream import RawBatch, Shards, Stream
 from dmd2.io.staging import Draft, draft_artifact, join_draft
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng
-from dmd2.stages.networks import parameters
+from dmd2.stages.networks import parameter_count
 
 
 @contextmanager
 def draft_for_all_ranks(
     world: World, out: str, kind: str, config: Config, inputs: dict[str, str]
 ) -> Iterator[Draft]:
-    """A folder that all processes work at: the main one begins it, and gives it its name when all are done."""
+    """A resumable draft that all ranks write into: rank 0 creates it, and publishes it after all ranks have finished."""
     if not world.is_main:
         meeting, draft = world.broadcast_int(), join_draft(out, kind)
         draft.answer(meeting)
@@ -53,23 +53,18 @@ def batch_reader(
     kind: str,
     read_batch: Callable[[RawBatch, Rng], Batch],
 ) -> Callable[[int], Iterator[Batch]]:
-    """From a step on, this process's rows of each batch, with their random numbers."""
+    """A function from a step to this rank's rows of the batches from that step on, read with their random numbers."""
     shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
-    stream, rows = (
-        Stream(shards, batch, config.seed, config.loader, world.rank, world.size),
-        world.local_rows(batch),
-    )
+    stream = Stream(shards, batch, config.seed, config.loader, world.rank, world.size)
+    rows = world.local_rows(batch)
 
-    def samples(first: int) -> Iterator[Batch]:
+    def batches(first: int) -> Iterator[Batch]:
         for step, part in enumerate(stream.batches(first), first):
             yield read_batch(part, Rng.at(config.seed, step, rows, world.device)).to(world.device)
 
-    return samples
+    return batches
 
 
-def size_facts(network: nn.Module, steps: int, batch: int) -> dict[str, Any]:
-    return {
-        "parameters": parameters(network),
-        "steps": steps,
-        "images": steps * batch,
-    }
+def training_facts(network: nn.Module, steps: int, batch: int) -> dict[str, Any]:
+    """What the manifest of a trained network records: parameters, optimizer steps, images seen."""
+    return {"parameters": parameter_count(network), "steps": steps, "images": steps * batch}

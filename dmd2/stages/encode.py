@@ -1,4 +1,4 @@
-"""Shards become latents."""
+"""Shards of images become shards of latents."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import sys
 from functools import partial
 
 from dmd2.config import Config
-from dmd2.data import latents
-from dmd2.data.shards import TRAIN
-from dmd2.data.stream import Shards
-from dmd2.encoders.pipeline_folder import find
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
 
 
 def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
-    """Encode the training images with a VAE, once for all. The images that are held out stay images.
+    """Encode the training images with a VAE, once, before training. Held-out images are not encoded.
 
-    Started with torchrun or accelerate, each process encodes its share of the shards; the bytes are the same for any
-    number of them, on machines of one kind. Killed, the same command continues.
+    Started with torchrun or accelerate, each process encodes its share of the shards. The bytes do not depend on the
+    number of processes, on machines of one kind. Interrupted, the same command continues.
 
     Args:
         data: Folder of shards.
         vae: Folder of a diffusers AutoencoderKL, or of a pipeline that has one; local, gs://, or a name on the hub.
-        out: Folder to make, local or gs://.
+        out: Folder to write the latents to, local or gs://.
     """
+    from dmd2.data import latents
+    from dmd2.data.shards import TRAIN
+    from dmd2.data.stream import Shards
+    from dmd2.encoders.pipeline_folder import find
+
     networks = find(vae, config.encode.text)
     inputs = {"shards": read_manifest(data, "shards").digest, "vae": networks.digest}
     if done := find_finished(out, "latents", config, inputs):
@@ -33,26 +34,26 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
     encoder = latents.Encoder.load(shards, config, networks, state.device)
     if state.is_main_process:
         print(encoder.cost(), file=sys.stderr, flush=True)
-    draft_of = partial(draft_artifact, out, "latents", config, inputs, resumable=True)
+    open_draft = partial(draft_artifact, out, "latents", config, inputs, resumable=True)
     if state.num_processes > 1:
-        with draft_of(part=True) as draft:
+        with open_draft(part=True) as draft:
             latents.write_latents(encoder, draft, (state.process_index, state.num_processes))
         state.wait_for_everyone()
     if state.is_main_process:
-        with draft_of() as draft:
+        with open_draft() as draft:
             receipts = latents.write_latents(encoder, draft)
             draft.facts |= encoder.facts(networks, receipts)
             draft.facts["shards"] = latents.deliver(receipts, draft)
-            alone = find(vae, text=False)
-            alone.copy(draft.path)
-            draft.facts["vae"] = alone.digest
+            vae_only = find(vae, text=False)
+            vae_only.copy(draft.path)
+            draft.facts["vae"] = vae_only.digest
     state.wait_for_everyone()
     return read_manifest(out, "latents")
 
 
-def what_it_learns_from(config: Config, data: str, teacher: str, out: str) -> str:
-    """The folder that `distill` takes: the shards, or for a network on latents what the teacher's VAE makes of them."""
+def encode_if_needed(config: Config, data: str, vae: str, out: str) -> str:
+    """The folder of samples for `distill`: `data` for a network on pixels, else `out` with the encoded latents."""
     if not config.family.vae_stride:
         return data
-    encode(config, data, teacher, out)
+    encode(config, data, vae, out)
     return out

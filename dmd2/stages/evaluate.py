@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from dmd2.config import Config, EvaluateConfig
-from dmd2.data.shards import HOLDOUT, TRAIN
-from dmd2.data.stream import Shards
 from dmd2.errors import Refused
-from dmd2.image_grid import image_grid
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
-from dmd2.model import Model
-from dmd2.models.family import Prompt
-from dmd2.parallel import ranks
-from dmd2.progress import Progress
-from dmd2.rng import seed_of_part
-from dmd2.stages.networks import network_of, on
-from dmd2.stages.pictures import Sampler, picture_of, save_png
-from dmd2.stages.prompts import balanced, columns, pictured
+
+if TYPE_CHECKING:
+    import torch
+
+    from dmd2.model import Model
+    from dmd2.models.family import Prompt
+    from dmd2.stages.pictures import Sampler
 
 
 def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Manifest:
@@ -32,7 +27,14 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         run: Folder of the distillation.
         out: Folder to make.
     """
-    from dmd2.evaluation.features import by_name, distance  # slow to import, only needed here
+    from dmd2.data.shards import HOLDOUT, TRAIN
+    from dmd2.data.stream import Shards
+    from dmd2.evaluation.features import by_name, distance
+    from dmd2.image_grid import image_grid
+    from dmd2.parallel import ranks
+    from dmd2.stages.networks import load_on_device
+    from dmd2.stages.pictures import sample_grid, save_png
+    from dmd2.stages.prompts import grid_columns, preview_prompts, prompts_of_images
 
     original, made = read_manifest(teacher, "teacher"), read_manifest(run, "run")
     inputs = {"shards": read_manifest(data, "shards").digest, "teacher": original.digest, "run": made.digest}
@@ -44,20 +46,20 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
     if done := find_finished(out, "evaluation", config, inputs):
         return done
     device, settings = ranks.device(), config.evaluate
-    student = on(device, network_of(run, made))
-    guide = on(device, network_of(teacher, original))
+    student = load_on_device(run, made, device)
+    guide = load_on_device(teacher, original, device)
     holdout = Shards(data, HOLDOUT).in_order(settings.images)
     if len(holdout.image) < 2:
         raise Refused(
             f"{data} holds out {len(holdout.image)} image; FID needs at least 2, better thousands: shard again"
         )
-    prompts = balanced(config.family, holdout, settings.images)
+    prompts = prompts_of_images(config.family, holdout, settings.images)
     with draft_artifact(out, "evaluation", config, inputs) as draft:
         features = by_name(config, data, holdout, device)
         real = features(holdout.image)
         samplers = _samplers(student, guide, settings)
         for name, (_, _, sampler) in samplers.items():
-            images = sampled(name, sampler, prompts, settings)
+            images = sample_images(name, sampler, prompts, settings)
             draft.facts[f"fid_{name}"] = distance(features(images), real)
         train = Shards(data, TRAIN).in_order(settings.images)
         draft.facts |= features.facts | {
@@ -80,10 +82,12 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
                 for name, (recipe, steps, _) in samplers.items()
             ],
         }
-        shown = pictured(config.family, Shards(data, HOLDOUT))
+        shown = preview_prompts(config.family, Shards(data, HOLDOUT))
         for name, (_, _, sampler) in samplers.items():
-            save_png(picture_of(config.family, sampler, shown, settings.seed), draft.path / f"{name}.png")
-        save_png(image_grid(holdout.image[: len(shown)], columns(config.family)), draft.path / "real.png")
+            save_png(sample_grid(config.family, sampler, shown, settings.seed), draft.path / f"{name}.png")
+        save_png(
+            image_grid(holdout.image[: len(shown)], grid_columns(config.family)), draft.path / "real.png"
+        )
     return read_manifest(out, "evaluation")
 
 
@@ -111,8 +115,15 @@ def _samplers(student: Model, guide: Model, settings: EvaluateConfig) -> dict[st
     return found
 
 
-def sampled(name: str, sampler: Sampler, prompts: list[Prompt], settings: EvaluateConfig) -> torch.Tensor:
+def sample_images(
+    name: str, sampler: Sampler, prompts: list[Prompt], settings: EvaluateConfig
+) -> torch.Tensor:
     """Images for all prompts; each part has its own seed, so that a part can be made again alone."""
+    import torch
+
+    from dmd2.progress import Progress
+    from dmd2.rng import seed_of_part
+
     images = []
     with Progress(f"sample {name}", len(prompts), "images") as progress:
         for start in range(0, len(prompts), settings.batch):

@@ -1,50 +1,112 @@
-"""The networks of artifacts, and what a network must match."""
+"""Reading and writing the networks of artifacts, and checking that a network fits a recipe or its samples.
+
+Teachers, runs and packages keep their network in the same files, so one function reads it from any of them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dmd2.config import Config, FamilyConfig
+from dmd2.encoders.pipeline_folder import find
 from dmd2.errors import Refused
-from dmd2.io.artifact import Manifest, open_artifact
-from dmd2.model import Model, load_network
+from dmd2.io.artifact import Manifest, open_artifact, read_manifest
+from dmd2.io.staging import Draft
+from dmd2.io.tensors import save_tensors
+from dmd2.model import Model, load_network, save_network
+from dmd2.training import build, checkpoint
 
 
-def network_of(folder: str, manifest: Manifest, weights: bool = True) -> Model:
+def load_artifact_model(folder: str, manifest: Manifest, weights: bool = True) -> Model:
+    """The model of a teacher, a run or a package, on the CPU; only its network's files are fetched.
+
+    With `weights=False` the network is on the meta device: its shapes without its numbers.
+    """
     parts = ("vae", "unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     path = open_artifact(folder, manifest, "network.*", "model_index.json", *(f"{p}/*" for p in parts))
     return load_network(path, weights)
 
 
-def on(device: torch.device, model: Model) -> Model:
+def load_on_device(folder: str, manifest: Manifest, device: torch.device) -> Model:
+    """`load_artifact_model` with the network on the given device."""
+    model = load_artifact_model(folder, manifest)
     model.network.to(device)
     return model
 
 
-def same_shape(teacher: FamilyConfig, config: Config) -> None:
-    mine, its = (_flat(family.model_dump(mode="json")) for family in (config.family, teacher))
+def student_model(teacher: Model, config: Config) -> Model:
+    """A model of the teacher's network that is called at the student's timesteps."""
+    return replace(teacher, timesteps=config.distill.student_timesteps)
+
+
+def starting_weights(run: str, weights: bool) -> build.Start | None:
+    """The student of another run and, if that run saved one, its critic without the discriminator head.
+
+    Returns None without a run. `weights=False` is for ranks that receive their weights from rank 0: they read nothing.
+    """
+    if not run or not weights:
+        return build.Start({}) if run else None
+    manifest = read_manifest(run, "run")
+    student = load_artifact_model(run, manifest).network.state_dict()
+    saved = sorted({f.path.rpartition("/")[0] for f in manifest.files if f.path.startswith("checkpoints/")})
+    if not saved or not manifest.config or manifest.config.distill.lora:
+        return build.Start(student)
+    best = manifest.facts.get("best_step")
+    folder = saved[-1] if best is None else f"checkpoints/{best:08d}"
+    critic = checkpoint.load_object(open_artifact(run, manifest, f"{folder}/*") / folder, "critic")
+    network = {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
+    return build.Start(student, network or None)
+
+
+def save_student(
+    draft: Draft,
+    config: Config,
+    student: Model,
+    result: dict[str, torch.Tensor],
+    teacher: str,
+    teacher_manifest: Manifest,
+) -> None:
+    """Write the whole network into the draft; with LoRA also the update alone, in the format of diffusers."""
+    if config.distill.lora:
+        from dmd2.models.lora import exported, merged
+
+        (draft.path / "lora").mkdir(exist_ok=True)
+        update = draft.path / "lora" / "pytorch_lora_weights.safetensors"
+        save_tensors(exported(result, config.distill.lora), update)
+        base = student.family.weights(open_artifact(teacher, teacher_manifest))
+        result = merged(base, result, config.distill.lora)
+    save_network(draft.path, student, result)
+
+
+def check_same_family(teacher: FamilyConfig, config: Config) -> None:
+    """Raise Refused if the teacher's family settings differ from those of the recipe."""
+    wanted, found = (_flat(family.model_dump(mode="json")) for family in (config.family, teacher))
     if differs := [
-        f"{name} is {its.get(name)}, not {mine.get(name)}"
-        for name in mine | its
-        if mine.get(name) != its.get(name)
+        f"{name} is {found.get(name)}, not {wanted.get(name)}"
+        for name in wanted | found
+        if wanted.get(name) != found.get(name)
     ]:
         raise Refused(
             f"the teacher is of another shape than recipe {config.recipe!r}: {', '.join(differs[:3])}; use the recipe it was made for, or set --family to match"
         )
 
 
+def check_same_vae(teacher: Path, samples: Manifest, data: str) -> None:
+    """Raise Refused if the samples are latents of another VAE than the teacher's, which the teacher cannot read."""
+    if samples.kind == "latents" and samples.facts["vae"] != find(str(teacher), text=False).digest:
+        raise Refused(
+            f"the latents in {data} were made with another VAE than the teacher's; encode the shards again with --vae set to the teacher's folder"
+        )
+
+
+def parameter_count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k != "network"} | settings.get("network", {})
-
-
-def student_of(teacher: Model, config: Config) -> Model:
-    """A model of the teacher's network that takes the steps of the recipe."""
-    return replace(teacher, timesteps=config.distill.student_timesteps)
-
-
-def parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())

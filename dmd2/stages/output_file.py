@@ -1,4 +1,4 @@
-"""A stage's single output file, local or on a bucket."""
+"""The output file of a stage that writes a file instead of a folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dmd2.io.storage import is_local, local_path, open_store
 
 
 @contextmanager
-def delivered(out: str) -> Iterator[Path]:
-    """A local path for a file that ends up at `out`, wherever that is."""
+def local_output(out: str) -> Iterator[Path]:
+    """Yield a local path to write to; when the block ends, upload the file if `out` is on a bucket."""
     if is_local(out):
         yield local_path(out)
         return
     folder, _, name = out.rpartition("/")
-    with tempfile.TemporaryDirectory() as place:
-        yield Path(place) / name
-        open_store(folder).put(Path(place) / name, name)
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch) / name
+        open_store(folder).put(Path(scratch) / name, name)

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-import torch
-
 from dmd2.errors import Refused
-from dmd2.image_grid import image_grid
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.staging import draft_artifact
-from dmd2.model import load_network, save_network
-from dmd2.model_card import model_card
-from dmd2.stages.networks import network_of
-from dmd2.stages.pictures import save_png
-from dmd2.stages.prompts import columns
 
 
 def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
@@ -26,6 +18,15 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         gate: Folder of the gate that accepted it.
         out: Folder to make.
     """
+    import torch
+
+    from dmd2.image_grid import image_grid
+    from dmd2.model import load_network, save_network
+    from dmd2.model_card import model_card
+    from dmd2.stages.networks import load_artifact_model
+    from dmd2.stages.pictures import save_png
+    from dmd2.stages.prompts import grid_columns
+
     made, judged, decided = (
         read_manifest(run, "run"),
         read_manifest(evaluation, "evaluation"),
@@ -40,7 +41,7 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
     inputs = {"run": made.digest, "evaluation": judged.digest, "gate": decided.digest}
     if done := find_finished(out, "package", made.config, inputs):
         return done
-    model = network_of(run, made)
+    model = load_artifact_model(run, made)
     with draft_artifact(out, "package", made.config, inputs) as draft:
         save_network(draft.path, model, model.network.state_dict())
         if made.config and made.config.distill.lora and not made.facts.get("adopted"):
@@ -48,7 +49,7 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         (draft.path / "README.md").write_text(model_card(made, judged, decided))
         prompts = made.facts["prompts"]
         images = model.sample(prompts, seed=0)
-        save_png(image_grid(images, columns(model.config)), draft.path / "samples.png")
+        save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
         if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
             raise Refused(
                 "the package, loaded again, does not sample what the run samples; it was not published"

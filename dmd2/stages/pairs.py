@@ -1,47 +1,52 @@
-"""The teacher's answers to noise."""
+"""Pairs of noise and the teacher's sample, for the regression warm-up of a one-step student."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from dmd2.config import Config
-from dmd2.data import latents
-from dmd2.data.pairs import write_pairs
-from dmd2.data.prompts import read_prompts
-from dmd2.data.shards import TRAIN
-from dmd2.data.stream import Shards
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
-from dmd2.parallel import ranks
-from dmd2.stages.inputs import captions, digest_of, digests
-from dmd2.stages.networks import network_of, on
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") -> Manifest:
-    """Sample the teacher, and keep noise and answer: what a one-step student learns from before it is distilled.
+    """Sample the teacher and store pairs of noise and sample, for the regression that warms up a one-step student.
+
+    Interrupted, the same command continues.
 
     Args:
         data: Folder of shards or latents, whose captions are sampled.
         teacher: Folder of the teacher.
-        out: Folder to make. Killed, the same command continues.
-        prompts: File of prompts to sample instead.
+        out: Folder to write the pairs to.
+        prompts: File of prompts to sample instead of the captions.
     """
-    described, original = read_manifest(data, "shards", "latents"), read_manifest(teacher, "teacher")
-    inputs = digests(described) | {"teacher": original.digest} | digest_of(prompts)
+    from dmd2.data import latents
+    from dmd2.data.pairs import write_pairs
+    from dmd2.data.prompts import read_prompts
+    from dmd2.data.shards import TRAIN
+    from dmd2.data.stream import Shards
+    from dmd2.parallel import ranks
+    from dmd2.stages.inputs import prompts_digest, read_captions, sample_digests
+    from dmd2.stages.networks import load_on_device
+
+    samples, teacher_manifest = read_manifest(data, "shards", "latents"), read_manifest(teacher, "teacher")
+    inputs = sample_digests(samples) | {"teacher": teacher_manifest.digest} | prompts_digest(prompts)
     if done := find_finished(out, "pairs", config, inputs):
         return done
-    model, settings = on(ranks.device(), network_of(teacher, original)), config.pairs
+    model, settings = load_on_device(teacher, teacher_manifest, ranks.device()), config.pairs
     texts = (
-        read_prompts(prompts) if prompts else captions(Shards(data, TRAIN, described.kind), settings.count)
+        read_prompts(prompts) if prompts else read_captions(Shards(data, TRAIN, samples.kind), settings.count)
     )
 
-    def answer(part: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(part: Sequence[str], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         return model.pairs(part, seed, settings.steps, settings.guidance)
 
     with draft_artifact(out, "pairs", config, inputs, resumable=True) as draft:
-        receipts = write_pairs(config, texts, answer, draft)
+        receipts = write_pairs(config, texts, sample, draft)
         draft.facts |= {"classes": [""], "images": settings.count, "guidance": settings.guidance}
         draft.facts["shards"] = latents.deliver(receipts, draft)
     return read_manifest(out, "pairs")

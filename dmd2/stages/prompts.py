@@ -1,41 +1,64 @@
-"""Which classes or texts are sampled."""
+"""Which classes or texts are sampled: for previews, for the evaluation, and from a file of prompts while training."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+
+import torch
 
 from dmd2.config import EdmConfig, FamilyConfig
 from dmd2.data.prompts import read_prompts
 from dmd2.data.stream import RawBatch, Shards
-from dmd2.models.family import Prompt
-from dmd2.stages.inputs import captions
+from dmd2.models.family import CondPair, ModelFamily, Prompt
+from dmd2.rng import Rng
+from dmd2.stages.inputs import read_captions
+from dmd2.training import build
 
 SMALL = 64
-"""Pixels along a side up to which a picture grid has 8 rows of 10; of larger images, 2 rows of 4."""
+"""Images of at most this many pixels along a side are shown in grids of 8 rows of 10; larger ones in 2 rows of 4."""
 
 
-def columns(family: FamilyConfig) -> int:
-    """Of a picture grid: a class each, as far as ten go."""
+def grid_columns(family: FamilyConfig) -> int:
+    """Columns of a picture grid; each shows one class, so there are no more columns than classes."""
     return min(10 if family.image[1] <= SMALL else 4, family.classes)
 
 
-def cells(family: FamilyConfig) -> int:
-    return columns(family) * (8 if family.image[1] <= SMALL else 2)
+def grid_cells(family: FamilyConfig) -> int:
+    """Images of a picture grid."""
+    return grid_columns(family) * (8 if family.image[1] <= SMALL else 2)
 
 
-def classes(family: EdmConfig) -> list[Prompt]:
-    return [cell % columns(family) for cell in range(cells(family))]
+def grid_classes(family: EdmConfig) -> list[Prompt]:
+    """The class of each cell of a picture grid: column i shows class i."""
+    return [cell % grid_columns(family) for cell in range(grid_cells(family))]
 
 
-def pictured(family: FamilyConfig, shards: Shards, prompts: str = "") -> list[Prompt]:
-    """What the pictures of a run show: each class in a column, prompts of a file, or captions of the data."""
+def preview_prompts(family: FamilyConfig, shards: Shards, prompts: str = "") -> list[Prompt]:
+    """One prompt per cell of a picture grid: classes, or texts from the file of prompts or else from the captions."""
     if isinstance(family, EdmConfig):
-        return classes(family)
-    texts = read_prompts(prompts) if prompts else captions(shards, cells(family))
-    return list(itertools.islice(itertools.cycle(texts), cells(family)))
+        return grid_classes(family)
+    texts = read_prompts(prompts) if prompts else read_captions(shards, grid_cells(family))
+    return list(itertools.islice(itertools.cycle(texts), grid_cells(family)))
 
 
-def balanced(family: FamilyConfig, holdout: RawBatch, count: int) -> list[Prompt]:
-    """What to draw, in the shares of the held-out images."""
-    shown = holdout.label.tolist() if isinstance(family, EdmConfig) else holdout.text
-    return list(itertools.islice(itertools.cycle(shown), count))
+def prompts_of_images(family: FamilyConfig, images: RawBatch, count: int) -> list[Prompt]:
+    """The labels or captions of real images, repeated to `count`, so that samples have the same class shares."""
+    prompts = images.label.tolist() if isinstance(family, EdmConfig) else images.text
+    return list(itertools.islice(itertools.cycle(prompts), count))
+
+
+def prompt_sampler(family: ModelFamily, prompts: str, device: torch.device) -> build.Prompts:
+    """A function that draws one prompt of a file for each row and returns their conditioning on `device`."""
+    texts = read_prompts(prompts)
+
+    def draw(rng: Rng) -> CondPair:
+        cond, uncond = family.condition([texts[i] for i in rng.choose(len(texts))])
+        return CondPair(cond.to(device), uncond.to(device))
+
+    return draw
+
+
+def rows_of_prompts(texts: Sequence[str], rows: range) -> list[Prompt]:
+    """The texts of these rows of a batch, counted through the file again and again."""
+    return [texts[row % len(texts)] for row in rows]

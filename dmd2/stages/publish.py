@@ -11,24 +11,24 @@ from dmd2.io.storage import open_store
 
 
 def publish(package: str, out: str) -> Manifest:
-    """Copy a package to where models are kept, its manifest last. What is published is never replaced.
+    """Copy a package to where models are kept, its manifest last. A published package is never replaced.
 
     Args:
         package: Folder of the package.
-        out: Folder to make, local or gs://.
+        out: Folder to copy it to, local or gs://.
     """
-    made = read_manifest(package, "package")
+    manifest = read_manifest(package, "package")
     if open_store(out).generation(MANIFEST):
-        there = read_manifest(out, "package")
-        if there.digest != made.digest:
+        published = read_manifest(out, "package")
+        if published.digest != manifest.digest:
             raise Refused(
-                f"{out} holds another package ({there.digest[:16]}, not {made.digest[:16]}); choose another --out"
+                f"{out} holds another package ({published.digest[:16]}, not {manifest.digest[:16]}); choose another --out"
             )
-        return there
-    with draft_artifact(out, "package", made.config, made.inputs) as draft:
-        whole = open_artifact(package, made)
-        for file in made.files:
+        return published
+    with draft_artifact(out, "package", manifest.config, manifest.inputs) as draft:
+        folder = open_artifact(package, manifest)
+        for file in manifest.files:
             (draft.path / file.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(whole / file.path, draft.path / file.path)
-        draft.facts |= made.facts
+            shutil.copyfile(folder / file.path, draft.path / file.path)
+        draft.facts |= manifest.facts
     return read_manifest(out, "package")

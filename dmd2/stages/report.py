@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dmd2 import report as reports
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, open_artifact, read_manifest
-from dmd2.stages.output_file import delivered
 
 
 def report(data: str, teacher: str, run: str, evaluation: str, gate: str, out: str, package: str = "") -> str:
@@ -20,6 +18,9 @@ def report(data: str, teacher: str, run: str, evaluation: str, gate: str, out: s
         out: HTML file to write.
         package: Folder of the package, if there is one.
     """
+    from dmd2.report import write_report
+    from dmd2.stages.output_file import local_output
+
     kinds = {"shards": data, "teacher": teacher, "run": run, "evaluation": evaluation, "gate": gate}
     manifests = {kind: read_manifest(folder, kind) for kind, folder in kinds.items()}
     _belong_together(kinds, manifests)
@@ -27,8 +28,8 @@ def report(data: str, teacher: str, run: str, evaluation: str, gate: str, out: s
         manifests["package"] = read_manifest(package, "package")
     curves = open_artifact(run, manifests["run"], "metrics.jsonl", "previews/*")
     pictures = open_artifact(evaluation, manifests["evaluation"])
-    with delivered(out) as path:
-        reports.write_report(path, manifests, curves, pictures)
+    with local_output(out) as path:
+        write_report(path, manifests, curves, pictures)
     return out
 
 

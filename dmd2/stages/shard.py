@@ -6,8 +6,6 @@ import os
 from typing import Any
 
 from dmd2.config import Config
-from dmd2.data.shards import deliver, told, write_shards
-from dmd2.data.sources import open_source
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
@@ -17,17 +15,20 @@ from dmd2.io.storage import is_local
 def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "") -> Manifest:
     """Write the images of a source as shards, with some held out for evaluation.
 
-    The bytes are the same for any number of workers and parts. Killed, the same command continues. To share the work
-    among machines, give each a part, `--part 0/4` to `--part 3/4`, and at last call it once without: it makes the
-    folder of what the parts have left.
+    The bytes do not depend on the number of workers or parts. Interrupted, the same command continues. To share the work
+    among machines, give each a part, `--part 0/4` to `--part 3/4`; then run the command once without `--part`, which
+    publishes the folder from the parts.
 
     Args:
         source: `digits`, a folder of images with one sub-folder per class, or another layout (README, Data).
-        out: Folder to make, local or gs://.
-        workers: Processes; 0 = one per core.
-        part: `i/n` for the i-th of n parts, counted from 0; empty for all of it.
+        out: Folder to write the shards to, local or gs://.
+        workers: Number of processes; 0 = one per core.
+        part: `i/n`: only the i-th of n parts, counted from 0; empty = all.
     """
-    images, share = open_source(source), _part(part)
+    from dmd2.data.shards import deliver, told, write_shards
+    from dmd2.data.sources import open_source
+
+    images, share = open_source(source), _parse_part(part)
     inputs = {"source": images.fingerprint}
     if done := find_finished(out, "shards", config, inputs):
         return done
@@ -39,13 +40,13 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
     with draft_artifact(out, "shards", config, inputs, resumable=True, part=bool(part)) as draft:
         receipts = write_shards(images, config, draft, workers, share)
         if part:
-            return _unpublished("shards", config, inputs, {"part": part, "units": len(receipts)})
+            return _part_manifest("shards", config, inputs, {"part": part, "units": len(receipts)})
         draft.facts |= {"source": source, "classes": images.classes} | told(receipts, len(images.classes))
         draft.facts["shards"] = deliver(receipts, config, draft)
     return read_manifest(out, "shards")
 
 
-def _part(text: str) -> tuple[int, int]:
+def _parse_part(text: str) -> tuple[int, int]:
     """`2/8` -> (2, 8)."""
     number, _, count = (text or "0/1").partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
@@ -53,6 +54,6 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _unpublished(kind: str, config: Config, inputs: dict[str, str], facts: dict[str, Any]) -> Manifest:
-    """What a part has to tell: there is no folder yet."""
+def _part_manifest(kind: str, config: Config, inputs: dict[str, str], facts: dict[str, Any]) -> Manifest:
+    """The result of one part: a manifest that is returned and not written, since the folder is not published yet."""
     return Manifest(kind=kind, config=config, inputs=inputs, files=[], facts=facts, versions={}, seconds=0)

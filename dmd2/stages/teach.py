@@ -1,28 +1,29 @@
-"""Training of a small teacher."""
+"""Training of a small teacher, where none is given."""
 
 from __future__ import annotations
 
 from dmd2.config import Config, EdmConfig
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
-from dmd2.model import Model, save_network
-from dmd2.parallel import ranks, sharding
-from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, size_facts
-from dmd2.stages.inputs import digests, samples_of
-from dmd2.training import build
-from dmd2.training.loop import train
-from dmd2.training.metrics_log import LoopSettings
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:
-    """Train a small EDM teacher on the shards. For demos, tests and ablations: a real user brings a teacher.
+    """Train a small EDM teacher on the shards, for demos, tests and ablations. A real user brings a teacher.
 
     Args:
         data: Folder of shards, or of latents if the network works on them (--family.vae_stride).
-        out: Folder to make.
+        out: Folder to write the teacher to.
     """
-    samples = samples_of(config, data)
-    inputs = digests(samples)
+    from dmd2.model import Model, save_network
+    from dmd2.parallel import ranks, sharding
+    from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
+    from dmd2.stages.inputs import read_training_samples, sample_digests
+    from dmd2.training import build
+    from dmd2.training.loop import train
+    from dmd2.training.metrics_log import LoopSettings
+
+    samples = read_training_samples(config, data)
+    inputs = sample_digests(samples)
     if done := find_finished(out, "teacher", config, inputs):
         return done
     if not isinstance(config.family, EdmConfig):
@@ -32,7 +33,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
     world, settings = ranks.init_distributed(), config.teach
     with draft_for_all_ranks(world, out, "teacher", config, inputs) as draft:
         trainer = build.diffusion_trainer(config, world)
-        pace = LoopSettings(
+        loop_settings = LoopSettings(
             settings.steps,
             settings.batch,
             settings.log_every,
@@ -45,9 +46,9 @@ def teach(config: Config, data: str, out: str) -> Manifest:
             config.family, open_artifact(data, samples, "vae/*") if config.family.vae_stride else None
         )
         batches = batch_reader(config, data, settings.batch, world, samples.kind, family.read)
-        train("teach", trainer, batches, pace, draft, lambda step: None, world)
+        train("teach", trainer, batches, loop_settings, draft, lambda step: None, world)
         result = sharding.gather_full_tensors(trainer.teacher.inference_weights(), world)
         if world.is_main:
             save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
-            draft.facts |= size_facts(trainer.teacher.module, settings.steps, settings.batch)
+            draft.facts |= training_facts(trainer.teacher.module, settings.steps, settings.batch)
     return read_manifest(out, "teacher")

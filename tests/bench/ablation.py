@@ -29,8 +29,8 @@ from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
 from dmd2.io.local import write_text
 from dmd2.model import load_network
-from dmd2.stages.evaluate import sampled
-from dmd2.stages.prompts import balanced
+from dmd2.stages.evaluate import sample_images
+from dmd2.stages.prompts import prompts_of_images
 
 ROOT = Path("runs/bench/ablation")
 VARIANTS = {
@@ -74,10 +74,10 @@ def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[s
     holdout = Shards(shards, HOLDOUT).in_order(settings.images)
     features = by_name(base, shards, holdout, device)
     real = features(holdout.image)
-    classes = balanced(base.family, holdout, settings.images)
+    classes = prompts_of_images(base.family, holdout, settings.images)
     rows = []
     for variant, seed in jobs:
-        images = sampled(variant, load_network(_run(variant, seed)).sample, classes, settings)
+        images = sample_images(variant, load_network(_run(variant, seed)).sample, classes, settings)
         rows.append({"variant": variant, "seed": seed, "fid": distance(features(images), real)})
     return rows
 

@@ -31,9 +31,9 @@ from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
 from dmd2.io.local import write_text
 from dmd2.model import Model, load_network
-from dmd2.stages.evaluate import sampled
+from dmd2.stages.evaluate import sample_images
 from dmd2.stages.pictures import Sampler
-from dmd2.stages.prompts import balanced
+from dmd2.stages.prompts import prompts_of_images
 from tests.emoji.source import source
 
 ROOT, EMOJI = Path("runs/bench/sdxl"), Path("runs/emoji/source")
@@ -98,10 +98,10 @@ def score(base: Config, only: tuple[str, ...]) -> tuple[list[dict[str, Any]], di
     settings = base.evaluate
     holdout = Shards(str(ROOT / "shards"), HOLDOUT).in_order(settings.images)
     features = by_name(base, str(ROOT / "shards"), holdout, torch.device("cpu"))
-    prompts, real = balanced(base.family, holdout, settings.images), features(holdout.image)
+    prompts, real = prompts_of_images(base.family, holdout, settings.images), features(holdout.image)
     rows, pictures = [], {}
     for name, recipe, steps, sampler in samplers(base, only):
-        images = sampled(name, sampler, prompts, settings)
+        images = sample_images(name, sampler, prompts, settings)
         rows.append({"name": name, "recipe": recipe, "steps": steps, "fd": distance(features(images), real)})
         pictures[name] = images[:SHOWN]
     return rows, pictures

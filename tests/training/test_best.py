@@ -23,7 +23,7 @@ from dmd2.evaluation.checkpoint_score import Judge, distance, gaussian, own, pla
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
-from dmd2.stages.distill import _start
+from dmd2.stages.networks import starting_weights
 from dmd2.training import checkpoint
 from dmd2.training.metrics_log import SCORE, checkpoint_scores, read_metrics
 from dmd2.training.optim import Metrics
@@ -232,7 +232,7 @@ def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, t
 
 
 def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> None:
-    start = _start(str(whole), weights=True)
+    start = starting_weights(str(whole), weights=True)
     assert start
     assert start.critic
     best = whole / "checkpoints" / f"{read_manifest(whole, 'run').facts['best_step']:08d}"

@@ -1,0 +1,47 @@
+"""The score that picks the best checkpoint of a distillation (`distill.best`): a distance to the training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dmd2.config import Config
+from dmd2.data.prompts import read_prompts
+from dmd2.data.shards import TRAIN
+from dmd2.data.stream import RawBatch, Shards
+from dmd2.evaluation import checkpoint_score as scores
+from dmd2.evaluation import features
+from dmd2.io.artifact import Manifest
+from dmd2.model import Model
+from dmd2.models.family import Prompt
+from dmd2.parallel.ranks import World
+from dmd2.stages.prompts import prompts_of_images, rows_of_prompts
+from dmd2.training.loop import Score
+from dmd2.training.optim import Trainable
+
+
+def checkpoint_score(
+    config: Config,
+    student: Model,
+    trainable: Trainable,
+    data: str,
+    samples: Manifest,
+    prompts: str,
+    world: World,
+) -> Score:
+    """A function that samples the student's current weights and returns their distance to the training samples."""
+    settings = config.distill.best
+    texts = read_prompts(prompts) if prompts else ()
+
+    def prompts_for(rows: range, images: RawBatch) -> Sequence[Prompt]:
+        return rows_of_prompts(texts, rows) if texts else prompts_of_images(config.family, images, len(rows))
+
+    with world.main_process_first():
+        extract = features.pretrained(settings, "distill.best", world.device)
+    train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
+    judged = scores.judge(settings, extract, student.sample, train, student.family, prompts_for, world)
+
+    def score(say: Callable[[str], None]) -> float:
+        with trainable.swap_in_inference_weights():
+            return judged(say)
+
+    return score
