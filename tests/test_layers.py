@@ -48,7 +48,7 @@ def imported(source: str, package: str = "dmd2") -> set[str]:
         "from dmd2 import io",
         "from ..io import storage",
         "from .. import io",
-        "def f():\n    from dmd2.io.storage import write",
+        "def f():\n    from dmd2.io.storage import open_store",
         "class A:\n    def f(self):\n        import dmd2.io",
         "importlib.import_module('dmd2.io.storage')",
         "__import__('dmd2.io')",

@@ -208,12 +208,13 @@ ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
 from dmd2.data.cache import Cache
-from dmd2.io.artifact import File
-from dmd2.io.storage import at, sha256
+from dmd2.io.artifact import ArtifactFile
+from dmd2.io.local import sha256
+from dmd2.io.storage import open_store
 uri, *files = sys.argv[1:]
-cache = Cache(at(uri), 10**9)
+cache = Cache(open_store(uri), 10**9)
 for text in files:
-    file = File.model_validate_json(text)
+    file = ArtifactFile.model_validate_json(text)
     assert sha256(cache.path(file)) == file.sha256
     print(len(list(cache.folder.glob("[0-9a-f]*"))), len(list(cache.folder.glob(".*partial"))))
 """

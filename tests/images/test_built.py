@@ -84,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Podman:
 ASK = """
 import importlib.util, json, os, pathlib, shutil
 from dmd2.io import local, storage
-local.write(storage.cache() / "written", "here")
+local.write_text(storage.cache() / "written", "here")
 try:
     pathlib.Path("/opt/dmd2/written").write_text("")
     root = "can be written"
