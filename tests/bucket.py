@@ -300,7 +300,7 @@ def until(what: Callable[[], object]) -> None:
 
 
 def contents(uri: str) -> list[str]:
-    return [entry.name for entry in storage.open_store(uri).list()]
+    return [entry.name for entry in storage.open_store(uri).list_objects()]
 
 
 def listed(uri: str) -> list[str]:

@@ -6,7 +6,7 @@ from components.distill.launch import Size
 from dmd2 import recipes
 from dmd2.config import Config, EdmConfig
 from dmd2.errors import Refused
-from dmd2.io import storage
+from dmd2.io.storage import open_store
 
 
 def check(
@@ -16,7 +16,7 @@ def check(
     config = recipes.resolve(recipe, overrides.split())
     Size(nodes, gpus).check()
     if destination:
-        storage.is_local(destination)
+        open_store(destination)
     if not isinstance(config.family, EdmConfig):
         if not teacher:
             raise Refused(

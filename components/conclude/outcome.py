@@ -28,9 +28,7 @@ def conclusion(root: str, run: str, state: str, error: str) -> str:
         error: What the platform says of a failure.
     """
     there = {
-        name: join_uri(root, name)
-        for name in FOLDERS
-        if open_store(join_uri(root, name)).generation(MANIFEST)
+        name: join_uri(root, name) for name in FOLDERS if open_store(join_uri(root, name)).version(MANIFEST)
     }
     gate = read_manifest(there["gate"], "gate").facts if "gate" in there else {}
     outcome = {

@@ -256,7 +256,7 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """All of them, sorted by key."""
-        names = [entry.name for entry in self.store.list(ENTRIES)]
+        names = [entry.name for entry in self.store.list_objects(ENTRIES)]
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             found = pool.map(self.entry, [name.removeprefix(ENTRIES).removesuffix(".json") for name in names])
             return [entry for entry in found if entry]
@@ -335,21 +335,21 @@ class Ledger:
     def _change(self, key: str, rule: Callable[[Entry | None], Entry]) -> Entry:
         """Apply a rule to the entry as it is."""
         while True:
-            generation, text = self._state(_file(key))
+            version, text = self._state(_file(key))
             entry = self._parsed(_file(key), Entry, text) if text else None
             after = rule(entry)
-            if after is entry or self._swapped(_file(key), after, generation):
+            if after is entry or self._swapped(_file(key), after, version):
                 return after
 
     def _take(self, place: Place, work: Work, limits: Limits) -> str:
         """Take a place; why not, if there is none."""
         while True:
-            generation, text = self._state(PLACES)
+            version, text = self._state(PLACES)
             room = self._room(text, limits)
             if why_not := room.why_not(work, place.gpu_hours):
                 return why_not
             places = Places(places=(*room.taken, *room.past, place))
-            if self._swapped(PLACES, places, generation):
+            if self._swapped(PLACES, places, version):
                 return ""
 
     def _room(self, text: bytes, limits: Limits) -> Room:
@@ -363,18 +363,18 @@ class Ledger:
                 room.past.append(place)
         return room
 
-    def _state(self, name: str) -> tuple[int, bytes]:
-        """Generation and content; a content that is newer than its generation is refused when it is replaced."""
-        while generation := self.store.generation(name):
+    def _state(self, name: str) -> tuple[str | None, bytes]:
+        """Version and content. A content newer than its version is refused when it is replaced."""
+        while version := self.store.version(name):
             try:
-                return generation, self.store.read(name)
+                return version, self.store.read(name)
             except FileNotFoundError:  # removed in between
                 continue
-        return 0, b""
+        return None, b""
 
-    def _swapped(self, name: str, value: Part, generation: int) -> bool:
+    def _swapped(self, name: str, value: Part, version: str | None) -> bool:
         try:
-            self.store.write(name, value.model_dump_json(indent=1).encode() + b"\n", generation)
+            self.store.compare_and_swap(name, value.model_dump_json(indent=1).encode() + b"\n", version)
         except FileExistsError:
             time.sleep(random.uniform(0, 0.1))  # somebody was faster; not all of them at once again
             return False

@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
 from dmd2.errors import Refused, brief
 from dmd2.io.artifact import MANIFEST, Manifest
-from dmd2.io.storage import join_uri, open_store
+from dmd2.io.storage import is_remote, join_uri, open_store
 
 HUB = "hf://"
 REGISTRY = re.compile(r"registry\+(https?://.+)")
@@ -73,7 +72,7 @@ def source(address: str) -> Callable[[str], Found]:
 def below(address: str) -> Found:
     """The teachers below a folder, local or `gs://`, at any depth."""
     store, found = open_store(address), Found()
-    sizes = {entry.name: entry.size for entry in store.list()}
+    sizes = {entry.name: entry.size for entry in store.list_objects()}
     for name in sizes:
         folder, _, last = name.rpartition("/")
         if last == MANIFEST:
@@ -115,9 +114,9 @@ def in_a_registry(address: str) -> Found:
         uri, name = artifact.get("uri") or "", artifact.get("name") or artifact.get("id", "")
         if artifact.get("state") != "LIVE":
             continue
-        if urlsplit(uri).scheme != "gs":
+        if not is_remote(uri):
             found.passed_over.append(
-                f"artifact {name!r} of {address} lies at {uri or 'no address'}, not on gs://"
+                f"artifact {name!r} of {address} lies at {uri or 'no address'}, not on a bucket"
             )
             continue
         found.add(_pointed_to(uri, f"artifact {name!r} of {address}"))
@@ -151,7 +150,7 @@ def _pointed_to(uri: str, who: str) -> Found:
         text = store.read(MANIFEST)
     except FileNotFoundError:
         return Found(passed_over=[f"{who} points to {uri}, where no {MANIFEST} is"])
-    return _announced(uri, text, {entry.name: entry.size for entry in store.list()})
+    return _announced(uri, text, {entry.name: entry.size for entry in store.list_objects()})
 
 
 def _announced(folder: str, text: bytes, sizes: dict[str, int]) -> Found:

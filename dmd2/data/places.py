@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from dmd2.data.decode import IMAGES
 from dmd2.data.files import hidden
 from dmd2.errors import Refused, near_miss
-from dmd2.io.storage import is_local, join_uri, local_path, open_store
+from dmd2.io.storage import join_uri, open_store
 from dmd2.io.store import ObjectInfo, Store
 
 SPLIT = re.compile(r"(?:^|[-_./])(train|test|val|validation)(?=[-_./])")
@@ -45,17 +45,16 @@ def look(address: str, known: list[str]) -> Place:
         known: Names that could have been meant, for the message.
     """
     store = open_store(address)
-    entries = _visible(store.list()) if address else []
+    entries = _visible(store.list_objects()) if address else []
     if entries:
         return Place("", store, entries, named=False)
     above, name = os.path.split(address)
     store, pattern = open_store(above or "."), re.search(r"[*?[]", name)
-    if (
-        is_local(address) and (path := local_path(address)).is_file()
-    ):  # its folder may have millions of others
+    path = open_store(address).local_folder
+    if path and path.is_file():  # its folder may have millions of others
         entries = [ObjectInfo(name, path.stat().st_size, str(path.stat().st_mtime_ns))]
-    elif pattern or (name and not is_local(address)):
-        there = _visible(store.list(name[: pattern.start()] if pattern else name))
+    elif pattern or (name and not path):
+        there = _visible(store.list_objects(name[: pattern.start()] if pattern else name))
         entries = [e for e in there if e.name == name or ("/" not in e.name and fnmatchcase(e.name, name))]
     if not entries:
         raise _nothing(address, known)
@@ -64,9 +63,10 @@ def look(address: str, known: list[str]) -> Place:
 
 def _nothing(address: str, known: list[str]) -> Refused:
     advice = "give a folder of images with one sub-folder per class, or another layout"
-    if not is_local(address):
+    path = open_store(address).local_folder
+    if not path:
         return Refused(f"source {address} is empty or does not exist; {advice}")
-    if address and local_path(address).exists():
+    if address and path.exists():
         return Refused(f"source {address} is empty; {advice}")
     head = address.split("/")[0]
     if head == address or ":" in head:
@@ -110,7 +110,7 @@ def around(place: Place, name: str) -> tuple[Place, str]:
         store, name = open_store(above or "."), f"{below}/{name}"
     else:
         store = place.store
-    return replace(place, store=store, entries=_visible(store.list()), named=False), name
+    return replace(place, store=store, entries=_visible(store.list_objects()), named=False), name
 
 
 def ending(place: Place, suffix: str) -> list[str]:

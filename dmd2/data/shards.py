@@ -40,8 +40,8 @@ from dmd2.data.sources import Record, Source
 from dmd2.data.stream import Tar, array
 from dmd2.errors import Interrupted, Refused, brief
 from dmd2.io.artifact import MANIFEST, ArtifactFile
-from dmd2.io.local import LocalStore, fsync
 from dmd2.io.staging import Draft
+from dmd2.io.storage import move_file, open_store
 from dmd2.io.store import Store
 from dmd2.progress import Progress
 
@@ -197,7 +197,7 @@ def _place(data: DataConfig, draft: Draft) -> tuple[Path, Store]:
         return draft.path, draft.store
     hidden = draft.path / TARS
     hidden.mkdir(exist_ok=True)
-    return hidden, LocalStore(hidden)
+    return hidden, open_store(hidden)
 
 
 def _table(split: str, shards: list[Shard], config: Config, draft: Draft) -> dict[str, Any]:
@@ -304,16 +304,9 @@ class OpenShard:
         """Bring it to its place; its size and checksums."""
         self.writer.close()
         self.measured.close()
-        if isinstance(self.store, LocalStore):
-            fsync(self.measured.path)
-            self.measured.path.replace(self.store.path / self.name)
-        else:
-            if self.store.generation(MANIFEST):
-                raise Refused(
-                    f"{self.store.uri} was finished by others meanwhile; there is nothing left to do"
-                )
-            self.store.put(self.measured.path, self.name)
-            self.measured.path.unlink()
+        if not self.store.local_folder and self.store.version(MANIFEST):
+            raise Refused(f"{self.store.uri} was finished by others meanwhile; there is nothing left to do")
+        move_file(self.measured.path, self.name, self.store)
         return self.measured.facts()
 
     def drop(self) -> None:
@@ -409,7 +402,9 @@ def _not_its_fault(error: Exception) -> bool:
 def notes(store: Store, folder: str) -> dict[int, bytes]:
     """By unit, what was written about it."""
     names = [
-        entry.name for entry in store.list(f"{folder}/") if not entry.name.split("/")[-1].startswith(".")
+        entry.name
+        for entry in store.list_objects(f"{folder}/")
+        if not entry.name.split("/")[-1].startswith(".")
     ]
     with ThreadPoolExecutor(max_workers=16) as pool:
         return {

@@ -38,7 +38,7 @@ from dmd2.data.files import (
 )  # fmt: skip
 from dmd2.data.places import Place, around, ending, look, matching, one
 from dmd2.errors import Refused
-from dmd2.io.storage import fetch_file, is_local, join_uri
+from dmd2.io.storage import fetch_file, join_uri
 
 DIGIT_BORDER = 2
 """Black pixels added on each side of a 28x28 digit."""
@@ -258,7 +258,7 @@ def parquet(place: Place) -> Source:
         labels = {index: index for index in range(len(names))}
     elif columns.label:
         labels = _classes(pair for uri in files for pair in _labels_in(uri, columns.label))
-    count = sum(map(_rows_in, files)) if is_local(place.store.uri) else None
+    count = sum(map(_rows_in, files)) if place.store.local_folder else None
     archives = [Archive(uri, partial(_parquet_records, uri, columns, labels)) for uri in files]
     return Source(names or _names(labels), place.fingerprint, archives=archives, count=count)
 
@@ -467,7 +467,7 @@ def _counted(place: Place) -> int | None:
     """What img2dataset noted beside its tars, if it did so for each."""
     names = {entry.name for entry in place.entries}
     notes = [name.removesuffix(".tar") + "_stats.json" for name in names if name.endswith(".tar")]
-    if not names.issuperset(notes) or not is_local(place.store.uri):  # each is a request
+    if not names.issuperset(notes) or not place.store.local_folder:  # each is a request
         return None
     with told(place.store.uri, "output of img2dataset", ValueError, KeyError, TypeError):
         return sum(int(json.loads(place.store.read(name))["successes"]) for name in notes)

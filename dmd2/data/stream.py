@@ -29,7 +29,7 @@ from dmd2.data.lmdb_table import Table
 from dmd2.data.order import Order
 from dmd2.errors import Refused
 from dmd2.io.artifact import ArtifactFile, Manifest, check_file, read_manifest
-from dmd2.io.storage import is_local, join_uri, local_path, open_store
+from dmd2.io.storage import join_uri, open_store
 
 OPEN_AT_MOST = 400
 """Shards that one process keeps open; a usual limit is 1,024 files."""
@@ -128,7 +128,9 @@ class Shards:
             raise Refused(f"{folder} holds no {split} images; shard again with --data.holdout above 0")
         self.files: list[ArtifactFile] = [listed[shard["file"]] for shard in shards]
         self.counts: list[int] = [shard["images"] for shard in shards]
-        self._cache = None if is_local(folder) else Cache(open_store(folder), int(cache_gb * 1e9))
+        store = open_store(folder)
+        self._folder = store.local_folder or Path()
+        self._cache = None if store.local_folder else Cache(store, int(cache_gb * 1e9))
         self._open: OrderedDict[int, Tar | Rows] = OrderedDict()
         self._lock = threading.Lock()
         self._checked: set[int] = set()
@@ -170,7 +172,7 @@ class Shards:
         if self._cache:
             tar = self._cache.opened(file, opener)
         else:
-            path = local_path(self.uri) / file.path
+            path = self._folder / file.path
             if shard not in self._checked:
                 check_file(path, file)
                 self._checked.add(shard)

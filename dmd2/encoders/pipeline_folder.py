@@ -22,7 +22,7 @@ import torch
 
 from dmd2.errors import Refused, brief
 from dmd2.io.local import sha256
-from dmd2.io.storage import cache, is_local, local_path, open_store
+from dmd2.io.storage import cache, open_store
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
 DENOISER = {
@@ -121,17 +121,18 @@ def _read(path: Path) -> bool:
 
 def _brought(place: str, names: list[str]) -> Path:
     """A folder of this machine with those of the files that there are."""
-    if not is_local(place):
-        store = open_store(place)
-        there = {name: version for name in names if (version := store.generation(name))}
+    store = open_store(place)
+    path = store.local_folder
+    if not path:
+        there = {name: version for name in names if (version := store.version(name))}
         folder = cache() / "networks" / hashlib.sha256(json.dumps([place, there]).encode()).hexdigest()
         for name in there:
             if not (folder / name).is_file():
-                store.fetch(name, folder / name)
+                store.download(name, folder / name)
         return folder
-    if local_path(place).is_dir():
-        return local_path(place)
-    if local_path(place).exists() or not HUB_NAME.fullmatch(place):
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_NAME.fullmatch(place):
         raise Refused(f"{place} is no folder; give that of a VAE or a pipeline, gs://, or a name on the hub")
     return _from_hub(place, names)
 

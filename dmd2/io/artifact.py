@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.local import atomic_write, sha256
-from dmd2.io.storage import cache, is_local, join_uri, local_path, open_store
+from dmd2.io.storage import cache, join_uri, open_store
 from dmd2.io.store import Store
 
 MANIFEST = "manifest.json"
@@ -111,11 +111,11 @@ def write_pointer(folder: str | Path, kind: str, card: str | Path) -> dict[str, 
 def open_artifact(folder: str | Path, manifest: Manifest, *patterns: str) -> Path:
     """A local folder with the files of the manifest (those that fit a pattern, if any is given), compared with it.
     From a bucket, they are copied into the cache first."""
-    path = local_path(folder) if is_local(folder) else cache() / "folders" / manifest.digest
     store = open_store(folder)
+    path = store.local_folder or cache() / "folders" / manifest.digest
     wanted = [file for file in manifest.files if any(fnmatch(file.path, p) for p in patterns or ("*",))]
     for file in wanted:
-        if is_local(folder):
+        if store.local_folder:
             check_file(path / file.path, file)
         elif not _is_intact(path / file.path, file):
             copy_verified(store, file, path / file.path)
@@ -126,7 +126,7 @@ def copy_verified(store: Store, file: ArtifactFile, path: Path) -> None:
     """Copy a file to a local path if it is what the manifest says."""
     with atomic_write(path) as draft:
         with suppress(FileNotFoundError):  # `check_file` says what is missing
-            store.fetch(file.path, draft)
+            store.download(file.path, draft)
         check_file(draft, file, join_uri(store.uri, file.path))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -14,10 +14,10 @@ from typing import Any
 
 from dmd2.errors import Refused, brief
 from dmd2.io.local import atomic_write
-from dmd2.io.store import CONCURRENT_REQUESTS, ObjectInfo, ObjectInfos
+from dmd2.io.store import CONCURRENT_REQUESTS, ObjectInfo
 
 CHUNK_BYTES = 32 * 2**20
-"""Bytes from which an object is transferred in pieces."""
+"""Objects from this size on are transferred in chunks of this size."""
 
 
 class GcsStore:
@@ -27,26 +27,27 @@ class GcsStore:
         self.bucket, _, prefix = uri.removeprefix("gs://").rstrip("/").partition("/")
         self.uri = f"gs://{self.bucket}/{prefix}".rstrip("/")
         self.prefix = f"{prefix}/" if prefix else ""
+        self.local_folder: Path | None = None
         if not self.bucket:
             raise Refused(f"{uri} names no bucket; give gs://bucket/folder")
 
-    def list(self, prefix: str = "") -> ObjectInfos:
-        with self._told(prefix):
+    def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
+        with self._translate_errors(prefix):
             blobs = _client(os.getpid()).list_blobs(self.bucket, prefix=self.prefix + prefix, retry=_retry())
             return [
                 ObjectInfo(blob.name.removeprefix(self.prefix), blob.size, f"{blob.generation} {blob.crc32c}")
                 for blob in blobs
-                if not blob.name.endswith("/")  # consoles make these, in place of folders
+                if not blob.name.endswith("/")  # placeholders of folders, which cloud consoles make
             ]
 
     def read(self, name: str) -> bytes:
-        with self._told(name):
+        with self._translate_errors(name):
             return self._blob(name).download_as_bytes(checksum="crc32c", retry=_retry())
 
-    def fetch(self, name: str, path: Path) -> None:
+    def download(self, name: str, path: Path) -> None:
         from google.cloud.storage import transfer_manager
 
-        with self._told(name), atomic_write(path) as draft:
+        with self._translate_errors(name), atomic_write(path) as draft:
             blob = self._blob(name)
             blob.reload(retry=_retry())
             if blob.size < CHUNK_BYTES:
@@ -56,65 +57,63 @@ class GcsStore:
                     blob, str(draft), CHUNK_BYTES, {"retry": _retry()}, worker_type="thread"
                 )
 
-    def put(self, path: Path, name: str) -> None:
-        with self._told(name):
+    def upload(self, path: Path, name: str) -> None:
+        with self._translate_errors(name):
             blob = self._blob(name)
-            blob.chunk_size = CHUNK_BYTES  # larger ones go up resumably, piece by piece
+            blob.chunk_size = CHUNK_BYTES  # larger files are uploaded resumably, in chunks
             blob.upload_from_filename(str(path), checksum="crc32c", retry=_retry())
 
-    def put_many(self, folder: Path, names: Sequence[str]) -> None:
-        from google.cloud.storage import transfer_manager
+    def write(self, name: str, data: bytes) -> None:
+        with self._translate_errors(name):
+            self._write(name, data, generation=None)
 
-        with self._told(""):
-            pairs = [(str(folder / name), self._blob(name)) for name in names]
-            settings = {"checksum": "crc32c", "retry": _retry()}
-            results = transfer_manager.upload_many(pairs, upload_kwargs=settings, worker_type="thread")
-        for name, result in zip(names, results, strict=True):
-            if result is not None:
-                with self._told(name):
-                    raise result
+    def compare_and_swap(self, name: str, data: bytes, expected: str | None) -> str:
+        with self._translate_errors(name):
+            return self._write(name, data, int(expected or 0))
 
-    def write(self, name: str, data: bytes, generation: int | None = None) -> int:
+    def _write(self, name: str, data: bytes, generation: int | None) -> str:
+        """The new generation. A `generation` is required of the object that is there now; 0 means no object."""
         from google.api_core.exceptions import PreconditionFailed
 
         mark = {"writer": uuid.uuid4().hex}
-        with self._told(name):
-            blob = self._blob(name)
-            blob.metadata = mark
-            try:
-                blob.upload_from_string(
-                    data, "application/octet-stream", checksum="crc32c",
-                    if_generation_match=generation, retry=_retry(),
-                )  # fmt: skip
-            except PreconditionFailed:  # by this very write, perhaps, if its first answer was lost
-                blob = self._there(name)
-                if not blob or blob.metadata != mark:
-                    raise
-            return int(blob.generation)
+        blob = self._blob(name)
+        blob.metadata = mark
+        try:
+            blob.upload_from_string(
+                data, "application/octet-stream", checksum="crc32c",
+                if_generation_match=generation, retry=_retry(),
+            )  # fmt: skip
+        except (
+            PreconditionFailed
+        ):  # caused by this very write if its first answer was lost and it was repeated
+            blob = self._find_blob(name)
+            if not blob or blob.metadata != mark:
+                raise
+        return str(blob.generation)
 
-    def generation(self, name: str) -> int:
-        with self._told(name):
-            blob = self._there(name)
-            return int(blob.generation) if blob else 0
+    def version(self, name: str) -> str | None:
+        with self._translate_errors(name):
+            blob = self._find_blob(name)
+            return str(blob.generation) if blob else None
 
     def delete(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             list(pool.map(self._delete, names))
 
     def _delete(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._told(name):
+        with suppress(FileNotFoundError), self._translate_errors(name):
             self._blob(name).delete(retry=_retry())
 
     def _blob(self, name: str) -> Any:
         return _client(os.getpid()).bucket(self.bucket).blob(self.prefix + name)
 
-    def _there(self, name: str) -> Any:
-        """With what the bucket knows of the object; None if there is none."""
+    def _find_blob(self, name: str) -> Any:
+        """The object with its metadata; None if there is none."""
         return _client(os.getpid()).bucket(self.bucket).get_blob(self.prefix + name, retry=_retry())
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[None]:
-        """What the library raises, as an OSError with the address of the object."""
+    def _translate_errors(self, name: str) -> Iterator[None]:
+        """Turn the errors of the client library into an `OSError` with the address of the object."""
         from google.api_core import exceptions as api
         from google.auth.exceptions import GoogleAuthError
         from google.cloud.exceptions import GoogleCloudError
@@ -145,8 +144,8 @@ def _client(pid: int) -> Any:
 
 
 def _retry() -> Any:
-    """For up to five minutes, with growing pauses of random length. Every call is one that may be repeated: it
-    writes a whole object, and with a demanded generation a repetition that comes too late is refused."""
+    """Retry for up to five minutes, with growing pauses of random length. Every call here may be repeated: it writes a
+    whole object, and a repetition with a required generation is refused if the object has changed since."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     seconds = float(os.environ.get("DMD2_RETRY_S", "300"))

@@ -1,4 +1,4 @@
-"""Files of this machine, and a folder of them as a `Store`."""
+"""Local files: written atomically, locked, flushed to disk, digested; and a local folder as a `Store`."""
 
 from __future__ import annotations
 
@@ -9,78 +9,74 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from dmd2.io.store import ObjectInfo, ObjectInfos
+from dmd2.io.store import ObjectInfo
 
 TEMPORARY_NAMES = re.compile(r"\.(.*\.)?(partial|lock)")
-"""Names of files that are not whole, and of locks."""
+"""Names of lock files and of files that are being written. They are never listed."""
 
 
 class LocalStore:
     """A folder of this machine."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.uri = path, str(path)
+    def __init__(self, uri: str | Path) -> None:
+        self.local_folder = Path(str(uri).removeprefix("file://")).expanduser()
+        self.uri = str(self.local_folder)
 
-    def list(self, prefix: str = "") -> ObjectInfos:
-        paths = self.path.rglob("*") if self.path.is_dir() else ()
+    def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
+        folder = self.local_folder
+        paths = folder.rglob("*") if folder.is_dir() else ()
         whole = (path for path in paths if not TEMPORARY_NAMES.fullmatch(path.name))
-        found = [(p.relative_to(self.path).as_posix(), state) for p in whole if (state := _state(p))]
+        found = [(p.relative_to(folder).as_posix(), state) for p in whole if (state := _stat(p))]
         return sorted(
             ObjectInfo(name, s.st_size, str(s.st_mtime_ns)) for name, s in found if name.startswith(prefix)
         )
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        return (self.local_folder / name).read_bytes()
 
-    def fetch(self, name: str, path: Path) -> None:
+    def download(self, name: str, path: Path) -> None:
         with atomic_write(path) as draft:
-            shutil.copyfile(self.path / name, draft)
+            shutil.copyfile(self.local_folder / name, draft)
 
-    def put(self, path: Path, name: str) -> None:
-        with atomic_write(self.path / name) as draft:
+    def upload(self, path: Path, name: str) -> None:
+        with atomic_write(self.local_folder / name) as draft:
             shutil.copyfile(path, draft)
 
-    def put_many(self, folder: Path, names: Sequence[str]) -> None:
-        for name in names:
-            self.put(folder / name, name)
-
-    def write(self, name: str, data: bytes, generation: int | None = None) -> int:
-        path = self.path / name
-        if generation is None:
-            return self._replace(path, data)
-        with file_lock(path.with_name(f".{path.name}.lock")):
-            if self.generation(name) != generation:
-                raise FileExistsError(errno.EEXIST, "changed by another process meanwhile", str(path))
-            return self._replace(path, data)
-
-    def _replace(self, path: Path, data: bytes) -> int:
-        with atomic_write(path) as draft:
+    def write(self, name: str, data: bytes) -> None:
+        with atomic_write(self.local_folder / name) as draft:
             draft.write_bytes(data)
-        return _digest_token(data)
 
-    def generation(self, name: str) -> int:
-        path = self.path / name
-        return _digest_token(path.read_bytes()) if path.is_file() else 0
+    def compare_and_swap(self, name: str, data: bytes, expected: str | None) -> str:
+        path = self.local_folder / name
+        with file_lock(path.with_name(f".{path.name}.lock")):
+            if self.version(name) != expected:
+                raise FileExistsError(errno.EEXIST, "changed by another process meanwhile", str(path))
+            self.write(name, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def version(self, name: str) -> str | None:
+        path = self.local_folder / name
+        return sha256(path) if path.is_file() else None
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            (self.local_folder / name).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a local file whole or not at all."""
+    """Write a local text file, whole or not at all."""
     with atomic_write(path) as draft:
         draft.write_text(text)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path` that takes its name if nothing goes wrong."""
+    """A temporary path beside `path`, which is renamed to `path` at the end unless an exception is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -93,7 +89,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def file_lock(path: Path, wait: bool = True, shared: bool = False) -> Iterator[IO[str]]:
-    """Hold a lock of this machine; the kernel lets go if the process dies. Without `wait`: BlockingIOError."""
+    """Hold a lock file of this machine, which the kernel releases if the process dies.
+
+    Raises:
+        BlockingIOError: Another process holds the lock, and `wait` is false.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -102,7 +102,7 @@ def file_lock(path: Path, wait: bool = True, shared: bool = False) -> Iterator[I
 
 
 def fsync(path: Path) -> None:
-    """Have the file on the disk before anything refers to it: a name may survive a lost node, its content not."""
+    """Flush a file to the disk, before it is renamed: after a power failure a name can survive without its content."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
@@ -112,14 +112,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _state(path: Path) -> os.stat_result | None:
-    """None if it is no file, or has just gone."""
+def _stat(path: Path) -> os.stat_result | None:
+    """None if there is no regular file, or it was deleted meanwhile."""
     try:
         state = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return state if stat.S_ISREG(state.st_mode) else None
-
-
-def _digest_token(data: bytes) -> int:
-    return int(hashlib.sha256(data).hexdigest()[:15], 16)

@@ -19,7 +19,7 @@ from dmd2.config import Config
 from dmd2.errors import Interrupted, Refused
 from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest, check_file_name, config_difference
 from dmd2.io.local import LocalStore, file_lock, sha256, write_text
-from dmd2.io.storage import cache, is_local, local_path, open_store
+from dmd2.io.storage import cache, local_path, open_store, upload_files
 from dmd2.io.store import CONCURRENT_REQUESTS, Store
 
 CONTENTS = ".contents.json"
@@ -41,7 +41,7 @@ class Draft:
     facts: dict[str, Any] = field(default_factory=dict)
     delivered: list[ArtifactFile] = field(default_factory=list)
     """Files that the stage has brought to the store itself."""
-    generation: int = 0
+    version: str | None = None
     """Of the contents on the bucket: when it changes, another process has taken the draft over."""
     meeting: int = 0
     """What the processes that work at it call this start of theirs."""
@@ -53,14 +53,14 @@ class Draft:
 
     @property
     def remote(self) -> bool:
-        return not isinstance(self.store, LocalStore)
+        return self.store.local_folder is None
 
     def push(self) -> None:
         """Have on the bucket what is here, so that another machine can go on."""
         if not self.remote:
             return
         self._claim()  # nothing is sent over what another process has there
-        if self.store.generation(MANIFEST):
+        if self.store.version(MANIFEST):
             self.store.delete([CONTENTS])
             raise Refused(
                 f"{self.store.uri} was finished by another process meanwhile; this result is dropped"
@@ -68,7 +68,8 @@ class Draft:
         self.given = {name: file for name, file in self.given.items() if (self.path / name).parent.is_dir()}
         here = self._here() | {name: file.sha256 for name, file in self.given.items()}
         before = self._sent | {name: file.sha256 for name, file in self.given.items()}
-        self.store.put_many(self.path, [name for name, state in here.items() if before.get(name) != state])
+        changed = [name for name, state in here.items() if before.get(name) != state]
+        upload_files(self.path, changed, self.store)
         self._sent = here
         self._claim()
         self.store.delete(before.keys() - here.keys())
@@ -77,8 +78,8 @@ class Draft:
         """Have here what another machine left on the bucket, and go on in its place."""
         if not self.remote:
             return
-        for name in json.loads(self.store.read(CONTENTS)) if self.generation else ():
-            self.store.fetch(name, self.path / check_file_name(name))
+        for name in json.loads(self.store.read(CONTENTS)) if self.version else ():
+            self.store.download(name, self.path / check_file_name(name))
         self._sent = self._here()
         self._claim()
 
@@ -102,12 +103,12 @@ class Draft:
         """Have here the last of these folders that the bucket has, as `checkpoints/`."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
-        there = json.loads(self.store.read(CONTENTS)) if self.generation else []
+        there = json.loads(self.store.read(CONTENTS)) if self.version else []
         names = [check_file_name(name) for name in there if name.startswith(folders)]
         last = max((name.split("/")[1] for name in names), default="")
         wanted = [name for name in names if name.split("/")[1] == last]
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            list(pool.map(lambda name: self.store.fetch(name, self.path / name), wanted))
+            list(pool.map(lambda name: self.store.download(name, self.path / name), wanted))
 
     def complete(self, folder: str) -> None:
         """Have here also what other machines have brought to a folder on the bucket, by the manifest that it has of its own."""
@@ -117,17 +118,19 @@ class Draft:
         wanted = [f"{folder}/{check_file_name(name)}" for name in (*names, MANIFEST)]
         missing = [name for name in wanted if not (self.path / name).exists()]
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            list(pool.map(lambda name: self.store.fetch(name, self.path / name), missing))
+            list(pool.map(lambda name: self.store.download(name, self.path / name), missing))
 
     def give(self, path: Path, folder: str, who: int) -> None:
         """Bring what is at `path` to the bucket as a part of `folder`, and tell the main process."""
 
         def sent(name: str, size: int) -> ArtifactFile:
-            self.store.put(path / name, f"{folder}/{name}")
+            self.store.upload(path / name, f"{folder}/{name}")
             return ArtifactFile(path=f"{folder}/{name}", size=size, sha256=sha256(path / name))
 
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            files = list(pool.map(lambda entry: sent(entry.name, entry.size), LocalStore(path).list()))
+            files = list(
+                pool.map(lambda entry: sent(entry.name, entry.size), LocalStore(path).list_objects())
+            )
         told = json.dumps([file.model_dump() for file in files])
         self.store.write(f"{self._parts(folder)}{who}.json", told.encode())
 
@@ -135,7 +138,9 @@ class Draft:
         """What all the others gave to it."""
         if not self.remote:
             return []
-        told = [json.loads(self.store.read(entry.name)) for entry in self.store.list(self._parts(folder))]
+        told = [
+            json.loads(self.store.read(entry.name)) for entry in self.store.list_objects(self._parts(folder))
+        ]
         files = [ArtifactFile.model_validate(file) for part in told for file in part]
         self.given |= {file.path: file for file in files}
         return files
@@ -148,18 +153,22 @@ class Draft:
         if self.remote:
             with suppress(OSError, Refused):
                 self._claim()
-                if {entry.name for entry in self.store.list()} <= {STARTED_WITH, SECONDS, CONTENTS}:
+                if {entry.name for entry in self.store.list_objects()} <= {STARTED_WITH, SECONDS, CONTENTS}:
                     self.store.delete([STARTED_WITH, SECONDS, CONTENTS])
 
     def _here(self) -> dict[str, str]:
         """What belongs on the bucket, and in which state it is."""
-        return {e.name: e.version for e in LocalStore(self.path).list() if not e.name.startswith(".tars/")}
+        return {
+            e.name: e.fingerprint
+            for e in LocalStore(self.path).list_objects()
+            if not e.name.startswith(".tars/")
+        }
 
     def _claim(self) -> None:
         """Say on the bucket what the draft consists of; only the process that started last may."""
         text = json.dumps(sorted(self._sent)).encode()
         try:
-            self.generation = self.store.write(CONTENTS, text, self.generation)
+            self.version = self.store.compare_and_swap(CONTENTS, text, self.version)
         except FileExistsError:
             raise Refused(
                 f"another process has begun to work in {self.store.uri}; this one gives way to it"
@@ -220,7 +229,9 @@ def _is_resumable(draft: Draft, error: BaseException) -> bool:
         return False
     if isinstance(error, OSError | Interrupted):  # something may still be on its way to the bucket
         return True
-    return any(fnmatch(entry.name, pattern) for entry in draft.store.list() for pattern in RESUMABLE_FILES)
+    return any(
+        fnmatch(entry.name, pattern) for entry in draft.store.list_objects() for pattern in RESUMABLE_FILES
+    )
 
 
 def join_draft(out: str | Path, kind: str) -> Draft:
@@ -256,15 +267,15 @@ def _lock_draft(
 
 
 def _make_draft(out: str | Path, kind: str) -> Draft:
-    if not is_local(out):
-        store = open_store(out)
-        names = {entry.name for entry in store.list()}
+    store = open_store(out)
+    if store.local_folder is None:
+        names = {entry.name for entry in store.list_objects()}
         if names and not names & {STARTED_WITH, CONTENTS}:
             raise Refused(
                 f"{out} holds other things, {min(names)!r} for one; choose another --out or remove them"
             )
         path = cache() / "drafts" / hashlib.sha256(str(out).encode()).hexdigest()[:32]
-        return Draft(path, store, generation=store.generation(CONTENTS))
+        return Draft(path, store, version=store.version(CONTENTS))
     target = local_path(out).absolute()
     if (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
         raise Refused(
@@ -279,7 +290,7 @@ def _publish(draft: Draft, out: str | Path, manifest: str) -> None:
     if draft.remote:
         draft.push()
         try:
-            draft.store.write(MANIFEST, manifest.encode(), generation=0)
+            draft.store.compare_and_swap(MANIFEST, manifest.encode(), None)
         except FileExistsError:
             raise Refused(
                 f"{out} was finished by another process meanwhile; this result is dropped"
@@ -288,7 +299,7 @@ def _publish(draft: Draft, out: str | Path, manifest: str) -> None:
         ours = {
             name.split("/")[0] for name in named if "/" in name
         }  # a neighbour may lie below the same prefix
-        names = [entry.name for entry in draft.store.list() if entry.name not in named]
+        names = [entry.name for entry in draft.store.list_objects() if entry.name not in named]
         draft.store.delete(n for n in names if n.startswith(".") or n.split("/")[0] in ours)
         shutil.rmtree(draft.path)
         return
@@ -325,7 +336,7 @@ def package_versions() -> dict[str, str]:
 def _list_files(draft: Draft) -> list[ArtifactFile]:
     """All files, but the hidden ones, and the manifest of one that was killed before it could publish."""
     files = {file.path: file for file in (*draft.delivered, *draft.given.values())}
-    for name, size, _ in LocalStore(draft.path).list():
+    for name, size, _ in LocalStore(draft.path).list_objects():
         if name not in (*files, MANIFEST) and not any(part.startswith(".") for part in name.split("/")):
             files[name] = ArtifactFile(path=name, size=size, sha256=sha256(draft.path / name))
     return [files[name] for name in sorted(files)]
@@ -344,7 +355,7 @@ def _check_same_start(store: Store, kind: str, config: Config | None, inputs: di
     """Remember what an unfinished folder was begun with; refuse to go on with something else."""
     begun = {"config": config.model_dump(mode="json") if config else None, "inputs": inputs}
     try:
-        store.write(STARTED_WITH, json.dumps(begun).encode(), generation=0)
+        store.compare_and_swap(STARTED_WITH, json.dumps(begun).encode(), None)
         return
     except FileExistsError:
         old = json.loads(store.read(STARTED_WITH))

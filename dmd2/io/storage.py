@@ -1,39 +1,49 @@
-"""Where files lie: one interface over a local folder and a prefix of a bucket (`gs://`).
+"""Addresses of files and folders: local paths, `gs://`, and any other scheme that has a row in `SCHEMES`.
 
-A `Store` holds named files; a name is relative, with forward slashes. A file is there whole or not at all: locally
-it gets its name once it is complete, on a bucket an object appears when its last byte has arrived and its crc32c
-agrees. What can be retried is retried, with jitter. What goes wrong is an `OSError` that names the object.
+Code that reads or writes files asks `open_store` for the `Store` of an address, and never looks at the address itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dmd2.errors import Refused
 from dmd2.io.gcs import GcsStore
-from dmd2.io.local import LocalStore
-from dmd2.io.store import Store
+from dmd2.io.local import LocalStore, fsync
+from dmd2.io.store import CONCURRENT_REQUESTS, Store
+
+SCHEMES: dict[str, Callable[[str], Store]] = {"file": LocalStore, "gs": GcsStore}
+"""scheme -> (address) -> its store. An address without a scheme is a local path."""
 
 
 def open_store(uri: str | Path) -> Store:
-    """The store of a folder, which need not be there yet."""
-    return LocalStore(local_path(uri)) if is_local(uri) else GcsStore(str(uri))
-
-
-def is_local(uri: str | Path) -> bool:
+    """The store of a folder, which need not exist yet. Makes no request."""
     scheme, separator, _ = str(uri).partition("://")
-    if separator and scheme not in ("file", "gs"):
-        raise Refused(f"{uri}: storage of scheme {scheme!r} is not supported; give a local path or gs://")
-    return not separator or scheme == "file"
+    factory = SCHEMES.get(scheme if separator else "file")
+    if factory is None:
+        known = ", ".join(f"{name}://" for name in sorted(SCHEMES))
+        raise Refused(
+            f"{uri}: storage of scheme {scheme!r} is not supported; give a local path or one of {known}"
+        )
+    return factory(str(uri))
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the address is of a known scheme whose files do not lie on this machine."""
+    scheme, separator, _ = uri.partition("://")
+    return bool(separator) and scheme in SCHEMES and open_store(uri).local_folder is None
 
 
 def local_path(uri: str | Path) -> Path:
-    """The local path that a URI names."""
-    if not is_local(uri):
-        raise Refused(f"{uri} is on a bucket; a local path is needed here")
-    return Path(str(uri).removeprefix("file://")).expanduser()
+    """The path of an address that must be local."""
+    path = open_store(uri).local_folder
+    if path is None:
+        raise Refused(f"{uri} is not on this machine; a local path is needed here")
+    return path
 
 
 def join_uri(uri: str | Path, name: str) -> str:
@@ -46,13 +56,36 @@ def cache() -> Path:
 
 
 def fetch_file(uri: str | Path) -> Path:
-    """A local path with the content of one file: the file itself, or a copy of this version of the object."""
-    if is_local(uri):
-        return local_path(uri)
+    """A local path with the content of one file: the file itself, or a cached copy of its present version."""
+    if path := open_store(uri).local_folder:
+        return path
     folder, _, name = str(uri).rpartition("/")
     store = open_store(folder)
-    version = f"{uri} {store.generation(name)}"
+    version = f"{uri} {store.version(name)}"
     path = cache() / "files" / hashlib.sha256(version.encode()).hexdigest() / name
     if not path.is_file():
-        store.fetch(name, path)
+        store.download(name, path)
     return path
+
+
+def upload_files(folder: Path, names: Iterable[str], store: Store) -> None:
+    """Copy files of a local folder into the store, each under its own name, several at a time."""
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        list(pool.map(lambda name: store.upload(folder / name, name), names))
+
+
+def download_files(store: Store, names: Iterable[str], folder: Path) -> None:
+    """Copy files of the store into a local folder, each under its own name, several at a time."""
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        list(pool.map(lambda name: store.download(name, folder / name), names))
+
+
+def move_file(path: Path, name: str, store: Store) -> None:
+    """Move a local file into the store, whole or not at all. Into a local folder it is renamed, not copied: both must
+    lie on the same disk."""
+    if store.local_folder:
+        fsync(path)
+        path.replace(store.local_folder / name)
+    else:
+        store.upload(path, name)
+        path.unlink()

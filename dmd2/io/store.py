@@ -1,49 +1,63 @@
-"""What a place that holds files can do."""
+"""The interface of a storage scheme: named files under one address.
+
+A name is relative, with forward slashes. A file is there whole or not at all. An implementation retries what can be
+retried; what fails in the end is an `OSError` whose `filename` is the address of the file. A new scheme is one class
+with these members and one row in `dmd2.io.storage.SCHEMES`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 CONCURRENT_REQUESTS = 16
-"""Requests at a time, where many are made."""
+"""Requests that are made at a time, where there are many."""
 
 
 class ObjectInfo(NamedTuple):
+    """One file in a listing."""
+
     name: str
     size: int
     """Bytes."""
-    version: str
-    """Changes with the content."""
-
-
-ObjectInfos = list[ObjectInfo]
+    fingerprint: str
+    """Changes whenever the content changes. It can only be compared with another one of the same file."""
 
 
 class Store(Protocol):
+    """The files under one address."""
+
     uri: str
 
-    def list(self, prefix: str = "") -> ObjectInfos:
-        """Every file whose name starts so, sorted by name; none if there is nothing."""
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder of this machine that holds the files, to be opened in place; None where they must be downloaded."""
 
-    def read(self, name: str) -> bytes: ...
+    def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
+        """All files whose name starts with `prefix`, sorted by name; empty if there are none."""
 
-    def fetch(self, name: str, path: Path) -> None:
-        """Copy to a local path, whole or not at all."""
+    def read(self, name: str) -> bytes:
+        """The content of a file; FileNotFoundError if there is none."""
 
-    def put(self, path: Path, name: str) -> None:
-        """Copy from a local path, whole or not at all."""
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file to a local path, whole or not at all; FileNotFoundError if there is none."""
 
-    def put_many(self, folder: Path, names: Sequence[str]) -> None:
-        """Copy these files of a local folder, each under its name."""
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a local file here, whole or not at all."""
 
-    def write(self, name: str, data: bytes, generation: int | None = None) -> int:
-        """Write whole or not at all, and return the new generation; `generation` demands the one that is there
-        now (0: no file), or nothing is written and it is a FileExistsError."""
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
 
-    def generation(self, name: str) -> int:
-        """Changes with the content; 0 if there is no file."""
+    def compare_and_swap(self, name: str, data: bytes, expected: str | None) -> str:
+        """Write a file only if its version is still `expected` (None: there is no file), and return its new version.
+
+        Raises:
+            FileExistsError: Another process has changed the file. Nothing is written.
+        """
+
+    def version(self, name: str) -> str | None:
+        """An opaque token for the present content of a file, for `compare_and_swap`; None if there is no file."""
 
     def delete(self, names: Iterable[str]) -> None:
-        """Those that are there."""
+        """Delete the files. Names without a file are ignored."""

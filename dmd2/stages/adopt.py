@@ -11,7 +11,7 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.local import sha256
 from dmd2.io.staging import draft_artifact
-from dmd2.io.storage import fetch_file, is_local, local_path
+from dmd2.io.storage import fetch_file
 
 PREVIEW_PROMPTS = (
     "a photo of a red apple",
@@ -41,7 +41,7 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     )
     from dmd2.stages.prompts import grid_classes
 
-    path = local_path(source) if is_local(source) else fetch_file(source)
+    path = fetch_file(source)
     if not path.exists():
         raise Refused(f"{source} does not exist; give weights, or a training folder")
     inputs = {"source": _content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dmd2.io.storage import is_local, local_path, open_store
+from dmd2.io.storage import open_store
 
 
 @contextmanager
 def local_output(out: str) -> Iterator[Path]:
     """Yield a local path to write to; when the block ends, upload the file if `out` is on a bucket."""
-    if is_local(out):
-        yield local_path(out)
+    if path := open_store(out).local_folder:
+        yield path
         return
     folder, _, name = out.rpartition("/")
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch) / name
-        open_store(folder).put(Path(scratch) / name, name)
+        open_store(folder).upload(Path(scratch) / name, name)

@@ -18,7 +18,7 @@ def publish(package: str, out: str) -> Manifest:
         out: Folder to copy it to, local or gs://.
     """
     manifest = read_manifest(package, "package")
-    if open_store(out).generation(MANIFEST):
+    if open_store(out).version(MANIFEST):
         published = read_manifest(out, "package")
         if published.digest != manifest.digest:
             raise Refused(

@@ -50,7 +50,7 @@ def resolve_or_teach(config: Config, source: str, data: str, out: str) -> str:
     """
     if not source:
         teach(config, data, out)
-    elif open_store(source).generation(MANIFEST) and read_manifest(source, "teacher"):
+    elif open_store(source).version(MANIFEST) and read_manifest(source, "teacher"):
         return source
     else:
         resolve(config, source, out)

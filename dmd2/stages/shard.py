@@ -9,7 +9,7 @@ from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
-from dmd2.io.storage import is_local
+from dmd2.io.storage import open_store
 
 
 def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "") -> Manifest:
@@ -32,7 +32,7 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
     inputs = {"source": images.fingerprint}
     if done := find_finished(out, "shards", config, inputs):
         return done
-    if part and config.data.format == "lmdb" and not is_local(out):
+    if part and config.data.format == "lmdb" and not open_store(out).local_folder:
         raise Refused(
             "a table on a bucket is made by one machine; leave out --part, or set --data.format tar"
         )

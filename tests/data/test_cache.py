@@ -179,10 +179,10 @@ def test_what_a_killed_process_left_is_removed_when_the_shard_is_asked_for_again
 class Full(GcsStore):
     """On a disk that has no room while there is a shard on it."""
 
-    def fetch(self, name: str, path: Path) -> None:
+    def download(self, name: str, path: Path) -> None:
         if list(path.parent.glob("[0-9a-f]*")):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        super().fetch(name, path)
+        super().download(name, path)
 
 
 def test_on_a_full_disk_older_shards_make_room(bucket: str) -> None:
@@ -195,7 +195,7 @@ def test_on_a_full_disk_older_shards_make_room(bucket: str) -> None:
 
 def test_a_disk_that_others_have_filled_is_the_disks_error(bucket: str) -> None:
     class Fuller(GcsStore):
-        def fetch(self, name: str, path: Path) -> None:
+        def download(self, name: str, path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     cache = Cache(Fuller(bucket), 100 * SIZE)

@@ -22,7 +22,7 @@ from dmd2.data.shards import Receipt
 from dmd2.data.stream import RawBatch, Shards, Stream, decode
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, read_manifest
-from dmd2.io.storage import open_store
+from dmd2.io.storage import open_store, upload_files
 from dmd2.io.store import ObjectInfo
 from tests.bucket import (
     DOWNLOAD,
@@ -74,7 +74,7 @@ class Work:
     def kept(self) -> dict[str, ObjectInfo]:
         """The shards that have a receipt."""
         store = open_store(self.draft)
-        entries = {entry.name: entry for entry in store.list()}
+        entries = {entry.name: entry for entry in store.list_objects()}
         receipts = [Receipt.model_validate_json(store.read(n)) for n in entries if n.startswith(".units/")]
         return {shard.file: entries[shard.file] for receipt in receipts for shard in receipt.shards}
 
@@ -309,7 +309,7 @@ def test_duplicates_are_left_out_and_counted_whoever_does_the_work(source: Path,
 def shards(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> str:
     """A copy of a finished folder."""
     root = str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket")
-    open_store(f"{root}/shards").put_many(made / "shards", contents(str(made / "shards")))
+    upload_files(made / "shards", contents(str(made / "shards")), open_store(f"{root}/shards"))
     return f"{root}/shards"
 
 
@@ -357,7 +357,7 @@ def test_a_bucket_that_often_fails_is_read_like_a_folder_even_through_a_tiny_cac
     made: Path, bucket: str, proxy: Proxy
 ) -> None:
     """Two epochs; each shard puts out the one before, so that it is brought again."""
-    open_store(f"{bucket}/shards").put_many(made / "shards", contents(str(made / "shards")))
+    upload_files(made / "shards", contents(str(made / "shards")), open_store(f"{bucket}/shards"))
     for fault in FAULTS:
         proxy.fail(DOWNLOAD, fault, times=1, share=0.5)
     settings = LoaderConfig(shuffle_block=1, threads=2)

@@ -29,7 +29,7 @@ from dmd2.data.stream import Shards, Stream
 from dmd2.encoders.pipeline_folder import find
 from dmd2.encoders.vae import Vae
 from dmd2.io.artifact import read_manifest
-from dmd2.io.storage import open_store
+from dmd2.io.storage import open_store, upload_files
 from tests.bucket import contents, ended, killed, listed, started, until
 from tests.conftest import MICRO
 
@@ -221,11 +221,11 @@ def test_killed_on_a_bucket_it_continues_there(
     process = started(said, *words)
     until(lambda: sum(name.startswith(".units/") for name in contents(out)) >= 5)
     assert killed(process)
-    done = open_store(out).list("train-")
+    done = open_store(out).list_objects("train-")
     assert 5 <= len(done) < 38
     shutil.rmtree(tmp_path / "cache")  # on another machine
     ended(started(said, *words), said)
-    assert set(done[:5]) <= set(open_store(out).list()), "nothing is encoded twice"
+    assert set(done[:5]) <= set(open_store(out).list_objects()), "nothing is encoded twice"
     assert contents(out) == listed(out)
     assert read_manifest(out, "latents").digest == read_manifest(encoded, "latents").digest
 
@@ -311,7 +311,7 @@ def test_a_table_is_encoded_too(config: Config, root: Path, shards: Path, vae: P
 
 def test_on_a_bucket_two_processes_make_the_same(shards: Path, vae: Path, encoded: Path, bucket: str) -> None:
     for folder in (shards, vae):
-        open_store(f"{bucket}/{folder.name}").put_many(folder, sorted(p.name for p in folder.iterdir()))
+        upload_files(folder, sorted(p.name for p in folder.iterdir()), open_store(f"{bucket}/{folder.name}"))
     words = on_two(command(f"{bucket}/shards", f"{bucket}/vae", f"{bucket}/out"))
     done = subprocess.run(
         words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True

@@ -66,7 +66,7 @@ def test_the_address_chooses_the_column(tmp_path: Path, refusal: Refusal) -> Non
 def test_prompts_are_read_from_a_bucket(bucket: str, tmp_path: Path, refusal: Refusal) -> None:
     for name, make in (("a.txt", text), ("a.jsonl", lines), ("a.parquet", parquet), ("a.pkl", pickled)):
         make(tmp_path / name)
-        open_store(f"{bucket}/prompts").put(tmp_path / name, name)
+        open_store(f"{bucket}/prompts").upload(tmp_path / name, name)
         assert read_prompts(f"{bucket}/prompts/{name}") == PROMPTS
         assert "does not exist" in refusal(lambda name=name: read_prompts(f"{bucket}/none/{name}"))  # type: ignore[misc]
     assert read_prompts(f"caption:{bucket}/prompts/a.jsonl") == PROMPTS

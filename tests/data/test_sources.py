@@ -231,7 +231,7 @@ def test_a_bucket_gives_the_same_as_a_folder(what: str, bucket: str, tmp_path: P
     address = f"{bucket}/{what}/{path.relative_to(tmp_path)}"
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     for file in files:
-        open_store(f"{bucket}/{what}").put(file, file.relative_to(tmp_path).as_posix())
+        open_store(f"{bucket}/{what}").upload(file, file.relative_to(tmp_path).as_posix())
     source = open_source(address)
     here = open_source(str(path))
     assert source.classes == here.classes

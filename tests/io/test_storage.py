@@ -14,7 +14,7 @@ import pytest
 
 from dmd2 import cli
 from dmd2.io import gcs
-from dmd2.io.storage import cache, fetch_file, open_store
+from dmd2.io.storage import cache, fetch_file, open_store, upload_files
 from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, at_host, started
 
@@ -43,7 +43,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def names(store: Store, prefix: str = "") -> list[str]:
-    return [entry.name for entry in store.list(prefix)]
+    return [entry.name for entry in store.list_objects(prefix)]
 
 
 def file(path: Path, data: bytes) -> Path:
@@ -53,26 +53,26 @@ def file(path: Path, data: bytes) -> Path:
 
 
 def test_what_is_put_is_read_and_fetched(store: Store, tmp_path: Path) -> None:
-    store.put(file(tmp_path / "a", b"from a file"), "sub/a")
+    store.upload(file(tmp_path / "a", b"from a file"), "sub/a")
     store.write("b", b"from memory")
     assert (store.read("sub/a"), store.read("b")) == (b"from a file", b"from memory")
-    store.fetch("sub/a", tmp_path / "deep" / "copy")
+    store.download("sub/a", tmp_path / "deep" / "copy")
     assert (tmp_path / "deep" / "copy").read_bytes() == b"from a file"
-    assert [(entry.name, entry.size) for entry in store.list()] == [("b", 11), ("sub/a", 11)]
+    assert [(entry.name, entry.size) for entry in store.list_objects()] == [("b", 11), ("sub/a", 11)]
 
 
 def test_an_empty_file_is_a_file(store: Store, tmp_path: Path) -> None:
-    store.put(file(tmp_path / "empty", b""), "empty")
-    store.fetch("empty", tmp_path / "copy")
+    store.upload(file(tmp_path / "empty", b""), "empty")
+    store.download("empty", tmp_path / "copy")
     assert (store.read("empty"), (tmp_path / "copy").read_bytes()) == (b"", b"")
-    assert [entry.size for entry in store.list()] == [0]
+    assert [entry.size for entry in store.list_objects()] == [0]
 
 
 def test_many_are_put_under_their_names(store: Store, tmp_path: Path) -> None:
     wanted = [f"{folder}/{n}" for folder in "ab" for n in range(5)]
     for name in wanted:
         file(tmp_path / "many" / name, name.encode())
-    store.put_many(tmp_path / "many", wanted)
+    upload_files(tmp_path / "many", wanted, store)
     assert {name: store.read(name).decode() for name in names(store)} == {name: name for name in wanted}
 
 
@@ -96,7 +96,7 @@ def test_a_listing_tells_which_files_changed(store: Store) -> None:
 
 
 def versions(store: Store) -> dict[str, str]:
-    return {entry.name: entry.version for entry in store.list()}
+    return {entry.name: entry.fingerprint for entry in store.list_objects()}
 
 
 def test_another_folder_with_the_same_beginning_is_not_listed(bucket: str, tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_a_file_that_is_not_whole_is_not_listed(store: Store, tmp_path: Path) ->
     path, seen = file(tmp_path / "large", os.urandom(2**21)), set()
     with ThreadPoolExecutor(1) as pool:
         for _ in range(5):
-            done = pool.submit(store.put, path, "whole")
+            done = pool.submit(store.upload, path, "whole")
             while not done.done():
-                seen |= {(entry.name, entry.size) for entry in store.list()}
+                seen |= {(entry.name, entry.size) for entry in store.list_objects()}
             done.result()
     assert seen <= {("whole", 3), ("whole", 2**21)}
 
@@ -124,31 +124,32 @@ def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path) -> None:
     assert names(open_store(tmp_path / "folder")) == []
 
 
-def test_a_write_that_demands_another_generation_is_refused(store: Store) -> None:
-    assert store.generation("state") == 0
-    first = store.write("state", b"1", generation=0)
-    assert first == store.generation("state") != 0
-    for wrong in (0, first + 1):
+def test_a_swap_that_expects_another_version_is_refused(store: Store) -> None:
+    assert store.version("state") is None
+    first = store.compare_and_swap("state", b"1", None)
+    assert first == store.version("state")
+    other = store.compare_and_swap("another", b"2", None)
+    for wrong in (None, other):
         with pytest.raises(FileExistsError, match="changed by another process meanwhile") as caught:
-            store.write("state", b"2", generation=wrong)
+            store.compare_and_swap("state", b"2", wrong)
         assert caught.value.filename == f"{store.uri}/state"
     assert store.read("state") == b"1"
-    second = store.write("state", b"2", generation=first)
-    assert store.generation("state") == second != first
+    second = store.compare_and_swap("state", b"2", first)
+    assert store.version("state") == second != first
     assert store.read("state") == b"2"
     store.delete(["state"])
     with pytest.raises(FileExistsError):
-        store.write("state", b"3", generation=second)
-    assert names(store) == []
+        store.compare_and_swap("state", b"3", second)
+    assert names(store) == ["another"]
 
 
 def test_eight_that_count_together_lose_nothing(store: Store) -> None:
     def add_one(_: int) -> None:
         while True:
-            generation = store.generation("count")
-            count = int(store.read("count")) if generation else 0
+            version = store.version("count")
+            count = int(store.read("count")) if version else 0
             try:
-                store.write("count", str(count + 1).encode(), generation)
+                store.compare_and_swap("count", str(count + 1).encode(), version)
                 return
             except FileExistsError:
                 continue
@@ -166,7 +167,7 @@ def test_deleting_what_is_not_there_is_nothing(store: Store) -> None:
 
 
 def test_a_missing_file_is_named(store: Store, tmp_path: Path) -> None:
-    for action in (lambda: store.read("none"), lambda: store.fetch("none", tmp_path / "copy")):
+    for action in (lambda: store.read("none"), lambda: store.download("none", tmp_path / "copy")):
         with pytest.raises(FileNotFoundError) as caught:
             action()
         assert str(caught.value.filename) == f"{store.uri}/none"
@@ -175,7 +176,7 @@ def test_a_missing_file_is_named(store: Store, tmp_path: Path) -> None:
 
 def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
     with pytest.raises(FileNotFoundError, match="gs://no-such-bucket/folder/"):
-        open_store("gs://no-such-bucket/folder").list()
+        open_store("gs://no-such-bucket/folder").list_objects()
 
 
 def test_an_address_without_a_bucket_is_refused(refusal: Callable[..., str]) -> None:
@@ -197,8 +198,8 @@ def test_a_large_file_goes_up_and_down_in_pieces(
     behind: Store, proxy: Proxy, small_pieces: int, tmp_path: Path
 ) -> None:
     path = file(tmp_path / "large", os.urandom(3 * small_pieces + 5))
-    behind.put(path, "large")
-    behind.fetch("large", tmp_path / "copy")
+    behind.upload(path, "large")
+    behind.download("large", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == path.read_bytes()
     assert proxy.count(UPLOAD) >= 4
     assert proxy.count(DOWNLOAD) == 4
@@ -215,10 +216,10 @@ def test_requests_that_fail_at_first_are_repeated(
     data = {f"{n}": os.urandom(1000 + n) for n in range(4)}
     for name, content in data.items():
         file(tmp_path / "many" / name, content)
-    behind.put_many(tmp_path / "many", list(data))
-    behind.put(tmp_path / "many" / "0", "again")
+    upload_files(tmp_path / "many", list(data), behind)
+    behind.upload(tmp_path / "many" / "0", "again")
     behind.write("0", data["0"])
-    behind.fetch("1", tmp_path / "copy")
+    behind.download("1", tmp_path / "copy")
     assert {name: behind.read(name) for name in data} == data
     assert (tmp_path / "copy").read_bytes() == data["1"]
     assert names(behind) == [*sorted(data), "again"]
@@ -236,8 +237,8 @@ def test_large_files_survive_the_same(
         proxy.fail(UPLOAD, fault, times=2, share=0.5)
     proxy.fail(DOWNLOAD, fault, times=2, share=0.5)
     path = file(tmp_path / "large", os.urandom(3 * small_pieces + 5))
-    behind.put(path, "large")
-    behind.fetch("large", tmp_path / "copy")
+    behind.upload(path, "large")
+    behind.download("large", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == path.read_bytes()
     assert proxy.injected[fault] >= 2
 
@@ -249,7 +250,7 @@ def test_what_was_changed_on_its_way_down_is_not_delivered(
 ) -> None:
     behind.write("a", os.urandom(size))
     proxy.fail(DOWNLOAD, fault)
-    actions = [lambda: behind.fetch("a", tmp_path / "copy")] + (
+    actions = [lambda: behind.download("a", tmp_path / "copy")] + (
         [lambda: behind.read("a")] if size < 200 else []
     )
     for action in actions:
@@ -267,7 +268,7 @@ def test_what_was_changed_on_its_way_up_is_an_error_and_not_there(
     path = file(tmp_path / "a", os.urandom(small_pieces + 100))
     proxy.fail(UPLOAD, "flip", after=1)  # the first request only opens what goes up in pieces
     with pytest.raises(OSError, match="does not answer as it should") as caught:
-        behind.put(path, "a")
+        behind.upload(path, "a")
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, f"{behind.uri}/a")
     assert proxy.injected["flip"]
     assert names(behind) == []
@@ -276,11 +277,11 @@ def test_what_was_changed_on_its_way_up_is_an_error_and_not_there(
 def test_a_demanded_write_whose_answer_was_lost_is_known_as_ones_own(behind: Store, proxy: Proxy) -> None:
     """The repetition finds the generation changed: by itself."""
     proxy.fail(UPLOAD, "lost", times=1)
-    first = behind.write("state", b"1", generation=0)
+    first = behind.compare_and_swap("state", b"1", None)
     assert proxy.injected["lost"] == 1
-    assert behind.generation("state") == first
+    assert behind.version("state") == first
     with pytest.raises(FileExistsError):
-        behind.write("state", b"1", generation=0)
+        behind.compare_and_swap("state", b"1", None)
 
 
 def test_a_store_that_is_gone_is_one_error_that_names_the_object(
@@ -290,9 +291,9 @@ def test_a_store_that_is_gone_is_one_error_that_names_the_object(
     at_host("http://127.0.0.1:9", monkeypatch)
     store, path = open_store(f"{bucket}/folder"), file(tmp_path / "a", b"x")
     actions: list[Callable[[], object]] = [
-        lambda: store.read("a"), lambda: store.write("a", b""), lambda: store.put(path, "a"),
-        lambda: store.put_many(tmp_path, ["a"]), lambda: store.fetch("a", tmp_path / "copy"),
-        lambda: store.generation("a"), lambda: store.delete(["a"]),
+        lambda: store.read("a"), lambda: store.write("a", b""), lambda: store.upload(path, "a"),
+        lambda: upload_files(tmp_path, ["a"], store), lambda: store.download("a", tmp_path / "copy"),
+        lambda: store.version("a"), lambda: store.delete(["a"]),
     ]  # fmt: skip
     for action in actions:
         with pytest.raises(OSError, match="does not answer as it should") as caught:

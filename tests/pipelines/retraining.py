@@ -300,7 +300,9 @@ def distillation(world: World, run: str, parameters: dict[str, str], seed: int) 
             record.end(claim, run, root, "FAILED", "diverged at step 3")
             raise SystemExit(76)
         try:
-            open_store(join_uri(root, "package")).write(MANIFEST, _manifest("package").encode(), generation=0)
+            open_store(join_uri(root, "package")).compare_and_swap(
+                MANIFEST, _manifest("package").encode(), None
+            )
             world.note("distilled", name, run)
         except FileExistsError:  # by an attempt that was killed before it could say so
             world.note("found-finished", name, run)

@@ -45,8 +45,8 @@ def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 @pytest.fixture
 def images(bucket: str, pictures: Path) -> str:
     """The pictures, on a bucket."""
-    names = [entry.name for entry in storage.open_store(pictures).list()]
-    storage.open_store(f"{bucket}/images").put_many(pictures, names)
+    names = [entry.name for entry in storage.open_store(pictures).list_objects()]
+    storage.upload_files(pictures, names, storage.open_store(f"{bucket}/images"))
     return f"{bucket}/images"
 
 

@@ -34,16 +34,18 @@ def test_on_a_bucket_the_manifest_comes_last(package: Path, bucket: str) -> None
     out = f"{bucket}/models/a"
     stages.publish(str(package), out)
     assert contents(out) == listed(out)
-    generations = {entry.name: int(entry.version.split()[0]) for entry in storage.open_store(out).list()}
+    generations = {
+        entry.name: int(entry.fingerprint.split()[0]) for entry in storage.open_store(out).list_objects()
+    }
     assert max(generations, key=lambda name: generations[name]) == "manifest.json"
 
 
 def test_published_again_it_is_left_as_it_is(package: Path, bucket: str) -> None:
     out = f"{bucket}/models/a"
     stages.publish(str(package), out)
-    before = storage.open_store(out).list()
+    before = storage.open_store(out).list_objects()
     stages.publish(str(package), out)
-    assert storage.open_store(out).list() == before
+    assert storage.open_store(out).list_objects() == before
 
 
 def test_another_package_is_never_overwritten(

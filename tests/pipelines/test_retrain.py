@@ -675,7 +675,7 @@ def test_fifty_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not
         assert began[name] == len(entry.failures) + (entry.state == "done"), name
         if entry.state == "done":
             assert (distilled[name], entry.decision) == (1, "accepted")
-            assert open_store(entry.package).generation("manifest.json")
+            assert open_store(entry.package).version("manifest.json")
         else:
             assert entry.state == "quarantined"
             assert len(entry.failures) == 3

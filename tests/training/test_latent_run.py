@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.io.artifact import Manifest, read_manifest
-from dmd2.io.storage import join_uri, open_store
+from dmd2.io.storage import join_uri, open_store, upload_files
 from dmd2.model import load
 from tests.conftest import MICRO
 
@@ -78,7 +78,7 @@ def test_on_a_bucket_everything_is_the_same(
     """Source, VAE, shards, latents, teacher and run: nothing but gs:// addresses."""
     for folder, name in ((pictures, "pictures"), (vae, "vae")):
         files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-        open_store(join_uri(bucket, name)).put_many(folder, files)
+        upload_files(folder, files, open_store(join_uri(bucket, name)))
     run = distilled(config, join_uri(bucket, "pictures"), join_uri(bucket, "vae"), bucket)
     for kind in ("shards", "latents"):
         assert read_manifest(join_uri(bucket, kind), kind).digest == read_manifest(made / kind, kind).digest

@@ -24,7 +24,7 @@ from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, open_artifact, read_manifest
 from dmd2.io.staging import CONTENTS, SECONDS, STARTED_WITH, Draft, draft_artifact
-from dmd2.io.storage import cache, open_store
+from dmd2.io.storage import cache, open_store, upload_files
 from dmd2.training import checkpoint
 from dmd2.training.trainer import DMD2Trainer
 from tests.bucket import DOWNLOAD, UPLOAD, Proxy, contents, flip, listed, until
@@ -40,7 +40,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
 
 
 def copied(folder: Path, uri: str) -> str:
-    open_store(uri).put_many(folder, contents(str(folder)))
+    upload_files(folder, contents(str(folder)), open_store(uri))
     return uri
 
 
@@ -51,7 +51,7 @@ def sums(folder: str | Path, kind: str) -> dict[str, str]:
 def files(folder: Path) -> dict[str, str]:
     return {
         e.name: open_store(folder).read(e.name).decode()
-        for e in open_store(folder).list()
+        for e in open_store(folder).list_objects()
         if e.name != MANIFEST
     }
 
@@ -78,7 +78,7 @@ def test_a_whole_run_with_nothing_but_a_bucket_is_the_run_with_folders(
     for folder in (data, teacher, run, evaluation, gate, package):
         assert contents(folder) == listed(folder)
     assert b"accepted" in open_store(bucket).read("report.html")
-    open_store(bucket).fetch("grid.png", tmp_path / "grid.png")
+    open_store(bucket).download("grid.png", tmp_path / "grid.png")
     stages.sample(str(made / "run"), str(tmp_path / "local.png"), count=6)
     grids = [Image.open(tmp_path / name).tobytes() for name in ("grid.png", "local.png")]
     assert grids[0] == grids[1]
@@ -392,7 +392,7 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
     first = machines(tmp_path, "ab", *words, "--out", run)
     until(
         lambda: (
-            bool(open_store(run).generation(CONTENTS))
+            bool(open_store(run).version(CONTENTS))
             and f"checkpoints/00000004/{MANIFEST}" in open_store(run).read(CONTENTS).decode()
         )
     )
