@@ -26,8 +26,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dmd2.config import Config
+from dmd2.data.loader import RawBatch, Shards, decode
 from dmd2.data.shards import RECEIPTS, TRAIN, OpenShard, Shard, notes
-from dmd2.data.stream import RawBatch, Shards, decode
 from dmd2.encoders.pipeline_folder import Networks
 from dmd2.encoders.text import Texts
 from dmd2.encoders.vae import Vae

@@ -36,8 +36,8 @@ from webdataset import TarWriter
 from dmd2.config import Config, DataConfig
 from dmd2.data.decode import prepare
 from dmd2.data.lmdb_table import Column, Writer
+from dmd2.data.loader import Tar, array
 from dmd2.data.sources import Record, Source
-from dmd2.data.stream import Tar, array
 from dmd2.errors import Interrupted, Refused, brief
 from dmd2.io.artifact import MANIFEST, ArtifactFile
 from dmd2.io.staging import Draft

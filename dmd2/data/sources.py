@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dmd2.data.decode import IMAGES, decode_image
-from dmd2.data.files import (
+from dmd2.data.archives import (
     Pixels,
     content,
     hidden,
@@ -36,7 +35,8 @@ from dmd2.data.files import (
     told,
     unzipped,
 )  # fmt: skip
-from dmd2.data.places import Place, around, ending, look, matching, one
+from dmd2.data.decode import IMAGES, decode_image
+from dmd2.data.listing import Place, around, ending, look, matching, one
 from dmd2.errors import Refused
 from dmd2.io.storage import fetch_file, join_uri
 

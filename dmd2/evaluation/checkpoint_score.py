@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmd2.config import BestConfig
-from dmd2.data.stream import RawBatch, Shards
+from dmd2.data.loader import RawBatch, Shards
 from dmd2.errors import Refused
 from dmd2.evaluation.features import Features
 from dmd2.models.family import ModelFamily, Prompt

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmd2.data.stream import RawBatch
+from dmd2.data.loader import RawBatch
 from dmd2.progress import Progress
 
 EPOCHS, BATCH, LR, WIDTH, SHIFT = 6, 64, 2e-3, 64, 2

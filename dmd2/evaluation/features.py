@@ -19,8 +19,8 @@ from cleanfid.resize import build_resizer, make_resizer
 from torch import Tensor
 
 from dmd2.config import BestConfig, Config, EvaluateConfig, WeightsConfig
+from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import RawBatch, Shards
 from dmd2.evaluation import classifier, efficientnet
 from dmd2.evaluation.weights import fetch
 from dmd2.io.local import sha256

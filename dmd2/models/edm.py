@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import EdmConfig
 from dmd2.data.latents import latent
-from dmd2.data.stream import RawBatch
+from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.encoders.vae import Vae, load_vae

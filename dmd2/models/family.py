@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning
-from dmd2.data.stream import RawBatch
+from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion
 from dmd2.rng import Rng

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import EncodeConfig, StableConfig
 from dmd2.data.latents import latent
-from dmd2.data.stream import RawBatch
+from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import (
     Diffusion,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dmd2.config import Config
+from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import RawBatch, Shards
 from dmd2.evaluation import checkpoint_score as scores
 from dmd2.evaluation import features
 from dmd2.io.artifact import Manifest

@@ -24,8 +24,8 @@ def distill(
         start: Run to start from instead of the teacher: its student, and its critic if it had one.
         prompts: File of prompts to sample instead of those of the data.
     """
+    from dmd2.data.loader import Shards
     from dmd2.data.shards import TRAIN
-    from dmd2.data.stream import Shards
     from dmd2.parallel import ranks, sharding
     from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
     from dmd2.stages.inputs import prompts_digest, read_training_samples, sample_digests

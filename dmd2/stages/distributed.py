@@ -11,8 +11,8 @@ from torch import nn
 
 from dmd2.batch import Batch
 from dmd2.config import Config
+from dmd2.data.loader import RawBatch, Shards, Stream
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import RawBatch, Shards, Stream
 from dmd2.io.staging import Draft, draft_artifact, join_draft
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng

@@ -22,8 +22,8 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
         out: Folder to write the latents to, local or gs://.
     """
     from dmd2.data import latents
+    from dmd2.data.loader import Shards
     from dmd2.data.shards import TRAIN
-    from dmd2.data.stream import Shards
     from dmd2.encoders.pipeline_folder import find
 
     networks = find(vae, config.encode.text)

@@ -27,8 +27,8 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         run: Folder of the distillation.
         out: Folder to make.
     """
+    from dmd2.data.loader import Shards
     from dmd2.data.shards import HOLDOUT, TRAIN
-    from dmd2.data.stream import Shards
     from dmd2.evaluation.features import by_name, distance
     from dmd2.image_grid import image_grid
     from dmd2.parallel import ranks

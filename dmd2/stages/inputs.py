@@ -6,8 +6,8 @@ import hashlib
 import json
 
 from dmd2.config import Config
+from dmd2.data.loader import Shards
 from dmd2.data.prompts import read_prompts
-from dmd2.data.stream import Shards
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, read_manifest
 

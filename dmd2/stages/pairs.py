@@ -25,10 +25,10 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
         prompts: File of prompts to sample instead of the captions.
     """
     from dmd2.data import latents
+    from dmd2.data.loader import Shards
     from dmd2.data.pairs import write_pairs
     from dmd2.data.prompts import read_prompts
     from dmd2.data.shards import TRAIN
-    from dmd2.data.stream import Shards
     from dmd2.parallel import ranks
     from dmd2.stages.inputs import prompts_digest, read_captions, sample_digests
     from dmd2.stages.networks import load_on_device

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from dmd2.config import EdmConfig, FamilyConfig
+from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.prompts import read_prompts
-from dmd2.data.stream import RawBatch, Shards
 from dmd2.models.family import CondPair, ModelFamily, Prompt
 from dmd2.rng import Rng
 from dmd2.stages.inputs import read_captions

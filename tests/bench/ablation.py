@@ -24,8 +24,8 @@ from rich.table import Table
 
 from dmd2 import recipes, stages
 from dmd2.config import Config
+from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT
-from dmd2.data.stream import Shards
 from dmd2.evaluation.features import by_name, distance
 from dmd2.io.local import write_text
 from dmd2.model import load_network

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from dmd2.config import LoaderConfig
+from dmd2.data.loader import RawBatch, Shards, Stream, decode
 from dmd2.data.shards import Receipt
-from dmd2.data.stream import RawBatch, Shards, Stream, decode
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, read_manifest
 from dmd2.io.storage import open_store, upload_files

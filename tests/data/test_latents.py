@@ -25,7 +25,7 @@ from PIL import Image
 from dmd2 import recipes, stages
 from dmd2.config import Config, EncodeConfig, LoaderConfig
 from dmd2.data.latents import SDXL, latent, stored
-from dmd2.data.stream import Shards, Stream
+from dmd2.data.loader import Shards, Stream
 from dmd2.encoders.pipeline_folder import find
 from dmd2.encoders.vae import Vae
 from dmd2.io.artifact import read_manifest

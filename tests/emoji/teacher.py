@@ -25,8 +25,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from dmd2.data.loader import Shards
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import Shards
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
 from dmd2.progress import Progress
 from dmd2.training.ema import Ema

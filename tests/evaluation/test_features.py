@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dmd2.config import Config, WeightsConfig
-from dmd2.data.stream import Shards
+from dmd2.data.loader import Shards
 from dmd2.evaluation import classifier
 from dmd2.evaluation.features import by_name, distance
 from dmd2.io.local import sha256

@@ -16,7 +16,7 @@ import torch
 
 from dmd2 import recipes, report
 from dmd2.batch import Batch
-from dmd2.data.stream import Shards
+from dmd2.data.loader import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
 from dmd2.evaluation.checkpoint_score import Judge, distance, gaussian, own, places

@@ -14,8 +14,8 @@ from PIL import Image
 
 from dmd2 import recipes, stages
 from dmd2.config import Config
+from dmd2.data.loader import Shards
 from dmd2.data.shards import TRAIN
-from dmd2.data.stream import Shards
 from dmd2.io.artifact import read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load, load_network

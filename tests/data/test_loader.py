@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dmd2.config import LoaderConfig
-from dmd2.data.stream import RawBatch, Shards, Stream
+from dmd2.data.loader import RawBatch, Shards, Stream
 from dmd2.errors import Refused
 
 

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from dmd2.data.archives import hidden
 from dmd2.data.decode import IMAGES
-from dmd2.data.files import hidden
 from dmd2.errors import Refused, near_miss
 from dmd2.io.storage import join_uri, open_store
 from dmd2.io.store import ObjectInfo, Store
