@@ -28,13 +28,13 @@ from dmd2.io.storage import fetch_file
 Pixels = NDArray[np.uint8]
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     name = name.removeprefix("./")
     return "/." in f"/{name}" or name.startswith("__MACOSX/")
 
 
 @contextmanager
-def told(where: str, what: str, *errors: type[Exception]) -> Iterator[None]:
+def refuse_broken(where: str, what: str, *errors: type[Exception]) -> Iterator[None]:
     """What a library says of a broken file, as a sentence."""
     try:
         yield
@@ -45,10 +45,10 @@ def told(where: str, what: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def opened_tar(uri: str, part: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarFile]:
+def open_tar(uri: str, part: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarFile]:
     """A tar, or the tar that is `part` of it."""
     path = fetch_file(uri)
-    with told(uri, "tar file", tarfile.TarError, EOFError), tarfile.open(path, "r:") as tar:
+    with refuse_broken(uri, "tar file", tarfile.TarError, EOFError), tarfile.open(path, "r:") as tar:
         if part is None:
             yield tar
         else:
@@ -60,7 +60,7 @@ def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
     """The plain files, in their order."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # it remembers all of them otherwise
-        if member.isfile() and not hidden(member.name):
+        if member.isfile() and not is_hidden(member.name):
             yield member
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
@@ -73,15 +73,15 @@ def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
         )
 
 
-def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = tar.extractfile(member)
     assert stream is not None
     return stream.read()
 
 
-def samples(uri: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def grouped_samples(uri: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Files of one key, which follow each other, by what is behind the first dot; only those wanted are read."""
-    with opened_tar(uri) as tar:
+    with open_tar(uri) as tar:
         for key, group in itertools.groupby(members(tar, uri), lambda member: _key(member)[0]):
             found: dict[str, bytes] = {}
             for member in group:
@@ -89,7 +89,7 @@ def samples(uri: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]]
                 if suffix in found:
                     raise Refused(f"{uri}/{member.name} is there twice; give every sample its own key")
                 if suffix in wanted:
-                    found[suffix] = content(tar, member)
+                    found[suffix] = read_member(tar, member)
             yield f"{uri}/{key}", found
 
 
@@ -100,23 +100,23 @@ def _key(member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=4)
-def opened_zip(uri: str, process: int) -> zipfile.ZipFile:
+def open_zip(uri: str, process: int) -> zipfile.ZipFile:
     """Open in this process: a file that was open before a fork has one position for all."""
     return zipfile.ZipFile(fetch_file(uri))
 
 
-def unzipped(uri: str, name: str) -> bytes:
-    return opened_zip(uri, os.getpid()).read(name)
+def read_zip_member(uri: str, name: str) -> bytes:
+    return open_zip(uri, os.getpid()).read(name)
 
 
 @contextmanager
-def opened_parquet(uri: str) -> Iterator[Any]:
+def open_parquet(uri: str) -> Iterator[Any]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     path = fetch_file(uri)
     with (
-        told(uri, "Parquet file", ArrowException, OSError, ValueError, AttributeError),
+        refuse_broken(uri, "Parquet file", ArrowException, OSError, ValueError, AttributeError),
         ParquetFile(path) as file,
     ):
         yield file
@@ -125,7 +125,7 @@ def opened_parquet(uri: str) -> Iterator[Any]:
 def idx_array(uri: str, dimensions: int) -> Pixels:
     """An array of bytes: two zeros, the type (8), the number of dimensions, the dimensions, the values."""
     data = fetch_file(uri).read_bytes()
-    with told(uri, "IDX file", EOFError, gzip.BadGzipFile, zlib.error):
+    with refuse_broken(uri, "IDX file", EOFError, gzip.BadGzipFile, zlib.error):
         data = gzip.decompress(data) if uri.endswith(".gz") else data
     start = 4 + 4 * dimensions
     whole = len(data) >= start and data[:4] == bytes([0, 0, 8, dimensions])

@@ -21,7 +21,7 @@ from dmd2.io.store import Store
 Opened = TypeVar("Opened")
 
 
-class Cache:
+class ShardCache:
     def __init__(self, store: Store, limit: int) -> None:
         self.store, self.limit, self.folder = store, limit, cache() / "shards"
         """`limit` in bytes, for all shards of all folders."""
@@ -33,28 +33,28 @@ class Cache:
             if path.is_file():
                 os.utime(path)
             else:
-                self._bring(file, path)
+                self._fetch(file, path)
         return path
 
-    def opened(self, file: ArtifactFile, opener: Callable[[Path], Opened]) -> Opened:
+    def open(self, file: ArtifactFile, opener: Callable[[Path], Opened]) -> Opened:
         """The shard, opened before another process makes room."""
         while True:
             with suppress(FileNotFoundError):
                 return opener(self.path(file))
 
-    def _bring(self, file: ArtifactFile, path: Path) -> None:
+    def _fetch(self, file: ArtifactFile, path: Path) -> None:
         for left in self.folder.glob(f".*{file.sha256}*.partial"):  # by a process that was killed
             left.unlink(missing_ok=True)
-        self._make_room(self.limit - file.size)
+        self._evict(self.limit - file.size)
         try:
             copy_verified(self.store, file, path)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._make_room(0)
+            self._evict(0)
             copy_verified(self.store, file, path)
 
-    def _make_room(self, limit: int) -> None:
+    def _evict(self, limit: int) -> None:
         """Drop shards, the one used longest ago first, until no more than `limit` bytes are left."""
         with file_lock(self.folder / ".lock"):
             there = sorted(

@@ -11,7 +11,20 @@ from dmd2.errors import Refused, near_miss
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What is taken for an image. Not all that Pillow knows: for some it starts another program."""
-IMAGES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 """How the name of an image ends."""
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "lanczos", "box", "bilinear")}
 
@@ -23,7 +36,7 @@ def decode_image(data: bytes) -> Image.Image:
     return image
 
 
-def prepare(
+def prepare_image(
     image: Image.Image, resolution: int, channels: int, filter: str = "bicubic", background: str = "white"
 ) -> Image.Image:
     """Upright, on `background` where it is transparent, grey or RGB, the central square, resized with antialiasing.
@@ -33,7 +46,7 @@ def prepare(
     if filter not in FILTERS:
         raise Refused(f"no filter is named {filter!r}: {near_miss(filter, list(FILTERS))}")
     mode = "L" if channels == 1 else "RGB"
-    image = _opaque(_eight_bits(ImageOps.exif_transpose(image)), background)
+    image = _flatten_transparency(_to_8_bits(ImageOps.exif_transpose(image)), background)
     image = image if image.mode == mode else image.convert(mode)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -41,7 +54,7 @@ def prepare(
     return square if side == resolution else square.resize((resolution, resolution), FILTERS[filter])
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image) -> Image.Image:
     """Greys of 16 bits as greys of 8: Pillow would cut them off at 255."""
     if image.mode == "F":
         raise Refused(
@@ -58,7 +71,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))))
 
 
-def _opaque(image: Image.Image, background: str) -> Image.Image:
+def _flatten_transparency(image: Image.Image, background: str) -> Image.Image:
     """Without transparency: below transparent pixels there may be anything."""
     if not image.has_transparency_data:
         return image

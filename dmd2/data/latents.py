@@ -3,7 +3,7 @@
 A sample is `<key>.npy`: mean and standard deviation of the posterior, so that training draws another latent every
 time. Label and caption are carried over; `<key>.emb` and `<key>.pool` are what text encoders make of the caption. A
 unit is one input shard. Batches never cross it, so any number of processes makes the same bytes, and what was
-interrupted continues with the shards that have no receipt yet.
+interrupted continues with the shards that have no result yet.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dmd2.config import Config
-from dmd2.data.loader import RawBatch, Shards, decode
-from dmd2.data.shards import RECEIPTS, TRAIN, OpenShard, Shard, notes
+from dmd2.data.loader import RawBatch, Shards, collate
+from dmd2.data.shards import RESULTS, TRAIN, ShardInfo, ShardWriter, read_unit_files
 from dmd2.encoders.pipeline_folder import Networks
 from dmd2.encoders.text import Texts
 from dmd2.encoders.vae import Vae
@@ -45,16 +45,16 @@ PATIENCE = timedelta(days=7)
 """How long a process waits for the others at the end; what they have left to do may take hours."""
 
 
-class Receipt(BaseModel):
-    """What became of an input shard. It is written once the shard of latents is where it belongs."""
+class EncodedShard(BaseModel):
+    """What became of an input shard. It is writer once the shard of latents is where it belongs."""
 
-    shard: Shard
+    shard: ShardInfo
     bytes: dict[str, int]
     """Bytes by suffix, in all samples."""
     seconds: float
 
 
-def latent(moments: Tensor, eps: Tensor) -> Tensor:
+def sample_posterior(moments: Tensor, eps: Tensor) -> Tensor:
     """A draw from the posterior: mean + std * eps, in float32.
 
     `moments` is (B, 2, C, h, w), as `RawBatch.image` of latents; `eps` is (B, C, h, w), standard normal. The result has
@@ -65,7 +65,7 @@ def latent(moments: Tensor, eps: Tensor) -> Tensor:
 
 
 @dataclass
-class Encoder:
+class LatentEncoder:
     """The networks on the device of this process, and what they are to read."""
 
     shards: Shards
@@ -79,25 +79,25 @@ class Encoder:
         return cls(shards, config, Vae(networks, config.encode, device), texts)
 
     def __post_init__(self) -> None:
-        self.shards.keep_open = 2
-        self.first = decode([self.shards.sample(0, 0)])
+        self.shards.max_open = 2
+        self.first = collate([self.shards.sample(0, 0)])
         self.shape = self.vae.shape(tuple(self.first.image.shape[1:]))
         if self.texts and not any(self.shards.sample(0, i).text for i in range(self.shards.counts[0])):
             raise Refused(
                 f"{self.shards.uri} has no captions in {self.shards.files[0].path}; leave out --encode.text, or shard a source with captions"
             )
 
-    def cost(self) -> str:
+    def describe_disk_use(self) -> str:
         """What it will take on the disk, in a sentence."""
-        first = self.members(self.first, self.shards.keys(0)[:1])[0]
-        count, each = len(self.shards), stored(*map(len, first.values()))
-        known = SDXL[0] * stored(NPY_HEADER + 2 * math.prod(SDXL[1]), 1)
+        first = self.encode_batch(self.first, self.shards.keys(0)[:1])[0]
+        count, each = len(self.shards), tar_bytes(*map(len, first.values()))
+        known = SDXL[0] * tar_bytes(NPY_HEADER + 2 * math.prod(SDXL[1]), 1)
         return (
             f"latents: {count:,} images x {_bytes(each)} = {_bytes(count * each)} "
             f"(an SDXL set of {SDXL[0]:,} images at 1024 px takes {_bytes(known)})"
         )
 
-    def members(self, batch: RawBatch, keys: Sequence[str]) -> list[dict[str, bytes]]:
+    def encode_batch(self, batch: RawBatch, keys: Sequence[str]) -> list[dict[str, bytes]]:
         """What is stored of each image, by suffix."""
         parts = {"npy": self.vae.moments(batch.image)}
         if self.texts:
@@ -106,7 +106,7 @@ class Encoder:
         for suffix, part in parts.items():
             self._check_finite(suffix, part, keys)
         return [
-            {suffix: npy(part[i]) for suffix, part in parts.items()}
+            {suffix: npy_bytes(part[i]) for suffix, part in parts.items()}
             | {"cls": str(label).encode()}
             | ({"txt": text.encode()} if text else {})
             for i, (label, text) in enumerate(zip(batch.label.tolist(), batch.text, strict=True))
@@ -125,12 +125,12 @@ class Encoder:
                 f"{NAMES[suffix]} of image {keys[int(finite.int().argmin())]} are not finite in float16, computed in {dtype}: {advice}"
             )
 
-    def facts(self, networks: Networks, receipts: list[Receipt]) -> dict[str, Any]:
+    def facts(self, networks: Networks, results: list[EncodedShard]) -> dict[str, Any]:
         """What the manifest says, but the shards."""
-        count = sum(receipt.shard.images for receipt in receipts)
+        count = sum(result.shard.images for result in results)
         spent = Counter[str]()
-        for receipt in receipts:
-            spent.update(receipt.bytes)
+        for result in results:
+            spent.update(result.bytes)
         kinds = {NAMES[suffix]: size for suffix, size in sorted(spent.items())}
         return {
             "classes": self.shards.manifest.facts["classes"],
@@ -140,66 +140,68 @@ class Encoder:
             "shift_factor": self.vae.shift,
             "dtype": self.config.encode.dtype,
             "vae": networks.digest,
-            "bytes": sum(receipt.shard.size for receipt in receipts),
+            "bytes": sum(result.shard.size for result in results),
             "bytes_of": kinds,
             "bytes_per_image": {kind: round(size / count, 1) for kind, size in kinds.items()},
-            "images_per_s": round(count / max(1e-9, sum(receipt.seconds for receipt in receipts)), 2),
+            "images_per_s": round(count / max(1e-9, sum(result.seconds for result in results)), 2),
         }
 
 
-def write_latents(encoder: Encoder, draft: Draft, part: tuple[int, int] = (0, 1)) -> list[Receipt]:
-    """Encode every shard of this part that has no receipt yet; the receipts of the part."""
+def write_latents(encoder: LatentEncoder, draft: Draft, part: tuple[int, int] = (0, 1)) -> list[EncodedShard]:
+    """Encode every shard of this part that has no result yet; the results of the part."""
     numbers = range(len(encoder.shards.files))[part[0] :: part[1]]
-    there = notes(draft.store, RECEIPTS)
-    receipts = {n: Receipt.model_validate_json(there[n]) for n in numbers if n in there}
+    there = read_unit_files(draft.store, RESULTS)
+    results = {n: EncodedShard.model_validate_json(there[n]) for n in numbers if n in there}
     counts = encoder.shards.counts
-    total, done = sum(counts[n] for n in numbers), sum(counts[n] for n in receipts)
+    total, done = sum(counts[n] for n in numbers), sum(counts[n] for n in results)
     label = f"encode, process 0 of {part[1]}" if part[1] > 1 else "encode"
     with Progress(label, total, "images", done) if part[0] == 0 else nullcontext() as progress:
         count = progress.advance if progress else lambda images: None
         for number in numbers:
-            if number not in receipts:
-                receipts[number] = _encode_shard(number, encoder, draft, count)
-    return [receipts[number] for number in numbers]
+            if number not in results:
+                results[number] = _encode_shard(number, encoder, draft, count)
+    return [results[number] for number in numbers]
 
 
-def deliver(receipts: list[Receipt], draft: Draft) -> list[dict[str, Any]]:
+def register_shards(results: list[EncodedShard], draft: Draft) -> list[dict[str, Any]]:
     """Let the draft know the shards, which are already where they belong; what the manifest says of each."""
-    shards = [receipt.shard for receipt in receipts]
+    shards = [result.shard for result in results]
     draft.delivered += [
         ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards
     ]
     return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]
 
 
-def _encode_shard(number: int, encoder: Encoder, draft: Draft, count: Callable[[int], None]) -> Receipt:
-    """Write the latents of a shard, then its receipt."""
+def _encode_shard(
+    number: int, encoder: LatentEncoder, draft: Draft, count: Callable[[int], None]
+) -> EncodedShard:
+    """Write the latents of a shard, then its result."""
     start, spent, keys = time.monotonic(), Counter[str](), encoder.shards.keys(number)
-    shard = Shard(file=f"{TRAIN}-{number:06d}.tar", split=TRAIN)
-    written = OpenShard(shard.file, draft.path, draft.store)
+    shard = ShardInfo(file=f"{TRAIN}-{number:06d}.tar", split=TRAIN)
+    writer = ShardWriter(shard.file, draft.path, draft.store)
     try:
         for batch in _batches(number, encoder):
             named = keys[shard.images : shard.images + len(batch.label)]
-            for key, sample in zip(named, encoder.members(batch, named), strict=True):
-                written.add(key, sample)
+            for key, sample in zip(named, encoder.encode_batch(batch, named), strict=True):
+                writer.add(key, sample)
                 spent.update({suffix: len(data) for suffix, data in sample.items() if suffix in NAMES})
             shard.images += len(named)
             shard.histogram = dict(Counter(shard.histogram) + Counter(batch.label.tolist()))
             count(len(named))
-        shard = shard.model_copy(update=written.finish())
+        shard = shard.model_copy(update=writer.close())
     finally:
-        written.drop()
-    receipt = Receipt(shard=shard, bytes=dict(spent), seconds=round(time.monotonic() - start, 3))
-    draft.store.write(f"{RECEIPTS}/{number:06d}.json", receipt.model_dump_json().encode())
-    return receipt
+        writer.discard()
+    result = EncodedShard(shard=shard, bytes=dict(spent), seconds=round(time.monotonic() - start, 3))
+    draft.store.write(f"{RESULTS}/{number:06d}.json", result.model_dump_json().encode())
+    return result
 
 
-def _batches(number: int, encoder: Encoder) -> Iterator[RawBatch]:
+def _batches(number: int, encoder: LatentEncoder) -> Iterator[RawBatch]:
     """The images of a shard, `encode.batch` at a time, read ahead by threads."""
     settings, count, size = encoder.config.loader, encoder.shards.counts[number], encoder.config.encode.batch
 
     def read(start: int) -> RawBatch:
-        return decode([encoder.shards.sample(number, i) for i in range(start, min(count, start + size))])
+        return collate([encoder.shards.sample(number, i) for i in range(start, min(count, start + size))])
 
     with ThreadPoolExecutor(settings.threads, "loader") as pool:
         coming: deque[Future[RawBatch]] = deque()
@@ -210,13 +212,13 @@ def _batches(number: int, encoder: Encoder) -> Iterator[RawBatch]:
         yield from (future.result() for future in coming)
 
 
-def npy(part: Tensor) -> bytes:
+def npy_bytes(part: Tensor) -> bytes:
     stream = io.BytesIO()
     np.save(stream, part.numpy(), allow_pickle=False)
     return stream.getvalue()
 
 
-def stored(*sizes: int) -> int:
+def tar_bytes(*sizes: int) -> int:
     """Bytes in a tar of members of these sizes: each has a header, and fills whole blocks."""
     return sum(TAR_BLOCK * (1 + -(-size // TAR_BLOCK)) for size in sizes)
 
@@ -230,6 +232,6 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def processes() -> PartialState:
+def distributed_state() -> PartialState:
     """This process among those that were started together."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

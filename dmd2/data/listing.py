@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from dmd2.data.archives import hidden
-from dmd2.data.decode import IMAGES
+from dmd2.data.archives import is_hidden
+from dmd2.data.decode import IMAGE_SUFFIXES
 from dmd2.errors import Refused, near_miss
 from dmd2.io.storage import join_uri, open_store
 from dmd2.io.store import ObjectInfo, Store
@@ -20,14 +20,14 @@ SPLIT = re.compile(r"(?:^|[-_./])(train|test|val|validation)(?=[-_./])")
 
 
 @dataclass(frozen=True)
-class Place:
+class Listing:
     """What lies at an address."""
 
     layout: str
     store: Store
     entries: list[ObjectInfo]
     """Hidden files left out."""
-    named: bool
+    names_files: bool
     """The address names files, by a name or a pattern, and not their folder."""
 
     def uri(self, name: str) -> str:
@@ -38,7 +38,7 @@ class Place:
         return hashlib.sha256(repr([self.layout, *map(tuple, self.entries)]).encode()).hexdigest()
 
 
-def look(address: str, known: list[str]) -> Place:
+def list_files(address: str, known: list[str]) -> Listing:
     """What lies there: a folder, a file, or what a pattern in the last part of the address matches.
 
     Args:
@@ -47,7 +47,7 @@ def look(address: str, known: list[str]) -> Place:
     store = open_store(address)
     entries = _visible(store.list_objects()) if address else []
     if entries:
-        return Place("", store, entries, named=False)
+        return Listing("", store, entries, names_files=False)
     above, name = os.path.split(address)
     store, pattern = open_store(above or "."), re.search(r"[*?[]", name)
     path = open_store(address).local_folder
@@ -58,7 +58,7 @@ def look(address: str, known: list[str]) -> Place:
         entries = [e for e in there if e.name == name or ("/" not in e.name and fnmatchcase(e.name, name))]
     if not entries:
         raise _nothing(address, known)
-    return Place("", store, entries, named=True)
+    return Listing("", store, entries, names_files=True)
 
 
 def _nothing(address: str, known: list[str]) -> Refused:
@@ -76,58 +76,58 @@ def _nothing(address: str, known: list[str]) -> Refused:
 
 
 def _visible(entries: list[ObjectInfo]) -> list[ObjectInfo]:
-    """In the order of folders; without hidden files, and without what a bucket puts in place of a folder."""
-    there = (e for e in entries if e.name and not e.name.endswith("/") and not hidden(e.name))
+    """In the order of folders; without hidden files, and without the objects that a bucket has in place of folders."""
+    there = (e for e in entries if e.name and not e.name.endswith("/") and not is_hidden(e.name))
     return sorted(there, key=lambda entry: entry.name.split("/"))
 
 
-def matching(sign: str, names: list[str]) -> list[str]:
-    pattern = re.compile(sign)
-    return [name for name in names if pattern.fullmatch(name)]
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """The names that match the regular expression from start to end."""
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
-def one(place: Place, sign: str, what: str) -> str:
+def find_one(listing: Listing, pattern: str, what: str) -> str:
     """The only file with such a name."""
-    found = matching(sign, [entry.name for entry in place.entries])
+    found = matching(pattern, [entry.name for entry in listing.entries])
     if not found:
         raise Refused(
-            f"{place.store.uri} has no {what}, which the layout {place.layout} needs; add it or choose another"
+            f"{listing.store.uri} has no {what}, which the layout {listing.layout} needs; add it or choose another"
         )
     if len(found) > 1:
         raise Refused(
-            f"{place.store.uri} has several of which one is needed ({', '.join(found[:3])}); "
-            f"name it: {place.layout}:{place.uri(found[0])}"
+            f"{listing.store.uri} has several of which one is needed ({', '.join(found[:3])}); "
+            f"name it: {listing.layout}:{listing.uri(found[0])}"
         )
     return found[0]
 
 
-def around(place: Place, name: str) -> tuple[Place, str]:
+def with_siblings(listing: Listing, name: str) -> tuple[Listing, str]:
     """If the address was that of a file, the folder with what belongs to it, and the file's name there."""
-    if not place.named:
-        return place, name
-    above, below = posixpath.split(place.store.uri)
+    if not listing.names_files:
+        return listing, name
+    above, below = posixpath.split(listing.store.uri)
     if below == "annotations":  # of COCO
         store, name = open_store(above or "."), f"{below}/{name}"
     else:
-        store = place.store
-    return replace(place, store=store, entries=_visible(store.list_objects()), named=False), name
+        store = listing.store
+    return replace(listing, store=store, entries=_visible(store.list_objects()), names_files=False), name
 
 
-def ending(place: Place, suffix: str) -> list[str]:
+def archives_ending(listing: Listing, suffix: str) -> list[str]:
     """Archives of one kind and one split, and no images that would be left out."""
-    names = [entry.name for entry in place.entries]
+    names = [entry.name for entry in listing.entries]
     found = [name for name in names if name.endswith(suffix)]
     if not found:
         raise Refused(
-            f"{place.store.uri} has no {suffix} files, which the layout {place.layout} needs; choose another"
+            f"{listing.store.uri} has no {suffix} files, which the layout {listing.layout} needs; choose another"
         )
-    if stray := [name for name in names if name.lower().endswith(IMAGES)]:
+    if stray := [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]:
         raise Refused(
-            f"{place.uri(stray[0])} lies beside {suffix} files and would be left out; move them apart, or give a pattern like *{suffix}"
+            f"{listing.uri(stray[0])} lies beside {suffix} files and would be left out; move them apart, or give a pattern like *{suffix}"
         )
     splits = sorted({match[1] for name in found if (match := SPLIT.search(name))})
     if len(splits) > 1:
         raise Refused(
-            f"{place.store.uri} holds several splits ({', '.join(splits)}); give the folder of one, or a pattern like *{splits[-1]}*{suffix}"
+            f"{listing.store.uri} holds several splits ({', '.join(splits)}); give the folder of one, or a pattern like *{splits[-1]}*{suffix}"
         )
     return found

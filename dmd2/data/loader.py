@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 from dmd2.config import LoaderConfig
-from dmd2.data.cache import Cache
+from dmd2.data.cache import ShardCache
 from dmd2.data.lmdb_table import Table
 from dmd2.data.order import Order
 from dmd2.errors import Refused
 from dmd2.io.artifact import ArtifactFile, Manifest, check_file, read_manifest
 from dmd2.io.storage import join_uri, open_store
 
-OPEN_AT_MOST = 400
+MAX_OPEN_SHARDS = 400
 """Shards that one process keeps open; a usual limit is 1,024 files."""
 
 
@@ -51,7 +51,7 @@ class RawSample(NamedTuple):
     text: str
 
 
-class Tar:
+class TarShard:
     """A shard on the disk, and where its samples begin in it."""
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class Tar:
         self.payload = np.array(spans[".png"] or spans[".npy"], dtype=np.int64).reshape(-1, 2)
         self.label = np.array([int(self._read(*span)) for span in spans[".cls"]], dtype=np.int64)
         self.text = texts
-        self.whole = len(keys) == len(self.payload) == len(self.label)
+        self.is_complete = len(keys) == len(self.payload) == len(self.label)
 
     def __len__(self) -> int:
         return len(self.payload)
@@ -91,12 +91,12 @@ class Tar:
         return os.pread(self.file.fileno(), size, offset)
 
 
-class Rows:
+class LmdbShard:
     """A split in an LMDB table, read like a shard."""
 
     def __init__(self, path: Path) -> None:
         self.table = Table(path)
-        self.whole = True
+        self.is_complete = True
 
     def __len__(self) -> int:
         return len(self.table)
@@ -130,61 +130,63 @@ class Shards:
         self.counts: list[int] = [shard["images"] for shard in shards]
         store = open_store(folder)
         self._folder = store.local_folder or Path()
-        self._cache = None if store.local_folder else Cache(store, int(cache_gb * 1e9))
-        self._open: OrderedDict[int, Tar | Rows] = OrderedDict()
+        self._cache = None if store.local_folder else ShardCache(store, int(cache_gb * 1e9))
+        self._open: OrderedDict[int, TarShard | LmdbShard] = OrderedDict()
         self._lock = threading.Lock()
         self._checked: set[int] = set()
-        self.keep_open = 64
+        self.max_open = 64
 
     def __len__(self) -> int:
         return sum(self.counts)
 
     def sample(self, shard: int, index: int) -> RawSample:
-        return self._tar(shard).sample(index)
+        return self._open_shard(shard).sample(index)
 
     def keys(self, shard: int) -> list[str]:
         """Names of the samples of a shard."""
-        return self._tar(shard).keys()
+        return self._open_shard(shard).keys()
 
-    def in_order(self, count: int) -> RawBatch:
+    def evenly_spaced(self, count: int) -> RawBatch:
         """`count` samples at even distances, so of every part of a sorted set, or all there are."""
         total = len(self)
-        return self.picked(np.arange(min(count, total)) * total // min(count, total))
+        return self.select(np.arange(min(count, total)) * total // min(count, total))
 
-    def picked(self, places: Iterable[int]) -> RawBatch:
+    def select(self, places: Iterable[int]) -> RawBatch:
         """The samples at these places of the whole."""
         starts, wanted = np.cumsum([0, *self.counts]), list(places)
         shards = np.searchsorted(starts, wanted, side="right") - 1
-        return decode([self.sample(int(s), int(p - starts[s])) for s, p in zip(shards, wanted, strict=True)])
+        return collate([self.sample(int(s), int(p - starts[s])) for s, p in zip(shards, wanted, strict=True)])
 
-    def _tar(self, shard: int) -> Tar | Rows:
+    def _open_shard(self, shard: int) -> TarShard | LmdbShard:
         """A shard, kept open while it is among those used last."""
         with self._lock:
-            tar = self._open.pop(shard, None) or self._opened(shard)
+            tar = self._open.pop(shard, None) or self._load_shard(shard)
             self._open[shard] = tar
-            if len(self._open) > self.keep_open:
+            if len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         return tar
 
-    def _opened(self, shard: int) -> Tar | Rows:
+    def _load_shard(self, shard: int) -> TarShard | LmdbShard:
         file = self.files[shard]
-        opener: Callable[[Path], Tar | Rows] = Rows if file.path.endswith(".lmdb") else Tar
+        opener: Callable[[Path], TarShard | LmdbShard] = (
+            LmdbShard if file.path.endswith(".lmdb") else TarShard
+        )
         if self._cache:
-            tar = self._cache.opened(file, opener)
+            tar = self._cache.open(file, opener)
         else:
             path = self._folder / file.path
             if shard not in self._checked:
                 check_file(path, file)
                 self._checked.add(shard)
             tar = opener(path)
-        if not tar.whole or len(tar) != self.counts[shard]:
+        if not tar.is_complete or len(tar) != self.counts[shard]:
             raise Refused(
                 f"{join_uri(self.uri, file.path)} holds {len(tar)} images, its manifest says {self.counts[shard]}; shard again"
             )
         return tar
 
 
-class Stream:
+class DataLoader:
     """Batches of a split, for one rank of a world."""
 
     def __init__(
@@ -198,12 +200,12 @@ class Stream:
         self.rank, self.world = rank, world
         self.order = Order(shards.counts, seed, settings.shuffle_block, settings.lanes)
         reach = self.order.lanes // math.gcd(self.order.lanes, world)
-        shards.keep_open = min(OPEN_AT_MOST, 2 * settings.shuffle_block * reach)
+        shards.max_open = min(MAX_OPEN_SHARDS, 2 * settings.shuffle_block * reach)
 
     def batch(self, step: int) -> RawBatch:
         """What this rank gets in a step."""
         positions = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
-        return decode([self.shards.sample(*self.order.sample(p)) for p in positions])
+        return collate([self.shards.sample(*self.order.sample(p)) for p in positions])
 
     def batches(self, first_step: int) -> Iterator[RawBatch]:
         """What this rank gets from that step on, for ever, read ahead by threads."""
@@ -221,13 +223,13 @@ class Stream:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def decode(samples: list[RawSample]) -> RawBatch:
-    arrays = np.stack([array(sample.data) for sample in samples])
+def collate(samples: list[RawSample]) -> RawBatch:
+    arrays = np.stack([decode_array(sample.data) for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
     return RawBatch(torch.from_numpy(arrays), labels, tuple(sample.text for sample in samples))
 
 
-def array(data: bytes | np.ndarray) -> np.ndarray:
+def decode_array(data: bytes | np.ndarray) -> np.ndarray:
     """uint8 (C, H, W) of an image, or the array as it is."""
     if isinstance(data, np.ndarray):
         return data

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from dmd2.errors import Refused, brief, near_miss
 from dmd2.io.storage import fetch_file
 
-COLUMNS = ("text", "caption", "prompt")
+PROMPT_COLUMNS = ("text", "caption", "prompt")
 """The first that is there counts, unless the address chooses one."""
-PLAIN = {
+PLAIN_OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
     "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
     "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "EMPTY_LIST", "LIST",
@@ -86,7 +86,7 @@ def _jsonl(path: Path, address: str, column: str) -> Iterator[Any]:
             raise Refused(f"{where} is not JSON ({error}); write one object per line") from None
         if not isinstance(fields, dict):
             raise Refused(f"{where} is a {type(fields).__name__}; write one object per line")
-        yield fields[_column(list(fields), column, where)]
+        yield fields[_find_column(list(fields), column, where)]
 
 
 def _parquet(path: Path, address: str, column: str) -> Iterator[Any]:
@@ -95,7 +95,7 @@ def _parquet(path: Path, address: str, column: str) -> Iterator[Any]:
 
     try:
         with ParquetFile(path) as file:
-            name = _column(file.schema_arrow.names, column, address)
+            name = _find_column(file.schema_arrow.names, column, address)
             for batch in file.iter_batches(columns=[name], use_threads=False):
                 yield from batch.column(0).to_pylist()
     except (ArrowException, OSError) as error:
@@ -112,12 +112,12 @@ def _pickle(path: Path, address: str, column: str) -> Sequence[Any]:
         for instruction, argument, _ in pickletools.genops(data):
             # A place in the memo far beyond the file's length only serves to use up memory.
             far = "PUT" in instruction.name and isinstance(argument, int) and argument > len(data)
-            if instruction.name not in PLAIN or far:
+            if instruction.name not in PLAIN_OPCODES or far:
                 raise Refused(
                     f"{address} is a pickle that does more than list strings ({instruction.name}), so nothing of it "
                     "was run; save the prompts as a text file"
                 )
-        found = Plain(io.BytesIO(data), encoding="utf-8").load()
+        found = PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
     except Refused:
         raise
     except Exception as error:  # both raise anything on a broken file
@@ -127,7 +127,7 @@ def _pickle(path: Path, address: str, column: str) -> Sequence[Any]:
     return found
 
 
-class Plain(pickle.Unpickler):
+class PlainUnpickler(pickle.Unpickler):
     """Knows no names, neither of classes nor of functions: the second lock on the door."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -146,9 +146,9 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Any] | Sequence[Any]]] = 
 }
 
 
-def _column(there: list[str], column: str, where: str) -> str:
-    found = next((name for name in ([column] if column else COLUMNS) if name in there), None)
+def _find_column(there: list[str], column: str, where: str) -> str:
+    found = next((name for name in ([column] if column else PROMPT_COLUMNS) if name in there), None)
     if found is None:
-        wanted = repr(column) if column else "named " + ", ".join(COLUMNS)
-        raise Refused(f"{where} has no field {wanted}: {near_miss(column or COLUMNS[0], there)}")
+        wanted = repr(column) if column else "named " + ", ".join(PROMPT_COLUMNS)
+        raise Refused(f"{where} has no field {wanted}: {near_miss(column or PROMPT_COLUMNS[0], there)}")
     return found

@@ -2,7 +2,7 @@
 
 A source is cut into units: pieces of a listing, shuffled once with the seed, or whole archives. A unit becomes one
 or more shards of each split, whatever is done with the others: so any number of processes and machines makes the
-same bytes, and what was interrupted continues with the units that have no receipt yet. A sample is `<key>.png`,
+same bytes, and what was interrupted continues with the units that have no result yet. A sample is `<key>.png`,
 `<key>.cls` and, if there is a caption, `<key>.txt`; members of a tar carry no time and no owner.
 """
 
@@ -34,10 +34,10 @@ from pydantic import BaseModel
 from webdataset import TarWriter
 
 from dmd2.config import Config, DataConfig
-from dmd2.data.decode import prepare
+from dmd2.data.decode import prepare_image
 from dmd2.data.lmdb_table import Column, Writer
-from dmd2.data.loader import Tar, array
-from dmd2.data.sources import Record, Source
+from dmd2.data.loader import TarShard, decode_array
+from dmd2.data.sources import Source, SourceImage
 from dmd2.errors import Interrupted, Refused, brief
 from dmd2.io.artifact import MANIFEST, ArtifactFile
 from dmd2.io.staging import Draft
@@ -46,7 +46,7 @@ from dmd2.io.store import Store
 from dmd2.progress import Progress
 
 SPLITS = TRAIN, HOLDOUT = "train", "holdout"
-RECEIPTS, DIGESTS, TARS = ".units", ".digests", ".tars"
+RESULTS, DIGESTS, TARS = ".units", ".digests", ".tars"
 COMPRESSION = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 """Of the PNGs: half the time of what is usual, for as many bytes with photographs and a few per cent more with drawings."""
 
@@ -56,14 +56,14 @@ class Unit:
     """What is read by one process, from start to end."""
 
     number: int
-    records: Callable[[], Iterator[Record]]
-    held: int
-    """So many of its first images are held out."""
+    records: Callable[[], Iterator[SourceImage]]
+    holdout: int
+    """So many of its first images are held_out out."""
     size: int | None
     """Records, if known."""
 
 
-class Shard(BaseModel):
+class ShardInfo(BaseModel):
     """One tar file."""
 
     file: str
@@ -78,10 +78,10 @@ class Shard(BaseModel):
     """Images by class."""
 
 
-class Receipt(BaseModel):
+class UnitResult(BaseModel):
     """What became of a unit. It is written once the unit's shards are where they belong."""
 
-    shards: list[Shard] = []
+    shards: list[ShardInfo] = []
     broken: list[str] = []
     """Unreadable records, with the reason."""
     dropped: dict[str, int] = {}
@@ -89,7 +89,7 @@ class Receipt(BaseModel):
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardingJob:
     """All a worker needs to know."""
 
     data: DataConfig
@@ -101,12 +101,12 @@ class Job:
     """By unit, the records to leave out."""
 
 
-Count = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 """Tell that so many images, of so many bytes, were read."""
-Task = Callable[[Unit, Job, Count], str]
+Task = Callable[[Unit, ShardingJob, ReportProgress], str]
 
 
-def plan(source: Source, config: Config) -> list[Unit]:
+def split_into_units(source: Source, config: Config) -> list[Unit]:
     """Cut a source into units."""
     data, known = config.data, len(source.classes)
     if known > config.family.classes:
@@ -115,27 +115,27 @@ def plan(source: Source, config: Config) -> list[Unit]:
             f"{config.family.classes}; set --family.network.classes {known} or drop classes"
         )
     if source.records:
-        return _pieces(source.records, config)
+        return _shuffled_units(source.records, config)
     if source.count is not None and data.holdout >= source.count:
-        raise _too_many_held(data.holdout, source.count)
+        raise _holdout_too_large(data.holdout, source.count)
     count = len(source.archives)
     shares = [data.holdout * (n + 1) // count - data.holdout * n // count for n in range(count)]
     return [Unit(n, archive.records, shares[n], None) for n, archive in enumerate(source.archives)]
 
 
-def _pieces(records: Sequence[Record], config: Config) -> list[Unit]:
+def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit]:
     """A listing, shuffled once so that any run of samples is a fair sample of the whole."""
     data, order = config.data, np.random.default_rng(config.seed).permutation(len(records))
     if data.holdout >= len(records):
-        raise _too_many_held(data.holdout, len(records))
-    held, rest = order[: data.holdout], order[data.holdout :]
+        raise _holdout_too_large(data.holdout, len(records))
+    held_out, rest = order[: data.holdout], order[data.holdout :]
     pieces = [
         (part[start : start + data.images_per_shard], keep)
-        for part, keep in ((rest, 0), (held, data.images_per_shard))
+        for part, keep in ((rest, 0), (held_out, data.images_per_shard))
         for start in range(0, len(part), data.images_per_shard)
     ]
 
-    def opened(indices: np.ndarray) -> Iterator[Record]:
+    def opened(indices: np.ndarray) -> Iterator[SourceImage]:
         return (records[i] for i in indices)
 
     return [Unit(n, partial(opened, piece), keep, len(piece)) for n, (piece, keep) in enumerate(pieces)]
@@ -143,55 +143,59 @@ def _pieces(records: Sequence[Record], config: Config) -> list[Unit]:
 
 def write_shards(
     source: Source, config: Config, draft: Draft, workers: int, part: tuple[int, int] = (0, 1)
-) -> list[Receipt]:
-    """Make the shards of every unit of this part that has no receipt yet; the receipts of the part."""
-    units = plan(source, config)
+) -> list[UnitResult]:
+    """Make the shards of every unit of this part that has no result yet; the results of the part."""
+    units = split_into_units(source, config)
     channels, resolution, _ = config.family.image
-    job = Job(config.data, resolution, channels, *_place(config.data, draft))
-    job.duplicates.update(_duplicates(units, job, workers, part) if config.data.drop_duplicates else {})
+    job = ShardingJob(config.data, resolution, channels, *_output_folder_and_store(config.data, draft))
+    job.duplicates.update(_find_duplicates(units, job, workers, part) if config.data.drop_duplicates else {})
     mine = units[part[0] :: part[1]]
-    receipts = {n: Receipt.model_validate_json(text) for n, text in notes(job.store, RECEIPTS).items()}
-    missing = [unit for unit in mine if unit.number not in receipts]
+    results = {
+        n: UnitResult.model_validate_json(text) for n, text in read_unit_files(job.store, RESULTS).items()
+    }
+    missing = [unit for unit in mine if unit.number not in results]
     label = f"shard, part {part[0]} of {part[1]}" if part[1] > 1 else "shard"
-    _check_broken(list(receipts.values()), config.data.max_broken)
-    for unit, text in _work(label, make_unit, missing, job, workers):
-        receipts[unit.number] = Receipt.model_validate_json(text)
-        _check_broken(list(receipts.values()), config.data.max_broken)
-    return [receipts[unit.number] for unit in mine]
+    _check_broken(list(results.values()), config.data.max_broken)
+    for unit, text in _run_in_processes(label, write_unit, missing, job, workers):
+        results[unit.number] = UnitResult.model_validate_json(text)
+        _check_broken(list(results.values()), config.data.max_broken)
+    return [results[unit.number] for unit in mine]
 
 
-def told(receipts: list[Receipt], classes: int) -> dict[str, Any]:
+def summarize(results: list[UnitResult], classes: int) -> dict[str, Any]:
     """What became of the records, for the manifest."""
     images: Counter[str] = Counter()
     histogram: Counter[int] = Counter()
     dropped: Counter[str] = Counter()
-    for receipt in receipts:
-        dropped.update(receipt.dropped)
-        for shard in receipt.shards:
+    for result in results:
+        dropped.update(result.dropped)
+        for shard in result.shards:
             images[shard.split] += shard.images
             histogram.update(shard.histogram)
     return {
         "train": images[TRAIN],
         "holdout": images[HOLDOUT],
         "histogram": [histogram[label] for label in range(classes)],
-        "broken": [name for receipt in receipts for name in receipt.broken],
+        "broken": [name for result in results for name in result.broken],
         "dropped": dict(sorted(dropped.items())),
     }
 
 
-def deliver(receipts: list[Receipt], config: Config, draft: Draft) -> list[dict[str, Any]]:
+def register_shards(results: list[UnitResult], config: Config, draft: Draft) -> list[dict[str, Any]]:
     """Let the draft know the shards, which are already where they belong; what the manifest says of each."""
-    shards = [shard for receipt in receipts for shard in receipt.shards]
+    shards = [shard for result in results for shard in result.shards]
     if not any(shard.split == TRAIN for shard in shards):
         raise Refused("no image of the source could be used for training; nothing was written")
     if config.data.format == "lmdb":
-        return [_table(split, [s for s in shards if s.split == split], config, draft) for split in SPLITS]
+        return [
+            _write_table(split, [s for s in shards if s.split == split], config, draft) for split in SPLITS
+        ]
     files = [ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards]
     draft.delivered += files
     return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]
 
 
-def _place(data: DataConfig, draft: Draft) -> tuple[Path, Store]:
+def _output_folder_and_store(data: DataConfig, draft: Draft) -> tuple[Path, Store]:
     """Where shards are written, and where they end up; those that become tables end up in a hidden folder."""
     if data.format == "tar":
         return draft.path, draft.store
@@ -200,7 +204,7 @@ def _place(data: DataConfig, draft: Draft) -> tuple[Path, Store]:
     return hidden, open_store(hidden)
 
 
-def _table(split: str, shards: list[Shard], config: Config, draft: Draft) -> dict[str, Any]:
+def _write_table(split: str, shards: list[ShardInfo], config: Config, draft: Draft) -> dict[str, Any]:
     """The samples of a split in one LMDB table."""
     name = f"{split}.lmdb"
     columns = {
@@ -211,17 +215,17 @@ def _table(split: str, shards: list[Shard], config: Config, draft: Draft) -> dic
     (draft.path / name).unlink(missing_ok=True)
     with Writer(draft.path / name, columns) as table:
         for shard in shards:
-            tar = Tar(draft.path / TARS / shard.file)
+            tar = TarShard(draft.path / TARS / shard.file)
             for index in range(len(tar)):
                 sample = tar.sample(index)
-                table.append({"image": array(sample.data), "label": sample.label, "text": sample.text})
+                table.append({"image": decode_array(sample.data), "label": sample.label, "text": sample.text})
     return {"file": name, "split": split, "images": sum(shard.images for shard in shards)}
 
 
-def make_unit(unit: Unit, job: Job, count: Count) -> str:
-    """Write the shards of a unit, then its receipt."""
-    receipt, held = Receipt(), 0
-    shelves = {split: Shelf(split, unit.number, job) for split in (TRAIN, HOLDOUT)}
+def write_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
+    """Write the shards of a unit, then its result."""
+    result, held_out = UnitResult(), 0
+    writers = {split: SplitWriter(split, unit.number, job) for split in (TRAIN, HOLDOUT)}
     duplicates = job.duplicates.get(unit.number, frozenset())
     try:
         for index, record in enumerate(unit.records()):
@@ -229,94 +233,96 @@ def make_unit(unit: Unit, job: Job, count: Count) -> str:
                 data = record.read()
                 count(1, len(data))
                 image = record.decode(data)
-                if reason := "duplicate" if index in duplicates else _unfit(image, job.data):
-                    receipt.dropped[reason] = receipt.dropped.get(reason, 0) + 1
+                if reason := "duplicate" if index in duplicates else _rejection_reason(image, job.data):
+                    result.dropped[reason] = result.dropped.get(reason, 0) + 1
                     continue
-                png = _png(prepare(image, job.resolution, job.channels, job.data.filter, job.data.background))
+                png = _encode_png(
+                    prepare_image(image, job.resolution, job.channels, job.data.filter, job.data.background)
+                )
             except Exception as error:  # the decoders raise anything on a broken file
-                if _not_its_fault(error):
+                if _is_system_error(error):
                     raise
-                receipt.broken.append(f"{record.name}: {brief(error)}")
+                result.broken.append(f"{record.name}: {brief(error)}")
                 continue
-            shelf = shelves[HOLDOUT if held < unit.held else TRAIN]
-            held += 1
-            shelf.add(f"{unit.number:06d}-{index:07d}", png, record)
-        for shelf in shelves.values():
-            shelf.finish()
+            writer = writers[HOLDOUT if held_out < unit.holdout else TRAIN]
+            held_out += 1
+            writer.add(f"{unit.number:06d}-{index:07d}", png, record)
+        for writer in writers.values():
+            writer.finish()
     finally:
-        for shelf in shelves.values():
-            shelf.drop()
-    receipt.shards += [shard for shelf in shelves.values() for shard in shelf.shards]
-    text = receipt.model_dump_json()
-    job.store.write(f"{RECEIPTS}/{unit.number:06d}.json", text.encode())
+        for writer in writers.values():
+            writer.discard()
+    result.shards += [shard for writer in writers.values() for shard in writer.shards]
+    text = result.model_dump_json()
+    job.store.write(f"{RESULTS}/{unit.number:06d}.json", text.encode())
     return text
 
 
-class Shelf:
+class SplitWriter:
     """The shards of one split of a unit, one open at a time."""
 
-    def __init__(self, split: str, unit: int, job: Job) -> None:
+    def __init__(self, split: str, unit: int, job: ShardingJob) -> None:
         self.split, self.unit, self.job = split, unit, job
-        self.shards: list[Shard] = []
-        self.open: OpenShard | None = None
+        self.shards: list[ShardInfo] = []
+        self.open: ShardWriter | None = None
 
-    def add(self, key: str, png: bytes, record: Record) -> None:
+    def add(self, key: str, png: bytes, record: SourceImage) -> None:
         self.open = self.open or self._begin()
         sample = {"png": png, "cls": str(record.label).encode()}
         self.open.add(key, sample | ({"txt": record.text.encode()} if record.text else {}))
         shard, data = self.shards[-1], self.job.data
         shard.images += 1
         shard.histogram[record.label] = shard.histogram.get(record.label, 0) + 1
-        if shard.images >= data.images_per_shard or self.open.measured.size >= data.shard_mb * 1e6:
+        if shard.images >= data.images_per_shard or self.open.file.size >= data.shard_mb * 1e6:
             self.finish()
 
     def finish(self) -> None:
         """Close the open shard, if there is one, and bring it to its place."""
         if self.open:
-            self.shards[-1] = self.shards[-1].model_copy(update=self.open.finish())
+            self.shards[-1] = self.shards[-1].model_copy(update=self.open.close())
             self.open = None
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Forget the open shard, if there is one."""
         if self.open:
-            self.open.drop()
+            self.open.discard()
             self.open = None
 
-    def _begin(self) -> OpenShard:
+    def _begin(self) -> ShardWriter:
         name = f"{self.split}-{self.unit:06d}-{len(self.shards):03d}.tar"
-        self.shards.append(Shard(file=name, split=self.split))
-        return OpenShard(name, self.job.folder, self.job.store)
+        self.shards.append(ShardInfo(file=name, split=self.split))
+        return ShardWriter(name, self.job.folder, self.job.store)
 
 
-class OpenShard:
+class ShardWriter:
     """A tar file while it is written, in a folder of this machine; it is measured, and finished or dropped."""
 
     def __init__(self, name: str, folder: Path, store: Store) -> None:
         self.name, self.store = name, store
-        self.measured = Measured(folder / f".{name}.{os.getpid()}.partial")
-        self.writer = TarWriter(self.measured, user="", group="", mtime=0, encoder=False)
+        self.file = HashingFile(folder / f".{name}.{os.getpid()}.partial")
+        self.writer = TarWriter(self.file, user="", group="", mtime=0, encoder=False)
 
     def add(self, key: str, sample: dict[str, bytes]) -> None:
         """Write the members of a sample, `<key>.<suffix>`, sorted by suffix."""
         self.writer.write({"__key__": key} | sample)
 
-    def finish(self) -> dict[str, Any]:
+    def close(self) -> dict[str, Any]:
         """Bring it to its place; its size and checksums."""
         self.writer.close()
-        self.measured.close()
+        self.file.close()
         if not self.store.local_folder and self.store.version(MANIFEST):
             raise Refused(f"{self.store.uri} was finished by others meanwhile; there is nothing left to do")
-        move_file(self.measured.path, self.name, self.store)
-        return self.measured.facts()
+        move_file(self.file.path, self.name, self.store)
+        return self.file.facts()
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         with suppress(ValueError, OSError):  # already closed, or no room for the end of it
             self.writer.close()
-        self.measured.close()
-        self.measured.path.unlink(missing_ok=True)
+        self.file.close()
+        self.file.path.unlink(missing_ok=True)
 
 
-class Measured:
+class HashingFile:
     """A file that is measured while it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -344,7 +350,7 @@ class Measured:
         }
 
 
-def _unfit(image: Image.Image, data: DataConfig) -> str:
+def _rejection_reason(image: Image.Image, data: DataConfig) -> str:
     """Why the image is left out, if it is."""
     short, long = min(image.size), max(image.size)
     if short < data.min_side:
@@ -354,20 +360,22 @@ def _unfit(image: Image.Image, data: DataConfig) -> str:
     return ""
 
 
-def _png(image: Image.Image) -> bytes:
+def _encode_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG", **COMPRESSION)
     return stream.getvalue()
 
 
-def _duplicates(units: list[Unit], job: Job, workers: int, part: tuple[int, int]) -> dict[int, set[int]]:
+def _find_duplicates(
+    units: list[Unit], job: ShardingJob, workers: int, part: tuple[int, int]
+) -> dict[int, set[int]]:
     """By unit, the records whose bytes equal those of an earlier one. Parts that run side by side share the reading."""
     for mine in (units[part[0] :: part[1]], units):
-        there = notes(job.store, DIGESTS)
+        there = read_unit_files(job.store, DIGESTS)
         missing = [unit for unit in mine if unit.number not in there]
-        for _ in _work("look for duplicates", digest_unit, missing, job, workers):
+        for _ in _run_in_processes("look for duplicates", hash_unit, missing, job, workers):
             pass
-    digests = [there for _, there in sorted(notes(job.store, DIGESTS).items())]
+    digests = [there for _, there in sorted(read_unit_files(job.store, DIGESTS).items())]
     table = np.frombuffer(b"".join(digests), dtype="V16")
     repeated = np.ones(len(table), dtype=bool)
     repeated[np.unique(table, return_index=True)[1]] = False  # the first of each
@@ -378,14 +386,14 @@ def _duplicates(units: list[Unit], job: Job, workers: int, part: tuple[int, int]
     }
 
 
-def digest_unit(unit: Unit, job: Job, count: Count) -> str:
+def hash_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
     """Note 16 bytes for the content of each record; for one that cannot be read, 16 of its own."""
     digests = bytearray()
     for record in unit.records():
         try:
             data = record.read()
         except Exception as error:  # it will be named when it is to be written
-            if _not_its_fault(error):
+            if _is_system_error(error):
                 raise
             data = f"unreadable {unit.number} {len(digests)}".encode()
         digests += hashlib.sha256(data).digest()[:16]
@@ -394,12 +402,12 @@ def digest_unit(unit: Unit, job: Job, count: Count) -> str:
     return ""
 
 
-def _not_its_fault(error: Exception) -> bool:
+def _is_system_error(error: Exception) -> bool:
     """Whether an image could not be read because of the disk, the bucket or the memory, rather than of its content."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
-def notes(store: Store, folder: str) -> dict[int, bytes]:
+def read_unit_files(store: Store, folder: str) -> dict[int, bytes]:
     """By unit, what was written about it."""
     names = [
         entry.name
@@ -412,8 +420,8 @@ def notes(store: Store, folder: str) -> dict[int, bytes]:
         }
 
 
-def _check_broken(receipts: Sequence[Receipt], limit: int) -> None:
-    broken = [name for receipt in receipts for name in receipt.broken]
+def _check_broken(results: Sequence[UnitResult], limit: int) -> None:
+    broken = [name for result in results for name in result.broken]
     if len(broken) > limit:
         raise Refused(
             f"{len(broken)} files are no readable images, more than data.max_broken allows "
@@ -421,16 +429,18 @@ def _check_broken(receipts: Sequence[Receipt], limit: int) -> None:
         )
 
 
-def _too_many_held(holdout: int, count: int) -> Refused:
+def _holdout_too_large(holdout: int, count: int) -> Refused:
     return Refused(f"data.holdout is {holdout}, the source has only {count} images; hold out fewer")
 
 
 # The workers: forked, so that a source need not be sent to them.
 
-_forked: tuple[Task, list[Unit], Job, Any] | None = None
+_forked: tuple[Task, list[Unit], ShardingJob, Any] | None = None
 
 
-def _work(label: str, task: Task, units: list[Unit], job: Job, workers: int) -> Iterator[tuple[Unit, str]]:
+def _run_in_processes(
+    label: str, task: Task, units: list[Unit], job: ShardingJob, workers: int
+) -> Iterator[tuple[Unit, str]]:
     """(unit, what the task returns), as they are done, by several processes."""
     global _forked
     if not units:
@@ -444,11 +454,11 @@ def _work(label: str, task: Task, units: list[Unit], job: Job, workers: int) -> 
     with (
         Progress(label, total, word) as progress,
         ProcessPoolExecutor(
-            min(workers, len(units)), context, initializer=_stay_with, initargs=(os.getpid(),)
+            min(workers, len(units)), context, initializer=_end_with_parent, initargs=(os.getpid(),)
         ) as pool,
     ):
         start, told, finished = time.monotonic(), 0, 0
-        waiting = {pool.submit(_one, n): unit for n, unit in enumerate(units)}
+        waiting = {pool.submit(_run_unit, n): unit for n, unit in enumerate(units)}
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -472,7 +482,7 @@ def _work(label: str, task: Task, units: list[Unit], job: Job, workers: int) -> 
             raise
 
 
-def _one(number: int) -> str:
+def _run_unit(number: int) -> str:
     assert _forked is not None
     task, units, job, counts = _forked
 
@@ -484,7 +494,7 @@ def _one(number: int) -> str:
     return task(units[number], job, count)
 
 
-def _stay_with(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
     """In a worker: leave Ctrl-C to the parent, and do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -24,25 +24,25 @@ from PIL import Image
 
 from dmd2.data.archives import (
     Pixels,
-    content,
-    hidden,
+    grouped_samples,
     idx_array,
+    is_hidden,
     members,
-    opened_parquet,
-    opened_tar,
-    opened_zip,
-    samples,
-    told,
-    unzipped,
+    open_parquet,
+    open_tar,
+    open_zip,
+    read_member,
+    read_zip_member,
+    refuse_broken,
 )  # fmt: skip
-from dmd2.data.decode import IMAGES, decode_image
-from dmd2.data.listing import Place, around, ending, look, matching, one
+from dmd2.data.decode import IMAGE_SUFFIXES, decode_image
+from dmd2.data.listing import Listing, archives_ending, find_one, list_files, matching, with_siblings
 from dmd2.errors import Refused
 from dmd2.io.storage import fetch_file, join_uri
 
 DIGIT_BORDER = 2
 """Black pixels added on each side of a 28x28 digit."""
-MOST_CLASSES = 2**16
+MAX_CLASSES = 2**16
 """A larger number is taken for something else than a class."""
 BATCH = 32
 """Rows of a Parquet file in memory at a time."""
@@ -55,7 +55,7 @@ Label = int | str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SourceImage:
     name: str
     """Where it came from, for messages."""
     label: int
@@ -69,7 +69,7 @@ class Record:
 @dataclass(frozen=True)
 class Archive:
     name: str
-    records: Callable[[], Iterator[Record]]
+    records: Callable[[], Iterator[SourceImage]]
     """From start to end, always in the same order; opens the archive when called."""
 
 
@@ -79,7 +79,7 @@ class Source:
     """Names of the classes; a label is an index into it. A single `""` when there are none."""
     fingerprint: str
     """Changes when the images do: shards made from another fingerprint are other shards."""
-    records: Sequence[Record] = ()
+    records: Sequence[SourceImage] = ()
     """A listing: any record can be read at any time."""
     archives: Sequence[Archive] = ()
     """Or archives, each read from start to end."""
@@ -87,7 +87,7 @@ class Source:
     """Images in the archives, where that is known without reading them."""
 
 
-class Row(NamedTuple):
+class ListedImage(NamedTuple):
     """What a listing says of an image."""
 
     name: str
@@ -102,23 +102,23 @@ def open_source(address: str) -> Source:
     known = ["digits", *LAYOUTS]
     layout, colon, rest = address.partition(":")
     if colon and layout in LAYOUTS:
-        place = look(rest, known)
+        listing = list_files(rest, known)
     else:
-        place = look(address, known)
-        names = [entry.name for entry in place.entries if not entry.name.lower().endswith(IMAGES)]
-        layout = next((row for row, (sign, _) in LAYOUTS.items() if matching(sign, names)), "folder")
-    return LAYOUTS[layout][1](replace(place, layout=layout))
+        listing = list_files(address, known)
+        names = [entry.name for entry in listing.entries if not entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        layout = next((row for row, (pattern, _) in LAYOUTS.items() if matching(pattern, names)), "folder")
+    return LAYOUTS[layout][1](replace(listing, layout=layout))
 
 
-def folder(place: Place) -> Source:
+def folder(listing: Listing) -> Source:
     """Images; the first folder is the class (none: a single class)."""
-    rows = [Row(e.name, e.name.split("/")[0] if "/" in e.name else None, "") for e in place.entries]
+    rows = [ListedImage(e.name, e.name.split("/")[0] if "/" in e.name else None, "") for e in listing.entries]
     stray = [row.name for row in rows if row.label is None]
     if stray and len(stray) < len(rows):
         raise Refused(
-            f"{place.uri(stray[0])} lies beside the class folders of {place.store.uri}; put it into one of them or remove it"
+            f"{listing.uri(stray[0])} lies beside the class folders of {listing.store.uri}; put it into one of them or remove it"
         )
-    return _listing(place, rows, place.store.read)
+    return _source_of_listing(listing, rows, listing.store.read)
 
 
 def digits() -> Source:
@@ -129,90 +129,95 @@ def digits() -> Source:
     border = (DIGIT_BORDER, DIGIT_BORDER)
     images = np.pad(pixels.reshape(-1, 28, 28), ((0, 0), border, border)).astype(np.uint8)
     fingerprint = hashlib.sha256(images.tobytes()).hexdigest()
-    return _arrays("digits", images, labels.tolist(), fingerprint)
+    return _source_of_arrays("digits", images, labels.tolist(), fingerprint)
 
 
-def imagenet(place: Place) -> Source:
+def imagenet(listing: Listing) -> Source:
     """A tar of images per class, named after it, or one tar of such tars."""
-    tars = [place.uri(name) for name in ending(place, ".tar")]
+    tars = [listing.uri(name) for name in archives_ending(listing, ".tar")]
     parts: list[tuple[str, str, tarfile.TarInfo | None]] = [(uri, uri, None) for uri in tars]
     if len(tars) == 1:
-        with opened_tar(tars[0]) as whole:
+        with open_tar(tars[0]) as whole:
             inner = [member for member in members(whole, tars[0]) if member.name.endswith(".tar")]
         parts = [(f"{tars[0]}/{member.name}", tars[0], member) for member in inner] or parts
-    labels = _classes((name, _stem(name)) for name, _, _ in parts)
+    labels = _classes_of_labels((name, _stem(name)) for name, _, _ in parts)
     archives = [Archive(n, partial(_class_tar, uri, m, labels[_stem(n)])) for n, uri, m in parts]
-    return Source(_names(labels), place.fingerprint, archives=archives)
+    return Source(_class_names(labels), listing.fingerprint, archives=archives)
 
 
-def coco(place: Place) -> Source:
+def coco(listing: Listing) -> Source:
     """Images and a JSON file of captions; of several captions of an image the first, by id."""
-    name = one(place, SIGN_COCO, "captions file (annotations/captions_*.json)")
-    place, name = around(place, name)
-    uri = place.uri(name)
-    with told(uri, "captions file of COCO", ValueError, KeyError, TypeError, AttributeError):
-        notes = json.loads(place.store.read(name))
+    name = find_one(listing, PATTERN_COCO, "captions file (annotations/captions_*.json)")
+    listing, name = with_siblings(listing, name)
+    uri = listing.uri(name)
+    with refuse_broken(uri, "captions file of COCO", ValueError, KeyError, TypeError, AttributeError):
+        notes = json.loads(listing.store.read(name))
         captions: dict[int, str] = {}
         for note in sorted(notes["annotations"], key=lambda note: note["id"]):
             captions.setdefault(note["image_id"], note["caption"])
         wanted = [(str(image["file_name"]), captions.get(image["id"])) for image in notes["images"]]
     files: dict[str, list[str]] = {}
-    for entry in place.entries:
+    for entry in listing.entries:
         files.setdefault(posixpath.basename(entry.name), []).append(entry.name)
-    rows = [Row(_match(file, files, uri), None, _text(text, f"{uri}: {file}")) for file, text in wanted]
-    return _listing(place, sorted(rows, key=lambda row: row.name), place.store.read)
+    rows = [
+        ListedImage(_match_file(file, files, uri), None, _check_caption(text, f"{uri}: {file}"))
+        for file, text in wanted
+    ]
+    return _source_of_listing(listing, sorted(rows, key=lambda row: row.name), listing.store.read)
 
 
-def metadata(place: Place) -> Source:
+def metadata(listing: Listing) -> Source:
     """Images and a metadata.jsonl beside them: file_name, text or caption, label."""
-    place, name = around(place, one(place, SIGN_METADATA, "metadata.jsonl"))
-    uri, below = place.uri(name), posixpath.dirname(name)
-    there = {entry.name for entry in place.entries}
+    listing, name = with_siblings(listing, find_one(listing, PATTERN_METADATA, "metadata.jsonl"))
+    uri, below = listing.uri(name), posixpath.dirname(name)
+    there = {entry.name for entry in listing.entries}
     rows = []
-    with told(
+    with refuse_broken(
         uri, "JSON Lines file with a file_name per line", ValueError, KeyError, TypeError, AttributeError
     ):
-        lines = [json.loads(line) for line in place.store.read(name).splitlines() if line.strip()]
+        lines = [json.loads(line) for line in listing.store.read(name).splitlines() if line.strip()]
         for line in lines:
             file = posixpath.join(below, line["file_name"])
             if file not in there:
                 raise Refused(f"{uri} names {file}, which is not there; add the image or drop its line")
             text = next((line[key] for key in TEXT if line.get(key) is not None), "")
-            rows.append(Row(file, line.get("label"), _text(text, f"{uri}: {file}")))
-    extra = {n for n in there if n.lower().endswith(IMAGES)} - {row.name for row in rows}
+            rows.append(ListedImage(file, line.get("label"), _check_caption(text, f"{uri}: {file}")))
+    extra = {n for n in there if n.lower().endswith(IMAGE_SUFFIXES)} - {row.name for row in rows}
     if extra:
         raise Refused(f"{uri} has no line for {min(extra)}; add one or remove the image")
-    return _listing(place, rows, place.store.read)
+    return _source_of_listing(listing, rows, listing.store.read)
 
 
-def edm(place: Place) -> Source:
+def edm(listing: Listing) -> Source:
     """The zip or folder of EDM's dataset tool (Karras et al. 2022): images, and labels in dataset.json."""
-    name = one(place, SIGN_EDM, "dataset.json or zip file")
-    read, names = place.store.read, [entry.name for entry in place.entries]
-    uri = place.store.uri
+    name = find_one(listing, PATTERN_EDM, "dataset.json or zip file")
+    read, names = listing.store.read, [entry.name for entry in listing.entries]
+    uri = listing.store.uri
     if name.endswith(".zip"):
-        uri = place.uri(name)
-        read = partial(unzipped, uri)
-        with told(uri, "zip file", zipfile.BadZipFile):
-            names = [n for n in opened_zip(uri, os.getpid()).namelist() if not hidden(n)]
+        uri = listing.uri(name)
+        read = partial(read_zip_member, uri)
+        with refuse_broken(uri, "zip file", zipfile.BadZipFile):
+            names = [n for n in open_zip(uri, os.getpid()).namelist() if not is_hidden(n)]
     if "dataset.json" not in names:
         raise Refused(
             f"{uri} has no dataset.json; make it with EDM's dataset_tool.py, or choose another layout"
         )
-    with told(f"{uri}/dataset.json", "list of labels", ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    with refuse_broken(
+        f"{uri}/dataset.json", "list of labels", ValueError, KeyError, TypeError, zipfile.BadZipFile
+    ):
         pairs = json.loads(read("dataset.json"))["labels"] or []
         labels = {str(file): label for file, label in pairs}
-    images = sorted(n for n in names if n.lower().endswith(IMAGES))
+    images = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES))
     if lost := set(labels) - set(images):
         raise Refused(f"{uri}/dataset.json has a label for {min(lost)}, which is not there; make it again")
-    return _listing(place, [Row(n, labels.get(n), "") for n in images], read, uri)
+    return _source_of_listing(listing, [ListedImage(n, labels.get(n), "") for n in images], read, uri)
 
 
-def npz(place: Place) -> Source:
+def npz(listing: Listing) -> Source:
     """Arrays in an npz file: images uint8 (N, H, W[, C]), and labels (N,) if there are classes."""
-    uri = place.uri(one(place, r".*\.npz", "npz file"))
+    uri = listing.uri(find_one(listing, r".*\.npz", "npz file"))
     path = fetch_file(uri)
-    with told(uri, "npz file of plain arrays", ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+    with refuse_broken(uri, "npz file of plain arrays", ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         if not zipfile.is_zipfile(path):
             raise Refused(f"{uri} is no npz file, or not all of it; write it with numpy.savez")
         with np.load(path, allow_pickle=False) as file:
@@ -227,85 +232,94 @@ def npz(place: Place) -> Source:
         raise Refused(
             f"{uri}: {ARRAYS[name]} is {labels.dtype} {labels.shape}; give one whole number per image"
         )
-    return _arrays(uri, images, None if labels is None else labels.tolist(), place.fingerprint)
+    return _source_of_arrays(uri, images, None if labels is None else labels.tolist(), listing.fingerprint)
 
 
-def idx(place: Place) -> Source:
+def idx(listing: Listing) -> Source:
     """The files of MNIST (LeCun et al. 1998): `*-images-idx3-ubyte`, gzipped or not, and its labels."""
-    place, name = around(place, one(place, SIGN_IDX, "images file (*-images-idx3-ubyte)"))
+    listing, name = with_siblings(
+        listing, find_one(listing, PATTERN_IDX, "images file (*-images-idx3-ubyte)")
+    )
     stem = name.removesuffix(".gz").replace("-images", "-labels").replace("idx3", "idx1")
-    labels = next((e.name for e in place.entries if e.name in (stem, f"{stem}.gz")), None)
+    labels = next((e.name for e in listing.entries if e.name in (stem, f"{stem}.gz")), None)
     if labels is None:
         raise Refused(
-            f"{place.uri(name)} has several classes, but their labels are missing; add {stem} beside it"
+            f"{listing.uri(name)} has several classes, but their labels are missing; add {stem} beside it"
         )
-    return _arrays(
-        place.uri(name),
-        idx_array(place.uri(name), 3),
-        idx_array(place.uri(labels), 1).tolist(),
-        place.fingerprint,
+    return _source_of_arrays(
+        listing.uri(name),
+        idx_array(listing.uri(name), 3),
+        idx_array(listing.uri(labels), 1).tolist(),
+        listing.fingerprint,
     )
 
 
-def parquet(place: Place) -> Source:
+def parquet(listing: Listing) -> Source:
     """Parquet files with a column of images (bytes, or a struct with bytes), and captions and labels if any."""
-    files = [place.uri(name) for name in ending(place, ".parquet")]
-    with opened_parquet(files[0]) as first:
-        columns = _columns(first.schema_arrow, files[0])
-        names = _features(first.schema_arrow).get(columns.label or "", {}).get("names")
+    files = [listing.uri(name) for name in archives_ending(listing, ".parquet")]
+    with open_parquet(files[0]) as first:
+        columns = _find_columns(first.schema_arrow, files[0])
+        names = _huggingface_features(first.schema_arrow).get(columns.label or "", {}).get("names")
     labels: dict[Label, int] = {None: 0}
     if names:
         labels = {index: index for index in range(len(names))}
     elif columns.label:
-        labels = _classes(pair for uri in files for pair in _labels_in(uri, columns.label))
-    count = sum(map(_rows_in, files)) if place.store.local_folder else None
+        labels = _classes_of_labels(pair for uri in files for pair in _distinct_labels(uri, columns.label))
+    count = sum(map(_row_count, files)) if listing.store.local_folder else None
     archives = [Archive(uri, partial(_parquet_records, uri, columns, labels)) for uri in files]
-    return Source(names or _names(labels), place.fingerprint, archives=archives, count=count)
+    return Source(names or _class_names(labels), listing.fingerprint, archives=archives, count=count)
 
 
-def webdataset(place: Place) -> Source:
+def webdataset(listing: Listing) -> Source:
     """Tars of samples, as img2dataset writes them: `key.jpg` and, of one key, `.txt`, `.json`, `.cls`.
 
     How many classes there are is in classes.txt (a name per line); without it every tar is looked through.
     """
-    tars = [place.uri(name) for name in ending(place, ".tar")]
-    sample = next(samples(tars[0], {"cls", "tar"}), None)
+    tars = [listing.uri(name) for name in archives_ending(listing, ".tar")]
+    sample = next(grouped_samples(tars[0], {"cls", "tar"}), None)
     if sample is None or "tar" in sample[1]:
         raise Refused(
             f"{tars[0]} holds {'tars' if sample else 'nothing'}; of ImageNet's archives say imagenet:{tars[0]}"
         )
     labels: dict[Label, int] = {None: 0}
     names = None
-    if any(entry.name == "classes.txt" for entry in place.entries):
-        with told(place.uri("classes.txt"), "UTF-8 text", ValueError):
-            names = place.store.read("classes.txt").decode().splitlines()
+    if any(entry.name == "classes.txt" for entry in listing.entries):
+        with refuse_broken(listing.uri("classes.txt"), "UTF-8 text", ValueError):
+            names = listing.store.read("classes.txt").decode().splitlines()
         labels = {index: index for index in range(len(names))}
     elif "cls" in sample[1]:
-        labels = _classes((key, _class(files, key)) for uri in tars for key, files in samples(uri, {"cls"}))
+        labels = _classes_of_labels(
+            (key, _parse_class(files, key)) for uri in tars for key, files in grouped_samples(uri, {"cls"})
+        )
     archives = [Archive(uri, partial(_web_records, uri, labels)) for uri in tars]
-    return Source(names or _names(labels), place.fingerprint, archives=archives, count=_counted(place))
+    return Source(
+        names or _class_names(labels),
+        listing.fingerprint,
+        archives=archives,
+        count=_img2dataset_count(listing),
+    )
 
 
-SIGN_COCO = r"(.*/)?captions[^/]*\.json"
-SIGN_METADATA = r"(.*/)?metadata\.jsonl"
-SIGN_EDM = r"dataset\.json|[^/]*\.zip"
-SIGN_IDX = r"(.*/)?[^/]*-images[-.]idx3-ubyte(\.gz)?"
+PATTERN_COCO = r"(.*/)?captions[^/]*\.json"
+PATTERN_METADATA = r"(.*/)?metadata\.jsonl"
+PATTERN_EDM = r"dataset\.json|[^/]*\.zip"
+PATTERN_IDX = r"(.*/)?[^/]*-images[-.]idx3-ubyte(\.gz)?"
 
-LAYOUTS: dict[str, tuple[str, Callable[[Place], Source]]] = {
-    "edm": (SIGN_EDM, edm),
-    "metadata": (SIGN_METADATA, metadata),
-    "coco": (SIGN_COCO, coco),
+LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
+    "edm": (PATTERN_EDM, edm),
+    "metadata": (PATTERN_METADATA, metadata),
+    "coco": (PATTERN_COCO, coco),
     "imagenet": (r"(.*/)?(n\d{8}|ILSVRC2012_img_train[^/]*)\.tar", imagenet),
     "webdataset": (r".*\.tar", webdataset),
     "parquet": (r".*\.parquet", parquet),
     "npz": (r"[^/]*\.npz", npz),
-    "idx": (SIGN_IDX, idx),
+    "idx": (PATTERN_IDX, idx),
     "folder": (r".*", folder),
 }
 """How a layout is recognised, by the first row of which some file has the name; and what reads it."""
 
 
-def _match(file: str, files: dict[str, list[str]], where: str) -> str:
+def _match_file(file: str, files: dict[str, list[str]], where: str) -> str:
     """The one image that a captions file means."""
     same = files.get(posixpath.basename(file), [])
     found = [name for name in same if f"/{name}".endswith(f"/{file}")]
@@ -317,7 +331,7 @@ def _match(file: str, files: dict[str, list[str]], where: str) -> str:
     return found[0]
 
 
-def _text(text: object, where: str) -> str:
+def _check_caption(text: object, where: str) -> str:
     if not isinstance(text, str):
         raise Refused(f"{where} has {text!r:.60} for a caption; give a string")
     return text
@@ -327,16 +341,20 @@ def _stem(name: str) -> str:
     return posixpath.basename(name).removesuffix(".tar")
 
 
-def _listing(place: Place, rows: Sequence[Row], read: Callable[[str], bytes], root: str = "") -> Source:
-    root = root or place.store.uri
+def _source_of_listing(
+    listing: Listing, rows: Sequence[ListedImage], read: Callable[[str], bytes], root: str = ""
+) -> Source:
+    root = root or listing.store.uri
     if not rows:
-        raise Refused(f"{root} holds no images; the layout {place.layout} expects some")
-    labels = _classes((join_uri(root, row.name), row.label) for row in rows)
-    records = [Record(join_uri(root, n), labels[label], partial(read, n), text) for n, label, text in rows]
-    return Source(_names(labels), place.fingerprint, records)
+        raise Refused(f"{root} holds no images; the layout {listing.layout} expects some")
+    labels = _classes_of_labels((join_uri(root, row.name), row.label) for row in rows)
+    records = [
+        SourceImage(join_uri(root, n), labels[label], partial(read, n), text) for n, label, text in rows
+    ]
+    return Source(_class_names(labels), listing.fingerprint, records)
 
 
-def _classes(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
+def _classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
     """From labels to classes: numbers are classes already, names become so in their order.
 
     Args:
@@ -360,19 +378,19 @@ def _classes(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
             f"{first[names[0]]} has label {names[0]!r}, others are numbers like {numbers[0]}; use one kind"
         )
     for label in numbers:
-        if not 0 <= label < MOST_CLASSES:
+        if not 0 <= label < MAX_CLASSES:
             raise Refused(
-                f"{first[label]} has label {label}; labels count from 0 to at most {MOST_CLASSES - 1}"
+                f"{first[label]} has label {label}; labels count from 0 to at most {MAX_CLASSES - 1}"
             )
     order: Sequence[Label] = sorted(names) or range(max(numbers) + 1)
     return {label: index for index, label in enumerate(order)}
 
 
-def _names(labels: dict[Label, int]) -> list[str]:
+def _class_names(labels: dict[Label, int]) -> list[str]:
     return ["" if label is None else str(label) for label in labels]
 
 
-def _index(labels: dict[Label, int], label: Label, where: str) -> int:
+def _class_of_label(labels: dict[Label, int], label: Label, where: str) -> int:
     """The class, of which the whole source has told what there are."""
     if isinstance(label, Label) and label in labels:
         return labels[label]
@@ -384,7 +402,7 @@ def _index(labels: dict[Label, int], label: Label, where: str) -> int:
     raise Refused(f"{where} has label {label!r:.60}, but {known}; correct the label")
 
 
-def _arrays(where: str, images: Pixels, labels: list[int] | None, fingerprint: str) -> Source:
+def _source_of_arrays(where: str, images: Pixels, labels: list[int] | None, fingerprint: str) -> Source:
     """Pixels that are in memory, which forked processes share."""
     if (
         images.dtype != np.uint8
@@ -398,54 +416,58 @@ def _arrays(where: str, images: Pixels, labels: list[int] | None, fingerprint: s
         raise Refused(f"{where}: {len(images)} images have {len(labels)} labels; give one each")
     if not len(images):
         raise Refused(f"{where} holds no images; give at least one")
-    classes = _classes((f"{where}:{i}", label) for i, label in enumerate(labels or [None]))
-    decode = partial(_pixels, shape=images.shape[1:3] if images.shape[3:] == (1,) else images.shape[1:])
+    classes = _classes_of_labels((f"{where}:{i}", label) for i, label in enumerate(labels or [None]))
+    decode = partial(
+        _image_of_pixels, shape=images.shape[1:3] if images.shape[3:] == (1,) else images.shape[1:]
+    )
     records = [
-        Record(f"{where}:{i}", labels[i] if labels else 0, partial(_raw, images, i), decode=decode)
+        SourceImage(
+            f"{where}:{i}", labels[i] if labels else 0, partial(_pixel_bytes, images, i), decode=decode
+        )
         for i in range(len(images))
     ]
-    return Source(_names(classes), fingerprint, records)
+    return Source(_class_names(classes), fingerprint, records)
 
 
-def _raw(images: Pixels, index: int) -> bytes:
+def _pixel_bytes(images: Pixels, index: int) -> bytes:
     return images[index].tobytes()
 
 
-def _pixels(data: bytes, shape: tuple[int, ...]) -> Image.Image:
+def _image_of_pixels(data: bytes, shape: tuple[int, ...]) -> Image.Image:
     return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
 
 
-def _class_tar(uri: str, part: tarfile.TarInfo | None, label: int) -> Iterator[Record]:
+def _class_tar(uri: str, part: tarfile.TarInfo | None, label: int) -> Iterator[SourceImage]:
     where = f"{uri}/{part.name}" if part else uri
-    with opened_tar(uri, part) as tar:
+    with open_tar(uri, part) as tar:
         for member in members(tar, where):
-            yield _held(f"{where}/{member.name}", label, content(tar, member))
+            yield _loaded_image(f"{where}/{member.name}", label, read_member(tar, member))
 
 
-def _held(name: str, label: int, data: bytes, text: str = "") -> Record:
-    return Record(name, label, partial(bytes, data), text)
+def _loaded_image(name: str, label: int, data: bytes, text: str = "") -> SourceImage:
+    return SourceImage(name, label, partial(bytes, data), text)
 
 
-def _broken(name: str, why: str) -> Record:
+def _broken_image(name: str, why: str) -> SourceImage:
     """A sample that is counted and named as unreadable, when it is its turn."""
-    return Record(name, 0, partial(_refuse, why))
+    return SourceImage(name, 0, partial(_raise_refused, why))
 
 
-def _refuse(why: str) -> bytes:
+def _raise_refused(why: str) -> bytes:
     raise Refused(why)
 
 
-def _class(files: dict[str, bytes], where: str) -> int | None:
+def _parse_class(files: dict[str, bytes], where: str) -> int | None:
     try:
         return int(files["cls"]) if "cls" in files else None
     except ValueError:
         raise Refused(f"{where}.cls is {files['cls'][:20]!r}; give the number of the class") from None
 
 
-def _web_records(uri: str, labels: dict[Label, int]) -> Iterator[Record]:
-    images = [suffix.removeprefix(".") for suffix in IMAGES]
-    for key, files in samples(uri, {"txt", "json", "cls", *images}):
-        label = _index(labels, _class(files, key), key)
+def _web_records(uri: str, labels: dict[Label, int]) -> Iterator[SourceImage]:
+    images = [suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES]
+    for key, files in grouped_samples(uri, {"txt", "json", "cls", *images}):
+        label = _class_of_label(labels, _parse_class(files, key), key)
         found = [suffix for suffix in images if suffix in files]
         try:
             text = (
@@ -453,42 +475,42 @@ def _web_records(uri: str, labels: dict[Label, int]) -> Iterator[Record]:
                 if "txt" in files
                 else json.loads(files.get("json", b"{}")).get("caption")
             )
-            text = "" if text is None else _text(text, key)
+            text = "" if text is None else _check_caption(text, key)
         except (ValueError, AttributeError):
-            yield _broken(key, "its caption is not UTF-8 or JSON")
+            yield _broken_image(key, "its caption is not UTF-8 or JSON")
             continue
         if len(found) == 1:
-            yield _held(f"{key}.{found[0]}", label, files[found[0]], text)
+            yield _loaded_image(f"{key}.{found[0]}", label, files[found[0]], text)
         else:
-            yield _broken(key, f"{len(found)} images have this key")
+            yield _broken_image(key, f"{len(found)} images have this key")
 
 
-def _counted(place: Place) -> int | None:
+def _img2dataset_count(listing: Listing) -> int | None:
     """What img2dataset noted beside its tars, if it did so for each."""
-    names = {entry.name for entry in place.entries}
+    names = {entry.name for entry in listing.entries}
     notes = [name.removesuffix(".tar") + "_stats.json" for name in names if name.endswith(".tar")]
-    if not names.issuperset(notes) or not place.store.local_folder:  # each is a request
+    if not names.issuperset(notes) or not listing.store.local_folder:  # each is a request
         return None
-    with told(place.store.uri, "output of img2dataset", ValueError, KeyError, TypeError):
-        return sum(int(json.loads(place.store.read(name))["successes"]) for name in notes)
+    with refuse_broken(listing.store.uri, "output of img2dataset", ValueError, KeyError, TypeError):
+        return sum(int(json.loads(listing.store.read(name))["successes"]) for name in notes)
 
 
-class Columns(NamedTuple):
+class ParquetColumns(NamedTuple):
     image: str
     label: str | None
     text: str | None
 
-    def there(self) -> list[str]:
+    def present(self) -> list[str]:
         return [name for name in self if name]
 
 
-def _features(schema: Any) -> dict[str, Any]:
+def _huggingface_features(schema: Any) -> dict[str, Any]:
     """What the `datasets` library notes about the columns."""
     note = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     return {name: f for name, f in note.get("info", {}).get("features", {}).items() if isinstance(f, dict)}
 
 
-def _columns(schema: Any, where: str) -> Columns:
+def _find_columns(schema: Any, where: str) -> ParquetColumns:
     image, label, text = (
         next((n for n in names if n in schema.names), None) for names in (IMAGE, LABEL, TEXT)
     )
@@ -496,16 +518,20 @@ def _columns(schema: Any, where: str) -> Columns:
         raise Refused(
             f"{where} has columns {', '.join(schema.names)}; name that of the images {' or '.join(IMAGE)}"
         )
-    classes = [name for name, feature in _features(schema).items() if feature.get("_type") == "ClassLabel"]
+    classes = [
+        name
+        for name, feature in _huggingface_features(schema).items()
+        if feature.get("_type") == "ClassLabel"
+    ]
     if classes and label is None:
         raise Refused(
             f"{where} has classes ({', '.join(classes)}), but no column label; rename the one that is meant"
         )
-    return Columns(image, label, text)
+    return ParquetColumns(image, label, text)
 
 
-def _labels_in(uri: str, column: str) -> Iterator[tuple[str, Any]]:
-    with opened_parquet(uri) as file:
+def _distinct_labels(uri: str, column: str) -> Iterator[tuple[str, Any]]:
+    with open_parquet(uri) as file:
         if column not in file.schema_arrow.names:
             raise Refused(
                 f"{uri} has no column {column}, though other files have; add it, or remove it everywhere"
@@ -514,23 +540,23 @@ def _labels_in(uri: str, column: str) -> Iterator[tuple[str, Any]]:
             yield from ((uri, label) for label in batch.column(0).unique().to_pylist())
 
 
-def _rows_in(uri: str) -> int:
-    with opened_parquet(uri) as file:
+def _row_count(uri: str) -> int:
+    with open_parquet(uri) as file:
         return file.metadata.num_rows
 
 
-def _parquet_records(uri: str, columns: Columns, labels: dict[Label, int]) -> Iterator[Record]:
-    with opened_parquet(uri) as file:
-        if missing := set(columns.there()) - set(file.schema_arrow.names):
+def _parquet_records(uri: str, columns: ParquetColumns, labels: dict[Label, int]) -> Iterator[SourceImage]:
+    with open_parquet(uri) as file:
+        if missing := set(columns.present()) - set(file.schema_arrow.names):
             raise Refused(f"{uri} has no column {min(missing)}, though other files have; add it")
-        batches = file.iter_batches(BATCH, columns=columns.there(), use_threads=False)
+        batches = file.iter_batches(BATCH, columns=columns.present(), use_threads=False)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows):
             name = f"{uri}:{number}"
-            label = _index(labels, row[columns.label] if columns.label else None, name)
+            label = _class_of_label(labels, row[columns.label] if columns.label else None, name)
             image, text = row[columns.image], row[columns.text] if columns.text else None
             data = image.get("bytes") if isinstance(image, dict) else image
             if isinstance(data, bytes):
-                yield _held(name, label, data, "" if text is None else _text(text, name))
+                yield _loaded_image(name, label, data, "" if text is None else _check_caption(text, name))
             else:
-                yield _broken(name, "it has no bytes of an image")
+                yield _broken_image(name, "it has no bytes of an image")

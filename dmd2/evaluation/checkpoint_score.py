@@ -87,7 +87,7 @@ def judge(
 
     def parts() -> Iterator[np.ndarray]:
         for rows in own(settings.images, world):
-            batch = shards.picked([at[row % there] for row in rows])
+            batch = shards.select([at[row % there] for row in rows])
             prompts[rows] = shown(rows, batch)
             x = family.read(batch, Rng.at(settings.seed, 0, rows, world.device)).x
             yield features.of(family.decode(x).cpu())[: max(0, there - rows.start)]

@@ -77,7 +77,7 @@ def pretrained(settings: EvaluateConfig | BestConfig, section: str, device: torc
 
 def _classifier(config: Config, data: str, holdout: RawBatch, device: torch.device) -> Features:
     size = config.family.image[1]
-    train = Shards(data, TRAIN).in_order(FIT_IMAGES)
+    train = Shards(data, TRAIN).evenly_spaced(FIT_IMAGES)
     network = classifier.fit(train, config.family.classes, config.evaluate.seed, device)
     facts = {
         "features": f"classifier fitted to {len(train.image)} training images, seed {config.evaluate.seed}",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import EdmConfig
-from dmd2.data.latents import latent
+from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
@@ -86,7 +86,7 @@ class Edm:
 
     def _x(self, image: Tensor, rng: Rng) -> Tensor:
         if self.config.vae_stride:
-            return latent(to_device(image, rng.device), rng.normal(*self.shape))
+            return sample_posterior(to_device(image, rng.device), rng.normal(*self.shape))
         return image.float() / 127.5 - 1
 
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import EncodeConfig, StableConfig
-from dmd2.data.latents import latent
+from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import (
@@ -188,7 +188,7 @@ class Stable(ABC):
                 f"the data holds arrays of shape {tuple(batch.image.shape[1:])}, the network works on latents of shape "
                 f"(2, {', '.join(map(str, self.shape))}); make them with the VAE of the teacher and this recipe's resolution"
             )
-        x = latent(to_device(batch.image, rng.device), rng.normal(*self.shape))
+        x = sample_posterior(to_device(batch.image, rng.device), rng.normal(*self.shape))
         return Batch(x, *self.condition(batch.text), rng)
 
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dmd2.batch import Batch
 from dmd2.config import Config
-from dmd2.data.loader import RawBatch, Shards, Stream
+from dmd2.data.loader import DataLoader, RawBatch, Shards
 from dmd2.data.shards import TRAIN
 from dmd2.io.staging import Draft, draft_artifact, join_draft
 from dmd2.parallel.ranks import World
@@ -55,7 +55,7 @@ def batch_reader(
 ) -> Callable[[int], Iterator[Batch]]:
     """A function from a step to this rank's rows of the batches from that step on, read with their random numbers."""
     shards = Shards(data, TRAIN, kind, config.loader.cache_gb)
-    stream = Stream(shards, batch, config.seed, config.loader, world.rank, world.size)
+    stream = DataLoader(shards, batch, config.seed, config.loader, world.rank, world.size)
     rows = world.local_rows(batch)
 
     def batches(first: int) -> Iterator[Batch]:

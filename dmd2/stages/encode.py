@@ -30,10 +30,10 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
     inputs = {"shards": read_manifest(data, "shards").digest, "vae": networks.digest}
     if done := find_finished(out, "latents", config, inputs):
         return done
-    state, shards = latents.processes(), Shards(data, TRAIN, cache_gb=config.loader.cache_gb)
-    encoder = latents.Encoder.load(shards, config, networks, state.device)
+    state, shards = latents.distributed_state(), Shards(data, TRAIN, cache_gb=config.loader.cache_gb)
+    encoder = latents.LatentEncoder.load(shards, config, networks, state.device)
     if state.is_main_process:
-        print(encoder.cost(), file=sys.stderr, flush=True)
+        print(encoder.describe_disk_use(), file=sys.stderr, flush=True)
     open_draft = partial(draft_artifact, out, "latents", config, inputs, resumable=True)
     if state.num_processes > 1:
         with open_draft(part=True) as draft:
@@ -41,9 +41,9 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
         state.wait_for_everyone()
     if state.is_main_process:
         with open_draft() as draft:
-            receipts = latents.write_latents(encoder, draft)
-            draft.facts |= encoder.facts(networks, receipts)
-            draft.facts["shards"] = latents.deliver(receipts, draft)
+            results = latents.write_latents(encoder, draft)
+            draft.facts |= encoder.facts(networks, results)
+            draft.facts["shards"] = latents.register_shards(results, draft)
             vae_only = find(vae, text=False)
             vae_only.copy(draft.path)
             draft.facts["vae"] = vae_only.digest

@@ -48,7 +48,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
     device, settings = ranks.device(), config.evaluate
     student = load_on_device(run, made, device)
     guide = load_on_device(teacher, original, device)
-    holdout = Shards(data, HOLDOUT).in_order(settings.images)
+    holdout = Shards(data, HOLDOUT).evenly_spaced(settings.images)
     if len(holdout.image) < 2:
         raise Refused(
             f"{data} holds out {len(holdout.image)} image; FID needs at least 2, better thousands: shard again"
@@ -61,7 +61,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         for name, (_, _, sampler) in samplers.items():
             images = sample_images(name, sampler, prompts, settings)
             draft.facts[f"fid_{name}"] = distance(features(images), real)
-        train = Shards(data, TRAIN).in_order(settings.images)
+        train = Shards(data, TRAIN).evenly_spaced(settings.images)
         draft.facts |= features.facts | {
             "fid_real": distance(features(train.image), real),
             "nfe_student": len(student.timesteps),

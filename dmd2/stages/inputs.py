@@ -31,7 +31,7 @@ def prompts_digest(prompts: str) -> dict[str, str]:
 
 def read_captions(shards: Shards, count: int) -> list[str]:
     """The captions of the first `count` samples that have one."""
-    captions = [text for text in shards.in_order(count).text if text]
+    captions = [text for text in shards.evenly_spaced(count).text if text]
     if not captions:
         raise Refused(
             f"{shards.uri} has no captions to draw; give --prompts, or shard a source with captions"

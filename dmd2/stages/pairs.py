@@ -46,7 +46,7 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
         return model.pairs(part, seed, settings.steps, settings.guidance)
 
     with draft_artifact(out, "pairs", config, inputs, resumable=True) as draft:
-        receipts = write_pairs(config, texts, sample, draft)
+        results = write_pairs(config, texts, sample, draft)
         draft.facts |= {"classes": [""], "images": settings.count, "guidance": settings.guidance}
-        draft.facts["shards"] = latents.deliver(receipts, draft)
+        draft.facts["shards"] = latents.register_shards(results, draft)
     return read_manifest(out, "pairs")

@@ -25,7 +25,7 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         workers: Number of processes; 0 = one per core.
         part: `i/n`: only the i-th of n parts, counted from 0; empty = all.
     """
-    from dmd2.data.shards import deliver, told, write_shards
+    from dmd2.data.shards import register_shards, summarize, write_shards
     from dmd2.data.sources import open_source
 
     images, share = open_source(source), _parse_part(part)
@@ -38,11 +38,11 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         )
     workers = workers or os.cpu_count() or 1
     with draft_artifact(out, "shards", config, inputs, resumable=True, part=bool(part)) as draft:
-        receipts = write_shards(images, config, draft, workers, share)
+        results = write_shards(images, config, draft, workers, share)
         if part:
-            return _part_manifest("shards", config, inputs, {"part": part, "units": len(receipts)})
-        draft.facts |= {"source": source, "classes": images.classes} | told(receipts, len(images.classes))
-        draft.facts["shards"] = deliver(receipts, config, draft)
+            return _part_manifest("shards", config, inputs, {"part": part, "units": len(results)})
+        draft.facts |= {"source": source, "classes": images.classes} | summarize(results, len(images.classes))
+        draft.facts["shards"] = register_shards(results, config, draft)
     return read_manifest(out, "shards")
 
 

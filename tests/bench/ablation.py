@@ -71,7 +71,7 @@ def distill(variant: str, seed: int) -> None:
 def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[str, Any]]:
     """FID of every student as `evaluate` takes it: the same features, classes, noise and held-out images."""
     device, settings = torch.device("cpu"), base.evaluate
-    holdout = Shards(shards, HOLDOUT).in_order(settings.images)
+    holdout = Shards(shards, HOLDOUT).evenly_spaced(settings.images)
     features = by_name(base, shards, holdout, device)
     real = features(holdout.image)
     classes = prompts_of_images(base.family, holdout, settings.images)

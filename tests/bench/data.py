@@ -29,8 +29,8 @@ from rich.table import Table
 
 from dmd2 import recipes, stages
 from dmd2.config import Config, LoaderConfig
-from dmd2.data.decode import prepare
-from dmd2.data.loader import Shards, Stream
+from dmd2.data.decode import prepare_image
+from dmd2.data.loader import DataLoader, Shards
 from dmd2.data.sources import open_source
 from dmd2.io import artifact, staging
 from dmd2.io.local import write_text
@@ -75,7 +75,7 @@ def shard_plain(source: str, out: str) -> dict[str, float]:
                     sink.write(
                         {
                             "__key__": f"{index:09d}",
-                            "png": prepare(image, size, channels),
+                            "png": prepare_image(image, size, channels),
                             "cls": str(record.label).encode(),
                         }
                         | ({"txt": record.text} if record.text else {})
@@ -86,7 +86,7 @@ def shard_plain(source: str, out: str) -> dict[str, float]:
 
 def read_ours(data: str, count: str) -> dict[str, float]:
     def epoch() -> None:
-        stream = Stream(Shards(data, "train"), BATCH, 0, LoaderConfig(shuffle_block=4))
+        stream = DataLoader(Shards(data, "train"), BATCH, 0, LoaderConfig(shuffle_block=4))
         for batch in itertools.islice(stream.batches(0), int(count) // BATCH):
             assert batch.image.shape == (BATCH, 3, 64, 64)
 
@@ -130,7 +130,7 @@ def order(folder: str) -> dict[str, float]:
 
     def start() -> None:
         shards = Shards(folder, "train")
-        stream = Stream(shards, 2048, 0, LoaderConfig(lanes=64), rank=0, world=64)
+        stream = DataLoader(shards, 2048, 0, LoaderConfig(lanes=64), rank=0, world=64)
         assert len(shards) == BILLION
         assert len({stream.order.sample(position) for position in range(0, 2048, 64)}) == 32
 

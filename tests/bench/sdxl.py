@@ -96,7 +96,7 @@ def stage(verb: str, recipe: str, out: str, **folders: str) -> float:
 
 def score(base: Config, only: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     settings = base.evaluate
-    holdout = Shards(str(ROOT / "shards"), HOLDOUT).in_order(settings.images)
+    holdout = Shards(str(ROOT / "shards"), HOLDOUT).evenly_spaced(settings.images)
     features = by_name(base, str(ROOT / "shards"), holdout, torch.device("cpu"))
     prompts, real = prompts_of_images(base.family, holdout, settings.images), features(holdout.image)
     rows, pictures = [], {}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dmd2.data.cache import Cache
+from dmd2.data.cache import ShardCache
 from dmd2.io.artifact import ArtifactFile
 from dmd2.io.gcs import GcsStore
 from dmd2.io.storage import open_store
@@ -36,7 +36,7 @@ def shard(store: Store, name: str, size: int = SIZE) -> ArtifactFile:
     return ArtifactFile(path=name, size=size, sha256=hashlib.sha256(data).hexdigest())
 
 
-def there(cache: Cache) -> set[str]:
+def there(cache: ShardCache) -> set[str]:
     """All files in the cache but its locks."""
     return {path.name for path in cache.folder.iterdir() if not path.name.endswith(".lock")}
 
@@ -45,28 +45,28 @@ def named(files: Iterable[ArtifactFile]) -> set[str]:
     return {file.sha256 for file in files}
 
 
-def used_in_turn(cache: Cache, files: Iterable[ArtifactFile]) -> None:
+def used_in_turn(cache: ShardCache, files: Iterable[ArtifactFile]) -> None:
     """Bring them, and say when each was used: the clock of a file system is coarse."""
     for when, file in enumerate(files):
         os.utime(cache.path(file), (when, when))
 
 
 def test_a_shard_is_brought_once_and_is_what_the_bucket_holds(store: Store, proxy: Proxy) -> None:
-    cache, file = Cache(store, 10 * SIZE), shard(store, "a.tar")
+    cache, file = ShardCache(store, 10 * SIZE), shard(store, "a.tar")
     for _ in range(3):
         assert cache.path(file).read_bytes() == store.read("a.tar")
     assert proxy.count(f"{DOWNLOAD}.*a.tar") == 1 + 3, "the last three are those of this test"
 
 
 def test_the_cache_holds_no_more_bytes_than_it_may(store: Store) -> None:
-    cache, files = Cache(store, 3 * SIZE + 1), [shard(store, f"{n}.tar") for n in range(5)]
+    cache, files = ShardCache(store, 3 * SIZE + 1), [shard(store, f"{n}.tar") for n in range(5)]
     for count in range(1, 6):
         used_in_turn(cache, files[:count])
         assert there(cache) == named(files[max(0, count - 3) : count])
 
 
 def test_what_was_used_last_stays(store: Store) -> None:
-    cache, (a, b, c, d) = Cache(store, 3 * SIZE), [shard(store, f"{n}.tar") for n in range(4)]
+    cache, (a, b, c, d) = ShardCache(store, 3 * SIZE), [shard(store, f"{n}.tar") for n in range(4)]
     used_in_turn(cache, (a, b, c))
     cache.path(a)
     cache.path(d)
@@ -74,7 +74,7 @@ def test_what_was_used_last_stays(store: Store) -> None:
 
 
 def test_a_large_shard_puts_out_as_many_as_it_needs(store: Store) -> None:
-    cache, small = Cache(store, 4 * SIZE), [shard(store, f"{n}.tar") for n in range(4)]
+    cache, small = ShardCache(store, 4 * SIZE), [shard(store, f"{n}.tar") for n in range(4)]
     used_in_turn(cache, small)
     large = shard(store, "large.tar", 2 * SIZE + 1)
     cache.path(large)
@@ -82,12 +82,12 @@ def test_a_large_shard_puts_out_as_many_as_it_needs(store: Store) -> None:
 
 
 def test_a_shard_larger_than_the_cache_is_read_all_the_same(store: Store) -> None:
-    cache, file = Cache(store, SIZE // 2), shard(store, "a.tar")
+    cache, file = ShardCache(store, SIZE // 2), shard(store, "a.tar")
     assert cache.path(file).stat().st_size == SIZE
 
 
 def test_a_limit_counts_the_shards_of_all_folders(bucket: str) -> None:
-    one, two = (Cache(open_store(f"{bucket}/{name}"), 2 * SIZE) for name in ("one", "two"))
+    one, two = (ShardCache(open_store(f"{bucket}/{name}"), 2 * SIZE) for name in ("one", "two"))
     files = [shard(one.store, "0.tar"), shard(one.store, "1.tar")]
     used_in_turn(one, files)
     other = shard(two.store, "0.tar")
@@ -118,7 +118,7 @@ def changed(store: Store) -> None:
 def test_a_damaged_object_is_named_and_never_enters(
     store: Store, refusal: Callable[..., str], damage: Callable[[Store], object], words: str
 ) -> None:
-    cache, file = Cache(store, 10 * SIZE), shard(store, "a.tar")
+    cache, file = ShardCache(store, 10 * SIZE), shard(store, "a.tar")
     good = store.read("a.tar")
     damage(store)
     for _ in range(2):
@@ -141,13 +141,13 @@ def test_processes_that_ask_at_once_bring_a_shard_once(store: Store, proxy: Prox
 
 
 def ask(store: Store, file: ArtifactFile, together: Barrier) -> None:
-    cache = Cache(store, 2**21)
+    cache = ShardCache(store, 2**21)
     together.wait()
     assert hashlib.sha256(cache.path(file).read_bytes()).hexdigest() == file.sha256
 
 
 def test_what_is_open_is_read_to_its_end_though_it_was_put_out(store: Store) -> None:
-    cache, (a, b) = Cache(store, SIZE), [shard(store, f"{n}.tar") for n in range(2)]
+    cache, (a, b) = ShardCache(store, SIZE), [shard(store, f"{n}.tar") for n in range(2)]
     with cache.path(a).open("rb") as stream:
         cache.path(b)
         assert there(cache) == named([b])
@@ -155,7 +155,7 @@ def test_what_is_open_is_read_to_its_end_though_it_was_put_out(store: Store) -> 
 
 
 def test_what_another_process_puts_out_before_it_is_open_is_brought_again(store: Store, proxy: Proxy) -> None:
-    cache, file, tried = Cache(store, SIZE), shard(store, "a.tar"), []
+    cache, file, tried = ShardCache(store, SIZE), shard(store, "a.tar"), []
 
     def opener(path: Path) -> bytes:
         tried.append(path)
@@ -163,12 +163,12 @@ def test_what_another_process_puts_out_before_it_is_open_is_brought_again(store:
             path.unlink()
         return path.read_bytes()
 
-    assert hashlib.sha256(cache.opened(file, opener)).hexdigest() == file.sha256
+    assert hashlib.sha256(cache.open(file, opener)).hexdigest() == file.sha256
     assert proxy.count(DOWNLOAD) == len(tried) == 2
 
 
 def test_what_a_killed_process_left_is_removed_when_the_shard_is_asked_for_again(store: Store) -> None:
-    cache, file = Cache(store, 10 * SIZE), shard(store, "a.tar")
+    cache, file = ShardCache(store, 10 * SIZE), shard(store, "a.tar")
     cache.folder.mkdir(parents=True)
     for left in (f".{file.sha256}.123.partial", f"..{file.sha256}.123.partial.123.partial"):
         (cache.folder / left).write_bytes(b"half")
@@ -186,7 +186,7 @@ class Full(GcsStore):
 
 
 def test_on_a_full_disk_older_shards_make_room(bucket: str) -> None:
-    cache = Cache(Full(f"{bucket}/shards"), 100 * SIZE)
+    cache = ShardCache(Full(f"{bucket}/shards"), 100 * SIZE)
     for n in range(3):
         file = shard(cache.store, f"{n}.tar")
         cache.path(file)
@@ -198,7 +198,7 @@ def test_a_disk_that_others_have_filled_is_the_disks_error(bucket: str) -> None:
         def download(self, name: str, path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    cache = Cache(Fuller(bucket), 100 * SIZE)
+    cache = ShardCache(Fuller(bucket), 100 * SIZE)
     with pytest.raises(OSError, match="No space left"):
         cache.path(shard(cache.store, "a.tar"))
     assert there(cache) == set()
@@ -207,12 +207,12 @@ def test_a_disk_that_others_have_filled_is_the_disks_error(bucket: str) -> None:
 ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
-from dmd2.data.cache import Cache
+from dmd2.data.cache import ShardCache
 from dmd2.io.artifact import ArtifactFile
 from dmd2.io.local import sha256
 from dmd2.io.storage import open_store
 uri, *files = sys.argv[1:]
-cache = Cache(open_store(uri), 10**9)
+cache = ShardCache(open_store(uri), 10**9)
 for text in files:
     file = ArtifactFile.model_validate_json(text)
     assert sha256(cache.path(file)) == file.sha256

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from dmd2.config import LoaderConfig
-from dmd2.data.loader import RawBatch, Shards, Stream, decode
-from dmd2.data.shards import Receipt
+from dmd2.data.loader import DataLoader, RawBatch, Shards, collate
+from dmd2.data.shards import UnitResult
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, read_manifest
 from dmd2.io.storage import open_store, upload_files
@@ -72,11 +72,11 @@ class Work:
         return read_manifest(self.out, "shards")
 
     def kept(self) -> dict[str, ObjectInfo]:
-        """The shards that have a receipt."""
+        """The shards that have a result."""
         store = open_store(self.draft)
         entries = {entry.name: entry for entry in store.list_objects()}
-        receipts = [Receipt.model_validate_json(store.read(n)) for n in entries if n.startswith(".units/")]
-        return {shard.file: entries[shard.file] for receipt in receipts for shard in receipt.shards}
+        results = [UnitResult.model_validate_json(store.read(n)) for n in entries if n.startswith(".units/")]
+        return {shard.file: entries[shard.file] for result in results for shard in result.shards}
 
     def forget(self) -> None:
         if "://" in self.out:
@@ -251,7 +251,9 @@ def pixels(files: list[Path]) -> Counter[bytes]:
 
 def sharded(out: str) -> Counter[bytes]:
     """The images of both splits."""
-    return Counter(key for split in ("train", "holdout") for key in keys(Shards(out, split).in_order(1000)))
+    return Counter(
+        key for split in ("train", "holdout") for key in keys(Shards(out, split).evenly_spaced(1000))
+    )
 
 
 def keys(batch: RawBatch) -> list[bytes]:
@@ -343,9 +345,12 @@ def test_of_a_damaged_shard_no_image_is_used_and_it_is_named(
     made: Path, shards: str, damage: Callable[[str], None], words: str, ahead: int
 ) -> None:
     good = Shards(made / "shards", "train")
-    bad = set(keys(decode([good.sample(1, index) for index in range(good.counts[1])])))
+    bad = set(keys(collate([good.sample(1, index) for index in range(good.counts[1])])))
     damage(shards)
-    stream, seen = Stream(Shards(shards, "train"), 4, 0, LoaderConfig(shuffle_block=1, prefetch=ahead)), set()
+    stream, seen = (
+        DataLoader(Shards(shards, "train"), 4, 0, LoaderConfig(shuffle_block=1, prefetch=ahead)),
+        set(),
+    )
     with pytest.raises(Refused, match=rf"{shards}/{BAD} .*({words})"):  # noqa: PT012 - what came before counts
         for batch in stream.batches(0):
             seen |= set(keys(batch))
@@ -362,11 +367,11 @@ def test_a_bucket_that_often_fails_is_read_like_a_folder_even_through_a_tiny_cac
         proxy.fail(DOWNLOAD, fault, times=1, share=0.5)
     settings = LoaderConfig(shuffle_block=1, threads=2)
     streams = [
-        Stream(Shards(folder, "train", cache_gb=1e-9), 6, 0, settings)
+        DataLoader(Shards(folder, "train", cache_gb=1e-9), 6, 0, settings)
         for folder in (made / "shards", f"{bucket}/shards")
     ]
     for stream in streams:
-        stream.shards.keep_open = 1
+        stream.shards.max_open = 1
     local, remote = ([keys(batch) for batch in islice(stream.batches(3), 16)] for stream in streams)
     assert local == remote
     assert proxy.injected.keys() == set(FAULTS)

@@ -24,8 +24,8 @@ from PIL import Image
 
 from dmd2 import recipes, stages
 from dmd2.config import Config, EncodeConfig, LoaderConfig
-from dmd2.data.latents import SDXL, latent, stored
-from dmd2.data.loader import Shards, Stream
+from dmd2.data.latents import SDXL, sample_posterior, tar_bytes
+from dmd2.data.loader import DataLoader, Shards
 from dmd2.encoders.pipeline_folder import find
 from dmd2.encoders.vae import Vae
 from dmd2.io.artifact import read_manifest
@@ -100,7 +100,7 @@ def members(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def array(data: bytes) -> torch.Tensor:
+def decode_array(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
 
 
@@ -117,7 +117,7 @@ def test_latents_are_mean_and_deviation_of_the_posterior_shifted_and_scaled(
 ) -> None:
     images, latents, network = members(shards), members(encoded), autoencoder()
     for name in [name for name in images if name.endswith(".png")][:20]:
-        stored_one = array(latents[name.replace(".png", ".npy")])
+        stored_one = decode_array(latents[name.replace(".png", ".npy")])
         assert stored_one.dtype == torch.float16
         wanted = posterior(images[name], network)
         torch.testing.assert_close(stored_one.float(), wanted, rtol=2**-10, atol=2e-6)
@@ -140,12 +140,12 @@ def test_a_loader_reads_them_like_images(shards: Path, encoded: Path) -> None:
     read_back, images = Shards(encoded, "train", kind="latents"), Shards(shards, "train")
     assert read_back.counts == images.counts
     settings = LoaderConfig(shuffle_block=2)
-    batch, original = (Stream(s, 6, 0, settings).batch(3) for s in (read_back, images))
+    batch, original = (DataLoader(s, 6, 0, settings).batch(3) for s in (read_back, images))
     assert (batch.image.shape, batch.image.dtype) == ((6, 2, 4, 8, 8), torch.float16)
     assert batch.label.tolist() == original.label.tolist()
     assert batch.text == original.text
     eps = torch.randn(6, 4, 8, 8)
-    drawn = latent(batch.image, eps)
+    drawn = sample_posterior(batch.image, eps)
     assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn, batch.image[:, 0].float() + batch.image[:, 1].float() * eps)
 
@@ -167,7 +167,7 @@ def test_what_it_takes_is_told_before_it_starts(
 ) -> None:
     stages.encode(config, str(shards), str(vae), str(tmp_path / "out"))
     said = capfd.readouterr().err
-    one = stored(128 + 1024, 1, *([20] if Shards(shards, "train").sample(0, 0).text else []))
+    one = tar_bytes(128 + 1024, 1, *([20] if Shards(shards, "train").sample(0, 0).text else []))
     assert f"latents: 228 images x {one / 1000:.3g} kB = {228 * one / 1000:.3g} kB" in said
     assert "(an SDXL set of 500,000 images at 1024 px takes 132 GB)" in said
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
@@ -185,7 +185,7 @@ def on_two(words: list[str]) -> list[str]:
     return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *rest]
 
 
-def receipts(out: Path) -> dict[str, int]:
+def results(out: Path) -> dict[str, int]:
     """Shards that are done in an unfinished folder, and when they were written."""
     draft = out.with_name(f".{out.name}.partial")
     return {
@@ -201,11 +201,11 @@ def test_killed_anywhere_it_continues_and_makes_the_same_bytes(
     words = command(shards, vae, out)[3:]
     for more in np.random.default_rng(0).integers(0, 4, 10):
         process = started(said, *words)
-        while len(receipts(out)) < len(done) + more:
+        while len(results(out)) < len(done) + more:
             assert process.is_alive(), said.read_text()
         assert killed(process)
-        assert done.items() <= receipts(out).items(), "nothing is encoded twice"
-        done = receipts(out)
+        assert done.items() <= results(out).items(), "nothing is encoded twice"
+        done = results(out)
     assert 0 < len(done) < 38
     ended(started(said, *words), said)
     times = {path.stem.removeprefix("train-"): path.stat().st_mtime_ns for path in out.glob("*.tar")}
@@ -240,11 +240,11 @@ def test_two_processes_make_the_same_bytes_as_one_also_after_a_kill(
     )
     process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE)
     open_now: list[Path] = []
-    while process.poll() is None and not (len(receipts(out)) >= 7 and open_now):
+    while process.poll() is None and not (len(results(out)) >= 7 and open_now):
         open_now = list(draft.glob(".train-*.partial"))
     os.kill(int(open_now[0].suffixes[-2][1:]), signal.SIGKILL)  # its name has the number of its process
     process.communicate()
-    done = receipts(out)
+    done = results(out)
     assert 7 <= len(done) < 38
     finished = subprocess.run(words, env=ENVIRONMENT, check=False, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
@@ -285,7 +285,7 @@ def test_a_finished_folder_is_not_made_again_nor_taken_for_that_of_another_vae(
 def test_bfloat16_is_close(config: Config, shards: Path, vae: Path, encoded: Path, tmp_path: Path) -> None:
     stages.encode(with_encode(config, dtype="bfloat16"), str(shards), str(vae), str(tmp_path / "out"))
     fine, coarse = (
-        Shards(p, "train", kind="latents").in_order(50).image for p in (encoded, tmp_path / "out")
+        Shards(p, "train", kind="latents").evenly_spaced(50).image for p in (encoded, tmp_path / "out")
     )
     assert not torch.equal(fine, coarse)
     assert (fine.float() - coarse.float()).abs().mean() < 0.02 * fine.float().std()
@@ -296,7 +296,7 @@ def test_grey_images_are_repeated(config: Config, made: Path, root: Path, tmp_pa
     autoencoder().save_pretrained(vae)
     stages.encode(config, str(made / "shards"), str(vae), str(tmp_path / "out"))
     image = next(data for name, data in members(made / "shards").items() if name.endswith(".png"))
-    first = Shards(tmp_path / "out", "train", kind="latents").in_order(1).image[0]
+    first = Shards(tmp_path / "out", "train", kind="latents").evenly_spaced(1).image[0]
     torch.testing.assert_close(first.float(), posterior(image, autoencoder()), rtol=2**-10, atol=2e-6)
 
 
@@ -305,8 +305,8 @@ def test_a_table_is_encoded_too(config: Config, root: Path, shards: Path, vae: P
     stages.shard(table, str(root / "source"), str(tmp_path / "table"), workers=1)
     stages.encode(config, str(tmp_path / "table"), str(vae), str(tmp_path / "out"))
     one, other = (Shards(p, "train", kind="latents") for p in (tmp_path / "out", root / "latents"))
-    assert other.in_order(228).text == one.in_order(228).text
-    assert one.in_order(228).label.tolist() == other.in_order(228).label.tolist()
+    assert other.evenly_spaced(228).text == one.evenly_spaced(228).text
+    assert one.evenly_spaced(228).label.tolist() == other.evenly_spaced(228).label.tolist()
 
 
 def test_on_a_bucket_two_processes_make_the_same(shards: Path, vae: Path, encoded: Path, bucket: str) -> None:
@@ -319,7 +319,7 @@ def test_on_a_bucket_two_processes_make_the_same(shards: Path, vae: Path, encode
     assert done.returncode == 0, done.stderr
     assert read_manifest(f"{bucket}/out", "latents").digest == read_manifest(encoded, "latents").digest
     assert contents(f"{bucket}/out") == listed(f"{bucket}/out")
-    assert Shards(f"{bucket}/out", "train", kind="latents").in_order(3).image.shape == (3, 2, 4, 8, 8)
+    assert Shards(f"{bucket}/out", "train", kind="latents").evenly_spaced(3).image.shape == (3, 2, 4, 8, 8)
 
 
 # What is refused.
@@ -468,10 +468,10 @@ def embeddings(folder: Path) -> tuple[list[str], torch.Tensor, torch.Tensor | No
     found = members(folder)
     keys = [name.removesuffix(".emb") for name in found if name.endswith(".emb")]
     texts = [found.get(f"{key}.txt", b"").decode() for key in keys]
-    pooled = [array(found[f"{key}.pool"]) for key in keys if f"{key}.pool" in found]
+    pooled = [decode_array(found[f"{key}.pool"]) for key in keys if f"{key}.pool" in found]
     return (
         texts,
-        torch.stack([array(found[f"{key}.emb"]) for key in keys]),
+        torch.stack([decode_array(found[f"{key}.emb"]) for key in keys]),
         torch.stack(pooled) if pooled else None,
     )
 
@@ -513,7 +513,7 @@ def test_captions_are_embedded_as_stable_diffusion_xl_does_it(
     each = manifest.facts["bytes_per_image"]
     assert (each["embeddings"], each["pooled"]) == (128 + 2 * 12 * 24, 128 + 2 * 18)
     assert each["captions"] > 5
-    assert Shards(tmp_path / "out", "train", kind="latents").in_order(4).image.shape == (4, 2, 4, 8, 8)
+    assert Shards(tmp_path / "out", "train", kind="latents").evenly_spaced(4).image.shape == (4, 2, 4, 8, 8)
 
 
 def test_a_vae_in_a_pipeline_is_the_vae_alone(vae: Path, pipeline: Path) -> None:

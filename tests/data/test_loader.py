@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dmd2.config import LoaderConfig
-from dmd2.data.loader import RawBatch, Shards, Stream
+from dmd2.data.loader import DataLoader, RawBatch, Shards
 from dmd2.errors import Refused
 
 
@@ -30,7 +30,7 @@ def keys(batch: RawBatch) -> list[bytes]:
 def take(
     shards: Shards, count: int, first: int = 0, seed: int = 0, rank: int = 0, world: int = 1, **settings: int
 ) -> list[list[bytes]]:
-    stream = Stream(shards, 6, seed, LoaderConfig(**({"block": 2} | settings)), rank, world)
+    stream = DataLoader(shards, 6, seed, LoaderConfig(**({"block": 2} | settings)), rank, world)
     return [keys(batch) for batch in islice(stream.batches(first), count)]
 
 
@@ -67,13 +67,13 @@ def test_ranks_share_out_each_batch_and_nothing_else(shards: Shards) -> None:
 
 def test_a_batch_that_ranks_cannot_share_is_refused(shards: Shards, refusal: Callable[..., str]) -> None:
     assert "6 images cannot be divided among 4" in refusal(
-        lambda: Stream(shards, 6, 0, LoaderConfig(), world=4)
+        lambda: DataLoader(shards, 6, 0, LoaderConfig(), world=4)
     )
 
 
 def test_labels_stay_with_their_images(shards: Shards) -> None:
     """Bars across are constant along rows, bars down along columns; blobs are neither."""
-    batch = shards.in_order(48)
+    batch = shards.evenly_spaced(48)
     bright = (batch.image[:, 0] > 100).float()
     across = bright.mean(2).max(1).values == 1
     down = bright.mean(1).max(1).values == 1
@@ -117,4 +117,4 @@ def test_shards_are_plain_tars_of_png_and_class(made: Path) -> None:
 
 
 def test_some_samples_in_order_are_from_every_part_of_the_set(shards: Shards) -> None:
-    assert torch.equal(shards.in_order(4).image, shards.in_order(48).image[[0, 12, 24, 36]])
+    assert torch.equal(shards.evenly_spaced(4).image, shards.evenly_spaced(48).image[[0, 12, 24, 36]])

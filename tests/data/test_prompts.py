@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmd2.data.prompts import Plain, read_prompts
+from dmd2.data.prompts import PlainUnpickler, read_prompts
 from dmd2.io.storage import open_store
 
 PROMPTS = ["a cat", "a dog, in rain", "a cat", "ein Käfer\u2028 auf Gras"]
@@ -102,7 +102,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(
     path.write_bytes(pickle.dumps({"a": ["x", {"b": hostile}]} if nested else hostile, protocol))
     assert "nothing of it was run" in refusal(lambda: read_prompts(str(path)))
     with pytest.raises(pickle.UnpicklingError, match="it names"), path.open("rb") as stream:
-        Plain(stream).load()
+        PlainUnpickler(stream).load()
     assert not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists()  # so it was a real one

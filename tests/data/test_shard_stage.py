@@ -15,7 +15,7 @@ from PIL import Image
 
 from dmd2 import stages
 from dmd2.config import Config
-from dmd2.data.decode import prepare
+from dmd2.data.decode import prepare_image
 from dmd2.data.loader import Shards
 from dmd2.data.shards import write_shards
 from dmd2.data.sources import digits, open_source
@@ -135,11 +135,11 @@ def test_a_finished_folder_is_not_made_again_but_never_reused_for_another_config
 def test_pictures_are_turned_cropped_and_resized() -> None:
     wide = Image.new("RGB", (40, 20), "black")
     wide.paste("white", (10, 0, 30, 20))
-    assert np.asarray(prepare(wide, 8, 3)).min() == 255
+    assert np.asarray(prepare_image(wide, 8, 3)).min() == 255
     turned = Image.new("L", (16, 16))
     turned.paste(255, (0, 0, 16, 8))
     turned.getexif()[0x0112] = 3  # upside down
-    pixels = np.asarray(prepare(turned, 16, 1))
+    pixels = np.asarray(prepare_image(turned, 16, 1))
     assert pixels[0, 0] == 0
     assert pixels[15, 0] == 255
 
@@ -175,7 +175,7 @@ def test_a_table_holds_the_same_samples_as_the_shards(
     manifest = stages.shard(tables, str(source), str(tmp_path / "out"))
     assert [file.path for file in manifest.files] == ["holdout.lmdb", "train.lmdb"]
     for split in ("train", "holdout"):
-        ours, theirs = (Shards(path, split).in_order(60) for path in (tmp_path / "out", made / "shards"))
+        ours, theirs = (Shards(path, split).evenly_spaced(60) for path in (tmp_path / "out", made / "shards"))
         assert torch.equal(ours.image, theirs.image)
         assert torch.equal(ours.label, theirs.label)
 

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from dmd2.data.decode import prepare
-from dmd2.data.sources import Record, Source, digits, open_source
+from dmd2.data.decode import prepare_image
+from dmd2.data.sources import Source, SourceImage, digits, open_source
 from dmd2.io.storage import open_store
 
 LABELS = [index // 4 for index in range(12)]
@@ -191,14 +191,14 @@ MADE: dict[str, tuple[str, Callable[[Path], Path], list[str]]] = {
 CAPTIONED = {"coco", "metadata", "parquet", "webdataset"}
 
 
-def every(source: Source) -> Iterator[Record]:
+def every(source: Source) -> Iterator[SourceImage]:
     yield from source.records
     for archive in source.archives:
         yield from archive.records()
 
 
 def seen(source: Source) -> list[tuple[int, str, bytes]]:
-    return [(r.label, r.text, prepare(r.decode(r.read()), 8, 1).tobytes()) for r in every(source)]
+    return [(r.label, r.text, prepare_image(r.decode(r.read()), 8, 1).tobytes()) for r in every(source)]
 
 
 @pytest.mark.parametrize("what", MADE)
@@ -496,13 +496,13 @@ def test_an_image_may_not_start_another_program() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, format="EPS")
     with pytest.raises(UnidentifiedImageError):
-        Record("x", 0, stream.getvalue).decode(stream.getvalue())
+        SourceImage("x", 0, stream.getvalue).decode(stream.getvalue())
 
 
 def saved(image: Image.Image, kind: str, **how: object) -> Image.Image:
     stream = io.BytesIO()
     image.save(stream, format=kind, **how)
-    return Record("x", 0, stream.getvalue).decode(stream.getvalue())
+    return SourceImage("x", 0, stream.getvalue).decode(stream.getvalue())
 
 
 def test_a_photograph_is_turned_upright() -> None:
@@ -510,7 +510,7 @@ def test_a_photograph_is_turned_upright() -> None:
     wide.paste("white", (0, 0, 16, 8))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side: the top is at the left
-    pixels = np.asarray(prepare(saved(wide, "JPEG", exif=exif), 16, 1))
+    pixels = np.asarray(prepare_image(saved(wide, "JPEG", exif=exif), 16, 1))
     assert pixels[:, :7].max() < 10
     assert pixels[:, 9:].min() > 245
 
@@ -530,11 +530,13 @@ def test_the_background_is_seen_through_and_never_what_lies_below(background: st
         saved(palette, "GIF", transparency=1),
         saved(keyed, "PNG", transparency=(255, 0, 0)),
     ):
-        pixels = np.asarray(prepare(image, 8, 3, background=background))
+        pixels = np.asarray(prepare_image(image, 8, 3, background=background))
         assert (pixels[:, 4:] == grey).all(), image.mode
         assert (pixels[:, :4] == (0, 0, 255)).all(), image.mode
     half = Image.merge("LA", (Image.new("L", (8, 8), 0), Image.new("L", (8, 8), 128)))
-    assert abs(int(np.asarray(prepare(half, 8, 1, background=background))[0, 0]) - grey * 127 // 255) <= 1
+    assert (
+        abs(int(np.asarray(prepare_image(half, 8, 1, background=background))[0, 0]) - grey * 127 // 255) <= 1
+    )
 
 
 def test_greys_of_16_bits_keep_their_levels() -> None:
@@ -543,37 +545,41 @@ def test_greys_of_16_bits_keep_their_levels() -> None:
     for kind in ("PNG", "TIFF", "PPM"):
         image = saved(Image.fromarray(levels), kind)
         assert image.mode.startswith("I")
-        np.testing.assert_array_equal(np.asarray(prepare(image, 8, 1)), expected)
-        np.testing.assert_array_equal(np.asarray(prepare(image, 8, 3))[..., 2], expected)
+        np.testing.assert_array_equal(np.asarray(prepare_image(image, 8, 1)), expected)
+        np.testing.assert_array_equal(np.asarray(prepare_image(image, 8, 3))[..., 2], expected)
     keyed = saved(Image.fromarray(levels), "PNG", transparency=0)
-    assert np.asarray(prepare(keyed, 8, 1))[0, 0] == 255
+    assert np.asarray(prepare_image(keyed, 8, 1))[0, 0] == 255
 
 
 def test_printing_inks_become_their_colours() -> None:
     inks = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     for image in (saved(inks, "JPEG", quality=100), saved(inks, "TIFF")):
         assert image.mode == "CMYK"
-        assert np.abs(np.asarray(prepare(image, 16, 3), np.int64) - (255, 0, 0)).max() <= 2
-        assert abs(int(np.asarray(prepare(image, 16, 1))[0, 0]) - 76) <= 2
+        assert np.abs(np.asarray(prepare_image(image, 16, 3), np.int64) - (255, 0, 0)).max() <= 2
+        assert abs(int(np.asarray(prepare_image(image, 16, 1))[0, 0]) - 76) <= 2
 
 
 def test_floating_point_pixels_are_refused(refusal: Refusal) -> None:
-    assert "floating point" in refusal(lambda: prepare(Image.new("F", (8, 8)), 8, 1))
+    assert "floating point" in refusal(lambda: prepare_image(Image.new("F", (8, 8)), 8, 1))
 
 
 def test_a_filter_is_chosen_by_name(refusal: Refusal) -> None:
     step = Image.fromarray(np.repeat(np.repeat([[0, 255]], 8, 0), 8, 1).astype(np.uint8)).crop((0, 0, 16, 16))
-    made = {name: prepare(step, 4, 1, name).tobytes() for name in ("bicubic", "lanczos", "box", "bilinear")}
+    made = {
+        name: prepare_image(step, 4, 1, name).tobytes() for name in ("bicubic", "lanczos", "box", "bilinear")
+    }
     assert len(set(made.values())) == 4
     assert made["bicubic"] == step.resize((4, 4), Image.Resampling.BICUBIC).tobytes()
-    assert "did you mean 'lanczos'" in refusal(lambda: prepare(step, 4, 1, "lanczoss"))
+    assert "did you mean 'lanczos'" in refusal(lambda: prepare_image(step, 4, 1, "lanczoss"))
     clear = Image.new("RGBA", (8, 8))
-    assert "no colour is named 'whiteish'" in refusal(lambda: prepare(clear, 8, 3, background="whiteish"))
+    assert "no colour is named 'whiteish'" in refusal(
+        lambda: prepare_image(clear, 8, 3, background="whiteish")
+    )
 
 
 def test_a_square_of_the_right_size_is_not_resampled() -> None:
     for filter in ("bicubic", "lanczos", "box", "bilinear"):
         image = Image.fromarray(PIXELS[0])
-        assert prepare(image, 8, 1, filter).tobytes() == image.tobytes()
+        assert prepare_image(image, 8, 1, filter).tobytes() == image.tobytes()
     wide = Image.fromarray(np.concatenate([PIXELS[0], PIXELS[1], PIXELS[2]], axis=1))
-    assert prepare(wide, 8, 1).tobytes() == PIXELS[1].tobytes()
+    assert prepare_image(wide, 8, 1).tobytes() == PIXELS[1].tobytes()

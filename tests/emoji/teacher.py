@@ -50,7 +50,7 @@ def main(
         seed: Seed of everything.
     """
     torch.manual_seed(seed)
-    train = Shards(str(data), TRAIN).in_order(10**9)
+    train = Shards(str(data), TRAIN).evenly_spaced(10**9)
     pixels = (train.image.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
     draft = out.with_name(f".{out.name}.vae")
     if not draft.is_dir():

@@ -35,7 +35,7 @@ def test_distance_of_gaussians_has_its_closed_form() -> None:
 
 def test_the_classifier_learns_and_its_features_tell_noise_from_pictures(micro: Config, made: Path) -> None:
     device = torch.device("cpu")
-    train, holdout = (Shards(made / "shards", split).in_order(100) for split in ("train", "holdout"))
+    train, holdout = (Shards(made / "shards", split).evenly_spaced(100) for split in ("train", "holdout"))
     features = by_name(micro, str(made / "shards"), holdout, device)
     assert features.facts["features_accuracy"] > 0.6, "three classes, so chance is a third"
     assert features.facts["features_accuracy_images"] == 12
@@ -45,7 +45,7 @@ def test_the_classifier_learns_and_its_features_tell_noise_from_pictures(micro: 
 
 
 def test_the_same_seed_gives_the_same_features(made: Path) -> None:
-    train = Shards(made / "shards", "train").in_order(100)
+    train = Shards(made / "shards", "train").evenly_spaced(100)
     one, two, other = (classifier.fit(train, 3, seed, torch.device("cpu")) for seed in (1, 1, 2))
     images = classifier.rgb(train.image[:4]).float()
     assert torch.equal(one(images), two(images))
@@ -82,7 +82,7 @@ def test_inception_reads_its_weights_from_a_uri_through_clean_fid(
     micro: Config, made: Path, weights: Path, scheme: str
 ) -> None:
     """The real loading and resizing to 299 pixels; only the weights are a stand-in, for they cannot be had offline."""
-    holdout = Shards(made / "shards", "holdout").in_order(5)
+    holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, f"{scheme}{weights}", sha256(weights))
     features = by_name(config, str(made / "shards"), holdout, torch.device("cpu"))
     out = features(holdout.image)
@@ -99,7 +99,7 @@ def test_weights_with_another_digest_are_never_loaded(
 ) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(torch.jit, "load", lambda path: loaded.append(path))
-    holdout = Shards(made / "shards", "holdout").in_order(5)
+    holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, str(weights), "0" * 64)
     assert "it was not loaded" in refusal(lambda: by_name(config, "", holdout, torch.device("cpu")))
     assert not loaded
@@ -108,6 +108,6 @@ def test_weights_with_another_digest_are_never_loaded(
 def test_weights_that_are_not_there_are_refused(
     micro: Config, made: Path, refusal: Callable[..., str]
 ) -> None:
-    holdout = Shards(made / "shards", "holdout").in_order(5)
+    holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, "/nowhere/weights.pt", "0" * 64)
     assert "evaluate.inception.uri" in refusal(lambda: by_name(config, "", holdout, torch.device("cpu")))

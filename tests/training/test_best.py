@@ -69,7 +69,7 @@ def test_the_score_is_clean_fids_distance_between_samples_of_the_result_and_trai
 ) -> None:
     config = recipes.resolve("edm-digits", WORSE)
     shards = Shards(made / "shards", "train")
-    train = shards.picked(places(24, shards))
+    train = shards.select(places(24, shards))
     look = features.pretrained(config.distill.best, "distill.best", torch.device("cpu"))
     student, seed = load_network(whole), config.distill.best.seed * 1_000_003
     labels = train.label.tolist()

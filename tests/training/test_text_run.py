@@ -181,7 +181,7 @@ def test_a_one_step_student_learns_the_teachers_pairs_and_starts_from_that(
 ) -> None:
     pairs, teacher = tmp_path / "pairs", str(root / "teacher")
     stages.pairs(config("sdxl-1step-emoji"), str(root / "latents"), teacher, str(pairs))
-    batch = Shards(str(pairs), TRAIN, "pairs").in_order(3)
+    batch = Shards(str(pairs), TRAIN, "pairs").evenly_spaced(3)
     assert batch.image.shape == (3, 2, 4, 16, 16)
     again = load_network(teacher).pairs([batch.text[0]], seed=0, steps=2, guidance=3.0)
     torch.testing.assert_close(batch.image[0, 0], again[0][0].half())  # the first noise has the first seed

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from dmd2.config import AdmConfig
-from dmd2.data.prompts import PLAIN
+from dmd2.data.prompts import PLAIN_OPCODES
 from dmd2.errors import Refused, brief
 from dmd2.models.adm import MAX_PERIOD, Adm
 from dmd2.models.convert.student_weights import STUDENT, _bare, _model
 from dmd2.models.convert.tensor_files import _named, _read, _there, _unpickled, _whole
 
-BUILDING = PLAIN | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_SET", "ADDITEMS"}
+BUILDING = PLAIN_OPCODES | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_SET", "ADDITEMS"}
 """Instructions of a pickle that make an object from a name; those that reach other registries are not among them."""
 PERSISTENT, MODULES = (
     "torch_utils.persistence._reconstruct_persistent_obj",
