@@ -21,8 +21,9 @@ from dmd2.recipes import RECIPES
 from dmd2.training import checkpoint
 from dmd2.training.metrics_log import read_metrics
 from pipelines import readme
-from pipelines.__main__ import COMPILED, PIPELINES, run_local
+from pipelines.__main__ import COMPILED, PIPELINES
 from pipelines.cluster import compiled as fresh
+from pipelines.local_run import run_local
 from tests.bucket import contents, listed
 from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
