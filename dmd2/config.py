@@ -6,7 +6,8 @@ folder that a stage writes holds the result. Nothing here knows a tensor. Fields
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import tyro
 from PIL import ImageColor
@@ -16,7 +17,9 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -60,6 +63,80 @@ RENAMED: dict[str, dict[str, str]] = {
     },
 }
 """Section -> {old name of a field: its name today}. Manifests and model folders with the old names are still read."""
+
+
+class FamilyConfig(Section):
+    """What a model family says of itself without its networks: the part of its protocol that needs no torch.
+
+    Each family has a subclass, whose fields are its settings, and a row in `FAMILIES`. A dict is read as the section of its
+    `kind`. The other half of the protocol is `dmd2.models.family.ModelFamily`.
+    """
+
+    kind: Annotated[str, tyro.conf.Fixed]
+    if TYPE_CHECKING:  # fields of every subclass, declared there: their order is that of the JSON
+        vae_stride: int
+        """Pixels per latent along each side; 0 = the network works on pixels."""
+        num_timesteps: int
+        """Number of timesteps in the noise table."""
+
+    prompts: ClassVar[Literal["classes", "texts"]]
+    """What a sample is conditioned on: a class number, or a text."""
+    can_teach: ClassVar[bool]
+    """Whether `dmd2 teach` can train a teacher: it starts from random weights, without text encoders."""
+
+    @property
+    @abstractmethod
+    def image(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, in pixels."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """Number of classes that samples may have; labels run from 0 to classes - 1."""
+
+    @abstractmethod
+    def check(self, distill: DistillConfig) -> None:
+        """Raise ValueError for settings that this family cannot follow."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_by_kind(cls, values: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        if cls is not FamilyConfig or isinstance(values, FamilyConfig):
+            return validate(values)
+        kind = values.get("kind") if isinstance(values, dict) else None
+        if kind not in FAMILIES:
+            raise ValueError(f"unknown kind of family {kind!r}; known: {', '.join(FAMILIES)}")
+        return FAMILIES[kind].config.model_validate(values)
+
+
+class FamilyEntry(NamedTuple):
+    """A row of the table of families."""
+
+    config: type[FamilyConfig]
+    family: str | type
+    """The class that implements `ModelFamily`, or where it is, `module:class`, to be imported when it is first needed."""
+
+
+FAMILIES: dict[str, FamilyEntry] = {}
+"""Kind -> its section of the Config and its implementation."""
+
+
+def register_family(kind: str, config: type[FamilyConfig], family: str | type) -> None:
+    """Add a family, after which recipes, stages and the command line can use it.
+
+    Args:
+        kind: Value of `family.kind`.
+        config: Its section of the Config.
+        family: The class that implements `dmd2.models.family.ModelFamily`, or "module:class".
+
+    Raises:
+        ValueError: If the kind is registered for another family.
+    """
+    entry = FamilyEntry(config, family)
+    if FAMILIES.setdefault(kind, entry) != entry:
+        raise ValueError(
+            f"family kind {kind!r} is registered as {FAMILIES[kind].family!r}; choose another name"
+        )
 
 
 class AdmConfig(Section):
@@ -110,7 +187,7 @@ class AdmConfig(Section):
         return self
 
 
-class EdmConfig(Section):
+class EdmConfig(FamilyConfig):
     """The EDM family: an ADM U-Net under EDM preconditioning (Karras et al. 2022), on pixels or on a VAE's latents."""
 
     kind: Annotated[Literal["edm"], tyro.conf.Fixed] = "edm"
@@ -128,6 +205,8 @@ class EdmConfig(Section):
     """Spacing of the noise levels (eq. 5)."""
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     """Number of timesteps in the noise table."""
+    prompts: ClassVar[Literal["classes", "texts"]] = "classes"
+    can_teach: ClassVar[bool] = True
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -165,18 +244,20 @@ class EdmConfig(Section):
         return self
 
 
-class StableConfig(Section):
-    """Stable Diffusion 1.5 and XL: U-Nets of diffusers on a VAE's latents, told by text.
+class StableConfig(FamilyConfig):
+    """Stable Diffusion 1.5 and XL: U-Nets of diffusers on a VAE's latents, conditioned on text.
 
     Architecture, noise schedule, prediction type, text encoders and VAE are those of the teacher's folder."""
 
     kind: Annotated[Literal["sd15", "sdxl"], tyro.conf.Fixed]
     resolution: PositiveInt
-    """Height and width of an image, in pixels; at SDXL also what the network is told about its size."""
+    """Height and width of an image, in pixels; SDXL's network is also conditioned on it."""
     vae_stride: PositiveInt = 8
     """Pixels per latent along each side."""
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     """Number of timesteps in the noise table."""
+    prompts: ClassVar[Literal["classes", "texts"]] = "texts"
+    can_teach: ClassVar[bool] = False
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -185,7 +266,7 @@ class StableConfig(Section):
 
     @property
     def classes(self) -> int:
-        """Classes that samples may have; they are carried along, and told to nobody."""
+        """Classes that samples may have; the network is not conditioned on them."""
         return 2**16
 
     def check(self, distill: DistillConfig) -> None:
@@ -200,7 +281,9 @@ class StableConfig(Section):
         return self
 
 
-FamilyConfig = Annotated[EdmConfig | StableConfig, Field(discriminator="kind")]
+register_family("edm", EdmConfig, "dmd2.models.edm:Edm")
+register_family("sd15", StableConfig, "dmd2.models.sd15:Sd15")
+register_family("sdxl", StableConfig, "dmd2.models.sdxl:Sdxl")
 
 
 class DataConfig(Section):
@@ -534,7 +617,7 @@ class Config(Section):
     """Name of the recipe this started from."""
     seed: NonNegativeInt = 0
     """Seed of all randomness, with the rank and the step."""
-    family: FamilyConfig
+    family: SerializeAsAny[FamilyConfig]
     data: DataConfig = DataConfig()
     loader: LoaderConfig = LoaderConfig()
     encode: EncodeConfig = EncodeConfig()

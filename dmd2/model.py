@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from dmd2.config import FamilyConfig, in_first_spelling
 from dmd2.errors import Refused
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.storage import local_path
-from dmd2.models.family import CondPair, ModelFamily, Prompt
+from dmd2.models.family import CondPair, ModelFamily, Prompt, make_family
 from dmd2.sampler import Timesteps, generate
-from dmd2.training import build
 
 ELEMENTS = 2**20
 """Numbers in the samples of one network call when nothing else is said, at 64 samples at most: 16 SDXL latents."""
@@ -111,14 +109,20 @@ def write_network_json(folder: Path, family: FamilyConfig, timesteps: Timesteps)
     (folder / "network.json").write_text(json.dumps(facts, indent=1))
 
 
+def read_network_json(folder: Path) -> tuple[FamilyConfig, Timesteps]:
+    """The family of a network, and the timesteps of a student's steps."""
+    path = folder / "network.json"
+    if not path.is_file():
+        raise Refused(f"{folder} holds no network (no network.json); give a teacher, run or package folder")
+    facts = json.loads(path.read_text())
+    return FamilyConfig.model_validate(facts["family"]), tuple(facts["levels"])
+
+
 def load_network(folder: str | Path, weights: bool = True) -> Model:
-    """The network of a teacher, run or package folder; without weights, only its form."""
+    """The network of a teacher, run or package folder; without `weights`, its parameters are on the meta device."""
     path = local_path(folder)
-    if not (path / "network.json").is_file():
-        raise Refused(f"{path} holds no network (no network.json); give a teacher, run or package folder")
-    facts = json.loads((path / "network.json").read_text())
-    config = TypeAdapter[FamilyConfig](FamilyConfig).validate_python(facts["family"])
-    family = build.family(config, path)
+    config, timesteps = read_network_json(path)
+    family = make_family(config, path)
     with torch.device("meta"):  # every weight comes from the file
         network = family.network().requires_grad_(False).eval()
     try:
@@ -128,4 +132,4 @@ def load_network(folder: str | Path, weights: bool = True) -> Model:
         raise Refused(
             f"the weights in {path} do not fit its network: {str(error).splitlines()[1].strip()}"
         ) from None
-    return Model(config, family, network.requires_grad_(False), tuple(facts["levels"]))
+    return Model(config, family, network.requires_grad_(False), timesteps)

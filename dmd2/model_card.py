@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dmd2.config import Config, EdmConfig
 from dmd2.io.artifact import Manifest
 
 
-def model_card(run: Manifest, evaluation: Manifest, gate: Manifest) -> str:
-    """README.md of the package."""
+def model_card(run: Manifest, evaluation: Manifest, gate: Manifest, usage: str) -> str:
+    """README.md of the package; `usage` is how to sample it, from the family."""
     config, scores = run.config, evaluation.facts
     assert config is not None
     timesteps = config.distill.student_timesteps
@@ -29,7 +28,7 @@ The weights carry the licences of the teacher and of the data they were made fro
 
 ## Use
 
-{_usage(config)}
+{usage}
 
 ## Metrics
 
@@ -73,27 +72,6 @@ def chosen(run: Manifest) -> str:
 
 def _calls(scores: dict[str, Any], name: str) -> int:
     return next(v["calls"] for v in scores["variants"] if v["name"] == name)
-
-
-def _usage(config: Config) -> str:
-    timesteps = list(config.distill.student_timesteps)
-    if isinstance(config.family, EdmConfig):
-        labels = ", ".join(str(label) for label in range(min(3, config.family.classes)))
-        return f"""```python
-from dmd2.model import load
-student = load("path/of/this/folder")
-images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
-```"""
-    pipeline = "StableDiffusionXLPipeline" if config.family.kind == "sdxl" else "StableDiffusionPipeline"
-    return f"""With diffusers alone:
-
-```python
-from diffusers import {pipeline}
-pipe = {pipeline}.from_pretrained("path/of/this/folder")
-image = pipe("a prompt", timesteps={timesteps}, guidance_scale=0).images[0]
-```
-
-The timesteps must be these, and guidance must be off: a negative prompt does nothing."""
 
 
 def _rows(digests: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from dmd2 import recipes, stages
 from dmd2.config import AdmConfig, Config, EdmConfig
 from dmd2.denoiser import Denoiser
+from dmd2.models.family import make_family
 from dmd2.parallel.ranks import World
 from dmd2.training import build
 from dmd2.training.terms import DistributionMatching
@@ -55,7 +56,7 @@ def with_adm(config: Config, **changes: Any) -> Config:
 
 
 def make_trainer(config: Config, teacher: nn.Module) -> DMD2Trainer:
-    trainer = build.trainer(config, build.family(config.family), teacher.state_dict(), ALONE)
+    trainer = build.trainer(config, make_family(config.family), teacher.state_dict(), ALONE)
     assert isinstance(trainer, DMD2Trainer)
     return trainer
 

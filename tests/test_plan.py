@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmd2 import plan, recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig
-from dmd2.models.family import ModelFamily
+from dmd2.models.family import ModelFamily, make_family
 from dmd2.parallel.ranks import World
 from dmd2.plan import counts, prediction, rehearsal, table
 from dmd2.plan.counts import Layout
@@ -86,10 +86,10 @@ def predicted(config: Config, fam: ModelFamily) -> list[float]:
 )
 def test_flops_of_every_step_of_a_turn_are_those_of_the_real_trainer(changes: tuple[str, ...]) -> None:
     config = digits(*changes)
-    fam = build.family(config.family)
+    fam = make_family(config.family)
     cond = Conditioning(label=torch.zeros(4, dtype=torch.int64))
     real = Batch(torch.randn(4, *fam.shape), cond, Conditioning())
-    assert predicted(config, build.family(config.family)) == counted(config, fam, fam.network(), real)
+    assert predicted(config, make_family(config.family)) == counted(config, fam, fam.network(), real)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_flops_of_a_turn_of_a_small_sdxl_are_those_of_the_real_trainer(
     recipe: str, changes: tuple[str, ...], pipeline: Path
 ) -> None:
     config = emoji(recipe, *changes)
-    fam: Any = build.family(config.family, pipeline)
+    fam: Any = make_family(config.family, pipeline)
     shown = fam.condition(["a red square", "a blue", "a green square", ""])
     real = Batch(torch.randn(4, *fam.shape), *shown)
-    assert predicted(config, build.family(config.family, pipeline)) == counted(
+    assert predicted(config, make_family(config.family, pipeline)) == counted(
         config, fam, fam.network(), real
     )
 
@@ -138,7 +138,7 @@ def test_work_is_in_proportion_and_memory_on_a_line() -> None:
 
 def test_memory_of_a_pass_is_on_a_line_through_two_sizes() -> None:
     config = digits()
-    fam = build.family(config.family)
+    fam = make_family(config.family)
     nets = rehearsal.networks(config, fam)
     one, two, five = (rehearsal.Rehearsal(config, fam, nets, rows).run() for rows in (1, 2, 5))
     line = one[rehearsal.STUDENT].at(5, two[rehearsal.STUDENT])
@@ -174,7 +174,7 @@ def test_norms_are_kept_in_float32_as_on_cuda() -> None:
 
 
 def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(micro: Config) -> None:
-    config, fam = digits("distill.batch=8"), build.family(micro.family)
+    config, fam = digits("distill.batch=8"), make_family(micro.family)
     nets, mesh = rehearsal.networks(config, fam), Layout(8, 4, 4)
     passes = rehearsal.Rehearsal(config, fam, nets, 1).run()
     sent = counts.traffic(config, fam, nets, mesh, True, passes, 1)
@@ -204,7 +204,7 @@ def test_calls_of_a_turn_are_those_of_the_real_trainer(
     """In a process group that sends nothing."""
     config = digits(f"engine.weights={weights}", f"distill.batch={2 * gpus}", *changes)
     calls = collectives_of_a_turn(config, gpus, per_node)
-    fam = build.family(config.family)
+    fam = make_family(config.family)
     nets, rows = rehearsal.networks(config, fam), config.engine.micro_batch or 2
     with rehearsal.checkpointing(fam, nets, config.engine.activation_checkpointing):
         passes = rehearsal.Rehearsal(config, fam, nets, rows).run()
@@ -227,7 +227,7 @@ def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str,
         mesh = World.device_mesh(world, per_node)
         assert mesh is not None
         collectives.MESH[:] = [mesh]
-        fam = build.family(config.family)
+        fam = make_family(config.family)
         with collectives.without_data():
             trainer = build.trainer(config, fam, {}, world)
             rows = config.distill.batch // gpus
@@ -246,7 +246,7 @@ def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str,
 
 def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:
     config = digits()
-    made = prediction.planned(config, build.family(config.family), "h100-80gb", Layout(1, 1, 1), price=2.0)
+    made = prediction.planned(config, make_family(config.family), "h100-80gb", Layout(1, 1, 1), price=2.0)
     assert made.traffic == {}
     assert made.facts["gpu_hours"] == pytest.approx(made.seconds_per_step * 10 / 3600)
     assert made.facts["cost"] == pytest.approx(2 * made.gpu_hours)
@@ -288,7 +288,7 @@ def test_the_tables_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_warm_up_is_its_student_alone(pipeline: Path) -> None:
     config = emoji("sdxl-1step-warmup-emoji")
-    made = prediction.planned(config, build.family(config.family, pipeline), "l4-24gb", Layout(2, 2, 2))
+    made = prediction.planned(config, make_family(config.family, pipeline), "l4-24gb", Layout(2, 2, 2))
     assert list(made.flops) == [rehearsal.STUDENT]
     assert "critic" not in made.weights
     assert any("decoder" in line for line in table.unknown(made))
@@ -297,7 +297,7 @@ def test_a_warm_up_is_its_student_alone(pipeline: Path) -> None:
 def test_the_published_run_is_slow_by_its_units_and_ours_is_not() -> None:
     """SDXL at its real shape on 64 A100: 10.8 s a step were published (README of the reference)."""
     config = recipes.get("sdxl-4step")
-    fam = build.family(config.family)
+    fam = make_family(config.family)
     nets = rehearsal.networks(config, fam)
     rehearsed = rehearsal.Rehearsal(config, fam, nets, 2)
     passes = rehearsed.run()

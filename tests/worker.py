@@ -14,7 +14,7 @@ from torch import Tensor
 from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
-from dmd2.models.family import ModelFamily
+from dmd2.models.family import ModelFamily, make_family
 from dmd2.parallel import ranks, sharding
 from dmd2.rng import Rng
 from dmd2.training import build
@@ -80,7 +80,7 @@ def real(config: Config, family: ModelFamily, step: int, world: ranks.World) -> 
 def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, ModelFamily, int]:
     recipe, overrides, steps = CASES[case]
     config = recipes.resolve(recipe, (*overrides, *more))
-    return config, build.family(config.family, pipeline if config.family.kind != "edm" else None), steps
+    return config, make_family(config.family, pipeline if config.family.kind != "edm" else None), steps
 
 
 def main(out: Path, pipeline: Path) -> None:

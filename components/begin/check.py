@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components.distill.launch import Size
 from dmd2 import recipes
-from dmd2.config import Config, EdmConfig
+from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.storage import open_store
 
@@ -17,11 +17,8 @@ def check(
     Size(nodes, gpus).check()
     if destination:
         open_store(destination)
-    if not isinstance(config.family, EdmConfig):
-        if not teacher:
-            raise Refused(
-                f"recipe {recipe!r} needs a teacher; give a folder, a checkpoint or a name on the hub"
-            )
-        if source == "digits":
-            raise Refused(f"recipe {recipe!r} needs images with captions; give the address of some as source")
+    if not teacher and not config.family.can_teach:
+        raise Refused(f"recipe {recipe!r} needs a teacher; give a folder, a checkpoint or a name on the hub")
+    if source == "digits" and config.family.prompts == "texts":
+        raise Refused(f"recipe {recipe!r} needs images with captions; give the address of some as source")
     return config

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning
-from dmd2.config import EdmConfig
+from dmd2.config import AdmConfig, EdmConfig
 from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused
+from dmd2.io.local import sha256
+from dmd2.io.storage import fetch_file
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.adm import Adm
-from dmd2.models.family import CondPair, Prompt
+from dmd2.models.convert.edm_pickle import edm_pickle, edm_student
+from dmd2.models.family import CondPair, ForeignTeacher, Prompt, check_same_family
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps, heun
@@ -30,17 +33,22 @@ WEIGHTS = "network.safetensors"
 
 
 class Edm:
-    """A `ModelFamily`."""
+    """A `ModelFamily`. On latents, `vae/` in its folder decodes them."""
 
-    def __init__(self, config: EdmConfig, frozen: Path | None) -> None:
-        """`frozen` holds `vae/`, which makes images of latents; without it a family of latents can show nothing."""
-        self.config, self.frozen = config, frozen
+    files: ClassVar[tuple[str, ...]] = ("network.json", WEIGHTS, "vae/*")
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: EdmConfig, folder: Path | None, vae: str) -> None:
+        self.config, self.folder, self.vae_place = config, folder, vae
         self.diffusion = self._process(config.num_timesteps)
 
     @cached_property
     def vae(self) -> Vae:
-        assert self.frozen is not None, "a network of latents is loaded with its VAE"
-        return load_vae(self.frozen / "vae")
+        return load_vae(self.vae_place or self._vae_folder())
+
+    def _vae_folder(self) -> Path:
+        assert self.folder is not None, "a network on latents is loaded with its VAE"
+        return self.folder / "vae"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,14 +117,17 @@ class Edm:
                 raise Refused(f"class {prompt} is outside 0 to {classes - 1}, the classes of the network")
         return CondPair(Conditioning(label=torch.tensor(prompts)), Conditioning())
 
+    def placeholder_condition(self, rows: int) -> Conditioning:
+        return Conditioning(label=torch.zeros(rows, dtype=torch.int64))
+
     def sample_teacher(
-        self, network: nn.Module, eps: Tensor, shown: CondPair, steps: int, guidance: float
+        self, network: nn.Module, eps: Tensor, pair: CondPair, steps: int, guidance: float
     ) -> Tensor:
         if guidance != 1:
             raise Refused(
                 f"guidance is {guidance}; an EDM network has no unconditional class, so only 1 is possible"
             )
-        return heun(Denoiser(network, self._process(steps)), eps, shown.cond)
+        return heun(Denoiser(network, self._process(steps)), eps, pair.cond)
 
     def teacher_calls(self, steps: int, guidance: float) -> int:
         return 2 * steps - 1
@@ -127,11 +138,39 @@ class Edm:
     def save(self, weights: dict[str, Tensor], folder: Path, timesteps: Timesteps) -> None:
         save_tensors(weights, folder / WEIGHTS)
         if self.config.vae_stride:
-            assert self.frozen is not None
-            shutil.copytree(self.frozen / "vae", folder / "vae", dirs_exist_ok=True)
+            shutil.copytree(self._vae_folder(), folder / "vae", dirs_exist_ok=True)
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return load_tensors(folder / WEIGHTS)
+
+    def usage(self, timesteps: Timesteps) -> str:
+        labels = ", ".join(str(label) for label in range(min(3, self.config.classes)))
+        return f"""```python
+from dmd2.model import load
+student = load("path/of/this/folder")
+images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
+```"""
+
+    @classmethod
+    def resolve(cls, config: EdmConfig, source: str, base: str, vae: str, scratch: Path) -> ForeignTeacher:
+        """From the pickle of NVIDIA's EDM."""
+        path = fetch_file(source)
+        network, weights = edm_pickle(path)
+        cls._check_network(network, config)
+
+        def write(folder: Path) -> None:
+            cls(config, None, vae).save(weights, folder, ())
+
+        return ForeignTeacher({"source": sha256(path)}, write)
+
+    def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        network, weights = edm_student(path)
+        self._check_network(network, self.config)
+        return weights
+
+    @staticmethod
+    def _check_network(network: AdmConfig, config: EdmConfig) -> None:
+        check_same_family(config.model_copy(update={"network": network}), config)
 
     def _process(self, timesteps: int) -> Diffusion:
         c = self.config

@@ -8,7 +8,7 @@ off between passes, so no pass depends on what was done before it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig as PeftConfig
@@ -17,11 +17,6 @@ from torch import Tensor, nn
 
 from dmd2.config import LoraConfig
 
-TARGETS = [
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-    "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
-]  # fmt: skip
-"""Ends of the names of the layers that are updated: those of the published LoRA."""
 ADAPTER = "default"
 
 
@@ -31,11 +26,11 @@ def tied(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, shared)
 
 
-def updated(base: nn.Module, settings: LoraConfig) -> nn.Module:
+def updated(base: nn.Module, targets: Sequence[str], settings: LoraConfig) -> nn.Module:
     """A network tied to the frozen `base`, with an update that learns, in float32, and starts as nothing."""
     base.requires_grad_(False)
     make: Any = PeftConfig  # takes a fraction too
-    config = make(r=settings.rank, lora_alpha=settings.alpha, target_modules=TARGETS)
+    config = make(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets))
     network = inject_adapter_in_model(config, tied(base), ADAPTER)
     for parameter in network.parameters():
         if parameter.requires_grad:

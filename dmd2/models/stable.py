@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
@@ -42,8 +42,11 @@ from dmd2.encoders.pipeline_folder import find
 from dmd2.encoders.text import Texts
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused, near_miss
+from dmd2.io.storage import fetch_file, local_path
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
-from dmd2.models.family import CondPair, Prompt
+from dmd2.models.convert.single_file import single_file
+from dmd2.models.convert.student_weights import unet_weights
+from dmd2.models.family import CondPair, ForeignTeacher, Prompt
 from dmd2.models.heads import ConvHead
 from dmd2.parallel import ranks
 from dmd2.rng import Rng
@@ -60,8 +63,21 @@ SCHEDULERS = (
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
 """Samplers of the variance preserving process with betas; those of flows and of EDM have other timesteps."""
+CLIP_TOKENS = 77
+"""Tokens of a text, as the CLIP text encoders take them."""
 SHORT_TRANSFORMER = 2
 """A transformer of up to so many layers is one unit; of longer ones, each layer is."""
+
+FROZEN = (
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+    "model_index.json",
+)
+"""What training does not change in a pipeline folder."""
 
 
 class Unet(nn.Module):
@@ -123,10 +139,22 @@ class Stable(ABC):
     """The pipeline of diffusers that such a folder is for."""
     embedding: ClassVar[str | None]
     """The U-Net's `addition_embed_type`."""
+    files: ClassVar[tuple[str, ...]] = (
+        "network.json",
+        "unet/*",
+        *(n if "." in n else f"{n}/*" for n in FROZEN),
+    )
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+        "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
+    )  # fmt: skip
+    """Those of the published LoRA."""
 
-    def __init__(self, config: StableConfig, folder: Path, vae: str = "") -> None:
-        """`folder` is a pipeline of diffusers; of its U-Net, only the config is read here. `vae` is another than its own."""
-        self.config, self.folder, self.place = config, folder, vae or folder / "vae"
+    def __init__(self, config: StableConfig, folder: Path | None, vae: str) -> None:
+        """`folder` is a pipeline of diffusers, by default the published one without weights; of its U-Net, only the config is
+        read here."""
+        folder = folder or published(config.kind)
+        self.config, self.folder, self.vae_place = config, folder, vae or folder / "vae"
         self.unet, self.scheduler = _json(folder / UNET), completed(_json(folder / SCHEDULER))
         self._check()
         self.diffusion = Diffusion(schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]])
@@ -158,7 +186,7 @@ class Stable(ABC):
 
     @cached_property
     def vae(self) -> Vae:
-        return load_vae(self.place)
+        return load_vae(self.vae_place)
 
     @cached_property
     def nothing(self) -> tuple[Tensor, Tensor | None]:
@@ -210,14 +238,26 @@ class Stable(ABC):
     def _conditioning(self, states: Tensor, pooled: Tensor | None) -> CondPair:
         """What text encoders made of texts (B, L, D) and (B, P) -> what networks are told."""
 
+    def placeholder_condition(self, rows: int) -> Conditioning:
+        text = torch.zeros(rows, self._text_tokens(), self.unet["cross_attention_dim"])
+        if not (width := self.unet.get("projection_class_embeddings_input_dim")):
+            return Conditioning(text=text)
+        pooled = width - 6 * self.unet["addition_time_embed_dim"]
+        return Conditioning(text=text, pooled=torch.zeros(rows, pooled), size=torch.ones(rows, 6))
+
+    def _text_tokens(self) -> int:
+        """Length of an encoded text; `CLIP_TOKENS` for a pipeline without text encoders."""
+        path = self.folder / "text_encoder" / "config.json"
+        return int(_json(path)["max_position_embeddings"]) if path.exists() else CLIP_TOKENS
+
     def sample_teacher(
-        self, network: nn.Module, eps: Tensor, shown: CondPair, steps: int, guidance: float
+        self, network: nn.Module, eps: Tensor, pair: CondPair, steps: int, guidance: float
     ) -> Tensor:
         import diffusers
 
         if guidance < 1:
             raise Refused(f"guidance is {guidance}; diffusers guides above 1 only, and 1 is none")
-        cond, uncond = shown
+        cond, uncond = pair
         pooled = (
             {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": uncond.pooled}
             if cond.pooled is not None
@@ -296,6 +336,37 @@ class Stable(ABC):
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return {f"unet.{name}": value.float() for name, value in load_tensors(folder / WEIGHTS).items()}
 
+    def usage(self, timesteps: Timesteps) -> str:
+        return f"""With diffusers alone:
+
+```python
+from diffusers import {self.pipeline}
+pipe = {self.pipeline}.from_pretrained("path/of/this/folder")
+image = pipe("a prompt", timesteps={list(timesteps)}, guidance_scale=0).images[0]
+```
+
+The timesteps must be these, and guidance must be off: a negative prompt does nothing."""
+
+    @classmethod
+    def resolve(cls, config: StableConfig, source: str, base: str, vae: str, scratch: Path) -> ForeignTeacher:
+        """From a pipeline folder of diffusers, or a checkpoint in a single file, which diffusers converts."""
+        if source.endswith((".safetensors", ".ckpt")):
+            single_file(fetch_file(source), local_path(base) if base else None, scratch / "pipeline")
+            source = str(scratch / "pipeline")
+        networks = find(source, text=True, whole=True)
+        other = find(vae, text=False) if vae else None
+
+        def write(folder: Path) -> None:
+            networks.copy(folder)
+            if other:
+                other.copy(folder)
+
+        return ForeignTeacher({"source": networks.digest} | ({"vae": other.digest} if other else {}), write)
+
+    def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        base = {name.removeprefix("unet."): weight for name, weight in teacher.items()}
+        return {f"unet.{name}": weight for name, weight in unet_weights(path, base).items()}
+
     def _check(self) -> None:
         """Refuse a network or a schedule that the formulas here are not of."""
         unet, told = self.unet, f"the U-Net in {self.folder}"
@@ -316,18 +387,6 @@ class Stable(ABC):
                 raise Refused(
                     f"{told} has {name} {unet[name]!r}, an input that is not supported; use a base model"
                 )
-
-
-FROZEN = (
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-    "model_index.json",
-)
-"""What in a pipeline folder no trainable changes."""
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:

@@ -49,10 +49,10 @@ def plan(
 
 
 def _family(config: Config, teacher: str) -> ModelFamily:
-    from dmd2.training import build
+    from dmd2.models.family import make_family
 
     if teacher and not Path(teacher).is_dir():
         raise Refused(
             f"{teacher} is not a folder on this machine; give that of the teacher, or leave out --teacher"
         )
-    return build.family(config.family, Path(teacher) if teacher else None)
+    return make_family(config.family, Path(teacher) if teacher else None)

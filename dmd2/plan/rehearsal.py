@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmd2.batch import Batch, Conditioning
-from dmd2.config import Config, EdmConfig
+from dmd2.batch import Batch
+from dmd2.config import Config
 from dmd2.denoiser import Denoiser
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
@@ -94,7 +92,7 @@ def networks(config: Config, fam: ModelFamily) -> Networks:
         if settings.lora:
             from dmd2.models import lora
 
-            student = lora.updated(teacher, settings.lora)
+            student = lora.updated(teacher, fam.lora_targets, settings.lora)
             critic = student if settings.lora.shared_base else fam.network()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -120,28 +118,6 @@ def _fake(network: nn.Module, dtype: torch.dtype, fakes: dict[int, Tensor]) -> N
                     made = nn.Parameter(made, tensor.requires_grad) if table is module._parameters else made
                     fakes[id(tensor)] = fakes[id(made)] = made
                 cast(dict[str, Any], table)[name] = fakes[id(tensor)]
-
-
-def told(fam: ModelFamily, config: Config, rows: int) -> Conditioning:
-    """What networks are told of so many samples, in shape."""
-    if isinstance(config.family, EdmConfig):
-        return Conditioning(label=torch.zeros(rows, dtype=torch.int64))
-    stable: Any = fam
-    unet = stable.unet
-    text = torch.zeros(rows, _tokens(stable.folder), unet["cross_attention_dim"])
-    if not (width := unet.get("projection_class_embeddings_input_dim")):
-        return Conditioning(text=text)
-    pooled = width - 6 * unet["addition_time_embed_dim"]
-    return Conditioning(text=text, pooled=torch.zeros(rows, pooled), size=torch.ones(rows, 6))
-
-
-def _tokens(folder: Path) -> int:
-    """Of a text, as the pipeline's text encoder takes them."""
-    path = folder / "text_encoder" / "config.json"
-    return int(json.loads(path.read_text())["max_position_embeddings"]) if path.exists() else CLIP_TOKENS
-
-
-CLIP_TOKENS = 77
 
 
 @dataclass
@@ -171,8 +147,8 @@ class Rehearsal:
     def run(self, known: Passes | None = None) -> Passes:
         """All kinds of pass; those without a backward pass are as `known`, if they are."""
         with self.nets.mode:
-            told_ = told(self.fam, self.config, self.rows)
-            sample = Batch(torch.zeros(self.rows, *self.fam.shape), told_, told_)
+            cond = self.fam.placeholder_condition(self.rows)
+            sample = Batch(torch.zeros(self.rows, *self.fam.shape), cond, cond)
             timestep = torch.zeros(self.rows, dtype=torch.int64)
             self._without_gradient(sample, timestep, known or {})
             self._of_the_student(sample, timestep)

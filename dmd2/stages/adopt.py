@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from dmd2.config import Config, EdmConfig
+from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.local import sha256
@@ -32,9 +32,8 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
         out: Folder to write the run to.
     """
     from dmd2.model import load_network, save_network
-    from dmd2.models.convert import edm_pickle, student_weights
+    from dmd2.models.family import check_same_family
     from dmd2.stages.networks import (
-        check_same_family,
         load_artifact_model,
         parameter_count,
         student_model,
@@ -48,15 +47,9 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     if done := find_finished(out, "run", config, inputs):
         return done
     model = load_artifact_model(teacher, read_manifest(teacher, "teacher"))
-    check_same_family(model.config, config)
-    if isinstance(config.family, EdmConfig):
-        network, weights = edm_pickle.edm_student(path)
-        check_same_family(config.family.model_copy(update={"network": network}), config)
-        prompts = grid_classes(config.family)
-    else:
-        plain = {name.removeprefix("unet."): weight for name, weight in model.network.state_dict().items()}
-        weights = {f"unet.{name}": w for name, w in student_weights.unet_weights(path, plain).items()}
-        prompts = list(PREVIEW_PROMPTS)
+    check_same_family(model.config, config.family)
+    weights = model.family.adopt(path, model.network.state_dict())
+    prompts = grid_classes(config.family) if config.family.prompts == "classes" else list(PREVIEW_PROMPTS)
     with draft_artifact(out, "run", config, inputs) as draft:
         save_network(draft.path, student_model(model, config), weights)
         load_network(draft.path)

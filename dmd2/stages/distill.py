@@ -26,11 +26,11 @@ def distill(
     """
     from dmd2.data.loader import Shards
     from dmd2.data.shards import TRAIN
+    from dmd2.models.family import check_same_family
     from dmd2.parallel import ranks, sharding
     from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
     from dmd2.stages.inputs import prompts_digest, read_training_samples, sample_digests
     from dmd2.stages.networks import (
-        check_same_family,
         check_same_vae,
         load_artifact_model,
         save_student,
@@ -52,7 +52,7 @@ def distill(
         if done := find_finished(out, "run", config, inputs):
             return done
         model = load_artifact_model(teacher, teacher_manifest, weights=world.is_main)
-        check_same_family(model.config, config)
+        check_same_family(model.config, config.family)
         check_same_vae(open_artifact(teacher, teacher_manifest, "vae/*"), samples, data)
         world.local_rows(settings.batch)
     with draft_for_all_ranks(world, out, "run", config, inputs) as draft:

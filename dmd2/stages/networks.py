@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from dmd2.config import Config, FamilyConfig
+from dmd2.config import Config
 from dmd2.encoders.pipeline_folder import find
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, open_artifact, read_manifest
 from dmd2.io.staging import Draft
 from dmd2.io.tensors import save_tensors
-from dmd2.model import Model, load_network, save_network
+from dmd2.model import Model, load_network, read_network_json, save_network
+from dmd2.models.family import family_class
 from dmd2.training import build, checkpoint
 
 
@@ -27,9 +27,8 @@ def load_artifact_model(folder: str, manifest: Manifest, weights: bool = True) -
 
     With `weights=False` the network is on the meta device: its shapes without its numbers.
     """
-    parts = ("vae", "unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    path = open_artifact(folder, manifest, "network.*", "model_index.json", *(f"{p}/*" for p in parts))
-    return load_network(path, weights)
+    config, _ = read_network_json(open_artifact(folder, manifest, "network.json"))
+    return load_network(open_artifact(folder, manifest, *family_class(config).files), weights)
 
 
 def load_on_device(folder: str, manifest: Manifest, device: torch.device) -> Model:
@@ -83,19 +82,6 @@ def save_student(
     save_network(draft.path, student, result)
 
 
-def check_same_family(teacher: FamilyConfig, config: Config) -> None:
-    """Raise Refused if the teacher's family settings differ from those of the recipe."""
-    wanted, found = (_flat(family.model_dump(mode="json")) for family in (config.family, teacher))
-    if differs := [
-        f"{name} is {found.get(name)}, not {wanted.get(name)}"
-        for name in wanted | found
-        if wanted.get(name) != found.get(name)
-    ]:
-        raise Refused(
-            f"the teacher is of another shape than recipe {config.recipe!r}: {', '.join(differs[:3])}; use the recipe it was made for, or set --family to match"
-        )
-
-
 def check_same_vae(teacher: Path, samples: Manifest, data: str) -> None:
     """Raise Refused if the samples are latents of another VAE than the teacher's, which the teacher cannot read."""
     if samples.kind == "latents" and samples.facts["vae"] != find(str(teacher), text=False).digest:
@@ -106,7 +92,3 @@ def check_same_vae(teacher: Path, samples: Manifest, data: str) -> None:
 
 def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k != "network"} | settings.get("network", {})

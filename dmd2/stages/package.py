@@ -46,7 +46,8 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         save_network(draft.path, model, model.network.state_dict())
         if made.config and made.config.distill.lora and not made.facts.get("adopted"):
             shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
-        (draft.path / "README.md").write_text(model_card(made, judged, decided))
+        usage = model.family.usage(model.timesteps)
+        (draft.path / "README.md").write_text(model_card(made, judged, decided, usage))
         prompts = made.facts["prompts"]
         images = model.sample(prompts, seed=0)
         save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")

@@ -12,9 +12,8 @@ from dmd2.config import Config, FamilyConfig
 from dmd2.image_grid import image_grid
 from dmd2.io.local import atomic_write
 from dmd2.model import Model
-from dmd2.models.family import ModelFamily, Prompt
+from dmd2.models.family import ModelFamily, Prompt, make_family
 from dmd2.stages.prompts import grid_columns
-from dmd2.training import build
 
 Sampler = Callable[[Sequence[Prompt], int], torch.Tensor]
 """(prompts, seed) -> images, uint8 (N, C, H, W)."""
@@ -28,7 +27,7 @@ def sample_grid(family: FamilyConfig, sampler: Sampler, prompts: Sequence[Prompt
 def preview_family(config: Config, teacher: Model, folder: Path) -> ModelFamily:
     """The teacher's family, or the same family with the VAE of `distill.preview_vae`, which decodes the previews."""
     vae = config.distill.preview_vae
-    return build.family(config.family, folder, vae) if vae else teacher.family
+    return make_family(config.family, folder, vae) if vae else teacher.family
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dmd2.config import EdmConfig, FamilyConfig
+from dmd2.config import FamilyConfig
 from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.prompts import read_prompts
 from dmd2.models.family import CondPair, ModelFamily, Prompt
@@ -29,14 +29,14 @@ def grid_cells(family: FamilyConfig) -> int:
     return grid_columns(family) * (8 if family.image[1] <= SMALL else 2)
 
 
-def grid_classes(family: EdmConfig) -> list[Prompt]:
+def grid_classes(family: FamilyConfig) -> list[Prompt]:
     """The class of each cell of a picture grid: column i shows class i."""
     return [cell % grid_columns(family) for cell in range(grid_cells(family))]
 
 
 def preview_prompts(family: FamilyConfig, shards: Shards, prompts: str = "") -> list[Prompt]:
     """One prompt per cell of a picture grid: classes, or texts from the file of prompts or else from the captions."""
-    if isinstance(family, EdmConfig):
+    if family.prompts == "classes":
         return grid_classes(family)
     texts = read_prompts(prompts) if prompts else read_captions(shards, grid_cells(family))
     return list(itertools.islice(itertools.cycle(texts), grid_cells(family)))
@@ -44,7 +44,7 @@ def preview_prompts(family: FamilyConfig, shards: Shards, prompts: str = "") -> 
 
 def prompts_of_images(family: FamilyConfig, images: RawBatch, count: int) -> list[Prompt]:
     """The labels or captions of real images, repeated to `count`, so that samples have the same class shares."""
-    prompts = images.label.tolist() if isinstance(family, EdmConfig) else images.text
+    prompts = images.label.tolist() if family.prompts == "classes" else images.text
     return list(itertools.islice(itertools.cycle(prompts), count))
 
 

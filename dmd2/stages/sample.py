@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dmd2.config import EdmConfig, FamilyConfig
+from dmd2.config import FamilyConfig
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, read_manifest
 
@@ -73,7 +73,7 @@ def _first_timesteps(model: Model, steps: int) -> tuple[int, ...]:
 
 def _default_prompts(family: FamilyConfig, manifest: Manifest) -> list[Prompt]:
     """All classes, or the preview prompts of the run that the network comes from."""
-    if isinstance(family, EdmConfig):
+    if family.prompts == "classes":
         return list(range(family.classes))
     if not (prompts := manifest.facts.get("prompts")):
         raise Refused("this network is conditioned on text; give --prompts")

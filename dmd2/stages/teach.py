@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dmd2.config import Config, EdmConfig
+from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:
-    """Train a small EDM teacher on the shards, for demos, tests and ablations. A real user brings a teacher.
+    """Train a small teacher on the shards, for demos, tests and ablations. A real user brings a teacher.
 
     Args:
         data: Folder of shards, or of latents if the network works on them (--family.vae_stride).
         out: Folder to write the teacher to.
     """
     from dmd2.model import Model, save_network
+    from dmd2.models.family import make_family
     from dmd2.parallel import ranks, sharding
     from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
     from dmd2.stages.inputs import read_training_samples, sample_digests
@@ -26,9 +27,9 @@ def teach(config: Config, data: str, out: str) -> Manifest:
     inputs = sample_digests(samples)
     if done := find_finished(out, "teacher", config, inputs):
         return done
-    if not isinstance(config.family, EdmConfig):
+    if not config.family.can_teach:
         raise Refused(
-            f"teach trains small teachers of the EDM family; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
+            f"teach trains small teachers that need no text encoders; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
         )
     world, settings = ranks.init_distributed(), config.teach
     with draft_for_all_ranks(world, out, "teacher", config, inputs) as draft:
@@ -42,7 +43,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
             1,
             config.engine.hang_timeout_s,
         )
-        family = build.family(
+        family = make_family(
             config.family, open_artifact(data, samples, "vae/*") if config.family.vae_stride else None
         )
         batches = batch_reader(config, data, settings.batch, world, samples.kind, family.read)

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,7 @@ from dmd2.batch import Batch
 from dmd2.denoiser import Denoiser, guided
 from dmd2.encoders.vae import load_vae
 from dmd2.errors import Refused
-from dmd2.models.edm import Edm
-from dmd2.models.family import CondPair, ModelFamily
+from dmd2.models.family import CondPair, ModelFamily, make_family
 from dmd2.parallel import ranks, sharding
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, draw_shared, reseed
@@ -38,24 +36,11 @@ from dmd2.training.terms import (
 from dmd2.training.trainer import DiffusionTrainer, DMD2Trainer, RegressionTrainer
 
 
-def family(config: c.FamilyConfig, frozen: Path | None = None, vae: str = "") -> ModelFamily:
-    """`frozen` is a folder with what does not learn: VAE, text encoders, configs; without it only what needs none. `vae`
-    is another one to make images with."""
-    if isinstance(config, c.EdmConfig):
-        return Edm(config, frozen)
-    from dmd2.models.sd15 import Sd15  # diffusers takes seconds to import
-    from dmd2.models.sdxl import Sdxl
-    from dmd2.models.stable import published
-
-    kinds = {"sd15": Sd15, "sdxl": Sdxl}
-    return kinds[config.kind](config, frozen or published(config.kind), vae)
-
-
 def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
     """A network that learns to be a teacher."""
     reseed(config.seed)
     repeatable(config.engine.deterministic)
-    fam, settings = family(config.family), config.teach
+    fam, settings = make_family(config.family), config.teach
     network = fam.network().to(world.device)
     mesh = world.device_mesh(config.engine.shards)
     if mesh:
@@ -165,7 +150,7 @@ def updated(
     """A network with a low-rank update of its own, on a base that stays whole on every process."""
     from dmd2.models import lora as low_rank
 
-    network = low_rank.updated(base, lora)
+    network = low_rank.updated(base, fam.lora_targets, lora)
     if mesh:
         frozen = [p for p in network.parameters() if not p.requires_grad]
         sharding.shard(network, fam.blocks(network), mesh, dtype, resident=True, ignored=frozen)

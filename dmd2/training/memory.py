@@ -40,7 +40,7 @@ def sizes(config: Config, fam: ModelFamily) -> Sizes:
         body, head = fam.network(), fam.head() if config.distill.gan else nn.Identity()
     units = fam.blocks(body)
     outer, unit = (max(map(count, some), default=0) for some in (outermost(units), units))
-    whole, learns = count(body), _learning(config, body)
+    whole, learns = count(body), _learning(config, fam, body)
     return Sizes(whole, count(head), learns["student"], learns["critic"], outer, unit)
 
 
@@ -119,14 +119,14 @@ def _trainable(name: str, settings: OptimizerConfig, weights: int, shards: int) 
     }
 
 
-def _learning(config: Config, body: nn.Module) -> dict[str, int]:
+def _learning(config: Config, fam: ModelFamily, body: nn.Module) -> dict[str, int]:
     """Weights of student and critic that learn. Changes `body`."""
     whole, settings = count(body), config.distill
     if not settings.lora:
         return {"student": whole, "critic": 0 if settings.regression else whole}
     from dmd2.models import lora
 
-    network = lora.updated(body, settings.lora)
+    network = lora.updated(body, fam.lora_targets, settings.lora)
     update = sum(p.numel() for p in network.parameters() if p.requires_grad)
     critic = update if settings.lora.shared_base else whole
     return {"student": update, "critic": 0 if settings.regression else critic}

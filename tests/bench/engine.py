@@ -39,7 +39,7 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import AdmConfig, Config
 from dmd2.denoiser import Denoiser
 from dmd2.io.local import write_text
-from dmd2.models.family import CondPair, ModelFamily
+from dmd2.models.family import CondPair, ModelFamily, make_family
 from dmd2.parallel import ranks
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, draw_shared
@@ -91,7 +91,7 @@ def middle() -> Net:
 
 def emoji() -> Net:
     config = recipes.get("sdxl-4step-emoji")
-    family = build.family(config.family, TEACHER)
+    family = make_family(config.family, TEACHER)
     texts = [f"emoji number {row}" for row in range(config.distill.batch)]
     with torch.no_grad():
         shown = family.condition(texts)
@@ -100,7 +100,7 @@ def emoji() -> Net:
 
 def _random(config: Config) -> Net:
     """Weights that have learnt nothing: speed does not depend on them, but for zeros."""
-    family = build.family(config.family)
+    family = make_family(config.family)
     torch.manual_seed(0)
     network = family.network()
     for parameter in network.parameters():

@@ -21,6 +21,7 @@ from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, LoraConfig
 from dmd2.io.local import write_text
+from dmd2.models.family import make_family
 from dmd2.models.stable import UNET, Stable, published
 from dmd2.parallel import ranks
 from dmd2.training import build
@@ -36,7 +37,7 @@ def main(small: bool = False) -> None:
     """
     config = shared()
     with tempfile.TemporaryDirectory() as folder:
-        family = build.family(config.family, narrow(Path(folder) / "p") if small else published("sd15"))
+        family = make_family(config.family, narrow(Path(folder) / "p") if small else published("sd15"))
     assert isinstance(family, Stable)
     empty = peak_gb()
     torch.set_default_dtype(torch.bfloat16)

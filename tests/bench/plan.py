@@ -21,6 +21,7 @@ from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.io.local import write_text
+from dmd2.models.family import make_family
 from dmd2.parallel import ranks
 from dmd2.plan import counts, hardware, prediction
 from dmd2.training import build
@@ -78,7 +79,7 @@ def mid_size(batch: int, checkpointing: str, gan: bool) -> Config:
 
 def predicted(config: Config) -> dict[str, float]:
     """In 1e9 bytes, by part."""
-    fam = build.family(config.family)
+    fam = make_family(config.family)
     made = prediction.planned(config, fam, "l40s-48gb", counts.Layout(1, 1, 1))
     return {name: size / hardware.GB for name, size in made.memory.items()}
 
@@ -91,7 +92,7 @@ def warm(config: Config) -> None:
 
 def play(config: Config, steps: int) -> float:
     """The most memory that was resident during the steps, in 1e9 bytes."""
-    fam = build.family(config.family)
+    fam = make_family(config.family)
     trainer = build.trainer(config, fam, fam.network().state_dict(), ranks.World(torch.device("cpu")))
     tidy()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

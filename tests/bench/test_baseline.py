@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
-from dmd2.models.family import ModelFamily
+from dmd2.models.family import ModelFamily, make_family
 from dmd2.rng import Rng
 from dmd2.training import build
 from tests.bench.baseline import Baseline
@@ -24,12 +24,12 @@ STEPS = 6
 
 def test_on_an_edm_with_gan_it_ends_at_the_engines_weights(micro: Config) -> None:
     label = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
-    compare(micro, build.family(micro.family), Conditioning(label=label), Conditioning())
+    compare(micro, make_family(micro.family), Conditioning(label=label), Conditioning())
 
 
 def test_on_an_sdxl_of_four_steps_with_guidance_and_gan_too(pipeline: Path) -> None:
     config = recipes.resolve("sdxl-4step-emoji", [*SMALL, "engine.micro_batch=0"])
-    family = build.family(config.family, pipeline)
+    family = make_family(config.family, pipeline)
     compare(config, family, *family.condition(["a red square", "a green square", "a blue square", ""]))
 
 

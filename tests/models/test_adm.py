@@ -8,8 +8,8 @@ from dmd2.batch import Conditioning
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.models.adm import Adm, sinusoid
+from dmd2.models.family import make_family
 from dmd2.models.heads import ConvHead
-from dmd2.training import build
 from tests.conftest import adm
 
 
@@ -36,12 +36,12 @@ def test_imagenet64_bottleneck_is_768_channels_at_8_pixels(published: Adm) -> No
 def test_imagenet64_head_has_the_published_size() -> None:
     """8 -> 4 -> 1 pixels, 768 wide: two 4x4 convolutions and a 1x1, 18.9 M parameters."""
     with torch.device("meta"):
-        head = build.family(recipes.get("edm-imagenet64").family).head()
+        head = make_family(recipes.get("edm-imagenet64").family).head()
     assert sum(p.numel() for p in head.parameters()) == pytest.approx(18.9e6, rel=2e-3)
 
 
 def test_imagenet64_blocks_are_tens_and_disjoint(published: Adm) -> None:
-    blocks = build.family(recipes.get("edm-imagenet64").family).blocks(published)
+    blocks = make_family(recipes.get("edm-imagenet64").family).blocks(published)
     owned = [id(p) for block in blocks for p in block.parameters()]
     assert 20 <= len(blocks) <= 60
     assert len(owned) == len(set(owned))

@@ -15,8 +15,9 @@ from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import LoraConfig, StableConfig
 from dmd2.io.tensors import save_tensors
-from dmd2.models.lora import TARGETS, exported, merged, tied, updated
-from dmd2.models.stable import Unet, published
+from dmd2.models.family import make_family
+from dmd2.models.lora import exported, merged, tied, updated
+from dmd2.models.stable import Stable, Unet, published
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, teacher_of
@@ -25,21 +26,21 @@ SMALL = LoraConfig(rank=4, alpha=2)
 
 
 def test_the_update_of_sdxl_has_the_published_layers_and_size() -> None:
-    family = build.family(StableConfig(kind="sdxl", resolution=1024), published("sdxl"))
+    family = make_family(StableConfig(kind="sdxl", resolution=1024), published("sdxl"))
     with torch.device("meta"):
-        network = updated(family.network(), LoraConfig())
+        network = updated(family.network(), Stable.lora_targets, LoraConfig())
         plain = family.network()
     learned = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
     assert sum(".lora_A." in name for name in learned) == 788
     assert round(sum(learned.values()) / 1e6, 2) == 196.75
-    ends = tuple(f".{end}" for end in TARGETS)
+    ends = tuple(f".{end}" for end in Stable.lora_targets)
     layers: list[Any] = [m for name, m in plain.named_modules() if name.endswith(ends)]
     shapes = [layer.weight.shape for layer in layers]
     assert sum(64 * (math.prod(shape[1:]) + shape[0]) for shape in shapes) == sum(learned.values())
 
 
 def tiny(pipeline: Path) -> tuple[Any, nn.Module, tuple[Any, ...]]:
-    family = build.family(StableConfig(kind="sdxl", resolution=32, vae_stride=2), pipeline)
+    family = make_family(StableConfig(kind="sdxl", resolution=32, vae_stride=2), pipeline)
     network = family.network()
     network.load_state_dict(family.weights(pipeline))
     cond: Conditioning = family.condition(["a red square"]).cond
@@ -59,7 +60,7 @@ def test_tied_networks_have_the_same_tensors_and_their_own_modules(pipeline: Pat
 def test_an_update_starts_as_nothing_and_touches_neither_base_nor_neighbour(pipeline: Path) -> None:
     _, base, inputs = tiny(pipeline)
     before = base(*inputs)
-    student, critic = updated(base, SMALL), updated(base, SMALL)
+    student, critic = updated(base, Stable.lora_targets, SMALL), updated(base, Stable.lora_targets, SMALL)
     torch.testing.assert_close(student(*inputs), before)
     for name, p in student.named_parameters():
         if ".lora_B." in name:
@@ -73,7 +74,7 @@ def test_an_update_starts_as_nothing_and_touches_neither_base_nor_neighbour(pipe
 def test_merged_weights_are_the_network_with_its_update(pipeline: Path) -> None:
     family, base, inputs = tiny(pipeline)
     weights = {name: p.clone() for name, p in base.named_parameters()}
-    student = updated(base, SMALL)
+    student = updated(base, Stable.lora_targets, SMALL)
     for name, p in student.named_parameters():
         if ".lora_B." in name:
             p.normal_(std=0.1)
@@ -116,7 +117,7 @@ def test_an_exported_update_is_read_by_diffusers_and_gives_the_same_output(
     pipeline: Path, tmp_path: Path
 ) -> None:
     _, base, inputs = tiny(pipeline)
-    student = updated(base, SMALL)
+    student = updated(base, Stable.lora_targets, SMALL)
     with torch.no_grad():
         for name, p in student.named_parameters():
             if ".lora_B." in name:
@@ -133,6 +134,6 @@ def test_an_exported_update_is_read_by_diffusers_and_gives_the_same_output(
 
 def test_what_learns_is_float32_on_a_base_of_bfloat16(pipeline: Path) -> None:
     _, base, _ = tiny(pipeline)
-    student = updated(base.to(torch.bfloat16), SMALL)
+    student = updated(base.to(torch.bfloat16), Stable.lora_targets, SMALL)
     kinds = {p.requires_grad: p.dtype for p in student.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}

@@ -32,7 +32,7 @@ from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, StableConfig
 from dmd2.model import load_network
-from dmd2.models.family import CondPair
+from dmd2.models.family import CondPair, make_family
 from dmd2.models.stable import SCHEDULER, SCHEDULERS, UNET, Stable, completed, published, schedule
 from dmd2.sampler import Timesteps, generate
 from dmd2.training import build
@@ -44,7 +44,7 @@ SIZES = {"sd15": 512, "sdxl": 1024}
 
 
 def family(kind: str, folder: Path | None = None) -> Stable:
-    made = build.family(StableConfig(kind=kind, resolution=SIZES[kind]), folder)
+    made = make_family(StableConfig(kind=kind, resolution=SIZES[kind]), folder)
     assert isinstance(made, Stable)
     return made
 
@@ -211,7 +211,7 @@ def stable15(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(kind: str, folder: Path) -> tuple[Stable, Any]:
-    fam = build.family(StableConfig(kind=kind, resolution=32, vae_stride=2), folder)
+    fam = make_family(StableConfig(kind=kind, resolution=32, vae_stride=2), folder)
     assert isinstance(fam, Stable)
     network = fam.network()
     network.load_state_dict(fam.weights(folder))
@@ -489,7 +489,7 @@ def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
     shutil.copytree(published("sd15"), tmp_path / "p")
     change(tmp_path / "p" / "scheduler" / "scheduler_config.json", {"num_train_timesteps": 500})
     assert "500 timesteps" in refusal(lambda: family("sd15", tmp_path / "p"))
-    wide = build.family(StableConfig(kind="sd15", resolution=768), published("sd15"))
+    wide = make_family(StableConfig(kind="sd15", resolution=768), published("sd15"))
     assert "not 12" in refusal(wide.head)
 
 

@@ -254,7 +254,7 @@ def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
     report.write_report(whole.parent / "report.html", manifests, whole, made / "evaluation")
     page = (whole.parent / "report.html").read_text()
     assert sentence in page
-    assert sentence in model_card(made_of, manifests["evaluation"], manifests["gate"])
+    assert sentence in model_card(made_of, manifests["evaluation"], manifests["gate"], "")
     assert chosen(read_manifest(made / "run", "run")) == ""
 
 

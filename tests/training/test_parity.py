@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, GanConfig
-from dmd2.training import build
+from dmd2.models.family import make_family
 from tests.conftest import make_trainer
 
 SIGMA_DATA = 0.5
@@ -49,7 +49,7 @@ def config(request: pytest.FixtureRequest, micro: Config) -> Config:
 
 def test_one_step_equals_the_formulas(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    family, gan = build.family(config.family), config.distill.gan
+    family, gan = make_family(config.family), config.distill.gan
     teacher = family.network()
     for parameter in teacher.parameters():
         nn.init.normal_(parameter, std=0.15)

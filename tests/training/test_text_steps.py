@@ -13,9 +13,10 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import OptimizerConfig, StableConfig
 from dmd2.denoiser import Denoiser, guided
 from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
+from dmd2.models.family import make_family
 from dmd2.recipes import spaced_timesteps
 from dmd2.sampler import Timesteps, denoise_real, generate, simulate, walk
-from dmd2.training import build, losses, optim
+from dmd2.training import losses, optim
 from dmd2.training.optim import Trainable, TrainableWeights
 from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
 
@@ -120,7 +121,7 @@ def test_a_rollout_of_a_real_network_is_its_chain_up_to_the_step_where_it_stops(
     stop: int, pipeline: Path
 ) -> None:
     """The same seed draws the same noises, and only the last step has a gradient."""
-    fam = build.family(StableConfig(kind="sdxl", resolution=32, vae_stride=2), pipeline)
+    fam = make_family(StableConfig(kind="sdxl", resolution=32, vae_stride=2), pipeline)
     network = fam.network()
     network.load_state_dict(fam.weights(pipeline))
     student, timesteps = fam.denoiser(network), spaced_timesteps(4)

@@ -17,6 +17,7 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DmdConfig, OptimizerConfig
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
+from dmd2.models.family import make_family
 from dmd2.rng import Rng
 from dmd2.training import build, optim
 from dmd2.training.ema import Ema
@@ -32,7 +33,7 @@ def weights(module: nn.Module) -> Tensor:
 @pytest.fixture
 def trainer(micro: Config) -> DMD2Trainer:
     torch.manual_seed(0)
-    teacher = build.family(micro.family).network()
+    teacher = make_family(micro.family).network()
     for parameter in teacher.parameters():
         nn.init.normal_(parameter, std=0.1)
     return make_trainer(micro, teacher)
@@ -65,7 +66,7 @@ def test_compiling_is_refused_where_there_is_no_compiler(
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     engine = micro.engine.model_copy(update={"compile": True})
-    network = build.family(micro.family).network()
+    network = make_family(micro.family).network()
     said = refusal(lambda: make_trainer(micro.model_copy(update={"engine": engine}), network))
     assert "engine.compile is on, and torch.compile needs a C compiler" in said
 
@@ -75,7 +76,7 @@ def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_tra
 ) -> None:
     """`put_` stands for the operations, most of them of CUDA, that nothing repeatable exists for."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    network = build.family(micro.family).network()
+    network = make_family(micro.family).network()
     engine = micro.engine.model_copy(update={"deterministic": True})
     make_trainer(micro.model_copy(update={"engine": engine}), network)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "without it, products on CUDA are refused"
@@ -92,7 +93,7 @@ def test_a_type_without_instructions_is_told(
 ) -> None:
     can = {"architecture": "x86_64", "avx512_bf16": native, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
-    network = build.family(micro.family).network()
+    network = make_family(micro.family).network()
     make_trainer(micro, network)
     assert not capsys.readouterr().err
     lower = micro.distill.model_copy(update={"dtype": "bfloat16"})
@@ -122,7 +123,7 @@ def test_critics_turn_leaves_no_gradient_in_the_student(trainer: DMD2Trainer, re
 
 
 def test_teacher_never_moves(micro: Config, real: Batch) -> None:
-    trainer = make_trainer(micro, build.family(micro.family).network())
+    trainer = make_trainer(micro, make_family(micro.family).network())
     teacher = teacher_of(trainer)
     before = weights(teacher)
     for step in range(2):
@@ -159,7 +160,7 @@ class Waits(TorchDispatchMode):
 )
 def test_no_step_waits_for_the_device(micro: Config, real: Batch, overrides: tuple[str, ...]) -> None:
     config = recipes.resolve("edm-digits", (*MICRO, "distill.student.ema=0.9", *overrides))
-    trainer = make_trainer(config, build.family(config.family).network())
+    trainer = make_trainer(config, make_family(config.family).network())
     sample = replace(real, rng=Rng.at(0, 0, range(8), torch.device("cpu")))
     with Waits() as waits:
         for step in range(3):
