@@ -569,8 +569,10 @@ class DistillConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How good a student is, and compared with what."""
+    """The scores of a student, and what they are compared with."""
 
+    metrics: tuple[str, ...] = ("fid",)
+    """Metrics that are computed: names of rows of the table in `evaluation/metrics.py`."""
     features: Literal["classifier", "efficientnet", "inception"] = "inception"
     """`inception`: clean-fid's network. `efficientnet`: EfficientNet-Lite0 trained on ImageNet, of an installed package.
     `classifier`: a small one fitted to the training shards by the stage."""
@@ -607,7 +609,10 @@ class GateConfig(Section):
     """What a student must reach to be packaged."""
 
     factor: PositiveFloat = 1.25
-    """Accepted if FID(student) <= factor * FID(teacher)."""
+    """Largest accepted score of the student as a multiple of the teacher's: student <= factor * teacher if smaller scores are better,
+    student >= teacher / factor if larger ones are."""
+    metric: str = "fid"
+    """The metric that is compared; one of `evaluate.metrics`."""
 
 
 class Config(Section):
@@ -636,6 +641,10 @@ class Config(Section):
                 f"distill.student_timesteps has {top}, beyond the {self.family.num_timesteps} timesteps of the family"
             )
         self.family.check(self.distill)
+        if self.gate.metric not in self.evaluate.metrics:
+            raise ValueError(
+                f"gate.metric is {self.gate.metric!r}, which is not among evaluate.metrics {self.evaluate.metrics}; add it to them"
+            )
         if self.engine.micro_batch > self.distill.batch:
             raise ValueError(
                 f"engine.micro_batch {self.engine.micro_batch} is larger than distill.batch {self.distill.batch}; lower it"

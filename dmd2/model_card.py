@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
+from dmd2.evaluation.scores import REAL, image_sets, read_scores
 from dmd2.io.artifact import Manifest
 
 
 def model_card(run: Manifest, evaluation: Manifest, gate: Manifest, usage: str) -> str:
-    """README.md of the package; `usage` is how to sample it, from the family."""
-    config, scores = run.config, evaluation.facts
+    """README.md of the package: use, scores, provenance and recipe of the student, from the manifests of its run.
+
+    `usage` is a text about sampling it, from the family."""
+    config, facts = run.config, evaluation.facts
     assert config is not None
     timesteps = config.distill.student_timesteps
     calls = f"{len(timesteps)} network call" + ("s" if len(timesteps) > 1 else "")
@@ -21,8 +23,8 @@ tags: [diffusion, distillation, dmd2]
 ---
 # {config.recipe}: a {len(timesteps)}-step student
 
-Distilled with DMD2 (arXiv 2405.14867) by recipe `{config.recipe}`. One image takes {calls}; the teacher takes {scores["nfe_teacher"]}.
-The weights carry the licences of the teacher and of the data they were made from.
+Distilled with DMD2 (arXiv 2405.14867) by recipe `{config.recipe}`. Sampling one image takes {calls}; with the teacher it takes {facts["nfe_teacher"]}.
+The licences of the teacher and of its training data apply to these weights.
 
 ![Samples](samples.png)
 
@@ -32,21 +34,16 @@ The weights carry the licences of the teacher and of the data they were made fro
 
 ## Metrics
 
-| | network calls per image | FID |
-|---|--:|--:|
-| student | {scores["nfe_student"]} | **{scores["fid_student"]:.2f}** |
-| teacher | {scores["nfe_teacher"]} | {scores["fid_teacher"]:.2f} |
-| teacher in one step | {_calls(scores, "teacher_1step")} | {scores["fid_teacher_1step"]:.2f} |
-| real training images | | {scores["fid_real"]:.2f} |
+{_metrics_table(evaluation)}
 
-{scores["images"]} generated images against {scores["images_real"]} held-out real ones; features: {scores["features"]};
-seed {scores["seed"]}. {gate.facts["reason"]}. {chosen(run)}
+{facts["images"]} generated images against {facts["images_real"]} held-out real ones; features: {facts["features"]};
+seed {facts["seed"]}. {gate.facts["reason"]}. {best_checkpoint(run)}
 
 ## Provenance
 
-| folder | sha256 digest |
+| artifact | sha256 digest |
 |---|---|
-{_rows({"run": run.digest, "evaluation": evaluation.digest, **run.inputs})}
+{_digest_rows({"run": run.digest, "evaluation": evaluation.digest, **run.inputs})}
 
 Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 
@@ -58,21 +55,30 @@ Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 """
 
 
-def chosen(run: Manifest) -> str:
-    """Which checkpoint became the student, where they were judged."""
+def _metrics_table(evaluation: Manifest) -> str:
+    """A row per set of images, a column per metric; the student's scores in bold."""
+    scores = read_scores(evaluation.facts)
+    head = ["", "network calls per image", *(f"{metric.title} ({metric.direction})" for metric in scores)]
+    rows = []
+    for each in image_sets(evaluation.facts):
+        values = [metric.text(each.name) for metric in scores]
+        bold = [f"**{value}**" for value in values] if each.name == "student" else values
+        rows.append([each.title, "" if each.name == REAL else str(each.calls), *bold])
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def best_checkpoint(run: Manifest) -> str:
+    """A sentence about the checkpoint that became the student; empty if checkpoints were not scored."""
     facts, config = run.facts, run.config
     if "best_step" not in facts or not config:
         return ""
     best = config.distill.best
     return (
-        f"The student is that of step {facts['best_step']} of {facts['steps']}: of the checkpoints, the nearest to training samples "
-        f"(FID {facts['best_fid']:.2f}, features {best.features}, {best.images} samples), chosen before it was evaluated."
+        f"The student is the checkpoint of step {facts['best_step']} of {facts['steps']}, which has the smallest FID to training samples "
+        f"(FID {facts['best_fid']:.2f}, features {best.features}, {best.images} samples); it was selected before this evaluation."
     )
 
 
-def _calls(scores: dict[str, Any], name: str) -> int:
-    return next(v["calls"] for v in scores["variants"] if v["name"] == name)
-
-
-def _rows(digests: dict[str, str]) -> str:
+def _digest_rows(digests: dict[str, str]) -> str:
     return "\n".join(f"| {name} | `{digest}` |" for name, digest in digests.items())

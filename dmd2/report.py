@@ -1,22 +1,19 @@
-"""The HTML report of a run: one file, nothing fetched, no script, so that any viewer may show it."""
+"""The HTML report of a run: one file without scripts or links, so that any viewer can show it."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import re
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from dmd2.evaluation.scores import REAL, image_sets, read_scores
 from dmd2.io.artifact import Manifest
 from dmd2.io.local import write_text
-from dmd2.model_card import chosen
+from dmd2.model_card import best_checkpoint
 from dmd2.training.metrics_log import SCORE, read_metrics
 
 STYLE = """
@@ -30,7 +27,41 @@ figure.pixels img { image-rendering: pixelated; width: 29rem; max-width: 100% } 
 """
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A plot of training metrics over the steps."""
+
+    title: str
+    pattern: str
+    """Regular expression that the whole name of a metric must match."""
+    log_scale: bool = False
+
+
+PANELS = (
+    Panel("FID to training samples, at the checkpoints", SCORE),
+    Panel("Learning rate", r".*(?<![a-z])(lr|learning_rate)"),
+    Panel("Gradient norm at the samples, by term", r".*_gradient", log_scale=True),
+    Panel("Gradient norm of the weights, before clipping", r".*grad_norm", log_scale=True),
+    Panel("Skipped updates", r".*/skipped"),
+    Panel("Losses of the student", r"student/.*"),
+    Panel("Losses of the critic (dmd = denoising)", r"critic/.*"),
+    Panel("Images per second", r"images_per_s"),
+    Panel("Model FLOPs utilization", r".*mfu"),
+    Panel("Peak memory", r".*memory.*"),
+    Panel("Time per step, in seconds", r"(?!eta_s$).*_s"),
+    Panel("Other metrics", r"(?!(step|eta_s)$).*"),
+)
+"""The plots of a report. A metric belongs to the first panel that matches its name; a panel without metrics is left out."""
+
+
 def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluation: Path) -> None:
+    """Write the report to `path`.
+
+    Args:
+        manifests: The manifests of the run's artifacts by kind; those of run, evaluation and gate are required.
+        run: Local folder with the log and the previews of the run.
+        evaluation: Local folder with the pictures of the evaluation.
+    """
     config = manifests["run"].config
     assert config is not None
     gate = manifests["gate"].facts
@@ -41,7 +72,7 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
         _scores(manifests["evaluation"]),
         _pictures(manifests["evaluation"], evaluation),
         "<h2>Training</h2>",
-        f"<p>{escape(text)}</p>" if (text := chosen(manifests["run"])) else "",
+        f"<p>{escape(text)}</p>" if (text := best_checkpoint(manifests["run"])) else "",
         _curves(run),
         _previews(run),
         "<h2>Time</h2>",
@@ -59,29 +90,37 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
 
 
 def _scores(evaluation: Manifest) -> str:
-    f = evaluation.facts
-    rows = [(told(v), str(v["calls"]), v["fd"]) for v in f["variants"]] + [
-        ("real training images", "", f["fid_real"])
-    ]
-    body = [[escape(name), calls, f"{fid:.2f}", f"{fid / f['fid_teacher']:.2f}"] for name, calls, fid in rows]
+    """A row per set of images; per metric its score and the score as a multiple of the teacher's."""
+    facts, scores = evaluation.facts, read_scores(evaluation.facts)
+    head = ["", "network calls"]
+    for metric in scores:
+        head += [f"{metric.title} ({metric.direction})", f"{metric.title} / teacher's"]
+    rows = []
+    for each in image_sets(facts):
+        cells = [cell for metric in scores for cell in (metric.text(each.name), metric.ratio(each.name))]
+        rows.append([each.title, "" if each.name == REAL else str(each.calls), *cells])
     accuracy = (
-        f", accuracy {f['features_accuracy']:.1%} on the held-out images" if "features_accuracy" in f else ""
+        f", accuracy {facts['features_accuracy']:.1%} on the held-out images"
+        if "features_accuracy" in facts
+        else ""
     )
-    note = f"{f['images']} images each against {f['images_real']} held-out real ones. Features: {f['features']}{accuracy}. Seed {f['seed']}. Frechet distance and resizing by clean-fid."
-    return _table(["", "network calls", "FID", "FID / teacher's"], body) + f"<p>{escape(note)}</p>"
-
-
-def told(variant: dict[str, Any]) -> str:
-    """`teacher in 4 steps`."""
-    who, *fewer = variant["name"].split("_")
-    steps = variant["steps"]
-    return f"{who} in {steps} step{'s' if steps > 1 else ''}" if fewer else who
+    note = (
+        f"{facts['images']} images each against {facts['images_real']} held-out real ones. "
+        f"Features: {facts['features']}{accuracy}. Seed {facts['seed']}."
+    )
+    return (
+        _table([escape(cell) for cell in head], [[escape(cell) for cell in row] for row in rows])
+        + f"<p>{escape(note)}</p>"
+    )
 
 
 def _pictures(evaluation: Manifest, folder: Path) -> str:
-    f = evaluation.facts
-    captions = {v["name"]: f"{told(v).capitalize()}, {v['calls']} network call(s)" for v in f["variants"]}
-    captions |= {"real": "Held-out real images"}
+    captions = {
+        each.name: "Held-out real images"
+        if each.name == REAL
+        else f"{each.title.capitalize()}, {each.calls} network call{'s' if each.calls > 1 else ''}"
+        for each in image_sets(evaluation.facts)
+    }
     return "".join(
         _figure((folder / f"{name}.png").read_bytes(), caption, pixels=True)
         for name, caption in captions.items()
@@ -90,35 +129,30 @@ def _pictures(evaluation: Manifest, folder: Path) -> str:
 
 def _curves(run: Path) -> str:
     metrics = read_metrics(run)
-    panels = {
-        "Losses of the student": ("student/", ("_gradient", "grad_norm")),
-        "Losses of the critic (dmd = denoising)": ("critic/", ("_gradient", "grad_norm")),
-    }
     figures = [
-        _plot(title, {n: _series(metrics, n) for n in _names(metrics, prefix) if not n.endswith(skip)})
-        for title, (prefix, skip) in panels.items()
+        _plot(panel, {name: _series(metrics, name) for name in names})
+        for panel, names in panel_metrics(metrics).items()
     ]
-    gradients = [n for n in _names(metrics, "") if n.endswith("_gradient")]
-    figures.append(
-        _plot("Gradient norm at the samples, by term", {n: _series(metrics, n) for n in gradients}, log=True)
-    )
-    norms = [n for n in _names(metrics, "") if n.endswith("grad_norm")]
-    figures.append(
-        _plot(
-            "Gradient norm of the weights, before clipping", {n: _series(metrics, n) for n in norms}, log=True
-        )
-    )
-    figures.append(_plot("Images per second", {"images_per_s": _series(metrics, "images_per_s")}))
-    if any(SCORE in line for line in metrics):
-        title = "FID to training samples, at the checkpoints"
-        figures.append(_plot(title, {SCORE: _series(metrics, SCORE)}))
     return "".join(_figure(png, "") for png in figures)
 
 
+def panel_metrics(metrics: list[dict[str, float]]) -> dict[Panel, list[str]]:
+    """{panel: names of its metrics}, for the panels that have metrics, in the order of `PANELS`."""
+    found: dict[Panel, list[str]] = {panel: [] for panel in PANELS}
+    for name in dict.fromkeys(name for line in metrics for name in line):
+        panel = next((panel for panel in PANELS if re.fullmatch(panel.pattern, name)), None)
+        if panel:
+            found[panel].append(name)
+    return {panel: names for panel, names in found.items() if names}
+
+
 def _previews(run: Path) -> str:
-    pictures = sorted((run / "previews").glob("*.png"))
-    chosen = [p for p in pictures if p in (pictures[0], pictures[len(pictures) // 2], pictures[-1])]
-    return "".join(_figure(p.read_bytes(), f"Student after step {int(p.stem)}", pixels=True) for p in chosen)
+    """The first, the middle and the last preview."""
+    paths = sorted((run / "previews").glob("*.png"))
+    selected = [p for p in paths if p in (paths[0], paths[len(paths) // 2], paths[-1])]
+    return "".join(
+        _figure(p.read_bytes(), f"Student after step {int(p.stem)}", pixels=True) for p in selected
+    )
 
 
 def _times(manifests: dict[str, Manifest]) -> str:
@@ -127,13 +161,13 @@ def _times(manifests: dict[str, Manifest]) -> str:
         images = manifest.facts.get("images") if kind in ("teacher", "run") else manifest.facts.get("train")
         rate = f"{images / manifest.seconds:.0f}" if images and manifest.seconds else ""
         rows.append([escape(kind), f"{manifest.seconds:.1f}", rate])
-    return _table(["folder", "seconds", "images/s"], rows)
+    return _table(["artifact", "seconds", "images/s"], rows)
 
 
 def _provenance(manifests: dict[str, Manifest]) -> str:
     rows = [[escape(kind), f"<code>{m.digest}</code>", str(len(m.files))] for kind, m in manifests.items()]
     versions = ", ".join(f"{name} {version}" for name, version in manifests["run"].versions.items())
-    return _table(["folder", "sha256 digest", "files"], rows) + f"<p>{escape(versions)}</p>"
+    return _table(["artifact", "sha256 digest", "files"], rows) + f"<p>{escape(versions)}</p>"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -155,28 +189,28 @@ def _figure(png: bytes, caption: str, *, pixels: bool = False) -> str:
     return f'<figure{" class=pixels" if pixels else ""}><img alt="{escape(caption)}" src="data:image/png;base64,{data}">{text}</figure>'
 
 
-def _plot(title: str, series: dict[str, tuple[list[float], list[float]]], *, log: bool = False) -> bytes:
-    figure, axes = plt.subplots(figsize=(4.8, 2.7), dpi=110, layout="constrained")
+def _plot(panel: Panel, series: dict[str, tuple[list[float], list[float]]]) -> bytes:
+    """A PNG of {name: (steps, values)}."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(4.8, 2.7), dpi=110, layout="constrained")
+    axes = figure.subplots()
     for name, (steps, values) in series.items():
         axes.plot(steps, values, label=name, linewidth=1.2)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    if log:
+    if panel.log_scale:
         axes.set_yscale("log")
     if len(series) > 1:
         axes.legend(fontsize=8)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
-    plt.close(figure)
     return stream.getvalue()
 
 
-def _names(metrics: list[dict[str, float]], prefix: str) -> list[str]:
-    return list(dict.fromkeys(name for line in metrics for name in line if name.startswith(prefix)))
-
-
 def _series(metrics: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    there = [line for line in metrics if name in line]
-    return [line["step"] for line in there], [line[name] for line in there]
+    """(steps, values) of a metric, from the lines that have it."""
+    lines = [line for line in metrics if name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]

@@ -1,134 +1,117 @@
-"""How good a student is while it is made: at each checkpoint, the distance of its samples from training samples.
+"""FID of the student during training: at each checkpoint, its samples are compared with training samples.
 
-Every process draws an equal share of them, the same samples whatever the number of processes; what travels between these
-are sums over features and their products, in float64.
+Every process draws an equal share of the samples, and the samples are the same for any number of processes. The processes exchange
+only the moments of the features, in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dmd2.config import BestConfig
 from dmd2.data.loader import RawBatch, Shards
 from dmd2.errors import Refused
-from dmd2.evaluation.features import Features
+from dmd2.evaluation.frechet import FrechetState
+from dmd2.evaluation.metrics import ImageBatch
 from dmd2.models.family import ModelFamily, Prompt
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, seed_of_part
 
-PART = 16
+CHUNK = 16
 """Samples that share a seed and a network call."""
 
 
-class Gaussian(NamedTuple):
-    """What a set of features is seen as."""
-
-    mean: Tensor
-    """(D,), float64."""
-    covariance: Tensor
-    """(D, D)."""
-
-
 @dataclass(frozen=True)
-class Judge:
-    """Scores the student as it is: the less, the better."""
+class CheckpointScorer:
+    """Scores the student with its current weights. Smaller is better."""
 
-    features: Features
-    draw: Callable[[Sequence[Prompt], int], Tensor]
-    """(prompts, seed) -> images of the student, uint8 (N, C, H, W)."""
+    features: Callable[[Tensor], Tensor]
+    """uint8 (B, C, H, W) -> float64 (B, D)."""
+    sample: Callable[[Sequence[Prompt], int], Tensor]
+    """(prompts, seed) -> images of the student, uint8 (B, C, H, W)."""
     prompts: Mapping[range, Sequence[Prompt]]
-    """Of this process's samples, by their rows, `PART` at a time."""
+    """{rows of a chunk: prompts of its samples}, for the chunks of this process."""
     count: int
-    """Samples that all processes draw together."""
+    """Samples of all processes together."""
     seed: int
-    real: Gaussian
-    """The training samples."""
+    reference: FrechetState
+    """The features of the training samples."""
     world: World
 
-    def __call__(self, say: Callable[[str], None]) -> float:
-        """The Frechet distance, known to the main process; `say` is told how far this one is, by all equally often."""
-        drawn = gaussian(self._parts(say), self.world)
-        return distance(drawn, self.real) if self.world.is_main else math.nan
-
-    def images(self, rows: range) -> Tensor:
-        return self.draw(self.prompts[rows], seed_of_part(self.seed, rows.start))
-
-    def _parts(self, say: Callable[[str], None]) -> Iterator[np.ndarray]:
+    def __call__(self, report: Callable[[str], None]) -> float:
+        """The FID on the main process, NaN on the others. `report` is called after each chunk with the progress, equally often on
+        all processes; a collective call."""
+        state = FrechetState()
         for rows in self.prompts:
             images = self.images(rows)
-            say(f"judging, {min(rows.stop, self.count)} of {self.count} samples")
-            yield self.features.of(images)[: max(0, self.count - rows.start)]
+            report(f"scoring, {min(rows.stop, self.count)} of {self.count} samples")
+            counted = max(0, self.count - rows.start)
+            state.update(first_of(self.features, images, self.prompts[rows], counted))
+        state.all_reduce(self.world)
+        return state.score(self.reference).value if self.world.is_main else math.nan
+
+    def images(self, rows: range) -> Tensor:
+        """The samples of a chunk, uint8 (CHUNK, C, H, W)."""
+        return self.sample(self.prompts[rows], seed_of_part(self.seed, rows.start))
 
 
-def judge(
+def load_scorer(
     settings: BestConfig,
-    features: Features,
-    draw: Callable[[Sequence[Prompt], int], Tensor],
+    features: Callable[[Tensor], Tensor],
+    sample: Callable[[Sequence[Prompt], int], Tensor],
     shards: Shards,
     family: ModelFamily,
-    shown: Callable[[range, RawBatch], Sequence[Prompt]],
+    prompts_for: Callable[[range, RawBatch], Sequence[Prompt]],
     world: World,
-) -> Judge:
-    """One that compares with training samples; `shown` tells what to draw beside some of them. Draws once, so that what cannot
-    be drawn is told before the first step."""
-    there = min(settings.images, len(shards))
-    if there < 2:
+) -> CheckpointScorer:
+    """Compute the features of the training samples and return the scorer; a collective call.
+
+    `prompts_for(rows, batch)` gives the prompts of the student's samples with these row numbers, from the training samples with the
+    same numbers. One chunk is sampled at once, so that an error of sampling shows before the first training step."""
+    count = min(settings.images, len(shards))
+    if count < 2:
         raise Refused(
-            f"{shards.uri} has {there} training image; checkpoints cannot be judged by fewer than 2"
+            f"{shards.uri} has {count} training image; scores of checkpoints need at least 2, better thousands"
         )
-    at, prompts = places(there, shards), {}
-
-    def parts() -> Iterator[np.ndarray]:
-        for rows in own(settings.images, world):
-            batch = shards.select([at[row % there] for row in rows])
-            prompts[rows] = shown(rows, batch)
-            x = family.read(batch, Rng.at(settings.seed, 0, rows, world.device)).x
-            yield features.of(family.decode(x).cpu())[: max(0, there - rows.start)]
-
-    real = gaussian(parts(), world)
-    found = Judge(features, draw, prompts, settings.images, settings.seed, real, world)
-    found.images(next(iter(prompts)))
-    return found
+    positions, prompts, state = evenly_spaced(count, shards), {}, FrechetState()
+    for rows in chunks_of_rank(settings.images, world):
+        batch = shards.select([positions[row % count] for row in rows])
+        prompts[rows] = prompts_for(rows, batch)
+        x = family.read(batch, Rng.at(settings.seed, 0, rows, world.device)).x
+        counted = max(0, count - rows.start)
+        state.update(first_of(features, family.decode(x).cpu(), prompts[rows], counted))
+    state.all_reduce(world)
+    scorer = CheckpointScorer(features, sample, prompts, settings.images, settings.seed, state, world)
+    scorer.images(next(iter(prompts)))
+    return scorer
 
 
-def own(count: int, world: World) -> Iterator[range]:
-    """This process's rows. Where networks are divided all must make as many calls, so that the last rows may lie behind the
-    end: they are drawn, and do not count."""
-    for part in range(world.rank, world.size * math.ceil(count / (PART * world.size)), world.size):
-        yield range(part * PART, (part + 1) * PART)
+def first_of(
+    features: Callable[[Tensor], Tensor], images: Tensor, prompts: Sequence[Prompt], count: int
+) -> ImageBatch:
+    """The first `count` images of a chunk with their features; the whole chunk goes through the network, so that its bits do not
+    depend on `count`."""
+    return ImageBatch(images[:count], prompts[:count], features(images)[:count])
 
 
-def places(count: int, shards: Shards) -> np.ndarray:
-    """Of so many samples, at even distances; of runs of `PART`, where single ones would open more shards."""
-    run = PART if len(shards.counts) > count / PART else 1
+def chunks_of_rank(count: int, world: World) -> Iterator[range]:
+    """The rows of `count` samples that this process draws, `CHUNK` at a time.
+
+    With sharded weights all processes must make equally many network calls, so the last chunks may lie beyond `count`: their samples
+    are drawn and not counted."""
+    for chunk in range(world.rank, world.size * math.ceil(count / (CHUNK * world.size)), world.size):
+        yield range(chunk * CHUNK, (chunk + 1) * CHUNK)
+
+
+def evenly_spaced(count: int, shards: Shards) -> np.ndarray:
+    """Positions of `count` samples spread evenly over the shards; in runs of `CHUNK` consecutive samples where single ones would open
+    more shards."""
+    run = CHUNK if len(shards.counts) > count / CHUNK else 1
     starts = np.arange(math.ceil(count / run)) * len(shards) // math.ceil(count / run)
-    every = (starts[:, None] + np.arange(run)).ravel()[:count]
-    return np.minimum(every, len(shards) - 1)
-
-
-def gaussian(parts: Iterable[np.ndarray], world: World) -> Gaussian:
-    """Of features (N, D) that come part by part, and of which each process has some."""
-    total: np.ndarray | float = 0.0
-    for features in parts:
-        counted = np.concatenate([np.ones((len(features), 1)), features], axis=1)
-        total = total + counted.T @ counted
-    sums = world.all_reduce_sum(torch.from_numpy(total))
-    count, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
-    return Gaussian(mean, (sums[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1))
-
-
-def distance(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2), the Frechet distance (Heusel et al. 2017, eq. 6). By the
-    eigenvalues of symmetric matrices, a quarter of the time of clean-fid's square root, while everybody waits."""
-    values, vectors = torch.linalg.eigh(b.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ a.covariance @ root).clamp(min=0).sqrt().sum()
-    apart = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()
-    return float(apart - 2 * shared)
+    positions = (starts[:, None] + np.arange(run)).ravel()[:count]
+    return np.minimum(positions, len(shards) - 1)

@@ -2,8 +2,8 @@
 
 For data far from ImageNet (digits) and for machines without Inception's weights. As with Inception, the features
 are the spatial means of the last convolutional maps; each is divided by its standard deviation over the training
-images, so that all count alike and the scale of the score does not hang on the fit. Scores with these features
-compare runs on the same data with the same seed, and nothing else.
+images, so that all have equal weight and the scale of the score does not depend on the fit. Such scores
+are comparable only between runs on the same data with the same seed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dmd2.data.loader import RawBatch
 from dmd2.progress import Progress
 
 EPOCHS, BATCH, LR, WIDTH, SHIFT = 6, 64, 2e-3, 64, 2
-"""Fixed, so that equal data and seed give equal features. WIDTH is their number; SHIFT the largest random
-translation of an image while fitting, in pixels, against features that know the training images by heart."""
+"""Fixed, so that equal data and seed give equal features. WIDTH is the number of features; SHIFT the largest random translation of an
+image while fitting, in pixels, against overfitting."""
 
 
 class Classifier(nn.Module):
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
 
 
 def fit(train: RawBatch, classes: int, seed: int, device: torch.device) -> Classifier:
-    """Adam, a few epochs, everything drawn from the seed."""
+    """Fit with Adam for `EPOCHS` epochs; all random numbers come from the seed."""
     torch.manual_seed(seed)
     network = Classifier(classes).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
@@ -78,13 +78,14 @@ def fit(train: RawBatch, classes: int, seed: int, device: torch.device) -> Class
 
 @torch.no_grad()
 def _deviation(network: Classifier, train: RawBatch, device: torch.device) -> Tensor:
-    parts = torch.arange(len(train.image)).split(BATCH)
-    return torch.cat([network(rgb(train.image[rows]).float().to(device)) for rows in parts]).std(dim=0)
+    """The standard deviation of each feature over the images, (WIDTH,)."""
+    batches = train.image.split(BATCH)
+    return torch.cat([network(rgb(images).float().to(device)) for images in batches]).std(dim=0)
 
 
 @torch.no_grad()
 def accuracy(network: Classifier, test: RawBatch, device: torch.device) -> float:
-    """Share of the images that are put into their class."""
+    """Share of the images that are classified correctly, 0 to 1."""
     hits = [
         (network.logits(rgb(test.image[rows]).float().to(device)).argmax(1).cpu() == test.label[rows])
         .sum()

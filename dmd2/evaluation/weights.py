@@ -1,4 +1,4 @@
-"""Weights of networks that judge, from where they are published: the file that was meant, or none."""
+"""Downloads of published weights, accepted only with the expected digest."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from dmd2.io.local import sha256
 from dmd2.io.storage import fetch_file
 
 
-def fetch(settings: WeightsConfig, target: Path, option: str) -> None:
-    """Copy the weights from their address, and refuse them if they are not the ones that were meant."""
+def fetch_weights(settings: WeightsConfig, target: Path, option: str) -> None:
+    """Copy the weights from their address to `target`; refuse a file whose sha256 does not begin with `settings.sha256`.
+
+    `option` is the command-line option of the settings, for errors."""
     try:
         if settings.uri.startswith("https://"):
             with urllib.request.urlopen(settings.uri, timeout=60) as source, target.open("wb") as copy:

@@ -1,4 +1,4 @@
-"""The score that picks the best checkpoint of a distillation (`distill.best`): a distance to the training samples."""
+"""The score that selects the best checkpoint of a distillation (`distill.best`): FID to the training samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dmd2.config import Config
 from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import TRAIN
-from dmd2.evaluation import checkpoint_score as scores
 from dmd2.evaluation import features
+from dmd2.evaluation.checkpoint_score import load_scorer
 from dmd2.io.artifact import Manifest
 from dmd2.model import Model
 from dmd2.models.family import Prompt
@@ -28,20 +28,20 @@ def checkpoint_score(
     prompts: str,
     world: World,
 ) -> Score:
-    """A function that samples the student's current weights and returns their distance to the training samples."""
+    """A function that samples the student with its current weights and returns the FID to the training samples."""
     settings = config.distill.best
     texts = read_prompts(prompts) if prompts else ()
 
     def prompts_for(rows: range, images: RawBatch) -> Sequence[Prompt]:
-        return rows_of_prompts(texts, rows) if texts else prompts_of_images(config.family, images, len(rows))
+        return rows_of_prompts(texts, rows) if texts else prompts_of_images(config.family, images)
 
     with world.main_process_first():
-        extract = features.pretrained(settings, "distill.best", world.device)
+        extract = features.load_pretrained(settings, "distill.best", world.device)
     train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
-    judged = scores.judge(settings, extract, student.sample, train, student.family, prompts_for, world)
+    scorer = load_scorer(settings, extract, student.sample, train, student.family, prompts_for, world)
 
-    def score(say: Callable[[str], None]) -> float:
+    def score(report: Callable[[str], None]) -> float:
         with trainable.swap_in_inference_weights():
-            return judged(say)
+            return scorer(report)
 
     return score

@@ -1,25 +1,17 @@
-"""Comparison of student and teacher with held-out real images."""
+"""Scores of student and teacher against held-out real images."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-from dmd2.config import Config, EvaluateConfig
+from dmd2.config import Config
 from dmd2.errors import Refused
+from dmd2.evaluation import metrics
+from dmd2.evaluation.scores import REAL, MetricScores, score_facts
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
 
-if TYPE_CHECKING:
-    import torch
-
-    from dmd2.model import Model
-    from dmd2.models.family import Prompt
-    from dmd2.stages.pictures import Sampler
-
 
 def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Manifest:
-    """Compare student and teacher with held-out real images: FID, from the same noise and the same classes.
+    """Score student and teacher against held-out real images, both from the same noise and for the same classes or captions.
 
     Args:
         data: Folder of shards, with held-out images.
@@ -27,15 +19,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         run: Folder of the distillation.
         out: Folder to make.
     """
-    from dmd2.data.loader import Shards
-    from dmd2.data.shards import HOLDOUT, TRAIN
-    from dmd2.evaluation.features import by_name, distance
-    from dmd2.image_grid import image_grid
-    from dmd2.parallel import ranks
-    from dmd2.stages.networks import load_on_device
-    from dmd2.stages.pictures import sample_grid, save_png
-    from dmd2.stages.prompts import grid_columns, preview_prompts, prompts_of_images
-
+    selected, settings = metrics.select(config.evaluate.metrics), config.evaluate
     original, made = read_manifest(teacher, "teacher"), read_manifest(run, "run")
     inputs = {"shards": read_manifest(data, "shards").digest, "teacher": original.digest, "run": made.digest}
     for name, given in (("shards", data), ("teacher", teacher)):
@@ -45,89 +29,46 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
             )
     if done := find_finished(out, "evaluation", config, inputs):
         return done
-    device, settings = ranks.device(), config.evaluate
-    student = load_on_device(run, made, device)
-    guide = load_on_device(teacher, original, device)
+    from dmd2.data.loader import Shards
+    from dmd2.data.shards import HOLDOUT, TRAIN
+    from dmd2.evaluation.evaluator import Evaluator, score_states
+    from dmd2.evaluation.features import load_extractor
+    from dmd2.parallel import ranks
+    from dmd2.stages.image_sets import real_batches, sampled_batches, sampled_sets, save_picture_grids
+    from dmd2.stages.networks import load_on_device
+    from dmd2.stages.prompts import preview_prompts, prompts_of_images, repeat_prompts
+
+    device = ranks.device()
+    sets = sampled_sets(config, load_on_device(run, made, device), load_on_device(teacher, original, device))
     holdout = Shards(data, HOLDOUT).evenly_spaced(settings.images)
     if len(holdout.image) < 2:
         raise Refused(
-            f"{data} holds out {len(holdout.image)} image; FID needs at least 2, better thousands: shard again"
+            f"{data} holds out {len(holdout.image)} image; an evaluation needs at least 2, better thousands: shard again"
         )
-    prompts = prompts_of_images(config.family, holdout, settings.images)
+    prompts = repeat_prompts(prompts_of_images(config.family, holdout), settings.images)
     with draft_artifact(out, "evaluation", config, inputs) as draft:
-        features = by_name(config, data, holdout, device)
-        real = features(holdout.image)
-        samplers = _samplers(student, guide, settings)
-        for name, (_, _, sampler) in samplers.items():
-            images = sample_images(name, sampler, prompts, settings)
-            draft.facts[f"fid_{name}"] = distance(features(images), real)
+        evaluator = Evaluator.load(
+            selected, settings, lambda: load_extractor(config, data, holdout, device), device
+        )
+        reference = evaluator.accumulate(real_batches(config.family, holdout))
+        scores = {}
+        for name, each in sets.items():
+            batches = sampled_batches(each.description.title, each.sampler, prompts, settings)
+            scores[name] = score_states(evaluator.accumulate(batches), reference)
         train = Shards(data, TRAIN).evenly_spaced(settings.images)
-        draft.facts |= features.facts | {
-            "fid_real": distance(features(train.image), real),
-            "nfe_student": len(student.timesteps),
-            "nfe_teacher": guide.family.teacher_calls(settings.teacher_steps, settings.teacher_guidance),
+        scores[REAL] = score_states(evaluator.accumulate(real_batches(config.family, train)), reference)
+        by_metric = [
+            MetricScores.of(metric, {name: found[metric.name] for name, found in scores.items()})
+            for metric in selected
+        ]
+        draft.facts |= evaluator.facts | score_facts(by_metric, [each.description for each in sets.values()])
+        draft.facts |= {
+            "nfe_student": sets["student"].description.calls,
+            "nfe_teacher": sets["teacher"].description.calls,
             "images": settings.images,
             "images_real": len(holdout.image),
             "seed": settings.seed,
-            "variants": [
-                {
-                    "name": name,
-                    "recipe": recipe or config.recipe,
-                    "steps": steps,
-                    "calls": steps
-                    if not recipe
-                    else guide.family.teacher_calls(steps, settings.teacher_guidance),
-                    "fd": draft.facts[f"fid_{name}"],
-                }
-                for name, (recipe, steps, _) in samplers.items()
-            ],
         }
         shown = preview_prompts(config.family, Shards(data, HOLDOUT))
-        for name, (_, _, sampler) in samplers.items():
-            save_png(sample_grid(config.family, sampler, shown, settings.seed), draft.path / f"{name}.png")
-        save_png(
-            image_grid(holdout.image[: len(shown)], grid_columns(config.family)), draft.path / "real.png"
-        )
+        save_picture_grids(config, sets, holdout, shown, draft.path)
     return read_manifest(out, "evaluation")
-
-
-def _samplers(student: Model, guide: Model, settings: EvaluateConfig) -> dict[str, tuple[str, int, Sampler]]:
-    """By name: whose it is (empty = the recipe's), its steps, and what draws the images."""
-
-    def teacher(steps: int) -> tuple[str, int, Sampler]:
-        return (
-            "teacher",
-            steps,
-            lambda part, seed: guide.sample_teacher(part, seed, steps, settings.teacher_guidance),
-        )
-
-    count = len(student.timesteps)
-    found: dict[str, tuple[str, int, Sampler]] = {
-        "student": ("", count, student.sample),
-        "teacher": teacher(settings.teacher_steps),
-        "teacher_1step": teacher(1),
-    }
-    if count > 1:
-        found |= {
-            "student_1step": ("", 1, replace(student, timesteps=student.timesteps[:1]).sample),
-            f"teacher_{count}step": teacher(count),
-        }
-    return found
-
-
-def sample_images(
-    name: str, sampler: Sampler, prompts: list[Prompt], settings: EvaluateConfig
-) -> torch.Tensor:
-    """Images for all prompts; each part has its own seed, so that a part can be made again alone."""
-    import torch
-
-    from dmd2.progress import Progress
-    from dmd2.rng import seed_of_part
-
-    images = []
-    with Progress(f"sample {name}", len(prompts), "images") as progress:
-        for start in range(0, len(prompts), settings.batch):
-            part = prompts[start : start + settings.batch]
-            images.append(sampler(part, seed_of_part(settings.seed, start)))
-            progress.advance(len(part))
-    return torch.cat(images)

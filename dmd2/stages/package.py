@@ -1,16 +1,17 @@
-"""What users load, made and tried."""
+"""The package of an accepted student: what users load."""
 
 from __future__ import annotations
 
 import shutil
 
 from dmd2.errors import Refused
+from dmd2.evaluation.scores import read_scores
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.staging import draft_artifact
 
 
 def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
-    """Make what users load: weights, how to use them, a model card. Then load it and compare.
+    """Make a package of an accepted student: weights, model card and sample pictures. Then load it and compare its samples.
 
     Args:
         run: Folder of the distillation.
@@ -27,18 +28,18 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
     from dmd2.stages.pictures import save_png
     from dmd2.stages.prompts import grid_columns
 
-    made, judged, decided = (
+    made, evaluated, decided = (
         read_manifest(run, "run"),
         read_manifest(evaluation, "evaluation"),
         read_manifest(gate, "gate"),
     )
-    if judged.inputs["run"] != made.digest or decided.inputs["evaluation"] != judged.digest:
+    if evaluated.inputs["run"] != made.digest or decided.inputs["evaluation"] != evaluated.digest:
         raise Refused(
-            f"{evaluation} and {gate} do not judge the run in {run}; evaluate that run and pass it through the gate"
+            f"{evaluation} and {gate} do not belong to the run in {run}; evaluate that run and pass it through the gate"
         )
     if decided.facts["decision"] != "accepted":
         raise Refused(f"{gate} rejected this run ({decided.facts['reason']}); nothing is packaged")
-    inputs = {"run": made.digest, "evaluation": judged.digest, "gate": decided.digest}
+    inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
     if done := find_finished(out, "package", made.config, inputs):
         return done
     model = load_artifact_model(run, made)
@@ -47,16 +48,13 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         if made.config and made.config.distill.lora and not made.facts.get("adopted"):
             shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
         usage = model.family.usage(model.timesteps)
-        (draft.path / "README.md").write_text(model_card(made, judged, decided, usage))
+        (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage))
         prompts = made.facts["prompts"]
         images = model.sample(prompts, seed=0)
         save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
         if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
-            raise Refused(
-                "the package, loaded again, does not sample what the run samples; it was not published"
-            )
-        draft.facts |= {
-            "recipe": made.config.recipe if made.config else "",
-            "fid_student": judged.facts["fid_student"],
-        }
+            raise Refused("the package, loaded again, does not give the samples of the run; it was discarded")
+        draft.facts["recipe"] = made.config.recipe if made.config else ""
+        for scores in read_scores(evaluated.facts):
+            draft.facts[f"{scores.name}_student"] = scores.values["student"]
     return read_manifest(out, "package")

@@ -39,12 +39,16 @@ def preview_prompts(family: FamilyConfig, shards: Shards, prompts: str = "") -> 
     if family.prompts == "classes":
         return grid_classes(family)
     texts = read_prompts(prompts) if prompts else read_captions(shards, grid_cells(family))
-    return list(itertools.islice(itertools.cycle(texts), grid_cells(family)))
+    return repeat_prompts(texts, grid_cells(family))
 
 
-def prompts_of_images(family: FamilyConfig, images: RawBatch, count: int) -> list[Prompt]:
-    """The labels or captions of real images, repeated to `count`, so that samples have the same class shares."""
-    prompts = images.label.tolist() if family.prompts == "classes" else images.text
+def prompts_of_images(family: FamilyConfig, images: RawBatch) -> list[Prompt]:
+    """The labels of real images, or their captions for a text-to-image family."""
+    return images.label.tolist() if family.prompts == "classes" else list(images.text)
+
+
+def repeat_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """`count` prompts: the given ones again and again, in their order."""
     return list(itertools.islice(itertools.cycle(prompts), count))
 
 

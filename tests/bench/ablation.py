@@ -26,11 +26,13 @@ from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT
-from dmd2.evaluation.features import by_name, distance
+from dmd2.evaluation import metrics
+from dmd2.evaluation.evaluator import Evaluator, score_states
+from dmd2.evaluation.features import load_extractor
 from dmd2.io.local import write_text
 from dmd2.model import load_network
-from dmd2.stages.evaluate import sample_images
-from dmd2.stages.prompts import prompts_of_images
+from dmd2.stages.image_sets import real_batches, sampled_batches
+from dmd2.stages.prompts import prompts_of_images, repeat_prompts
 
 ROOT = Path("runs/bench/ablation")
 VARIANTS = {
@@ -72,13 +74,16 @@ def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[s
     """FID of every student as `evaluate` takes it: the same features, classes, noise and held-out images."""
     device, settings = torch.device("cpu"), base.evaluate
     holdout = Shards(shards, HOLDOUT).evenly_spaced(settings.images)
-    features = by_name(base, shards, holdout, device)
-    real = features(holdout.image)
-    classes = prompts_of_images(base.family, holdout, settings.images)
+    evaluator = Evaluator.load(
+        metrics.select(["fid"]), settings, lambda: load_extractor(base, shards, holdout, device), device
+    )
+    reference = evaluator.accumulate(real_batches(base.family, holdout))
+    classes = repeat_prompts(prompts_of_images(base.family, holdout), settings.images)
     rows = []
     for variant, seed in jobs:
-        images = sample_images(variant, load_network(_run(variant, seed)).sample, classes, settings)
-        rows.append({"variant": variant, "seed": seed, "fid": distance(features(images), real)})
+        batches = sampled_batches(variant, load_network(_run(variant, seed)).sample, classes, settings)
+        scores = score_states(evaluator.accumulate(batches), reference)
+        rows.append({"variant": variant, "seed": seed, "fid": scores["fid"].value})
     return rows
 
 

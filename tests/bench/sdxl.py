@@ -28,12 +28,14 @@ from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT
-from dmd2.evaluation.features import by_name, distance
+from dmd2.evaluation import metrics
+from dmd2.evaluation.evaluator import Evaluator, score_states
+from dmd2.evaluation.features import load_extractor
 from dmd2.io.local import write_text
 from dmd2.model import Model, load_network
-from dmd2.stages.evaluate import sample_images
+from dmd2.stages.image_sets import real_batches, sampled_batches
 from dmd2.stages.pictures import Sampler
-from dmd2.stages.prompts import prompts_of_images
+from dmd2.stages.prompts import prompts_of_images, repeat_prompts
 from tests.emoji.source import source
 
 ROOT, EMOJI = Path("runs/bench/sdxl"), Path("runs/emoji/source")
@@ -97,13 +99,21 @@ def stage(verb: str, recipe: str, out: str, **folders: str) -> float:
 def score(base: Config, only: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     settings = base.evaluate
     holdout = Shards(str(ROOT / "shards"), HOLDOUT).evenly_spaced(settings.images)
-    features = by_name(base, str(ROOT / "shards"), holdout, torch.device("cpu"))
-    prompts, real = prompts_of_images(base.family, holdout, settings.images), features(holdout.image)
+    device = torch.device("cpu")
+    evaluator = Evaluator.load(
+        metrics.select(["fid"]),
+        settings,
+        lambda: load_extractor(base, str(ROOT / "shards"), holdout, device),
+        device,
+    )
+    reference = evaluator.accumulate(real_batches(base.family, holdout))
+    prompts = repeat_prompts(prompts_of_images(base.family, holdout), settings.images)
     rows, pictures = [], {}
     for name, recipe, steps, sampler in samplers(base, only):
-        images = sample_images(name, sampler, prompts, settings)
-        rows.append({"name": name, "recipe": recipe, "steps": steps, "fd": distance(features(images), real)})
-        pictures[name] = images[:SHOWN]
+        batches = list(sampled_batches(name, sampler, prompts, settings))
+        scores = score_states(evaluator.accumulate(batches), reference)
+        rows.append({"name": name, "recipe": recipe, "steps": steps, "fd": scores["fid"].value})
+        pictures[name] = torch.cat([images for images, _ in batches])[:SHOWN]
     return rows, pictures
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from dmd2.config import BestConfig
 from dmd2.evaluation import efficientnet
 from dmd2.evaluation.efficientnet import Convolution, EfficientNet
-from dmd2.evaluation.features import Features, pretrained
+from dmd2.evaluation.features import FeatureExtractor, load_pretrained
 from dmd2.io.local import sha256
 
 CPU = torch.device("cpu")
@@ -25,12 +25,12 @@ MILITARY_UNIFORM = 652
 
 
 @pytest.fixture(scope="module")
-def features() -> Features:
-    return pretrained(BestConfig(features="efficientnet"), "distill.best", CPU)
+def features() -> FeatureExtractor:
+    return load_pretrained(BestConfig(features="efficientnet"), "distill.best", CPU)
 
 
 @pytest.fixture(scope="module")
-def network(features: Features) -> EfficientNet:
+def network(features: FeatureExtractor) -> EfficientNet:
     assert isinstance(features.network, EfficientNet)
     return features.network
 
@@ -49,7 +49,7 @@ def colours(count: int, seed: int) -> torch.Tensor:
 
 
 def test_the_admiral_wears_a_military_uniform(
-    features: Features, network: EfficientNet, hopper: torch.Tensor
+    features: FeatureExtractor, network: EfficientNet, hopper: torch.Tensor
 ) -> None:
     """The probability falls to 0.32 with symmetric padding, to 0.38 with ImageNet's mean and std, to 0.15 with eps 0.01."""
     resized = torch.from_numpy(features.resize(hopper[0].permute(1, 2, 0).numpy())).permute(2, 0, 1)[None]
@@ -87,32 +87,32 @@ def test_odd_padding_puts_one_more_pixel_on_the_right_and_below(
 
 
 def test_features_are_finite_repeatable_and_the_same_for_grey_pictures_of_one_or_three_channels(
-    features: Features,
+    features: FeatureExtractor,
 ) -> None:
     grey = torch.full((2, 1, 20, 20), 128, dtype=torch.uint8)
     out = features(grey)
     assert out.shape == (2, 1280)
-    assert out.dtype == np.float64
-    assert np.isfinite(out).all()
-    assert np.array_equal(out, features(grey.expand(-1, 3, -1, -1)))
+    assert out.dtype == torch.float64
+    assert out.isfinite().all()
+    assert torch.equal(out, features(grey.expand(-1, 3, -1, -1)))
 
 
-def test_the_network_gives_float32(features: Features) -> None:
+def test_the_network_gives_float32(features: FeatureExtractor) -> None:
     resized = features.resize(np.full((10, 12, 3), 200, dtype=np.uint8))
     assert resized.shape == (224, 224, 3)
     assert resized.dtype == np.float32
     assert features.network(torch.from_numpy(resized).permute(2, 0, 1)[None]).dtype == torch.float32
 
 
-def test_features_tell_noise_from_colours(features: Features) -> None:
+def test_features_tell_noise_from_colours(features: FeatureExtractor) -> None:
     noise = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     one, two, other = (
-        features(images).mean(axis=0) for images in (colours(12, 0), colours(12, 1), noise.to(torch.uint8))
+        features(images).mean(dim=0) for images in (colours(12, 0), colours(12, 1), noise.to(torch.uint8))
     )
-    assert 5 * np.linalg.norm(one - two) < np.linalg.norm(one - other)
+    assert 5 * (one - two).norm() < (one - other).norm()
 
 
-def test_the_report_names_the_file(features: Features) -> None:
+def test_the_report_names_the_file(features: FeatureExtractor) -> None:
     digest = sha256(efficientnet.weights())[:12]
     assert features.facts == {"features": f"EfficientNet-Lite0 (ImageNet), sha256 {digest}"}
 

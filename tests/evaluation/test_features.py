@@ -1,4 +1,4 @@
-"""FID: known answers, and weights that are what they should be or are not loaded at all."""
+"""Feature networks: what they compute, and weights that have the expected digest or are not loaded."""
 
 from __future__ import annotations
 
@@ -13,35 +13,20 @@ from torch import nn
 from dmd2.config import Config, WeightsConfig
 from dmd2.data.loader import Shards
 from dmd2.evaluation import classifier
-from dmd2.evaluation.features import by_name, distance
+from dmd2.evaluation.features import load_extractor
 from dmd2.io.local import sha256
-
-
-def test_equal_sets_have_distance_zero() -> None:
-    features = np.random.default_rng(0).normal(size=(500, 16))
-    assert distance(features, features) == pytest.approx(0, abs=1e-6)
-
-
-def test_distance_of_gaussians_has_its_closed_form() -> None:
-    """|m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances, made exact by whitening the samples."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(400, 6))
-    white = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
-    s1, s2 = rng.uniform(0.5, 2, 6), rng.uniform(0.5, 2, 6)
-    m1, m2 = rng.normal(size=6), rng.normal(size=6)
-    expected = ((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()
-    assert distance(white * s1 + m1, white * s2 + m2) == pytest.approx(expected, rel=1e-6)
+from tests.evaluation.test_frechet import fid
 
 
 def test_the_classifier_learns_and_its_features_tell_noise_from_pictures(micro: Config, made: Path) -> None:
     device = torch.device("cpu")
     train, holdout = (Shards(made / "shards", split).evenly_spaced(100) for split in ("train", "holdout"))
-    features = by_name(micro, str(made / "shards"), holdout, device)
+    features = load_extractor(micro, str(made / "shards"), holdout, device)
     assert features.facts["features_accuracy"] > 0.6, "three classes, so chance is a third"
     assert features.facts["features_accuracy_images"] == 12
-    real = features(holdout.image)
-    noise = features(torch.randint(0, 256, holdout.image.shape, dtype=torch.uint8))
-    assert distance(features(train.image), real) < distance(noise, real)
+    real = features(holdout.image).numpy()
+    noise = features(torch.randint(0, 256, holdout.image.shape, dtype=torch.uint8)).numpy()
+    assert fid(features(train.image).numpy(), real) < fid(noise, real)
 
 
 def test_the_same_seed_gives_the_same_features(made: Path) -> None:
@@ -84,14 +69,14 @@ def test_inception_reads_its_weights_from_a_uri_through_clean_fid(
     """The real loading and resizing to 299 pixels; only the weights are a stand-in, for they cannot be had offline."""
     holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, f"{scheme}{weights}", sha256(weights))
-    features = by_name(config, str(made / "shards"), holdout, torch.device("cpu"))
+    features = load_extractor(config, str(made / "shards"), holdout, torch.device("cpu"))
     out = features(holdout.image)
     assert out.shape == (5, 2048)
     means = (classifier.rgb(holdout.image).double().mean((2, 3)).numpy() - 128) / 128
     linear = Stand()
     linear.load_state_dict(torch.jit.load(weights).state_dict())
     expected = linear.layers[2](torch.from_numpy(means).float()).detach().numpy()
-    np.testing.assert_allclose(out, expected, atol=0.02)
+    np.testing.assert_allclose(out.numpy(), expected, atol=0.02)
 
 
 def test_weights_with_another_digest_are_never_loaded(
@@ -101,7 +86,7 @@ def test_weights_with_another_digest_are_never_loaded(
     monkeypatch.setattr(torch.jit, "load", lambda path: loaded.append(path))
     holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, str(weights), "0" * 64)
-    assert "it was not loaded" in refusal(lambda: by_name(config, "", holdout, torch.device("cpu")))
+    assert "it was not loaded" in refusal(lambda: load_extractor(config, "", holdout, torch.device("cpu")))
     assert not loaded
 
 
@@ -110,4 +95,6 @@ def test_weights_that_are_not_there_are_refused(
 ) -> None:
     holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, "/nowhere/weights.pt", "0" * 64)
-    assert "evaluate.inception.uri" in refusal(lambda: by_name(config, "", holdout, torch.device("cpu")))
+    assert "evaluate.inception.uri" in refusal(
+        lambda: load_extractor(config, "", holdout, torch.device("cpu"))
+    )

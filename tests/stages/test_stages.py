@@ -186,7 +186,7 @@ def test_evaluation_of_another_run_does_not_count(
             str(tmp_path / "run"), **paths(made, "evaluation", "gate"), out=str(tmp_path / "package")
         )
     )
-    assert "do not judge the run" in sentence
+    assert "do not belong to the run" in sentence
 
 
 def test_a_teacher_of_another_shape_is_refused(

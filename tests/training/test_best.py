@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from dmd2.batch import Batch
 from dmd2.data.loader import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
-from dmd2.evaluation.checkpoint_score import Judge, distance, gaussian, own, places
+from dmd2.evaluation.checkpoint_score import CheckpointScorer, chunks_of_rank, evenly_spaced
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
@@ -29,6 +28,7 @@ from dmd2.training.metrics_log import SCORE, checkpoint_scores, read_metrics
 from dmd2.training.optim import Metrics
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, MICRO, flags
+from tests.evaluation.test_frechet import fid
 from tests.training.test_loop import ONE_THREAD, assert_same, distill, numbers
 from tests.training.test_on_a_bucket import machines
 from tests.training.test_processes import ENVIRONMENT, torchrun
@@ -64,25 +64,18 @@ def test_every_checkpoint_is_judged_and_the_best_is_kept_and_becomes_the_student
         assert torch.equal(weight, saved[f"shadow.{name}"]), name
 
 
-def test_the_score_is_clean_fids_distance_between_samples_of_the_result_and_training_samples(
+def test_the_score_is_the_fid_between_samples_of_the_result_and_training_samples(
     whole: Path, made: Path
 ) -> None:
     config = recipes.resolve("edm-digits", WORSE)
     shards = Shards(made / "shards", "train")
-    train = shards.select(places(24, shards))
-    look = features.pretrained(config.distill.best, "distill.best", torch.device("cpu"))
+    train = shards.select(evenly_spaced(24, shards))
+    extract = features.load_pretrained(config.distill.best, "distill.best", torch.device("cpu"))
     student, seed = load_network(whole), config.distill.best.seed * 1_000_003
     labels = train.label.tolist()
     images = [student.sample(labels[:16], seed), student.sample([*labels[16:], *labels[:8]], seed + 16)[:8]]
-    expected = features.distance(look(torch.cat(images)), look(train.image))
+    expected = fid(extract(torch.cat(images)).numpy(), extract(train.image).numpy())
     assert read_manifest(whole, "run").facts["best_fid"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_distance_is_that_of_clean_fid() -> None:
-    draw = np.random.default_rng(0)
-    a, b = draw.normal(size=(300, 40)) @ draw.normal(size=(40, 40)), draw.uniform(size=(200, 40))
-    mine = distance(gaussian([a[:100], a[100:]], ALONE), gaussian([b], ALONE))
-    assert mine == pytest.approx(features.distance(a, b), rel=1e-9)
 
 
 def stopped(made: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,15 +109,15 @@ def test_a_run_that_is_killed_while_it_judges_loses_nothing(made: Path, whole: P
     code = """
 import os, signal, sys
 from dmd2.config import Config
-from dmd2.evaluation.checkpoint_score import Judge
+from dmd2.evaluation.checkpoint_score import CheckpointScorer
 from dmd2 import stages
-calls, judge = [], Judge.__call__
+calls, judge = [], CheckpointScorer.__call__
 def killed(self, say):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return judge(self, say)
-Judge.__call__ = killed
+CheckpointScorer.__call__ = killed
 stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
 """
     config = recipes.resolve("edm-digits", WORSE)
@@ -190,8 +183,8 @@ def test_machines_that_share_nothing_but_a_bucket_take_the_best_from_there(
 @pytest.mark.parametrize("count", [24, 40, 50])
 def test_the_number_of_processes_decides_only_who_draws_a_sample(count: int) -> None:
     """Each draws as often as the others; what is drawn only for that lies behind the end."""
-    alone = list(own(count, ALONE))
-    together = [list(own(count, replace(ALONE, rank=rank, size=5))) for rank in range(5)]
+    alone = list(chunks_of_rank(count, ALONE))
+    together = [list(chunks_of_rank(count, replace(ALONE, rank=rank, size=5))) for rank in range(5)]
     assert len({len(rows) for rows in together}) == 1
     every = sorted((rows for part in together for rows in part), key=lambda rows: rows.start)
     assert every[: len(alone)] == alone
@@ -201,23 +194,23 @@ def test_the_number_of_processes_decides_only_who_draws_a_sample(count: int) -> 
 def test_of_many_shards_few_are_opened(made: Path) -> None:
     shards = Shards(made / "shards", "train")
     assert shards.counts == [16, 16, 16]
-    assert places(48, shards).tolist() == list(range(48))
-    assert places(20, shards).tolist() == [*range(16), 24, 25, 26, 27]
+    assert evenly_spaced(48, shards).tolist() == list(range(48))
+    assert evenly_spaced(20, shards).tolist() == [*range(16), 24, 25, 26, 27]
 
 
 def test_a_signal_is_heard_while_a_checkpoint_is_judged(
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = Judge.__call__, []
+    original, calls = CheckpointScorer.__call__, []
 
-    def signalled(self: Judge, say: Callable[[str], None]) -> float:
+    def signalled(self: CheckpointScorer, say: Callable[[str], None]) -> float:
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, say)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Judge, "__call__", signalled)
+        patched.setattr(CheckpointScorer, "__call__", signalled)
         with pytest.raises(Interrupted, match="while the checkpoint of step 8 was judged") as caught:
             distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
     assert caught.value.status == 75
@@ -243,10 +236,10 @@ def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> 
 
 
 def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
-    from dmd2.model_card import chosen, model_card
+    from dmd2.model_card import best_checkpoint, model_card
 
     made_of = read_manifest(whole, "run")
-    sentence = chosen(made_of)
+    sentence = best_checkpoint(made_of)
     assert f"of step {made_of.facts['best_step']} of 10" in sentence
     manifests = {"run": made_of} | {
         kind: read_manifest(made / kind, kind) for kind in ("shards", "teacher", "evaluation", "gate")
@@ -255,7 +248,7 @@ def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
     page = (whole.parent / "report.html").read_text()
     assert sentence in page
     assert sentence in model_card(made_of, manifests["evaluation"], manifests["gate"], "")
-    assert chosen(read_manifest(made / "run", "run")) == ""
+    assert best_checkpoint(read_manifest(made / "run", "run")) == ""
 
 
 def test_nothing_is_judged_unless_it_is_asked_for(made: Path) -> None:

@@ -1,0 +1,102 @@
+"""The metrics of an evaluation: one table, `METRICS`.
+
+A row names a metric, says which direction is better and makes its states. A state is updated with images batch by batch; states of
+parts of a set merge into the state of the whole set, and give its score against the real images. The evaluation fills states for
+every row that `evaluate.metrics` names and writes title, direction and format beside the scores into its manifest, from where gate,
+report, model card, KFP metrics and summary read them: none of them knows a metric by name.
+
+A new metric is a new row. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
+
+from dmd2.errors import Refused, near_miss
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dmd2.config import EvaluateConfig
+    from dmd2.models.family import Prompt
+
+Better = Literal["smaller", "larger"]
+"""Which direction of a score is better."""
+
+
+class Score(NamedTuple):
+    """The value of a metric for one set of images."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    """(low, high) of its confidence interval, if the metric has one."""
+
+
+class ImageBatch(NamedTuple):
+    """What a state is updated with."""
+
+    images: Tensor
+    """uint8 (B, C, H, W)."""
+    prompts: Sequence[Prompt]
+    """What the images were sampled for; of real images their classes or captions."""
+    features: Tensor
+    """float64 (B, D) on the CPU; (B, 0) if none of the metrics uses features."""
+
+
+class MetricState(Protocol):
+    """What a metric has accumulated over the images of one set, in float64."""
+
+    def update(self, batch: ImageBatch) -> None:
+        """Add a batch of images."""
+
+    def merge(self, other: Self) -> None:
+        """Add the images that another state has seen."""
+
+    def score(self, reference: Self) -> Score:
+        """The score against `reference`, the state of the held-out real images."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table."""
+
+    name: str
+    """Its key in the Config and in manifests."""
+    title: str
+    """Its name for people."""
+    better: Better
+    prepare: Callable[[EvaluateConfig, torch.device], Callable[[], MetricState]]
+    """Loads what the states of one evaluation share, such as a network of its own or stored reference statistics, and returns the
+    function that makes an empty state."""
+    uses_features: bool = True
+    """Whether its states read the features of the network that `evaluate.features` names."""
+    format: str = "{:.2f}"
+    """How a value is printed, with its unit."""
+
+
+def _fid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+    from dmd2.evaluation.frechet import FrechetState
+
+    return FrechetState
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("fid", "FID", "smaller", _fid),
+    )
+}  # fmt: skip
+"""{name: row}."""
+
+
+def select(names: Iterable[str]) -> list[Metric]:
+    """The rows with these names; unknown names are refused."""
+    names = list(names)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise Refused(
+            f"evaluate.metrics has {unknown[0]!r}, which is no metric; {near_miss(unknown[0], list(METRICS))}"
+        )
+    return [METRICS[name] for name in names]
