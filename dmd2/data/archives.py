@@ -1,7 +1,7 @@
-"""Files that hold many others: tars, zips, Parquet and IDX files, read where they lie.
+"""Reading files that contain many others: tar, zip, Parquet and IDX files.
 
-Nothing is extracted to disk, and a file that just stops is refused, not taken for a shorter one. Every file is
-opened by the process that reads it: one that was open before a fork has one position for all.
+Nothing is extracted to disk, and a truncated file is refused instead of being read as a shorter one. Every process opens
+its own file handle, because a handle opened before a fork has one position that all processes share.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_hidden(name: str) -> bool:
 
 @contextmanager
 def refuse_broken(where: str, what: str, *errors: type[Exception]) -> Iterator[None]:
-    """What a library says of a broken file, as a sentence."""
+    """Turn these errors of a library about a broken file into a `Refused` with one sentence."""
     try:
         yield
     except errors as error:
@@ -46,7 +46,7 @@ def refuse_broken(where: str, what: str, *errors: type[Exception]) -> Iterator[N
 
 @contextmanager
 def open_tar(uri: str, part: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarFile]:
-    """A tar, or the tar that is `part` of it."""
+    """Open a tar, or the tar that is the member `part` of it."""
     path = fetch_file(uri)
     with refuse_broken(uri, "tar file", tarfile.TarError, EOFError), tarfile.open(path, "r:") as tar:
         if part is None:
@@ -57,7 +57,7 @@ def open_tar(uri: str, part: tarfile.TarInfo | None = None) -> Iterator[tarfile.
 
 
 def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
-    """The plain files, in their order."""
+    """The regular files of a tar, in order; hidden ones are left out. A tar without its end is refused."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # it remembers all of them otherwise
         if member.isfile() and not is_hidden(member.name):
@@ -80,7 +80,10 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def grouped_samples(uri: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Files of one key, which follow each other, by what is behind the first dot; only those wanted are read."""
+    """(name of the sample, {suffix: content}) for each run of members with the same key, as WebDataset groups them.
+
+    Only members with a suffix in `wanted` are read. The suffix is what follows the first dot of the file name.
+    """
     with open_tar(uri) as tar:
         for key, group in itertools.groupby(members(tar, uri), lambda member: _key(member)[0]):
             found: dict[str, bytes] = {}
@@ -101,7 +104,7 @@ def _key(member: tarfile.TarInfo) -> tuple[str, str]:
 
 @lru_cache(maxsize=4)
 def open_zip(uri: str, process: int) -> zipfile.ZipFile:
-    """Open in this process: a file that was open before a fork has one position for all."""
+    """Opened once per process: a handle opened before a fork has one position that all processes share."""
     return zipfile.ZipFile(fetch_file(uri))
 
 
@@ -123,7 +126,7 @@ def open_parquet(uri: str) -> Iterator[Any]:
 
 
 def idx_array(uri: str, dimensions: int) -> Pixels:
-    """An array of bytes: two zeros, the type (8), the number of dimensions, the dimensions, the values."""
+    """The uint8 array of an IDX file: two zero bytes, type 8, number of dimensions, sizes (4 bytes each), values."""
     data = fetch_file(uri).read_bytes()
     with refuse_broken(uri, "IDX file", EOFError, gzip.BadGzipFile, zlib.error):
         data = gzip.decompress(data) if uri.endswith(".gz") else data

@@ -1,7 +1,7 @@
-"""Shards of a bucket on the disk of this machine: bounded, least recently used out first, shared by its processes.
+"""A cache of remote shards on the local disk: limited in size, least recently used first out, shared by all processes.
 
-A shard gets its name in the cache after its bytes were compared with the manifest, so a truncated or changed one is
-never there. Files that are open survive being dropped, until they are closed.
+A shard gets its name in the cache after its SHA-256 was compared with the manifest, so the cache never contains a truncated or
+changed shard. A shard that is evicted while it is open stays readable until it is closed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ShardCache:
         """`limit` in bytes, for all shards of all folders."""
 
     def path(self, file: ArtifactFile) -> Path:
-        """Where the shard lies now."""
+        """Local path of the shard, which is downloaded first if the cache lacks it."""
         path = self.folder / file.sha256
         with file_lock(self.folder / f".{file.sha256}.lock"):
             if path.is_file():
@@ -37,7 +37,7 @@ class ShardCache:
         return path
 
     def open(self, file: ArtifactFile, opener: Callable[[Path], Opened]) -> Opened:
-        """The shard, opened before another process makes room."""
+        """Open the shard, and download it again if another process evicted it in between."""
         while True:
             with suppress(FileNotFoundError):
                 return opener(self.path(file))
@@ -55,7 +55,7 @@ class ShardCache:
             copy_verified(self.store, file, path)
 
     def _evict(self, limit: int) -> None:
-        """Drop shards, the one used longest ago first, until no more than `limit` bytes are left."""
+        """Delete the least recently used shards until at most `limit` bytes are left."""
         with file_lock(self.folder / ".lock"):
             there = sorted(
                 (stat.st_mtime_ns, stat.st_size, path)

@@ -1,4 +1,4 @@
-"""What becomes of a file: decoded, upright, opaque, eight bits a channel, square, and of the size asked for."""
+"""Decoding images and preparing them: upright, opaque, 8 bits per channel, square, of the network's resolution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from dmd2.errors import Refused, near_miss
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is taken for an image. Not all that Pillow knows: for some it starts another program."""
+"""Formats that are decoded. Pillow knows more, but starts external programs for some of them."""
 IMAGE_SUFFIXES = (
     ".avif",
     ".bmp",
@@ -25,12 +25,12 @@ IMAGE_SUFFIXES = (
     ".tiff",
     ".webp",
 )
-"""How the name of an image ends."""
+"""File name suffixes of images."""
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "lanczos", "box", "bilinear")}
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The picture in an encoded file (of an animation the first)."""
+    """Decode an image file; of an animation, the first frame."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image.load()
     return image
@@ -39,9 +39,10 @@ def decode_image(data: bytes) -> Image.Image:
 def prepare_image(
     image: Image.Image, resolution: int, channels: int, filter: str = "bicubic", background: str = "white"
 ) -> Image.Image:
-    """Upright, on `background` where it is transparent, grey or RGB, the central square, resized with antialiasing.
+    """Apply the EXIF orientation, put transparent pixels on `background`, convert to grey or RGB, crop the central square and
+    resize it with antialiasing.
 
-    FID assumes `bicubic`. What is a square of that size already is not resampled.
+    FID is commonly taken on images resized with `bicubic`. A square image of the wanted size is not resampled.
     """
     if filter not in FILTERS:
         raise Refused(f"no filter is named {filter!r}: {near_miss(filter, list(FILTERS))}")
@@ -55,7 +56,7 @@ def prepare_image(
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits as greys of 8: Pillow would cut them off at 255."""
+    """Scale 16-bit grey values to 8 bits; Pillow's own conversion would clip them at 255."""
     if image.mode == "F":
         raise Refused(
             "the pixels are floating point numbers, whose range nobody knows; save them as integers"
@@ -72,7 +73,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _flatten_transparency(image: Image.Image, background: str) -> Image.Image:
-    """Without transparency: below transparent pixels there may be anything."""
+    """Blend transparent pixels with the background; their own colour is arbitrary."""
     if not image.has_transparency_data:
         return image
     try:

@@ -1,9 +1,9 @@
-"""Latents: what a VAE makes of the training images, so that no step of training has to run it.
+"""Encoding training images with a VAE once, so that no training step has to run it.
 
-A sample is `<key>.npy`: mean and standard deviation of the posterior, so that training draws another latent every
-time. Label and caption are carried over; `<key>.emb` and `<key>.pool` are what text encoders make of the caption. A
-unit is one input shard. Batches never cross it, so any number of processes makes the same bytes, and what was
-interrupted continues with the shards that have no result yet.
+A sample is `<key>.npy`: mean and standard deviation of the VAE posterior, so that training draws a new latent every time. Label and
+caption are copied; `<key>.emb` and `<key>.pool` hold the text encoders' embeddings of the caption. The unit of work is one input
+shard. Batches never span two shards, so any number of processes writes the same bytes, and interrupted work continues with the shards that
+have no result file yet.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from dmd2.io.staging import Draft
 from dmd2.progress import Progress
 
 NAMES = {"npy": "latents", "emb": "embeddings", "pool": "pooled", "txt": "captions"}
-"""What the members of a sample are, by suffix."""
+"""Contents of the members of a sample, by suffix."""
 TAR_BLOCK, NPY_HEADER = 512, 128
 SDXL = (500_000, (2, 4, 128, 128))
-"""A set that people know: images, and shape of the moments of one at 1024 pixels."""
+"""A familiar size for comparison: number of images, and shape of the posterior moments of one image at 1024 pixels."""
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the others at the end; what they have left to do may take hours."""
+"""How long a process waits for the others at the end, whose remaining work may take hours."""
 
 
 class EncodedShard(BaseModel):
@@ -50,12 +50,12 @@ class EncodedShard(BaseModel):
 
     shard: ShardInfo
     bytes: dict[str, int]
-    """Bytes by suffix, in all samples."""
+    """Total bytes of all samples, by suffix."""
     seconds: float
 
 
 def sample_posterior(moments: Tensor, eps: Tensor) -> Tensor:
-    """A draw from the posterior: mean + std * eps, in float32.
+    """Sample the VAE posterior: mean + std * eps, in float32.
 
     `moments` is (B, 2, C, h, w), as `RawBatch.image` of latents; `eps` is (B, C, h, w), standard normal. The result has
     the shift and scale of the family already.
@@ -66,7 +66,7 @@ def sample_posterior(moments: Tensor, eps: Tensor) -> Tensor:
 
 @dataclass
 class LatentEncoder:
-    """The networks on the device of this process, and what they are to read."""
+    """VAE and text encoders on the device of this process, and the shards that they encode."""
 
     shards: Shards
     config: Config
@@ -88,7 +88,7 @@ class LatentEncoder:
             )
 
     def describe_disk_use(self) -> str:
-        """What it will take on the disk, in a sentence."""
+        """One sentence about the disk space that the latents will take."""
         first = self.encode_batch(self.first, self.shards.keys(0)[:1])[0]
         count, each = len(self.shards), tar_bytes(*map(len, first.values()))
         known = SDXL[0] * tar_bytes(NPY_HEADER + 2 * math.prod(SDXL[1]), 1)
@@ -98,7 +98,7 @@ class LatentEncoder:
         )
 
     def encode_batch(self, batch: RawBatch, keys: Sequence[str]) -> list[dict[str, bytes]]:
-        """What is stored of each image, by suffix."""
+        """The members to store for each image of a batch, by suffix."""
         parts = {"npy": self.vae.moments(batch.image)}
         if self.texts:
             states, pooled = self.texts.embed(batch.text)
@@ -126,7 +126,7 @@ class LatentEncoder:
             )
 
     def facts(self, networks: Networks, results: list[EncodedShard]) -> dict[str, Any]:
-        """What the manifest says, but the shards."""
+        """Facts for the manifest, except the list of shards."""
         count = sum(result.shard.images for result in results)
         spent = Counter[str]()
         for result in results:
@@ -148,7 +148,7 @@ class LatentEncoder:
 
 
 def write_latents(encoder: LatentEncoder, draft: Draft, part: tuple[int, int] = (0, 1)) -> list[EncodedShard]:
-    """Encode every shard of this part that has no result yet; the results of the part."""
+    """Encode every shard of this part that has no result file yet, and return the results of the part."""
     numbers = range(len(encoder.shards.files))[part[0] :: part[1]]
     there = read_unit_files(draft.store, RESULTS)
     results = {n: EncodedShard.model_validate_json(there[n]) for n in numbers if n in there}
@@ -164,7 +164,7 @@ def write_latents(encoder: LatentEncoder, draft: Draft, part: tuple[int, int] = 
 
 
 def register_shards(results: list[EncodedShard], draft: Draft) -> list[dict[str, Any]]:
-    """Let the draft know the shards, which are already where they belong; what the manifest says of each."""
+    """Add the shards, which are already in their final place, to the draft's files; return their entries for the manifest."""
     shards = [result.shard for result in results]
     draft.delivered += [
         ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards
@@ -175,7 +175,7 @@ def register_shards(results: list[EncodedShard], draft: Draft) -> list[dict[str,
 def _encode_shard(
     number: int, encoder: LatentEncoder, draft: Draft, count: Callable[[int], None]
 ) -> EncodedShard:
-    """Write the latents of a shard, then its result."""
+    """Write the latents of one shard, then its result file."""
     start, spent, keys = time.monotonic(), Counter[str](), encoder.shards.keys(number)
     shard = ShardInfo(file=f"{TRAIN}-{number:06d}.tar", split=TRAIN)
     writer = ShardWriter(shard.file, draft.path, draft.store)
@@ -197,7 +197,7 @@ def _encode_shard(
 
 
 def _batches(number: int, encoder: LatentEncoder) -> Iterator[RawBatch]:
-    """The images of a shard, `encode.batch` at a time, read ahead by threads."""
+    """The images of a shard in batches of `encode.batch`, loaded ahead by threads."""
     settings, count, size = encoder.config.loader, encoder.shards.counts[number], encoder.config.encode.batch
 
     def read(start: int) -> RawBatch:
@@ -219,7 +219,7 @@ def npy_bytes(part: Tensor) -> bytes:
 
 
 def tar_bytes(*sizes: int) -> int:
-    """Bytes in a tar of members of these sizes: each has a header, and fills whole blocks."""
+    """Bytes of tar members of these sizes: each has a header block and is padded to whole blocks."""
     return sum(TAR_BLOCK * (1 + -(-size // TAR_BLOCK)) for size in sizes)
 
 
@@ -233,5 +233,5 @@ def _bytes(count: float) -> str:
 
 
 def distributed_state() -> PartialState:
-    """This process among those that were started together."""
+    """Rank and world size of this process."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

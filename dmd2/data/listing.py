@@ -1,4 +1,4 @@
-"""What lies at an address: the files of a folder, one file, or those that a pattern matches; local or on a bucket."""
+"""Listing the files at an address: a folder, one file, or the files that a pattern matches; local or remote."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dmd2.io.storage import join_uri, open_store
 from dmd2.io.store import ObjectInfo, Store
 
 SPLIT = re.compile(r"(?:^|[-_./])(train|test|val|validation)(?=[-_./])")
-"""Names of splits, where they are a word of a file's name."""
+"""Names of splits that occur as a word in a file name."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies at an address."""
+    """The files at an address."""
 
     layout: str
     store: Store
     entries: list[ObjectInfo]
-    """Hidden files left out."""
+    """Without hidden files."""
     names_files: bool
-    """The address names files, by a name or a pattern, and not their folder."""
+    """Whether the address names files (by name or pattern) and not a folder."""
 
     def uri(self, name: str) -> str:
         return join_uri(self.store.uri, name)
@@ -39,10 +39,10 @@ class Listing:
 
 
 def list_files(address: str, known: list[str]) -> Listing:
-    """What lies there: a folder, a file, or what a pattern in the last part of the address matches.
+    """List a folder, a file, or the files that match a pattern in the last component of the address.
 
     Args:
-        known: Names that could have been meant, for the message.
+        known: Names of sources and layouts, to suggest a correction in the error message.
     """
     store = open_store(address)
     entries = _visible(store.list_objects()) if address else []
@@ -76,7 +76,7 @@ def _nothing(address: str, known: list[str]) -> Refused:
 
 
 def _visible(entries: list[ObjectInfo]) -> list[ObjectInfo]:
-    """In the order of folders; without hidden files, and without the objects that a bucket has in place of folders."""
+    """Sorted by path components; without hidden files and the empty objects that buckets use as folders."""
     there = (e for e in entries if e.name and not e.name.endswith("/") and not is_hidden(e.name))
     return sorted(there, key=lambda entry: entry.name.split("/"))
 
@@ -87,7 +87,7 @@ def matching(pattern: str, names: list[str]) -> list[str]:
 
 
 def find_one(listing: Listing, pattern: str, what: str) -> str:
-    """The only file with such a name."""
+    """The only file whose name matches; none or several are refused."""
     found = matching(pattern, [entry.name for entry in listing.entries])
     if not found:
         raise Refused(
@@ -102,7 +102,7 @@ def find_one(listing: Listing, pattern: str, what: str) -> str:
 
 
 def with_siblings(listing: Listing, name: str) -> tuple[Listing, str]:
-    """If the address was that of a file, the folder with what belongs to it, and the file's name there."""
+    """If the address names a file, the listing of the folder with the files that belong to it, and the file's name there."""
     if not listing.names_files:
         return listing, name
     above, below = posixpath.split(listing.store.uri)
@@ -114,7 +114,7 @@ def with_siblings(listing: Listing, name: str) -> tuple[Listing, str]:
 
 
 def archives_ending(listing: Listing, suffix: str) -> list[str]:
-    """Archives of one kind and one split, and no images that would be left out."""
+    """Archives with this suffix; loose images beside them and a mixture of splits are refused."""
     names = [entry.name for entry in listing.entries]
     found = [name for name in names if name.endswith(suffix)]
     if not found:

@@ -3,7 +3,7 @@
 A row's value of column c has the key `<row, 12 digits>/<c>`; the key `table` holds a JSON text with the version of
 the layout, the number of rows and each column's dtype and shape: a reader needs nothing else. The same columns and
 rows give the same bytes of the file, on machines of the same page size, byte order and version of LMDB; elsewhere
-the same keys and values. `Reference` reads the layout of the original DMD2 research code the same way.
+the same keys and values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,15 +36,6 @@ ROWS_PER_BATCH, BYTES_PER_BATCH = 1000, 64 << 20
 FIRST_MAP = 1 << 20
 """Bytes of the map at first; it doubles whenever it is full."""
 NUMBERS = ("uint8", "float16", "float32", "int64", "float64", "int8", "int16", "uint16", "int32", "uint32", "uint64", "bool", "complex64", "complex128")  # fmt: skip
-PUBLISHED = {
-    "images": "uint8",
-    "labels": "int64",
-    "latents": "float16",
-    "prompts": "text",
-    "prompt_embeds_list": "float16",
-    "pooled_prompt_embeds": "float16",
-}
-"""Dtypes of the reference layout, which are not in its files. The images of its ODE pairs are float16 instead."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +51,13 @@ class Column:
         known = [*NUMBERS, "bytes", "text"]
         if self.dtype not in known:
             raise Refused(f"no column has dtype {self.dtype!r}; {near_miss(self.dtype, known)}")
-        if any(size < 0 for size in self.shape) or (self.shape and not self.numbers):
+        if any(size < 0 for size in self.shape) or (self.shape and not self.is_numeric):
             raise Refused(
                 f"no column of {self.dtype} has rows of shape {self.shape}; give sizes of numbers only, and none below 0"
             )
 
     @property
-    def numbers(self) -> bool:
+    def is_numeric(self) -> bool:
         return self.dtype in NUMBERS
 
     @property
@@ -75,20 +66,20 @@ class Column:
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.shape}" if self.numbers else self.dtype
+        return f"{self.dtype} {self.shape}" if self.is_numeric else self.dtype
 
-    def encoded(self, value: Value | int) -> bytes | None:
-        """The value as it is stored, or None if it is none of this column's."""
+    def encode(self, value: Value | int) -> bytes | None:
+        """The stored bytes of the value, or None if it does not have the dtype and shape of the column."""
         if self.dtype == "bytes":
             return bytes(value) if isinstance(value, bytes) else None
         if self.dtype == "text":
-            return _utf8(value) if isinstance(value, str) else None
-        array = _exact(value, self.dtype) if isinstance(value, int) else value
+            return _encode_utf8(value) if isinstance(value, str) else None
+        array = _exact_array(value, self.dtype) if isinstance(value, int) else value
         if not isinstance(array, np.ndarray | np.generic) or array.shape != self.shape:
             return None
         return array.tobytes() if array.dtype == np.dtype(self.dtype) else None
 
-    def decoded(self, stored: memoryview) -> Value:
+    def decode(self, stored: memoryview) -> Value:
         if self.dtype == "bytes":
             return bytes(stored)
         if self.dtype == "text":
@@ -96,7 +87,7 @@ class Column:
         return np.ndarray(self.shape, self.dtype, stored).copy()  # aligned, and torch may write to it
 
 
-class Writer:
+class TableWriter:
     """Writes a table in a hidden file beside `path`, which gets its name when the `with` ends without an error."""
 
     _env: lmdb.Environment
@@ -117,9 +108,9 @@ class Writer:
         if self.path.exists():
             raise Refused(f"{self.path} exists; choose another path or remove it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _claimed(self._draft)
+        self._lock = _lock_draft(self._draft)
         try:
-            with _named(self.path):
+            with _system_errors(self.path):
                 self._env = lmdb.open(
                     str(self._draft), subdir=False, map_size=FIRST_MAP, lock=False, sync=False
                 )
@@ -148,17 +139,17 @@ class Writer:
                 f"row {self._count} of {self.path} has columns {sorted(row)}, the table has {sorted(self.columns)}; "
                 "give each of them once"
             )
-        values = {name: self._encoded(name, row[name]) for name in sorted(row)}
+        values = {name: self._encode(name, row[name]) for name in sorted(row)}
         self._rows += [(_key(name, self._count), value) for name, value in values.items()]
         self._bytes += sum(map(len, values.values()))
         self._count += 1
         if self._count % ROWS_PER_BATCH == 0 or self._bytes >= BYTES_PER_BATCH:
             self._commit()
 
-    def _encoded(self, name: str, value: Value | int) -> bytes:
-        encoded = self.columns[name].encoded(value)
+    def _encode(self, name: str, value: Value | int) -> bytes:
+        encoded = self.columns[name].encode(value)
         if encoded is None:
-            given = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else _short(value)
+            given = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else _describe(value)
             raise Refused(
                 f"row {self._count} of {self.path}: column {name!r} takes {self.columns[name]}, not {given}; convert it"
             )
@@ -168,7 +159,7 @@ class Writer:
         """Write the rows at hand in one transaction, again from its start if the map was too small."""
         while True:
             try:
-                with _named(self.path), self._env.begin(write=True) as transaction:
+                with _system_errors(self.path), self._env.begin(write=True) as transaction:
                     for key, value in self._rows:
                         transaction.put(key, value, append=True)
                 break
@@ -181,7 +172,7 @@ class Writer:
         about = {"version": VERSION, "rows": self._count, "columns": columns}
         self._rows.append((HEADER, json.dumps(about).encode()))
         self._commit()
-        with _named(self.path):
+        with _system_errors(self.path):
             self._env.sync(True)  # the name may survive a lost node, the content must too
         self._env.close()
         self._draft.replace(self.path)
@@ -191,17 +182,32 @@ class Writer:
         self._lock.close()
 
 
-class _Rows:
-    """Reading by row and column. It may be forked and pickled: each process opens the file for itself."""
+class Table:
+    """A table that `TableWriter` made: `table[i]`, `table.column(name, i)`, `len(table)`.
 
-    folder = False
-    """Whether the environment is a folder."""
-    columns: dict[str, Column]
-    _count: int
+    It may be forked and pickled: each process opens the file for itself.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        self._file = _opened(self.path, self.folder)
+        self._file = _open_file(self.path)
+        try:
+            header = json.loads(bytes(self._get(HEADER) or b""))
+            version = header["version"]
+        except (ValueError, TypeError, KeyError):
+            raise Refused(
+                f"{path} is an LMDB file, but no table: its key {HEADER.decode()!r} does not describe columns; "
+                "make it with TableWriter"
+            ) from None
+        if version != VERSION:
+            raise Refused(
+                f"{path} is a table of layout {version}, this version reads {VERSION}; make it again"
+            )
+        self._count: int = header["rows"]
+        self.columns = {
+            name: Column(column["dtype"], tuple(column["shape"]))
+            for name, column in header["columns"].items()
+        }
 
     def __len__(self) -> int:
         return self._count
@@ -216,140 +222,43 @@ class _Rows:
         return type(self), (self.path,)
 
     def column(self, name: str, index: int) -> Value:
-        """One value of a row; an array is a copy that belongs to the caller."""
+        """One value of a row. An array is a copy that belongs to the caller.
+
+        Raises:
+            Refused: There is no such column or row, or the stored value is not of the column's dtype and shape.
+        """
         if name not in self.columns:
-            raise Refused(f"{self.path} has no column {name!r}; {self._known(name)}")
+            raise Refused(f"{self.path} has no column {name!r}; {near_miss(name, list(self.columns))}")
         if not 0 <= operator.index(index) < len(self):
             raise Refused(f"{self.path} has no row {index}; it has {len(self)}, counted from 0")
-        column, stored = self.columns[name], self._get(self._key(name, index))
+        column, stored = self.columns[name], self._get(_key(name, index))
         if stored is None:
             raise Refused(f"{self.path} lacks row {index} of {name!r}; it is incomplete, make it again")
-        if column.numbers and len(stored) != column.size:
+        if column.is_numeric and len(stored) != column.size:
             raise Refused(
                 f"{self.path}: row {index} of {name!r} has {len(stored)} bytes, {column} takes {column.size}; "
-                f"{self._advice(column, len(stored))}"
+                "it was changed, make it again"
             )
         try:
-            return column.decoded(stored)
+            return column.decode(stored)
         except UnicodeDecodeError:
             raise Refused(
-                f"{self.path}: row {index} of {name!r} is no UTF-8 text; give another dtype"
+                f"{self.path}: row {index} of {name!r} is no UTF-8 text; it was changed, make it again"
             ) from None
 
     def _get(self, key: bytes) -> memoryview | None:
         if self._file.pid != os.getpid():
-            self._file = _opened(self.path, self.folder)
+            self._file = _open_file(self.path)
         return self._file.transaction.get(key)
 
-    def _known(self, name: str) -> str:
-        return near_miss(name, list(self.columns))
 
-    def _key(self, name: str, index: int) -> bytes:
-        return _key(name, index)
-
-    def _advice(self, column: Column, size: int) -> str:
-        return "it was changed, make it again"
-
-
-class Table(_Rows):
-    """A table that `Writer` made: `table[i]`, `table.column(name, i)`, `len(table)`."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
-        try:
-            about = json.loads(bytes(self._get(HEADER) or b""))
-            version = about["version"]
-        except (ValueError, TypeError, KeyError):
-            raise Refused(
-                f"{path} is an LMDB file, but no table: its key {HEADER.decode()!r} says nothing about columns; "
-                "make it with Writer, or read a folder of the research code with Reference"
-            ) from None
-        if version != VERSION:
-            raise Refused(
-                f"{path} is a table of layout {version}, this version reads {VERSION}; make it again"
-            )
-        self._count = about["rows"]
-        self.columns = {
-            name: Column(facts["dtype"], tuple(facts["shape"])) for name, facts in about["columns"].items()
-        }
-
-
-class Reference(_Rows):
-    """A folder in the layout of the original DMD2 research code, read like a Table.
-
-    `<name>_shape` holds "rows d1 d2 ...", `<name>_<row>_data` the bytes of a row. The dtypes are not stored: those
-    in `dtypes` go before the published ones. Arrays of no known dtype are no columns.
-    """
-
-    folder = True
-
-    def __init__(self, path: str | Path, dtypes: Mapping[str, str] | None = None) -> None:
-        super().__init__(path)
-        self.dtypes = dict(dtypes or {})
-        known = PUBLISHED | self.dtypes
-        self._shapes = {name: self._shape(name) for name in self._names(known)}
-        if not self._shapes:
-            raise Refused(f"{path} holds no arrays of the research code's layout: no key ends in _shape")
-        for name in self.dtypes.keys() - self._shapes.keys():
-            raise Refused(f"{path} holds no array {name!r}; {near_miss(name, list(self._shapes))}")
-        if len({shape[0] for shape in self._shapes.values()}) > 1:
-            counts = ", ".join(f"{name} {shape[0]}" for name, shape in self._shapes.items())
-            raise Refused(f"{path} holds arrays of different length ({counts}); make it again")
-        self.columns = {
-            name: Column(known[name], shape[1:] if known[name] in NUMBERS else ())
-            for name, shape in self._shapes.items()
-            if name in known
-        }
-        self._count = next(iter(self._shapes.values()))[0]
-        if self._count:
-            self[0]  # a wrong dtype is said now
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.dtypes)
-
-    def _names(self, known: Iterable[str]) -> list[str]:
-        """The arrays that have a shape. Rows are skipped, and with `a` those of `a_2`, unless that is a known name."""
-        names = {name for name in known if self._get(f"{name}_shape".encode())}
-        with self._file.transaction.cursor() as cursor:
-            found = cursor.first()
-            while found:
-                key = bytes(cursor.key())
-                if row := re.fullmatch(rb"(.+_)\d+_data", key):
-                    found = cursor.set_range(row[1] + b":")  # what follows the digits
-                    continue
-                if shape := re.fullmatch(rb"(.+)_shape", key):
-                    names.add(shape[1].decode())
-                found = cursor.next()
-        return sorted(names)
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        text = bytes(self._get(f"{name}_shape".encode()) or b"")
-        if not re.fullmatch(rb"\d+( \d+)*", text):
-            raise Refused(
-                f"{self.path}: {name}_shape is {text[:40]!r}, not numbers with spaces; make it again"
-            )
-        return tuple(map(int, text.split()))
-
-    def _known(self, name: str) -> str:
-        if name in self._shapes:
-            return f"an array of that name is there, say which dtype: dtypes={{{name!r}: ...}}"
-        return super()._known(name)
-
-    def _key(self, name: str, index: int) -> bytes:
-        return f"{name}_{index}_data".encode()
-
-    def _advice(self, column: Column, size: int) -> str:
-        fits = [dtype for dtype in NUMBERS if Column(dtype, column.shape).size == size]
-        return f"{' or '.join(fits)} would fit, say so in dtypes" if fits else "no dtype of numbers would fit"
-
-
-class _Open:
+class _OpenFile:
     """A file that is open in one process, with a transaction for all reads."""
 
-    def __init__(self, path: Path, folder: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.pid = os.getpid()
         try:
-            self.env = lmdb.open(str(path), subdir=folder, readonly=True, lock=False, readahead=False)
+            self.env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
         except lmdb.Error as error:
             if error.code == errno.EACCES:
                 raise PermissionError(error.code, "not readable", str(path)) from error
@@ -357,43 +266,39 @@ class _Open:
             raise Refused(f"{path} cannot be opened as an LMDB database ({reason}); make it again") from None
         self.transaction = self.env.begin(buffers=True)
 
-    def least(self, strict: bool) -> int:
-        """Bytes that the file must have; reading those that are not there would be a bus error."""
-        stat = self.env.stat()
-        used = 2 + stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
-        # Only in a file that was merely appended to is the last page sure to have been written.
-        return stat["psize"] * (self.env.info()["last_pgno"] + 1 if strict else used)
+    @property
+    def min_size(self) -> int:
+        """Bytes that the file must have. Reading pages beyond the end of a truncated file would be a bus error."""
+        return int(self.env.stat()["psize"] * (self.env.info()["last_pgno"] + 1))
 
     def close(self) -> None:
         self.transaction.abort()
         self.env.close()
 
 
-_OPEN: WeakValueDictionary[tuple[int, int], _Open] = WeakValueDictionary()
+_OPEN_FILES: WeakValueDictionary[tuple[int, int], _OpenFile] = WeakValueDictionary()
 """By device and inode: LMDB opens a file once per process."""
 
 
-def _opened(path: Path, folder: bool) -> _Open:
-    """The file as this process has it open. What a fork inherited is closed first, for LMDB counts it."""
-    file = path / "data.mdb" if folder else path
-    if not file.is_file():
-        what = "a folder with a data.mdb" if folder else "a file that Writer made"
-        raise Refused(f"{path} is not {what}; give the path of one")
-    stat = file.stat()
-    there = _OPEN.get((stat.st_dev, stat.st_ino))
+def _open_file(path: Path) -> _OpenFile:
+    """The file, opened once per process. A handle inherited by a fork is closed first, because LMDB counts open handles."""
+    if not path.is_file():
+        raise Refused(f"{path} is not a file that TableWriter made; give the path of one")
+    stat = path.stat()
+    there = _OPEN_FILES.get((stat.st_dev, stat.st_ino))
     if there is not None and there.pid == os.getpid():
         return there
     if there is not None:
         there.close()
-    opened = _Open(path, folder)
-    if stat.st_size < opened.least(strict=not folder):
+    opened = _OpenFile(path)
+    if stat.st_size < opened.min_size:
         raise Refused(f"{path} is truncated to {stat.st_size} bytes; copy or make it again")
-    _OPEN[stat.st_dev, stat.st_ino] = opened
+    _OPEN_FILES[stat.st_dev, stat.st_ino] = opened
     return opened
 
 
-def _claimed(draft: Path) -> IO[bytes]:
-    """The draft, emptied of what a killed process left, and held until it is closed or this process dies."""
+def _lock_draft(draft: Path) -> IO[bytes]:
+    """The draft file, emptied and locked until it is closed or this process ends."""
     lock = draft.open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -409,8 +314,8 @@ def _claimed(draft: Path) -> IO[bytes]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of the system as OSError of that path. LMDB calls a write that a full disk cut short EIO."""
+def _system_errors(path: Path) -> Iterator[None]:
+    """Raise system errors of LMDB as OSError with the path. LMDB reports a full disk as EIO."""
     try:
         yield
     except lmdb.Error as error:
@@ -424,14 +329,14 @@ def _key(name: str, index: int) -> bytes:
     return f"{index:012d}/{name}".encode()
 
 
-def _utf8(text: str) -> bytes | None:
+def _encode_utf8(text: str) -> bytes | None:
     try:
         return text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         return None
 
 
-def _exact(value: int, dtype: str) -> np.ndarray | None:
+def _exact_array(value: int, dtype: str) -> np.ndarray | None:
     """The number as that dtype, or None where it cannot be exactly that number."""
     try:
         with np.errstate(over="ignore"):
@@ -441,6 +346,6 @@ def _exact(value: int, dtype: str) -> np.ndarray | None:
     return array if array.item() == value else None
 
 
-def _short(value: object) -> str:
+def _describe(value: object) -> str:
     text = " ".join(f"{type(value).__name__} {value!r}".split())
     return text if len(text) <= 60 else f"{text[:57]}..."

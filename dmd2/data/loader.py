@@ -1,7 +1,7 @@
-"""Reading shards: locally, or from a bucket through a cache that the processes of a machine share.
+"""Reading shards from the local disk, or from remote storage through a cache that all processes of a machine share.
 
-A shard is compared with its manifest before a sample of it is used. It stays on the disk: what is held in memory
-is where its samples begin. Which samples a step gets is the business of `order`.
+A shard is compared with its manifest before a sample of it is used. Memory holds only the offsets of the samples in their shards.
+Which samples a step gets is decided in `order`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dmd2.io.artifact import ArtifactFile, Manifest, check_file, read_manifest
 from dmd2.io.storage import join_uri, open_store
 
 MAX_OPEN_SHARDS = 400
-"""Shards that one process keeps open; a usual limit is 1,024 files."""
+"""Upper limit of shards that one process keeps open; the usual limit of open files is 1,024."""
 
 
 class RawBatch(NamedTuple):
@@ -41,7 +41,7 @@ class RawBatch(NamedTuple):
     label: Tensor
     """int64 (B,)."""
     text: tuple[str, ...] = ()
-    """Captions; empty where there is none."""
+    """Captions; an empty string where there is none."""
 
 
 class RawSample(NamedTuple):
@@ -52,7 +52,7 @@ class RawSample(NamedTuple):
 
 
 class TarShard:
-    """A shard on the disk, and where its samples begin in it."""
+    """A tar shard on the disk, with the offsets of its samples."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,7 +82,7 @@ class TarShard:
         return RawSample(self._read(*map(int, self.payload[index])), int(self.label[index]), text)
 
     def keys(self) -> list[str]:
-        """Names of its samples, read anew: training needs none."""
+        """Keys of the samples, read from the file again, since training does not need them."""
         self.file.seek(0)
         with tarfile.open(fileobj=self.file) as members:
             return list(dict.fromkeys(os.path.splitext(name)[0] for name in members.getnames()))
@@ -92,7 +92,7 @@ class TarShard:
 
 
 class LmdbShard:
-    """A split in an LMDB table, read like a shard."""
+    """A split in an LMDB table, with the interface of a tar shard."""
 
     def __init__(self, path: Path) -> None:
         self.table = Table(path)
@@ -102,7 +102,7 @@ class LmdbShard:
         return len(self.table)
 
     def keys(self) -> list[str]:
-        """Names of its samples: a table knows only their numbers."""
+        """Keys of the samples; a table has only row numbers."""
         return [f"{index:012d}" for index in range(len(self))]
 
     def sample(self, index: int) -> RawSample:
@@ -115,7 +115,7 @@ class LmdbShard:
 
 
 class Shards:
-    """One split of a shards (or latents) folder."""
+    """One split of an artifact of shards, latents or pairs."""
 
     def __init__(self, folder: str | Path, split: str, kind: str = "shards", cache_gb: float = 50.0) -> None:
         self.uri = str(folder)
@@ -143,22 +143,22 @@ class Shards:
         return self._open_shard(shard).sample(index)
 
     def keys(self, shard: int) -> list[str]:
-        """Names of the samples of a shard."""
+        """Keys of the samples of a shard."""
         return self._open_shard(shard).keys()
 
     def evenly_spaced(self, count: int) -> RawBatch:
-        """`count` samples at even distances, so of every part of a sorted set, or all there are."""
+        """`count` samples at even distances over the whole split (all samples if there are fewer), so that sorted data is covered evenly."""
         total = len(self)
         return self.select(np.arange(min(count, total)) * total // min(count, total))
 
     def select(self, places: Iterable[int]) -> RawBatch:
-        """The samples at these places of the whole."""
+        """The samples at these indices of the whole split."""
         starts, wanted = np.cumsum([0, *self.counts]), list(places)
         shards = np.searchsorted(starts, wanted, side="right") - 1
         return collate([self.sample(int(s), int(p - starts[s])) for s, p in zip(shards, wanted, strict=True)])
 
     def _open_shard(self, shard: int) -> TarShard | LmdbShard:
-        """A shard, kept open while it is among those used last."""
+        """The opened shard; the least recently used one is closed if more than `max_open` are open."""
         with self._lock:
             tar = self._open.pop(shard, None) or self._load_shard(shard)
             self._open[shard] = tar
@@ -187,7 +187,7 @@ class Shards:
 
 
 class DataLoader:
-    """Batches of a split, for one rank of a world."""
+    """Batches of a split for one rank."""
 
     def __init__(
         self, shards: Shards, batch: int, seed: int, settings: LoaderConfig, rank: int = 0, world: int = 1
@@ -203,12 +203,12 @@ class DataLoader:
         shards.max_open = min(MAX_OPEN_SHARDS, 2 * settings.shuffle_block * reach)
 
     def batch(self, step: int) -> RawBatch:
-        """What this rank gets in a step."""
+        """This rank's rows of the batch of a step."""
         positions = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         return collate([self.shards.sample(*self.order.sample(p)) for p in positions])
 
     def batches(self, first_step: int) -> Iterator[RawBatch]:
-        """What this rank gets from that step on, for ever, read ahead by threads."""
+        """This rank's batches from `first_step` on, without end; `prefetch` of them are loaded ahead by threads."""
         steps = itertools.count(first_step)
         if not self.settings.prefetch:
             yield from map(self.batch, steps)
@@ -230,7 +230,7 @@ def collate(samples: list[RawSample]) -> RawBatch:
 
 
 def decode_array(data: bytes | np.ndarray) -> np.ndarray:
-    """uint8 (C, H, W) of an image, or the array as it is."""
+    """uint8 (C, H, W) of an encoded PNG, the array of NPY data, or the array itself."""
     if isinstance(data, np.ndarray):
         return data
     if data.startswith(b"\x93NUMPY"):

@@ -1,9 +1,9 @@
-"""In which order samples are read: a pure function of (seed, epoch, position).
+"""The order in which samples are read: a pure function of (seed, epoch, position).
 
-An epoch shuffles the shards, and cuts their sequence into lanes that are read side by side: position p lies in lane
-p mod lanes. Within a lane, blocks of shards are shuffled image by image. Step k of a run takes the positions
-k * batch ... (k + 1) * batch - 1, whatever was read before and on however many processes: a resumed run needs to
-remember nothing but its step. If the number of processes divides the lanes, each has its own shards to read.
+Each epoch shuffles the shards and divides their sequence into lanes that are read in parallel: position p belongs to lane
+p mod lanes. Within a lane, the images of a block of shards are shuffled. Step k of a run reads positions k * batch to
+(k + 1) * batch - 1 on any number of processes, so a resumed run needs no state but its step. If the number of processes divides
+the number of lanes, each process reads its own shards only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 
 class Order:
-    """All samples of some shards, once per epoch.
+    """A permutation of all samples for each epoch.
 
-    Memory: 8 bytes per shard, and 4 per image of the two blocks of each lane that were used last.
+    Memory: 8 bytes per shard, and 4 bytes per image of the two most recently used blocks of each lane.
     """
 
     def __init__(self, counts: Sequence[int], seed: int, block: int, lanes: int) -> None:
@@ -28,7 +28,7 @@ class Order:
         self._permutation = lru_cache(maxsize=2 * self.lanes)(self._shuffled_block)
 
     def sample(self, position: int) -> tuple[int, int]:
-        """(shard, index in it) of a position, counted from the first epoch's start."""
+        """(shard, index in the shard) of a position, counted from the start of the first epoch."""
         epoch, place = divmod(position, self.total)
         shards, starts = self._epoch(epoch)
         row, lane = divmod(place, self.lanes)
@@ -39,7 +39,7 @@ class Order:
         return int(shards[at]), place - int(starts[at])
 
     def shards_of(self, epoch: int, lane: int) -> list[int]:
-        """The shards a lane reads in an epoch, in that order."""
+        """The shards that a lane reads in an epoch, in reading order."""
         shards, starts = self._epoch(epoch)
         first, last = self._lane(lane)
         low, high = np.searchsorted(starts, [first, last - 1], side="right") - 1
@@ -60,7 +60,7 @@ class Order:
         return max(first, int(starts[begin])), min(last, int(starts[end])), block
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the shards that hold something, and the place at which each starts, with the end."""
+        """The shuffled non-empty shards, and the offset at which each starts, followed by the total."""
         filled = np.flatnonzero(self.counts)
         shards = filled[np.random.default_rng([self.seed, epoch]).permutation(len(filled))]
         return shards, np.concatenate([[0], np.cumsum(self.counts[shards])])

@@ -20,13 +20,13 @@ from dmd2.progress import Progress
 from dmd2.rng import seed_of_part
 
 SamplePairs = Callable[[Sequence[str], int], tuple[Tensor, Tensor]]
-"""(prompts, seed) -> noise and answer, each (B, C, h, w)."""
+"""(prompts, seed) -> noise and the teacher's samples, each (B, C, h, w)."""
 
 
 def write_pairs(
     config: Config, prompts: Sequence[str], sample_pairs: SamplePairs, draft: Draft
 ) -> list[EncodedShard]:
-    """Sample the prompts, in turn and as often as it takes, into shards."""
+    """Write `pairs.count` pairs as shards; prompts are repeated in turn if there are fewer."""
     settings = config.pairs
     there = read_unit_files(draft.store, RESULTS)
     results = {number: EncodedShard.model_validate_json(text) for number, text in there.items()}
@@ -57,8 +57,8 @@ def _write_shard(
         for first in range(places.start, places.stop, config.pairs.batch):
             rows = range(first, min(first + config.pairs.batch, places.stop))
             texts = [prompts[row % len(prompts)] for row in rows]
-            eps, answer = sample_pairs(texts, seed_of_part(config.seed, first))
-            for row, text, pair in zip(rows, texts, torch.stack((eps, answer), 1).half(), strict=True):
+            eps, x = sample_pairs(texts, seed_of_part(config.seed, first))
+            for row, text, pair in zip(rows, texts, torch.stack((eps, x), 1).half(), strict=True):
                 writer.add(f"{row:08d}", {"npy": npy_bytes(pair), "cls": b"0", "txt": text.encode()})
             count(len(rows))
         shard.images = len(places)

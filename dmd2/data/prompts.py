@@ -1,7 +1,7 @@
-"""Lists of prompts: a file of text, JSON Lines or Parquet, or the pickled list that DMD2 published.
+"""Reading lists of prompts: text, JSON Lines or Parquet files, or the pickled list that DMD2 published.
 
-A pickle is a program. Here it is read only if all it does is to put together lists, tuples, dicts and plain values:
-its instructions are looked through before the first of them is followed.
+A pickle is a program. Here it is read only if it does nothing but build lists, tuples, dicts and plain values: all of its opcodes are
+checked before the first is executed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dmd2.errors import Refused, brief, near_miss
 from dmd2.io.storage import fetch_file
 
 PROMPT_COLUMNS = ("text", "caption", "prompt")
-"""The first that is there counts, unless the address chooses one."""
+"""Names of the field or column with the prompt; the first one present is used, unless the address names one."""
 PLAIN_OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
     "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
@@ -26,11 +26,11 @@ PLAIN_OPCODES = {
     "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "DICT", "SETITEM",
     "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
 }  # fmt: skip
-"""Instructions of a pickle that can only make lists, tuples, dicts and plain values."""
+"""Opcodes of a pickle that can only build lists, tuples, dicts and plain values."""
 
 
 def read_prompts(address: str) -> list[str]:
-    """The prompts of a local or `gs://` file, in their order; blank ones dropped, duplicates kept.
+    """The prompts of a local or remote file, in order; blank ones are dropped, duplicates are kept.
 
     Args:
         address: A .txt, .jsonl, .parquet or .pkl file; `column:address` chooses the field or column.
@@ -62,7 +62,7 @@ def read_prompts(address: str) -> list[str]:
 
 
 def _lines(path: Path, address: str) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, which count from 1."""
+    """(line number from 1, line) of a UTF-8 file; a byte order mark is removed."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
@@ -110,7 +110,7 @@ def _pickle(path: Path, address: str, column: str) -> Sequence[Any]:
     data = path.read_bytes()
     try:
         for instruction, argument, _ in pickletools.genops(data):
-            # A place in the memo far beyond the file's length only serves to use up memory.
+            # A memo index far beyond the length of the file only serves to exhaust memory.
             far = "PUT" in instruction.name and isinstance(argument, int) and argument > len(data)
             if instruction.name not in PLAIN_OPCODES or far:
                 raise Refused(
@@ -128,7 +128,7 @@ def _pickle(path: Path, address: str, column: str) -> Sequence[Any]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Knows no names, neither of classes nor of functions: the second lock on the door."""
+    """An unpickler that refuses every class and function, as a second safeguard after the check of the opcodes."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])

@@ -1,9 +1,9 @@
-"""Writing shards: tar files that WebDataset reads, and the facts about them.
+"""Writing shards: tar files that WebDataset reads.
 
-A source is cut into units: pieces of a listing, shuffled once with the seed, or whole archives. A unit becomes one
-or more shards of each split, whatever is done with the others: so any number of processes and machines makes the
-same bytes, and what was interrupted continues with the units that have no result yet. A sample is `<key>.png`,
-`<key>.cls` and, if there is a caption, `<key>.txt`; members of a tar carry no time and no owner.
+A source is divided into units of work: ranges of a listing that is shuffled once with the seed, or whole archives. A unit becomes one
+or more shards of each split, independently of the others. So any number of processes and machines writes the same bytes, and interrupted
+work continues with the units that have no result file yet. A sample is `<key>.png`, `<key>.cls` and, if there is a caption,
+`<key>.txt`; members of a tar have no time and no owner.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from webdataset import TarWriter
 
 from dmd2.config import Config, DataConfig
 from dmd2.data.decode import prepare_image
-from dmd2.data.lmdb_table import Column, Writer
+from dmd2.data.lmdb_table import Column, TableWriter
 from dmd2.data.loader import TarShard, decode_array
 from dmd2.data.sources import Source, SourceImage
 from dmd2.errors import Interrupted, Refused, brief
@@ -48,19 +48,19 @@ from dmd2.progress import Progress
 SPLITS = TRAIN, HOLDOUT = "train", "holdout"
 RESULTS, DIGESTS, TARS = ".units", ".digests", ".tars"
 COMPRESSION = {"compress_level": 1, "compress_type": zlib.Z_RLE}
-"""Of the PNGs: half the time of what is usual, for as many bytes with photographs and a few per cent more with drawings."""
+"""PNG settings: half the time of Pillow's defaults, for the same size with photographs and a few per cent more with drawings."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read by one process, from start to end."""
+    """A unit of work: images that one process reads from start to end."""
 
     number: int
     records: Callable[[], Iterator[SourceImage]]
     holdout: int
     """So many of its first images are held_out out."""
     size: int | None
-    """Records, if known."""
+    """Number of images, if known."""
 
 
 class ShardInfo(BaseModel):
@@ -79,18 +79,18 @@ class ShardInfo(BaseModel):
 
 
 class UnitResult(BaseModel):
-    """What became of a unit. It is written once the unit's shards are where they belong."""
+    """The result of one unit. It is written after the unit's shards are in their final place."""
 
     shards: list[ShardInfo] = []
     broken: list[str] = []
-    """Unreadable records, with the reason."""
+    """Names of unreadable images, with the reason."""
     dropped: dict[str, int] = {}
-    """Records left out by a filter, by reason."""
+    """Number of images left out by a filter, by reason."""
 
 
 @dataclass(frozen=True)
 class ShardingJob:
-    """All a worker needs to know."""
+    """Settings that the worker processes share."""
 
     data: DataConfig
     resolution: int
@@ -98,16 +98,16 @@ class ShardingJob:
     folder: Path
     store: Store
     duplicates: dict[int, AbstractSet[int]] = field(default_factory=dict)
-    """By unit, the records to leave out."""
+    """By number of the unit: indices of the images to leave out."""
 
 
 ReportProgress = Callable[[int, int], None]
-"""Tell that so many images, of so many bytes, were read."""
+"""(images, bytes) that were read since the last call."""
 Task = Callable[[Unit, ShardingJob, ReportProgress], str]
 
 
 def split_into_units(source: Source, config: Config) -> list[Unit]:
-    """Cut a source into units."""
+    """Divide a source into units of work."""
     data, known = config.data, len(source.classes)
     if known > config.family.classes:
         raise Refused(
@@ -124,7 +124,7 @@ def split_into_units(source: Source, config: Config) -> list[Unit]:
 
 
 def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit]:
-    """A listing, shuffled once so that any run of samples is a fair sample of the whole."""
+    """Units of a listing that is shuffled once, so that every unit is a random sample of the source."""
     data, order = config.data, np.random.default_rng(config.seed).permutation(len(records))
     if data.holdout >= len(records):
         raise _holdout_too_large(data.holdout, len(records))
@@ -144,7 +144,7 @@ def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit
 def write_shards(
     source: Source, config: Config, draft: Draft, workers: int, part: tuple[int, int] = (0, 1)
 ) -> list[UnitResult]:
-    """Make the shards of every unit of this part that has no result yet; the results of the part."""
+    """Write the shards of every unit of this part that has no result file yet, and return the results of the part."""
     units = split_into_units(source, config)
     channels, resolution, _ = config.family.image
     job = ShardingJob(config.data, resolution, channels, *_output_folder_and_store(config.data, draft))
@@ -163,7 +163,7 @@ def write_shards(
 
 
 def summarize(results: list[UnitResult], classes: int) -> dict[str, Any]:
-    """What became of the records, for the manifest."""
+    """Counts for the manifest: images by split and class, unreadable and filtered ones."""
     images: Counter[str] = Counter()
     histogram: Counter[int] = Counter()
     dropped: Counter[str] = Counter()
@@ -182,7 +182,7 @@ def summarize(results: list[UnitResult], classes: int) -> dict[str, Any]:
 
 
 def register_shards(results: list[UnitResult], config: Config, draft: Draft) -> list[dict[str, Any]]:
-    """Let the draft know the shards, which are already where they belong; what the manifest says of each."""
+    """Add the shards, which are already in their final place, to the draft's files; return their entries for the manifest."""
     shards = [shard for result in results for shard in result.shards]
     if not any(shard.split == TRAIN for shard in shards):
         raise Refused("no image of the source could be used for training; nothing was written")
@@ -196,7 +196,7 @@ def register_shards(results: list[UnitResult], config: Config, draft: Draft) -> 
 
 
 def _output_folder_and_store(data: DataConfig, draft: Draft) -> tuple[Path, Store]:
-    """Where shards are written, and where they end up; those that become tables end up in a hidden folder."""
+    """The folder in which shards are written and the store in which they end up; for LMDB tables, a hidden folder."""
     if data.format == "tar":
         return draft.path, draft.store
     hidden = draft.path / TARS
@@ -213,7 +213,7 @@ def _write_table(split: str, shards: list[ShardInfo], config: Config, draft: Dra
         "text": Column("text"),
     }
     (draft.path / name).unlink(missing_ok=True)
-    with Writer(draft.path / name, columns) as table:
+    with TableWriter(draft.path / name, columns) as table:
         for shard in shards:
             tar = TarShard(draft.path / TARS / shard.file)
             for index in range(len(tar)):
@@ -223,7 +223,7 @@ def _write_table(split: str, shards: list[ShardInfo], config: Config, draft: Dra
 
 
 def write_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
-    """Write the shards of a unit, then its result."""
+    """Write the shards of a unit, then its result file."""
     result, held_out = UnitResult(), 0
     writers = {split: SplitWriter(split, unit.number, job) for split in (TRAIN, HOLDOUT)}
     duplicates = job.duplicates.get(unit.number, frozenset())
@@ -259,7 +259,7 @@ def write_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
 
 
 class SplitWriter:
-    """The shards of one split of a unit, one open at a time."""
+    """Writes the shards of one split of a unit, one at a time."""
 
     def __init__(self, split: str, unit: int, job: ShardingJob) -> None:
         self.split, self.unit, self.job = split, unit, job
@@ -277,13 +277,13 @@ class SplitWriter:
             self.finish()
 
     def finish(self) -> None:
-        """Close the open shard, if there is one, and bring it to its place."""
+        """Close the open shard, if there is one, and move it to its final place."""
         if self.open:
             self.shards[-1] = self.shards[-1].model_copy(update=self.open.close())
             self.open = None
 
     def discard(self) -> None:
-        """Forget the open shard, if there is one."""
+        """Delete the open shard, if there is one."""
         if self.open:
             self.open.discard()
             self.open = None
@@ -295,7 +295,7 @@ class SplitWriter:
 
 
 class ShardWriter:
-    """A tar file while it is written, in a folder of this machine; it is measured, and finished or dropped."""
+    """Writes one tar file in a local folder and computes its size and checksums; then it is closed or discarded."""
 
     def __init__(self, name: str, folder: Path, store: Store) -> None:
         self.name, self.store = name, store
@@ -307,7 +307,7 @@ class ShardWriter:
         self.writer.write({"__key__": key} | sample)
 
     def close(self) -> dict[str, Any]:
-        """Bring it to its place; its size and checksums."""
+        """Move the file to its final place, and return its size and checksums."""
         self.writer.close()
         self.file.close()
         if not self.store.local_folder and self.store.version(MANIFEST):
@@ -323,7 +323,7 @@ class ShardWriter:
 
 
 class HashingFile:
-    """A file that is measured while it is written."""
+    """A file whose size, SHA-256 and crc32c are computed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.size = path, 0
@@ -351,7 +351,7 @@ class HashingFile:
 
 
 def _rejection_reason(image: Image.Image, data: DataConfig) -> str:
-    """Why the image is left out, if it is."""
+    """The reason why a filter leaves the image out; empty if none does."""
     short, long = min(image.size), max(image.size)
     if short < data.min_side:
         return f"shorter side below {data.min_side} pixels"
@@ -369,7 +369,7 @@ def _encode_png(image: Image.Image) -> bytes:
 def _find_duplicates(
     units: list[Unit], job: ShardingJob, workers: int, part: tuple[int, int]
 ) -> dict[int, set[int]]:
-    """By unit, the records whose bytes equal those of an earlier one. Parts that run side by side share the reading."""
+    """By number of the unit: indices of images whose bytes equal those of an earlier one. Parts that run in parallel share the reading."""
     for mine in (units[part[0] :: part[1]], units):
         there = read_unit_files(job.store, DIGESTS)
         missing = [unit for unit in mine if unit.number not in there]
@@ -387,12 +387,12 @@ def _find_duplicates(
 
 
 def hash_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
-    """Note 16 bytes for the content of each record; for one that cannot be read, 16 of its own."""
+    """Write the first 16 bytes of each image's SHA-256; an unreadable image gets a unique value."""
     digests = bytearray()
     for record in unit.records():
         try:
             data = record.read()
-        except Exception as error:  # it will be named when it is to be written
+        except Exception as error:  # it is reported when the shard is written
             if _is_system_error(error):
                 raise
             data = f"unreadable {unit.number} {len(digests)}".encode()
@@ -403,12 +403,12 @@ def hash_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
 
 
 def _is_system_error(error: Exception) -> bool:
-    """Whether an image could not be read because of the disk, the bucket or the memory, rather than of its content."""
+    """Whether an image could not be read because of the disk, the bucket or the memory, and not because of its content."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def read_unit_files(store: Store, folder: str) -> dict[int, bytes]:
-    """By unit, what was written about it."""
+    """{number of the unit: content} of the files that were written for units in this folder."""
     names = [
         entry.name
         for entry in store.list_objects(f"{folder}/")
@@ -433,7 +433,7 @@ def _holdout_too_large(holdout: int, count: int) -> Refused:
     return Refused(f"data.holdout is {holdout}, the source has only {count} images; hold out fewer")
 
 
-# The workers: forked, so that a source need not be sent to them.
+# The workers are forked, so that the source does not have to be pickled.
 
 _forked: tuple[Task, list[Unit], ShardingJob, Any] | None = None
 
@@ -441,7 +441,7 @@ _forked: tuple[Task, list[Unit], ShardingJob, Any] | None = None
 def _run_in_processes(
     label: str, task: Task, units: list[Unit], job: ShardingJob, workers: int
 ) -> Iterator[tuple[Unit, str]]:
-    """(unit, what the task returns), as they are done, by several processes."""
+    """Run the task for each unit in several processes; yield (unit, result) as they complete."""
     global _forked
     if not units:
         return
@@ -457,7 +457,7 @@ def _run_in_processes(
             min(workers, len(units)), context, initializer=_end_with_parent, initargs=(os.getpid(),)
         ) as pool,
     ):
-        start, told, finished = time.monotonic(), 0, 0
+        start, reported, finished = time.monotonic(), 0, 0
         waiting = {pool.submit(_run_unit, n): unit for n, unit in enumerate(units)}
         try:
             while waiting:
@@ -466,8 +466,8 @@ def _run_in_processes(
                 images, size = counts[:]
                 speed = size / 1e6 / max(1e-9, time.monotonic() - start)
                 reached = images if known else finished
-                progress.advance(reached - told, f"{images} images, {speed:.1f} MB/s")
-                told = reached
+                progress.advance(reached - reported, f"{images} images, {speed:.1f} MB/s")
+                reported = reached
                 for future in done:
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool:
@@ -495,7 +495,7 @@ def _run_unit(number: int) -> str:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In a worker: leave Ctrl-C to the parent, and do not outlive it."""
+    """In a worker: ignore Ctrl-C, which the parent handles, and exit when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

@@ -1,8 +1,8 @@
-"""Where images come from: each layout of files is a row of `LAYOUTS` and a function that makes a `Source` of it.
+"""Layouts of image sources: each is a row of `LAYOUTS` and a function that returns a `Source`.
 
-A listing can be read in any order, an archive only from start to end. A record knows its name, class and caption
-and is read when asked, in whatever process, so that a broken file is met one at a time. Nothing is extracted to
-disk, and nothing that could run code is unpickled. To add a source is to write one function and one row.
+A listing can be read in any order, an archive only from start to end. An image knows its name, class and caption, and is read
+when it is needed, in any process, so that a broken file affects only itself. Nothing is extracted to disk, and nothing that
+could run code is unpickled. A new layout is one function and one row.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from dmd2.io.storage import fetch_file, join_uri
 DIGIT_BORDER = 2
 """Black pixels added on each side of a 28x28 digit."""
 MAX_CLASSES = 2**16
-"""A larger number is taken for something else than a class."""
+"""A larger number is not accepted as a class label."""
 BATCH = 32
 """Rows of a Parquet file in memory at a time."""
 TEXT, IMAGE, LABEL = ("text", "caption"), ("image", "img"), ("label",)
-"""Names of columns and fields; the first that is there counts."""
+"""Names of columns and fields; the first one present is used."""
 ARRAYS = {"images": "labels", "arr_0": "arr_1", "x_train": "y_train"}
 """Names of arrays in an npz file: the images, and their labels."""
 
@@ -57,10 +57,10 @@ Label = int | str | None
 @dataclass(frozen=True, slots=True)
 class SourceImage:
     name: str
-    """Where it came from, for messages."""
+    """Address of the image, for messages."""
     label: int
     read: Callable[[], bytes]
-    """The encoded file as it is, or raw pixels: what exact duplicates share."""
+    """Returns the encoded file, or raw pixels; exact duplicates have the same bytes."""
     text: str = ""
     """Caption."""
     decode: Callable[[bytes], Image.Image] = decode_image
@@ -70,7 +70,7 @@ class SourceImage:
 class Archive:
     name: str
     records: Callable[[], Iterator[SourceImage]]
-    """From start to end, always in the same order; opens the archive when called."""
+    """Opens the archive and yields its images, always in the same order."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,17 @@ class Source:
     classes: list[str]
     """Names of the classes; a label is an index into it. A single `""` when there are none."""
     fingerprint: str
-    """Changes when the images do: shards made from another fingerprint are other shards."""
+    """Changes when the files change; shards are only reused for the same fingerprint."""
     records: Sequence[SourceImage] = ()
-    """A listing: any record can be read at any time."""
+    """A listing, whose images can be read in any order."""
     archives: Sequence[Archive] = ()
-    """Or archives, each read from start to end."""
+    """Or archives, each of which is read from start to end."""
     count: int | None = None
-    """Images in the archives, where that is known without reading them."""
+    """Number of images in the archives, if it is known without reading them."""
 
 
 class ListedImage(NamedTuple):
-    """What a listing says of an image."""
+    """Name, label and caption of an image of a listing."""
 
     name: str
     label: Label
@@ -96,7 +96,7 @@ class ListedImage(NamedTuple):
 
 
 def open_source(address: str) -> Source:
-    """`digits`, or a folder, file or pattern (`train-*.parquet`), local or `gs://`; `layout:address` says what it is."""
+    """Open `digits`, or a folder, file or pattern (`train-*.parquet`), local or remote; `layout:address` names the layout."""
     if address == "digits":
         return digits()
     known = ["digits", *LAYOUTS]
@@ -111,7 +111,7 @@ def open_source(address: str) -> Source:
 
 
 def folder(listing: Listing) -> Source:
-    """Images; the first folder is the class (none: a single class)."""
+    """Images; the first sub-folder is the class. Without sub-folders there is a single class."""
     rows = [ListedImage(e.name, e.name.split("/")[0] if "/" in e.name else None, "") for e in listing.entries]
     stray = [row.name for row in rows if row.label is None]
     if stray and len(stray) < len(rows):
@@ -146,7 +146,7 @@ def imagenet(listing: Listing) -> Source:
 
 
 def coco(listing: Listing) -> Source:
-    """Images and a JSON file of captions; of several captions of an image the first, by id."""
+    """Images and a JSON file of captions; of several captions of an image, the one with the smallest id is used."""
     name = find_one(listing, PATTERN_COCO, "captions file (annotations/captions_*.json)")
     listing, name = with_siblings(listing, name)
     uri = listing.uri(name)
@@ -316,11 +316,11 @@ LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
     "idx": (PATTERN_IDX, idx),
     "folder": (r".*", folder),
 }
-"""How a layout is recognised, by the first row of which some file has the name; and what reads it."""
+"""Layout -> (regular expression, reader). The first row whose expression matches a file name is the layout of a source."""
 
 
 def _match_file(file: str, files: dict[str, list[str]], where: str) -> str:
-    """The one image that a captions file means."""
+    """The name of the image that an entry of a captions file refers to."""
     same = files.get(posixpath.basename(file), [])
     found = [name for name in same if f"/{name}".endswith(f"/{file}")]
     if len(found) != 1:
@@ -355,10 +355,10 @@ def _source_of_listing(
 
 
 def _classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
-    """From labels to classes: numbers are classes already, names become so in their order.
+    """{label: class}. Numbers are used as classes; names are numbered in alphabetical order.
 
     Args:
-        found: For each label where it stands.
+        found: (address, label) of the labels, for error messages.
     """
     first: dict[Label, str] = {}
     for where, label in found:
@@ -391,7 +391,7 @@ def _class_names(labels: dict[Label, int]) -> list[str]:
 
 
 def _class_of_label(labels: dict[Label, int], label: Label, where: str) -> int:
-    """The class, of which the whole source has told what there are."""
+    """The class of a label; a label that the source did not declare is refused."""
     if isinstance(label, Label) and label in labels:
         return labels[label]
     if label is None:
@@ -403,7 +403,7 @@ def _class_of_label(labels: dict[Label, int], label: Label, where: str) -> int:
 
 
 def _source_of_arrays(where: str, images: Pixels, labels: list[int] | None, fingerprint: str) -> Source:
-    """Pixels that are in memory, which forked processes share."""
+    """A source of pixels in memory, which forked processes share."""
     if (
         images.dtype != np.uint8
         or images.ndim not in (3, 4)
@@ -449,7 +449,7 @@ def _loaded_image(name: str, label: int, data: bytes, text: str = "") -> SourceI
 
 
 def _broken_image(name: str, why: str) -> SourceImage:
-    """A sample that is counted and named as unreadable, when it is its turn."""
+    """An image that is reported as unreadable when it is read."""
     return SourceImage(name, 0, partial(_raise_refused, why))
 
 
@@ -486,7 +486,7 @@ def _web_records(uri: str, labels: dict[Label, int]) -> Iterator[SourceImage]:
 
 
 def _img2dataset_count(listing: Listing) -> int | None:
-    """What img2dataset noted beside its tars, if it did so for each."""
+    """Number of images according to img2dataset's statistics files, if every tar has one."""
     names = {entry.name for entry in listing.entries}
     notes = [name.removesuffix(".tar") + "_stats.json" for name in names if name.endswith(".tar")]
     if not names.issuperset(notes) or not listing.store.local_folder:  # each is a request
@@ -505,7 +505,7 @@ class ParquetColumns(NamedTuple):
 
 
 def _huggingface_features(schema: Any) -> dict[str, Any]:
-    """What the `datasets` library notes about the columns."""
+    """The features that the `datasets` library stores in the schema's metadata."""
     note = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     return {name: f for name, f in note.get("info", {}).get("features", {}).items() if isinstance(f, dict)}
 

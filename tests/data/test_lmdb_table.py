@@ -23,12 +23,10 @@ from hypothesis.extra import numpy as hnp
 from dmd2.data.lmdb_table import (
     FIRST_MAP,
     NUMBERS,
-    PUBLISHED,
     ROWS_PER_BATCH,
     Column,
-    Reference,
     Table,
-    Writer,
+    TableWriter,
 )
 from dmd2.errors import Refused
 
@@ -46,7 +44,7 @@ def row(index: int) -> dict[str, Any]:
 
 
 def written(path: Path, columns: Mapping[str, Column], rows: Iterable[Mapping[str, Any]]) -> Path:
-    with Writer(path, columns) as writer:
+    with TableWriter(path, columns) as writer:
         for one in rows:
             writer.append(one)
     return path
@@ -170,7 +168,7 @@ def in_a_child(action: Callable[[], object]) -> int:
 
 def test_a_killed_writer_leaves_no_table_and_the_next_one_starts_anew(tmp_path: Path) -> None:
     def killed() -> None:
-        with Writer(tmp_path / "t", COLUMNS) as writer:
+        with TableWriter(tmp_path / "t", COLUMNS) as writer:
             for index in range(ROWS_PER_BATCH + 1):
                 writer.append(row(index))
             os.kill(os.getpid(), signal.SIGKILL)
@@ -246,8 +244,8 @@ def test_a_wrong_value_is_refused_with_its_row_and_column(
 def test_wrong_columns_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     assert "'float16'" in refusal(lambda: Column("flaot16"))
     assert "no column of text has rows of shape (3,)" in refusal(lambda: Column("text", (3,)))
-    assert "a/b" in refusal(lambda: Writer(tmp_path / "t", {"a/b": Column("text")}))
-    assert "one or more" in refusal(lambda: Writer(tmp_path / "t", {}))
+    assert "a/b" in refusal(lambda: TableWriter(tmp_path / "t", {"a/b": Column("text")}))
+    assert "one or more" in refusal(lambda: TableWriter(tmp_path / "t", {}))
     missing = {"prompt": "x"}
     assert "has columns ['prompt']" in refusal(lambda: written(tmp_path / "t", COLUMNS, [missing]))
 
@@ -261,14 +259,14 @@ def test_what_is_not_there_is_refused(path: Path, refusal: Callable[..., str]) -
 
 def test_a_path_in_use_is_refused(path: Path, refusal: Callable[..., str]) -> None:
     assert "exists" in refusal(lambda: written(path, COLUMNS, []))
-    with Writer(path.with_name("t"), COLUMNS) as writer:
+    with TableWriter(path.with_name("t"), COLUMNS) as writer:
         assert "is writing" in refusal(lambda: written(path.with_name("t"), COLUMNS, []))
         writer.append(row(0))
     assert len(Table(path.with_name("t"))) == 1
 
 
-def pairs(path: Path, content: Mapping[str, bytes], *, folder: bool = False) -> Path:
-    with lmdb.open(str(path), subdir=folder, lock=folder) as env, env.begin(write=True) as transaction:
+def pairs(path: Path, content: Mapping[str, bytes]) -> Path:
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as transaction:
         for key, value in content.items():
             transaction.put(key.encode(), value)
     return path
@@ -293,83 +291,5 @@ def test_a_truncated_file_is_refused_and_no_bus_error(
     tmp_path: Path, refusal: Callable[..., str], missing: int
 ) -> None:
     table = written(tmp_path / "t", {"x": Column("bytes")}, [{"x": bytes(9000)}] * 50)
-    folder = reference(tmp_path / "r", {"images": np.zeros((50, 9000), np.uint8)})
-    for file in (table, folder / "data.mdb"):
-        os.truncate(file, file.stat().st_size - missing)
+    os.truncate(table, table.stat().st_size - missing)
     assert "is truncated to" in refusal(lambda: Table(table))
-    assert "is truncated to" in refusal(lambda: Reference(folder))
-
-
-ARRAYS: dict[str, Any] = {
-    "latents": np.random.default_rng(0).normal(size=(12, 4, 2, 2)).astype(np.float16),
-    "labels": np.arange(12),
-    "images": np.arange(12 * 12, dtype=np.uint8).reshape(12, 3, 2, 2),
-    "prompts": np.array([f"Bär {index}" for index in range(12)]),
-    "prompt": np.arange(24, dtype=np.float32).reshape(12, 2),  # names within names
-    "prompt_2": np.arange(12, dtype=np.int8),
-}
-
-
-def reference(path: Path, arrays: Mapping[str, Any]) -> Path:
-    content: dict[str, bytes] = {}
-    for name, array in arrays.items():
-        content[f"{name}_shape"] = " ".join(map(str, array.shape)).encode()
-        for index, one in enumerate(array):
-            content[f"{name}_{index}_data"] = one.encode() if isinstance(one, str) else one.tobytes()
-    return pairs(path, content, folder=True)
-
-
-def test_a_folder_of_the_research_code_reads_like_a_table(
-    tmp_path: Path, refusal: Callable[..., str]
-) -> None:
-    table = Reference(reference(tmp_path / "r", ARRAYS))
-    assert len(table) == 12
-    assert table.columns == {
-        "images": Column("uint8", (3, 2, 2)),
-        "labels": Column("int64"),
-        "latents": Column("float16", (4, 2, 2)),
-        "prompts": Column("text"),
-    }
-    for index, got in enumerate(table):
-        assert got["prompts"] == f"Bär {index}"
-        assert all(np.array_equal(got[name], ARRAYS[name][index]) for name in ("images", "labels", "latents"))
-    assert "say which dtype: dtypes={'prompt': ...}" in refusal(lambda: table.column("prompt", 0))
-    more = Reference(tmp_path / "r", {"prompt": "float32", "prompt_2": "int8"})
-    assert more.column("prompt_2", 3) == 3
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(more)).column("prompt", 3), [6, 7])
-
-
-def test_every_published_array_can_be_read(tmp_path: Path) -> None:
-    arrays = {name: np.zeros((2, 3), "U1" if d == "text" else d) for name, d in PUBLISHED.items()}
-    arrays["prompts"] = np.array(["", "x"])
-    assert Reference(reference(tmp_path / "r", arrays)).columns.keys() == PUBLISHED.keys()
-
-
-def test_a_wrong_dtype_is_refused_with_those_that_fit(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    path = reference(tmp_path / "r", ARRAYS | {"images": np.zeros((12, 3, 2, 2), np.float16)})
-    sentence = refusal(lambda: Reference(path))
-    assert "row 0 of 'images' has 24 bytes, uint8 (3, 2, 2) takes 12" in sentence
-    assert "float16 or int16 or uint16 would fit" in sentence
-    assert Reference(path, {"images": "float16"}).columns["images"].dtype == "float16"
-
-
-def test_every_row_of_the_research_code_is_checked(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    path = reference(tmp_path / "r", ARRAYS)
-    pairs(path, {"images_3_data": b"12345", "prompts_4_data": b"\xff"}, folder=True)
-    table = Reference(path)
-    assert "no dtype of numbers would fit" in refusal(lambda: table[3])
-    assert "row 4 of 'prompts' is no UTF-8" in refusal(lambda: table[4])
-    assert same(table[5], Reference(path)[5])
-
-
-def test_other_folders_are_not_of_the_research_code(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    assert "not a folder with a data.mdb" in refusal(lambda: Reference(tmp_path))
-    other = pairs(tmp_path / "other", {"x": b"1"}, folder=True)
-    assert "no key ends in _shape" in refusal(lambda: Reference(other))
-    uneven = reference(tmp_path / "uneven", ARRAYS | {"labels": np.arange(11)})
-    assert "labels 11, latents 12" in refusal(lambda: Reference(uneven))
-    odd = pairs(tmp_path / "odd", {"images_shape": b"(3, 4)"}, folder=True)
-    assert "not numbers with spaces" in refusal(lambda: Reference(odd))
-    assert "no array 'depth'" in refusal(lambda: Reference(uneven, {"depth": "float32"}))
-    lacking = pairs(tmp_path / "lacking", {"labels_shape": b"2"}, folder=True)
-    assert "lacks row 0 of 'labels'" in refusal(lambda: Reference(lacking))
