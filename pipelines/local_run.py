@@ -7,6 +7,8 @@ import logging
 import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 from kfp import local
 from kfp.components import load_component_from_text
 from kfp.dsl.base_component import BaseComponent
+from kfp.local import subprocess_task_handler
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +25,17 @@ from dmd2.io import artifact
 from dmd2.io.local import write_text
 from pipelines.cluster import compiled
 from pipelines.distill import distill
+
+INTERRUPTED = 130
+"""Exit status of a stage that was stopped by Ctrl-C."""
+
+
+class StageFailed(Refused):
+    """A stage of a local run failed; the exit status is that of the stage."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(f"{message}; it ended with exit status {status} and says above what was wrong")
+        self.status = status
 
 
 def run_local(
@@ -53,21 +67,44 @@ def run_local(
     # The image is for a cluster; here the stages run without it, and without its resources.
     warnings.filterwarnings("ignore", "You may be attem", RuntimeWarning)
     warnings.filterwarnings("ignore", ".*have no effect in the current local runner", UserWarning)
-    try:
-        _at_once(distill)(
+    with stage_status():
+        _without_retries(distill)(
             root=str(root), source=source, teacher=teacher, recipe=recipe, overrides=overrides,
             gate=gate, destination=destination, gpus=_gpus() if gpus < 0 else gpus, pool={},
         )  # fmt: skip
-    except RuntimeError as error:
-        told = re.sub(r"\x1b\[\d+m", "", str(error)).rstrip(".")
-        raise Refused(f"{told}; the failed stage says above what was wrong") from None
     summary = summarize(root, time.monotonic() - start)
     write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
-def _at_once(pipeline: BaseComponent) -> BaseComponent:
-    """The pipeline without its retries: here somebody is looking, and a wrong input stays wrong."""
+@contextmanager
+def stage_status() -> Iterator[None]:
+    """Raise StageFailed with the exit status of the stage that failed, or KeyboardInterrupt if it was stopped by Ctrl-C.
+
+    kfp's local runner only distinguishes zero from other exit statuses, so its function that runs a process is wrapped.
+    """
+    run_process, statuses = subprocess_task_handler.run_local_subprocess, list[int]()
+
+    def run_and_record(*args: Any, **kwargs: Any) -> int:
+        statuses.append(run_process(*args, **kwargs))
+        return statuses[-1]
+
+    subprocess_task_handler.run_local_subprocess = run_and_record
+    try:
+        yield
+    except RuntimeError as error:
+        failed = [status if status > 0 else 128 - status for status in statuses if status]
+        if not failed:
+            raise
+        if failed[0] == INTERRUPTED:
+            raise KeyboardInterrupt from None
+        raise StageFailed(re.sub(r"\x1b\[\d+m", "", str(error)).rstrip("."), failed[0]) from None
+    finally:
+        subprocess_task_handler.run_local_subprocess = run_process
+
+
+def _without_retries(pipeline: BaseComponent) -> BaseComponent:
+    """The pipeline without its retries: the user sees a failure at once, and can start the same command again."""
     spec, *settings = yaml.safe_load_all(compiled(pipeline).text)
     for component in (spec["root"], *spec["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
