@@ -46,7 +46,7 @@ PATIENCE = timedelta(days=7)
 
 
 class EncodedShard(BaseModel):
-    """What became of an input shard. It is writer once the shard of latents is where it belongs."""
+    """The result of encoding one input shard. It is written after the shard of latents is in its final place."""
 
     shard: ShardInfo
     bytes: dict[str, int]

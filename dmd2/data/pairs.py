@@ -1,8 +1,8 @@
-"""Pairs: noise, and what the sample_pairs made of it. The data of the regression that may come before a distillation.
+"""ODE pairs: noise and the sample that the teacher's sampler makes of it. Training data of the regression warm-up.
 
-A sample is `<key>.npy`, float16 (2, C, h, w), noise and answer, and `<key>.txt`, the prompt, in the shards of latents.
-A unit is one shard; its noise has the shard's number in its seed, so what was interrupted continues with the shards
-that have no result, and the bytes do not depend on how often it was.
+A sample is `<key>.npy`, float16 (2, C, h, w): noise and the teacher's sample; and `<key>.txt`, the prompt. The unit of work is one
+shard. The seed of the noise depends only on the position of the pair, so interrupted work continues with the shards that have no
+result file yet and gives the same bytes.
 """
 
 from __future__ import annotations

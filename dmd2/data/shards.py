@@ -58,7 +58,7 @@ class Unit:
     number: int
     records: Callable[[], Iterator[SourceImage]]
     holdout: int
-    """So many of its first images are held_out out."""
+    """Number of its first images that are held out."""
     size: int | None
     """Number of images, if known."""
 
