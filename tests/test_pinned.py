@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from dmd2.config import Config
 from dmd2.data.order import Order
 from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.rng import Rng, draw_shared, reseed, seed_of_part
+from dmd2.training.optim import OptimizerState
 from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 
 torch.set_num_threads(1)  # the bits of a sum depend on the number of threads
@@ -94,6 +95,8 @@ METRICS = (
     "teacher/denoising", "teacher/grad_norm", "teacher/skipped",
 )  # fmt: skip
 """In the order in which their values are noted."""
+RATES = ("student/lr", "critic/lr", "teacher/lr")
+"""Learning rates, which are not noted."""
 CLOCK = ("images_per_s", "eta_s", "loader/wait_s")
 """Metrics that are never twice the same."""
 STEP = "step"
@@ -141,6 +144,34 @@ def picture(path: Path) -> Tree:
     }
 
 
+ORDER: dict[frozenset[str], list[str]] = {}
+"""{names of the parameters of an optimizer: the same in the order of its network}, of every optimizer that was saved."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parameter_order() -> Iterator[None]:
+    """Note the order of parameters when an optimizer is saved: the pinned moments are numbered, not named."""
+    original = OptimizerState.state_dict
+
+    def noted(self: OptimizerState) -> dict[str, torch.Tensor]:
+        state = original(self)
+        names = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
+        ORDER[frozenset(names)] = names
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OptimizerState, "state_dict", noted)
+        yield
+
+
+def numbered(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    order = ORDER[frozenset(key.rpartition(".")[0] for key in moments)]
+    position = {name: index for index, name in enumerate(order)}
+    return {
+        f"{position[n]}.{slot}": x for (n, _, slot), x in ((k.rpartition("."), x) for k, x in moments.items())
+    }
+
+
 def checkpoint(folder: Path) -> Tree:
     """Of the newest one: what `_object` notes of each of its objects."""
     newest = max(path.parent for path in (folder / CHECKPOINTS).glob("[0-9]*/*.safetensors"))
@@ -150,6 +181,7 @@ def checkpoint(folder: Path) -> Tree:
             for key in file.keys():  # noqa: SIM118 - it is no dictionary
                 thing, _, name = key.partition("/")
                 found.setdefault(thing, {})[name] = file.get_tensor(key)
+    found |= {thing: numbered(tensors) for thing, tensors in found.items() if thing.endswith(".optimizer")}
     known = {name: what for what, name in OBJECTS.items()}
     return {"step": int(newest.name)} | {known[thing]: _object(found[thing]) for thing in sorted(found)}
 
@@ -176,7 +208,7 @@ def _object(tensors: dict[str, torch.Tensor]) -> Tree:
 def log(folder: Path) -> Tree:
     """A list per line: the step, and the value of each of METRICS."""
     lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    assert {name for line in lines for name in line} <= {STEP, *METRICS, *CLOCK}
+    assert {name for line in lines for name in line} <= {STEP, *METRICS, *RATES, *CLOCK}
     return [[line[STEP], *(line.get(name) for name in METRICS)] for line in lines]
 
 

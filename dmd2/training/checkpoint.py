@@ -1,9 +1,9 @@
-"""Checkpoints: named objects <-> a folder of safetensors files, one per process, by torch.distributed.checkpoint.
+"""Checkpoints: {name: object} <-> a folder of safetensors files, one per rank, by torch.distributed.checkpoint.
 
-What is saved is a dictionary of objects whose `state_dict` is tensors. They are copied at once and written while the
-run goes on; a checkpoint is there when all processes have written theirs, which its manifest, the last file, says.
-It can be loaded by any number of processes, and nothing in it is ever unpickled. What can be derived from the step
-(learning rates, random numbers, position in the data) is not in it.
+An object is anything whose `state_dict` is tensors. The tensors are copied at once and written in the background while
+training continues. A checkpoint exists when its manifest does, which is written last. It can be loaded on any number
+of ranks, and nothing in it is unpickled. What follows from the step alone (learning rate, random numbers, position in
+the data) is not saved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_together
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dmd2.errors import Refused
@@ -42,27 +43,28 @@ class Stateful(Protocol):
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of a run, as all its processes keep them together."""
+    """Saves the checkpoints of a run and deletes old ones. All ranks must call its methods together."""
 
     root: Path
+    """Folder with a subfolder per step."""
     world: World
     keep: int
-    """Newest ones that are kept."""
-    place: Draft | None = None
-    """The folder that `root` is in, if it may be another one on each machine."""
+    """Number of newest checkpoints to keep."""
+    draft: Draft | None = None
+    """The unfinished artifact that contains `root`, if each machine may have its own copy of it."""
     best: int | None = None
-    """The step of the one that is kept besides."""
-    _writing: tuple[int, Future[Any]] | None = field(default=None, init=False)
+    """Step of a checkpoint to keep although it is old."""
+    _saving: tuple[int, Future[Any]] | None = field(default=None, init=False)
 
     def save_async(self, step: int, objects: Mapping[str, Stateful]) -> None:
-        """Write the state after `step` steps, in the background; wait for what is being written first."""
+        """Start writing the state after `step` steps in the background. Waits for a save that is still running."""
         self.wait_for_save()
-        draft = self._draft(step)
-        if self.world.is_main or self._gives:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
+        partial = self._partial_folder(step)
+        if self.world.is_main or self._uploads:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         self.world.barrier()
-        writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         with warnings.catch_warnings(action="ignore"):
             future = async_save(
                 _tensors(objects),
@@ -70,107 +72,165 @@ class Checkpoints:
                 process_group=self.world.checkpoint_group,
                 no_dist=not self.world.host_group,
             )
-        self._writing = step, cast("Future[Any]", future)
+        self._saving = step, cast("Future[Any]", future)
 
     @property
-    def written(self) -> bool:
-        """Whether nothing is being written by this process."""
-        return not self._writing or self._writing[1].done()
+    def is_saving(self) -> bool:
+        """Whether this rank is still writing."""
+        return bool(self._saving and not self._saving[1].done())
 
     def wait_for_save(self) -> bool:
-        """Let what was begun be there, once all have written it; whether there was anything."""
-        if not self._writing:
+        """Wait until all ranks have written, then publish the checkpoint. False if no save was started.
+
+        Raises:
+            OSError: The disk could not be written.
+        """
+        if not self._saving:
             return False
-        (step, future), self._writing = self._writing, None
-        draft = self._draft(step)
+        (step, future), self._saving = self._saving, None
+        partial = self._partial_folder(step)
         try:
             with warnings.catch_warnings(action="ignore"):
                 future.result()
         except CheckpointException as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise _cause(error, draft) from None
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _first_failure(error, partial) from None
         self.world.barrier()
-        if self._gives and self.place:
-            self.place.give(draft, self._name(step), self.world.rank)
-            shutil.rmtree(draft)
+        if self._uploads and self.draft:
+            self.draft.give(partial, self._name(step), self.world.rank)
+            shutil.rmtree(partial)
         self.world.barrier()
         if self.world.is_main:
-            self._publish(draft, step)
+            self._publish(partial, step)
         self.world.barrier()
         return True
 
     @property
-    def _gives(self) -> bool:
-        """Whether this process brings what its machine has written to the bucket, where the main process is on another."""
-        return bool(self.place and self.place.apart and self.world.local_rank == 0)
+    def _uploads(self) -> bool:
+        """Whether this rank uploads its machine's files, because the main process is on another machine."""
+        return bool(self.draft and self.draft.apart and self.world.local_rank == 0)
+
+    def _publish(self, partial: Path, step: int) -> None:
+        """Write the manifest, rename the folder to its final name, and delete old checkpoints."""
+        paths = sorted(partial.glob("*.safetensors"))
+        for path in paths:
+            fsync(path)
+        files = {path.name: digest for path, digest in zip(paths, _digests(paths), strict=True)}
+        uploaded = self.draft.receive(self._name(step)) if self.draft else []
+        files |= {Path(file.path).name: file.sha256 for file in uploaded}
+        manifest = {"step": step, "processes": self.world.size, "files": files}
+        write_text(partial / MANIFEST, json.dumps(manifest))
+        target = folder_of(self.root, step)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+        for old in saved_steps(self.root)[: -self.keep]:
+            if old != self.best:
+                shutil.rmtree(folder_of(self.root, old))
 
     def _name(self, step: int) -> str:
         return f"{self.root.name}/{step:08d}"
 
-    def _publish(self, draft: Path, step: int) -> None:
-        here = sorted(draft.glob("*.safetensors"))
-        for path in here:
-            fsync(path)
-        files = {path.name: digest for path, digest in zip(here, _digests(here), strict=True)}
-        given = self.place.receive(self._name(step)) if self.place else []
-        files |= {Path(file.path).name: file.sha256 for file in given}
-        write_text(draft / MANIFEST, json.dumps({"step": step, "processes": self.world.size, "files": files}))
-        target = self.root / f"{step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
-        draft.replace(target)
-        for old in saved_steps(self.root)[: -self.keep]:
-            if old != self.best:
-                shutil.rmtree(self.root / f"{old:08d}")
-
-    def _draft(self, step: int) -> Path:
+    def _partial_folder(self, step: int) -> Path:
         return self.root / f".{step:08d}.partial"
 
 
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"{step:08d}"
+
+
 def saved_steps(root: Path) -> list[int]:
-    """The steps with a complete checkpoint, oldest first."""
+    """Steps of the complete checkpoints, in ascending order."""
     return sorted(int(p.parent.name) for p in root.glob(f"[0-9]*/{MANIFEST}")) if root.is_dir() else []
 
 
 def load(root: Path, step: int, objects: Mapping[str, Stateful], world: World | None = None) -> None:
-    """Bring the objects, of all that are in the checkpoint, to the state they had after `step` steps."""
-    folder = root / f"{step:08d}"
+    """Load the state after `step` steps into the objects. Other objects in the checkpoint are ignored.
+
+    Raises:
+        Refused: A file is missing or changed, or names or shapes of the tensors are not those of the objects.
+    """
+    folder = folder_of(root, step)
     if not world or world.local_rank == 0:
-        _check(folder)
+        _check_files(folder)
     tensors = _tensors(objects)
-    there = {
-        key for key in _reader(folder).read_metadata().state_dict_metadata if key.partition("/")[0] in objects
-    }
-    if odd := sorted(there ^ tensors.keys()):
-        raise Refused(
-            f"{folder} is of another network: {odd[0]} is on one side only; remove the run's folder and start anew"
-        )
-    alone = not (world and world.host_group)
+    saved = {key: shape for key, shape in _saved_shapes(folder).items() if key.partition("/")[0] in objects}
+    saved_keys = _saved_keys(tensors, saved)
+    _check_tensors(folder, {saved_keys[key]: value.shape for key, value in tensors.items()}, saved)
     with warnings.catch_warnings(action="ignore"):
-        load_together(tensors, storage_reader=_reader(folder), no_dist=alone)
+        load_in_place(
+            {saved_keys[key]: value for key, value in tensors.items()},
+            storage_reader=_reader(folder),
+            no_dist=not (world and world.host_group),
+        )
     for name, thing in objects.items():
         prefix = f"{name}/"
         thing.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
 def load_object(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one object of a checkpoint; none if it has no such object."""
+    """The full tensors of one object of a checkpoint; an empty dict if it is not there."""
     found = _reader(folder).read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {
-        key: torch.empty(told.size, dtype=told.properties.dtype)  # type: ignore[union-attr]
-        for key, told in found.items()
-        if key.startswith(f"{name}/")
+        key: torch.empty(saved.size, dtype=saved.properties.dtype)
+        for key, saved in found.items()
+        if key.startswith(f"{name}/") and isinstance(saved, TensorStorageMetadata)
     }
     with warnings.catch_warnings(action="ignore"):
-        load_together(tensors, storage_reader=_reader(folder), no_dist=True)
+        load_in_place(tensors, storage_reader=_reader(folder), no_dist=True)
     return {key.removeprefix(f"{name}/"): value for key, value in tensors.items()}
 
 
-def _cause(error: CheckpointException, draft: Path) -> BaseException:
-    """What went wrong on one of the processes: the disk's own words, if it was the disk."""
+def _saved_keys(keys: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
+    """{key: its key in the checkpoint}. They differ in checkpoints of version 0.1.0, which number the parameters of an
+    optimizer, in the order of the network's, instead of naming them."""
+    found, saved = {key: key for key in keys}, set(saved)
+    positions: dict[str, dict[str, int]] = {}
+    for key in found:
+        name, _, slot = key.partition("/")
+        parameter, _, kind = slot.rpartition(".")
+        if f"{name}/0.exp_avg" in saved and f"{name}/0.exp_avg" not in found:
+            position = positions.setdefault(name, {})
+            found[key] = f"{name}/{position.setdefault(parameter, len(position))}.{kind}"
+    return found
+
+
+def _saved_shapes(folder: Path) -> dict[str, torch.Size]:
+    metadata = _reader(folder).read_metadata().state_dict_metadata
+    return {key: saved.size for key, saved in metadata.items() if isinstance(saved, TensorStorageMetadata)}
+
+
+def _check_tensors(folder: Path, wanted: Mapping[str, torch.Size], saved: Mapping[str, torch.Size]) -> None:
+    advice = "remove the run's folder and start anew"
+    if one_sided := sorted(wanted.keys() ^ saved.keys()):
+        raise Refused(f"{folder} is of another network: {one_sided[0]} is on one side only; {advice}")
+    for key, shape in wanted.items():
+        if shape != saved[key]:
+            raise Refused(
+                f"{folder} is of another network: {key} is {tuple(saved[key])} there and {tuple(shape)} here; {advice}"
+            )
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a checkpoint whose files are not those that its manifest lists."""
+    advice = f"remove {folder} to go on from the checkpoint before it"
+    try:
+        listed: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
+    except (ValueError, KeyError):
+        raise Refused(f"{folder / MANIFEST} is damaged; {advice}") from None
+    paths = [folder / name for name in listed]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise Refused(f"{missing[0]} is missing; {advice}")
+    for path, digest in zip(paths, _digests(paths), strict=True):
+        if digest != listed[path.name]:
+            raise Refused(f"{path} is not what was saved, it was truncated or changed; {advice}")
+
+
+def _first_failure(error: CheckpointException, folder: Path) -> BaseException:
+    """The error of the first rank that failed; an OSError with the errno of the disk, if that was the reason."""
     first = next(iter(error.failures.values()))[0]
     if isinstance(first, SafetensorError):
         number = re.search(r"os error (\d+)", str(first))
-        return OSError(int(number[1]) if number else errno.EIO, f"cannot write ({first})", str(draft))
+        return OSError(int(number[1]) if number else errno.EIO, f"cannot write ({first})", str(folder))
     return first
 
 
@@ -184,22 +244,7 @@ def _reader(folder: Path) -> HuggingFaceStorageReader:
     return HuggingFaceStorageReader(str(folder))
 
 
-def _check(folder: Path) -> None:
-    """Refuse what is not what was saved."""
-    instead = f"remove {folder} to go on from the checkpoint before it"
-    try:
-        told: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError):
-        raise Refused(f"{folder / MANIFEST} is damaged; {instead}") from None
-    paths = [folder / name for name in told]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise Refused(f"{missing[0]} is missing; {instead}")
-    for path, digest in zip(paths, _digests(paths), strict=True):
-        if digest != told[path.name]:
-            raise Refused(f"{path} is not what was saved, it was truncated or changed; {instead}")
-
-
 def _digests(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of the files, several at a time."""
+    """SHA-256 of files, several at a time."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(sha256, paths))

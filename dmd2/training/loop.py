@@ -118,7 +118,7 @@ def _train(
                 raise
             if due(step, pace.preview_every, pace.steps):
                 preview(step + 1)
-            stop, writing = words.heard(max(asked, default=0), not checkpoints.written)
+            stop, writing = words.heard(max(asked, default=0), checkpoints.is_saving)
             if not writing:
                 finish()
             last = step + 1 == pace.steps  # from which nothing goes on
@@ -135,7 +135,7 @@ def _train(
                     )
                 if score:
                     judge(score, step + 1)
-            words.say(max(asked, default=0), not checkpoints.written)
+            words.say(max(asked, default=0), checkpoints.is_saving)
             alive()
         journal.close()
 

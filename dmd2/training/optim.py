@@ -1,10 +1,11 @@
-"""What learns, and how: a module with its optimizer, learning rate, running averages, and their state in a checkpoint."""
+"""One optimizer step of a trainable network: gradient clipping, AdamW, learning-rate schedule, EMA; and their state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,16 @@ from dmd2.training.checkpoint import Stateful
 from dmd2.training.ema import Ema
 
 HEAD = "head"
-"""The name of a GAN head among the networks of a critic."""
+"""Name of the discriminator head among the children of the critic's module."""
 SKIPPED = "skipped"
-"""The metric that counts updates whose gradient was not finite."""
+"""Metric: 1 if the optimizer step was skipped because the gradient was not finite, else 0."""
 Metrics = dict[str, Tensor]
-"""Detached scalars, left on the device: reading them is the business of whoever reports."""
+"""{name: detached scalar}, left on the device: only the metrics log reads them, when a line is due."""
 
 
 @dataclass(frozen=True)
 class TrainableWeights:
-    """What of a module learns, as something that a checkpoint can hold; what is frozen is not saved over and over."""
+    """The trainable parameters of a module as an object of a checkpoint. Frozen ones are not saved."""
 
     module: nn.Module
 
@@ -34,124 +35,146 @@ class TrainableWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        mine = self.state_dict()
-        if mine.keys() != state.keys():
-            odd = min(mine.keys() ^ state.keys())
-            raise ValueError(f"the weights are of another network: {odd} is on one side only")
-        for name, value in mine.items():
+        parameters = self.state_dict()
+        if parameters.keys() != state.keys():
+            different = min(parameters.keys() ^ state.keys())
+            raise ValueError(f"the weights are of another network: {different} is on one side only")
+        for name, value in parameters.items():
             sharding.local_tensor(value).copy_(sharding.local_tensor(state[name]))
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """The state of an optimizer: all of it there from the start, so that nothing appears at the first step."""
+    """AdamW's state as an object of a checkpoint: `<parameter>.exp_avg`, `<parameter>.exp_avg_sq` and `<parameter>.step`.
+
+    The optimizer must have been given named parameters. Creating this object creates missing state, so that a checkpoint
+    from before the first step holds the same tensors as a later one.
+    """
 
     optimizer: torch.optim.Optimizer
 
     def __post_init__(self) -> None:
-        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+        for _, p in self._named_parameters():
             if not self.optimizer.state[p]:
                 zeros = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = enumerate(self.optimizer.state.values())
-        return {f"{index}.{key}": value for index, slots in state for key, value in slots.items()}
+        state = self.optimizer.state
+        return {
+            f"{name}.{key}": value for name, p in self._named_parameters() for key, value in state[p].items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.state_dict().items():
             sharding.local_tensor(value).copy_(sharding.local_tensor(state[name]))
 
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for group in self.optimizer.param_groups:
+            yield from zip(group["param_names"], group["params"], strict=True)
+
 
 @dataclass
 class Trainable:
-    """Something that learns, and the means to change it."""
+    """A network with everything that changes its weights."""
 
     name: str
+    """Prefix of its metrics and of its objects in a checkpoint: student, critic or teacher."""
     module: nn.Module
+    """The network, or a ModuleDict of several, such as the critic and its discriminator head."""
     optimizer: torch.optim.Optimizer
     lr: Callable[[int], float]
-    """Learning rate at a step: a function, so that nothing has to be saved to resume it."""
+    """Learning rate at a step. A function of the step only, so that no scheduler state has to be saved."""
     max_grad_norm: float
     emas: list[Ema] = field(default_factory=list)
+    """Updated after every optimizer step; the last one gives the inference weights."""
 
-    def set_gradient_sync(self, last_part: bool, last_pass: bool) -> None:
-        """Say which gradients are complete after the next backward pass, and so are added up over the processes: those of
-        a body with the last pass of the last part, those of a head, which the last pass may not reach, with each of it."""
-        for name, module in self._roots().items():
-            sharding.set_gradient_sync(module, last_part and (last_pass or name == HEAD))
+    def set_gradient_sync(self, last_micro_batch: bool, last_pass: bool) -> None:
+        """Choose whether the next backward pass reduces gradients over the ranks or accumulates them.
+
+        A network reduces in the last pass of the last micro-batch. The discriminator head reduces in every pass of the
+        last micro-batch, because the last pass may not reach it.
+        """
+        for name, network in self._networks().items():
+            sharding.set_gradient_sync(network, last_micro_batch and (last_pass or name == HEAD))
 
     def update(self, step: int) -> Metrics:
-        """Follow the gradient that is there, then forget it. One that is not finite is not followed; nobody waits for the
-        device to know."""
+        """Clip the gradients to `max_grad_norm`, make an optimizer step, update the EMAs, and clear the gradients.
+
+        If the gradient norm is not finite, the optimizer skips the step on the device: the host does not wait to know.
+        """
         sharding.reshard(self.module)
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = sharding.global_norm(gradients)
-        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_([sharding.local_tensor(gradient) for gradient in gradients], scale)
-        bad = (~norm.isfinite()).float()
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as a GradScaler tells a fused optimizer
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = sharding.global_norm([p.grad for p in parameters if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm, foreach=True)
+        skipped = (~norm.isfinite()).float()
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused optimizers, as set by GradScaler
+        lr = self.lr(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step)
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for average in self.emas:
-            average.update(self.module)
-        return {f"{self.name}/grad_norm": norm, f"{self.name}/{SKIPPED}": bad}
+        for ema in self.emas:
+            ema.update(self.module)
+        return {
+            f"{self.name}/grad_norm": norm,
+            f"{self.name}/{SKIPPED}": skipped,
+            f"{self.name}/lr": torch.tensor(lr),
+        }
 
     def state(self) -> dict[str, Stateful]:
-        """What a checkpoint of this trainable consists of."""
-        averages = {f"{self.name}.average{i}": average for i, average in enumerate(self.emas)}
-        moments = OptimizerState(self.optimizer)
-        return {self.name: TrainableWeights(self.module), f"{self.name}.optimizer": moments, **averages}
+        """{name: object} to save in a checkpoint."""
+        emas = {f"{self.name}.average{i}": ema for i, ema in enumerate(self.emas)}
+        optimizer = OptimizerState(self.optimizer)
+        return {self.name: TrainableWeights(self.module), f"{self.name}.optimizer": optimizer, **emas}
+
+    def inference_weights(self) -> dict[str, Tensor]:
+        """The trainable weights to use for inference: the last EMA, or the trained weights if there is none."""
+        return self.emas[-1].shadow if self.emas else TrainableWeights(self.module).state_dict()
 
     def inference_state(self) -> dict[str, Stateful]:
-        """Of its state, what `result` is."""
+        """The object of the checkpoint that holds the inference weights."""
         name = f"{self.name}.average{len(self.emas) - 1}" if self.emas else self.name
         return {name: self.state()[name]}
 
-    def _roots(self) -> dict[str, nn.Module]:
-        """The networks this is made of, each on its own."""
-        return (
-            dict(self.module.named_children())
-            if isinstance(self.module, nn.ModuleDict)
-            else {"": self.module}
-        )
-
-    def inference_weights(self) -> dict[str, Tensor]:
-        """The weights to use: the last running average, or the weights themselves if there is none."""
-        return self.emas[-1].shadow if self.emas else TrainableWeights(self.module).state_dict()
-
     @contextmanager
     def swap_in_inference_weights(self) -> Iterator[None]:
-        """While inside, the module has the weights to use."""
-        if not self.emas:  # they are those it has
+        """Inside the block, the module has the inference weights; afterwards the trained ones again."""
+        if not self.emas:
             yield
             return
         weights = TrainableWeights(self.module)
-        before = {name: value.clone() for name, value in weights.state_dict().items()}
+        trained = {name: value.clone() for name, value in weights.state_dict().items()}
         weights.load_state_dict(self.inference_weights())
         try:
             yield
         finally:
-            weights.load_state_dict(before)
+            weights.load_state_dict(trained)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """The networks that are sharded apart from each other."""
+        module = self.module
+        return dict(module.named_children()) if isinstance(module, nn.ModuleDict) else {"": module}
 
 
 def trainable(name: str, module: nn.Module, settings: OptimizerConfig, steps: int) -> Trainable:
+    """A Trainable with AdamW over the module's trainable parameters. `steps` is the length of the run."""
     optimizer = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
+        [(name, p) for name, p in module.named_parameters() if p.requires_grad],
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
         fused=True,
     )
-
-    def lr(step: int) -> float:
-        if step < settings.warmup_steps:
-            return settings.lr * (step + 1) / settings.warmup_steps
-        gone = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-        return settings.lr * (1 - gone * (1 - settings.final_lr_ratio))
-
     OptimizerState(optimizer)
-    averages = [Ema(module, decay) for decay in settings.ema]
-    return Trainable(name, module, optimizer, lr, settings.max_grad_norm, averages)
+    emas = [Ema(module, decay) for decay in settings.ema]
+    lr = partial(learning_rate, settings, steps)
+    return Trainable(name, module, optimizer, lr, settings.max_grad_norm, emas)
+
+
+def learning_rate(settings: OptimizerConfig, steps: int, step: int) -> float:
+    """Linear warm-up to `lr` over `warmup_steps`, then linear decay to `final_lr_ratio * lr` at the end of the run."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return settings.lr * (1 - progress * (1 - settings.final_lr_ratio))

@@ -66,7 +66,7 @@ class DMD2Trainer:
             fakes.append(replace(fake, x=fake.x.detach()))
         metrics = _summed(told) | self.student.update(step) if students_turn else {}
         told = [
-            self._critic_gradient(fake, part, share, last_part=part is parts[-1])
+            self._critic_gradient(fake, part, share, last_micro_batch=part is parts[-1])
             for fake, part, share in zip(fakes, parts, shares, strict=True)
         ]
         return metrics | _summed(told) | self.critic.update(step)
@@ -81,12 +81,12 @@ class DMD2Trainer:
             "student", losses
         )
 
-    def _critic_gradient(self, fake: Batch, real: Batch, share: float, last_part: bool) -> Metrics:
+    def _critic_gradient(self, fake: Batch, real: Batch, share: float, last_micro_batch: bool) -> Metrics:
         told: list[Losses] = []
         passes = (self.passes or separate_passes(self.terms))(fake, real)
         for compute in passes:
             shares = {name: share * loss for name, loss in compute().items()}
-            self.critic.set_gradient_sync(last_part, last_pass=compute is passes[-1])
+            self.critic.set_gradient_sync(last_micro_batch, last_pass=compute is passes[-1])
             torch.stack(list(shares.values())).sum().backward()
             told.append({name: loss.detach() for name, loss in shares.items()})
         return _named("critic", _added(told))
@@ -145,7 +145,7 @@ class DiffusionTrainer:
         x_t = diffusion.add_noise(real.x, real.rng.normal_like(real.x), timestep)
         target = diffusion.target(real.x, x_t, timestep)
         loss = losses.denoising(self.denoiser.output(x_t, timestep, real.cond), target)
-        self.teacher.set_gradient_sync(last_part=True, last_pass=True)
+        self.teacher.set_gradient_sync(last_micro_batch=True, last_pass=True)
         loss.backward()
         return {"teacher/denoising": loss.detach()} | self.teacher.update(step)
 
