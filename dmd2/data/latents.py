@@ -166,7 +166,7 @@ def write_latents(encoder: LatentEncoder, draft: Draft, part: tuple[int, int] = 
 def register_shards(results: list[EncodedShard], draft: Draft) -> list[dict[str, Any]]:
     """Add the shards, which are already in their final place, to the draft's files; return their entries for the manifest."""
     shards = [result.shard for result in results]
-    draft.delivered += [
+    draft.stored_files += [
         ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards
     ]
     return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]

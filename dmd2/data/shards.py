@@ -191,7 +191,7 @@ def register_shards(results: list[UnitResult], config: Config, draft: Draft) -> 
             _write_table(split, [s for s in shards if s.split == split], config, draft) for split in SPLITS
         ]
     files = [ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards]
-    draft.delivered += files
+    draft.stored_files += files
     return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]
 
 

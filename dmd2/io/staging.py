@@ -1,4 +1,9 @@
-"""A folder while it is being made: drafted, resumed, brought to a bucket, and given its name at last."""
+"""Making an artifact: a draft in a hidden folder, resumed after an interruption, published when it is complete.
+
+One process at a time makes an artifact: on one machine a lock keeps others out, on a bucket the process that started
+last takes over (`dmd2.io.destination`). What an unfinished draft was started with is written down, and another
+configuration or other inputs cannot continue it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -17,162 +21,46 @@ from typing import Any
 
 from dmd2.config import Config
 from dmd2.errors import Interrupted, Refused
-from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest, check_file_name, config_difference
-from dmd2.io.local import LocalStore, file_lock, sha256, write_text
-from dmd2.io.storage import cache, local_path, open_store, upload_files
-from dmd2.io.store import CONCURRENT_REQUESTS, Store
+from dmd2.io.artifact import (
+    CONTENTS,
+    MANIFEST,
+    SECONDS,
+    STARTED_WITH,
+    ArtifactFile,
+    Manifest,
+    config_difference,
+)
+from dmd2.io.destination import Destination, LocalDestination, RemoteDestination
+from dmd2.io.exchange import Exchange
+from dmd2.io.local import LocalStore, file_lock, sha256
+from dmd2.io.storage import cache, open_store
+from dmd2.io.store import Store
 
-CONTENTS = ".contents.json"
-"""On a bucket: what a draft consists of. Written after its files, so that a draft is never taken up half-sent."""
-STARTED_WITH, SECONDS = ".begun.json", ".seconds"
-"""What an unfinished folder was begun with, and the time it has taken."""
 RESUMABLE_FILES = ("checkpoints/[0-9]*", ".units/*", ".digests/*", ".tars/.units/*", ".tars/.digests/*")
-"""What an unfinished folder must hold to be continued."""
+"""A draft is kept after a failure if it has one of these."""
 
 
 @dataclass
 class Draft:
-    """A folder while it is being made."""
+    """An artifact that is being made."""
 
     path: Path
-    """Where the stage writes."""
-    store: Store
-    """Where the files end up: the same folder, or a bucket."""
+    """The folder in which the stage writes its files."""
+    destination: Destination
+    exchange: Exchange
     facts: dict[str, Any] = field(default_factory=dict)
-    delivered: list[ArtifactFile] = field(default_factory=list)
-    """Files that the stage has brought to the store itself."""
-    version: str | None = None
-    """Of the contents on the bucket: when it changes, another process has taken the draft over."""
-    meeting: int = 0
-    """What the processes that work at it call this start of theirs."""
-    apart: bool = False
-    """Whether this is the folder of another machine than the main process's, which gives its files to the bucket itself."""
-    given: dict[str, ArtifactFile] = field(default_factory=dict)
-    """By name: what other machines have brought to the bucket."""
-    _sent: dict[str, str] = field(default_factory=dict)
+    """`Manifest.facts`."""
+    stored_files: list[ArtifactFile] = field(default_factory=list)
+    """Files that the stage has written to `store` by itself."""
 
     @property
-    def remote(self) -> bool:
-        return self.store.local_folder is None
+    def store(self) -> Store:
+        """Where the files end up: the folder `path` itself, or a bucket."""
+        return self.destination.store
 
-    def push(self) -> None:
-        """Have on the bucket what is here, so that another machine can go on."""
-        if not self.remote:
-            return
-        self._claim()  # nothing is sent over what another process has there
-        if self.store.version(MANIFEST):
-            self.store.delete([CONTENTS])
-            raise Refused(
-                f"{self.store.uri} was finished by another process meanwhile; this result is dropped"
-            )
-        self.given = {name: file for name, file in self.given.items() if (self.path / name).parent.is_dir()}
-        here = self._here() | {name: file.sha256 for name, file in self.given.items()}
-        before = self._sent | {name: file.sha256 for name, file in self.given.items()}
-        changed = [name for name, state in here.items() if before.get(name) != state]
-        upload_files(self.path, changed, self.store)
-        self._sent = here
-        self._claim()
-        self.store.delete(before.keys() - here.keys())
-
-    def pull(self) -> None:
-        """Have here what another machine left on the bucket, and go on in its place."""
-        if not self.remote:
-            return
-        for name in json.loads(self.store.read(CONTENTS)) if self.version else ():
-            self.store.download(name, self.path / check_file_name(name))
-        self._sent = self._here()
-        self._claim()
-
-    def call(self, meeting: int) -> None:
-        """Let other processes see whether they are on this machine."""
-        for earlier in self.path.glob(".[0-9]*.lock"):
-            earlier.unlink()
-        self.meeting = meeting
-        (self.path / f".{meeting}.lock").touch()
-
-    def answer(self, meeting: int) -> None:
-        """The other side of `call`."""
-        self.meeting, self.apart = meeting, not (self.path / f".{meeting}.lock").exists()
-        if self.apart and not self.remote:
-            raise Refused(
-                f"{self.path} is not there on a machine of this run; on several machines choose an --out on a bucket, or on "
-                "a disk that all of them share"
-            )
-
-    def take(self, folders: str) -> None:
-        """Have here the last of these folders that the bucket has, as `checkpoints/`."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
-        there = json.loads(self.store.read(CONTENTS)) if self.version else []
-        names = [check_file_name(name) for name in there if name.startswith(folders)]
-        last = max((name.split("/")[1] for name in names), default="")
-        wanted = [name for name in names if name.split("/")[1] == last]
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            list(pool.map(lambda name: self.store.download(name, self.path / name), wanted))
-
-    def complete(self, folder: str) -> None:
-        """Have here also what other machines have brought to a folder on the bucket, by the manifest that it has of its own."""
-        if not self.remote:
-            return
-        names = json.loads(self.store.read(f"{folder}/{MANIFEST}"))["files"]
-        wanted = [f"{folder}/{check_file_name(name)}" for name in (*names, MANIFEST)]
-        missing = [name for name in wanted if not (self.path / name).exists()]
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            list(pool.map(lambda name: self.store.download(name, self.path / name), missing))
-
-    def give(self, path: Path, folder: str, who: int) -> None:
-        """Bring what is at `path` to the bucket as a part of `folder`, and tell the main process."""
-
-        def sent(name: str, size: int) -> ArtifactFile:
-            self.store.upload(path / name, f"{folder}/{name}")
-            return ArtifactFile(path=f"{folder}/{name}", size=size, sha256=sha256(path / name))
-
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            files = list(
-                pool.map(lambda entry: sent(entry.name, entry.size), LocalStore(path).list_objects())
-            )
-        told = json.dumps([file.model_dump() for file in files])
-        self.store.write(f"{self._parts(folder)}{who}.json", told.encode())
-
-    def receive(self, folder: str) -> list[ArtifactFile]:
-        """What all the others gave to it."""
-        if not self.remote:
-            return []
-        told = [
-            json.loads(self.store.read(entry.name)) for entry in self.store.list_objects(self._parts(folder))
-        ]
-        files = [ArtifactFile.model_validate(file) for part in told for file in part]
-        self.given |= {file.path: file for file in files}
-        return files
-
-    def _parts(self, folder: str) -> str:
-        return f".given/{self.meeting}/{folder}/"
-
-    def leave(self) -> None:
-        """Give up a place on the bucket where nothing is worth keeping; what lies there already stays ours."""
-        if self.remote:
-            with suppress(OSError, Refused):
-                self._claim()
-                if {entry.name for entry in self.store.list_objects()} <= {STARTED_WITH, SECONDS, CONTENTS}:
-                    self.store.delete([STARTED_WITH, SECONDS, CONTENTS])
-
-    def _here(self) -> dict[str, str]:
-        """What belongs on the bucket, and in which state it is."""
-        return {
-            e.name: e.fingerprint
-            for e in LocalStore(self.path).list_objects()
-            if not e.name.startswith(".tars/")
-        }
-
-    def _claim(self) -> None:
-        """Say on the bucket what the draft consists of; only the process that started last may."""
-        text = json.dumps(sorted(self._sent)).encode()
-        try:
-            self.version = self.store.compare_and_swap(CONTENTS, text, self.version)
-        except FileExistsError:
-            raise Refused(
-                f"another process has begun to work in {self.store.uri}; this one gives way to it"
-            ) from None
+    def save(self) -> None:
+        """Save the present files so that another start can resume, on another machine too if `store` is a bucket."""
+        self.destination.save(self.exchange.parts())
 
 
 @contextmanager
@@ -185,58 +73,45 @@ def draft_artifact(
     resumable: bool = False,
     part: bool = False,
 ) -> Iterator[Draft]:
-    """Make `out` in a hidden folder beside it, and give it its name once its manifest is written.
+    """Yield a draft of the artifact `out`, and publish it when the block ends.
 
-    A failure removes the hidden folder, unless it is `resumable` and holds something to continue from. A `part` is
-    made beside others, in the same hidden folder, and leaves the manifest to whoever has the whole.
+    After an exception the draft is deleted, unless it is `resumable` and holds something to resume from.
+
+    Args:
+        part: Several processes write into the same draft at once. It is not published; a later call without `part` does.
+
+    Raises:
+        Refused: `out` holds other files, another process works at it, or the draft was started with another
+            configuration or other inputs.
     """
     with _lock_draft(out, kind, config, inputs, resumable=resumable, part=part) as draft:
-        clock = Stopwatch(draft.store if resumable and not part else None)
+        if part:
+            yield draft
+            return
+        stopwatch = Stopwatch(draft.store if resumable else None)
         try:
             yield draft
-            if part:
-                return
+            files, seconds = _list_files(draft), round(stopwatch.elapsed(), 2)
             manifest = Manifest(
                 kind=kind,
                 config=config,
                 inputs=inputs,
-                files=_list_files(draft),
+                files=files,
                 facts=draft.facts,
                 versions=package_versions(),
-                seconds=round(clock.read(), 2),
+                seconds=seconds,
             )
-            _publish(draft, out, manifest.model_dump_json(indent=1))
+            draft.save()
+            draft.destination.publish(manifest)
         except BaseException as error:
-            if not part:
-                _clean_up(draft, clock, resumable and _is_resumable(draft, error))
+            _clean_up(draft, stopwatch, resumable and _is_resumable(draft, error))
             raise
 
 
-def _clean_up(draft: Draft, clock: Stopwatch, keep: bool) -> None:
-    """What is left after a failure: what can be continued, in the place where it is continued."""
-    if keep:
-        clock.stop()
-    else:
-        draft.leave()
-    if draft.remote or not keep:
-        shutil.rmtree(draft.path)
-
-
-def _is_resumable(draft: Draft, error: BaseException) -> bool:
-    if any(any(draft.path.glob(pattern)) for pattern in RESUMABLE_FILES):
-        return True
-    if not draft.remote:
-        return False
-    if isinstance(error, OSError | Interrupted):  # something may still be on its way to the bucket
-        return True
-    return any(
-        fnmatch(entry.name, pattern) for entry in draft.store.list_objects() for pattern in RESUMABLE_FILES
-    )
-
-
 def join_draft(out: str | Path, kind: str) -> Draft:
-    """The hidden folder that another process of the same run has begun, on this machine."""
-    return _make_draft(out, kind)
+    """The draft that the main process of the same run has started."""
+    destination = _destination(out, kind)
+    return Draft(destination.draft, destination, Exchange(destination.draft, destination.store))
 
 
 @contextmanager
@@ -249,16 +124,16 @@ def _lock_draft(
     resumable: bool,
     part: bool,
 ) -> Iterator[Draft]:
-    """The hidden folder, locked, with what an earlier start of the same work has left in it."""
-    draft = _make_draft(out, kind)
+    """The draft, locked, with the files of an earlier start of the same work."""
+    draft = join_draft(out, kind)
     try:
         with file_lock(draft.path / ".lock", wait=False, shared=part):
-            if not part and (draft.remote or not resumable):
-                _clear(draft.path)  # the truth of a draft on a bucket is what reached the bucket
+            if not part and not (resumable and draft.store.local_folder):
+                _clear(draft.path)  # files on a bucket are downloaded again: only uploaded ones count
             if resumable:
                 _check_same_start(draft.store, kind, config, inputs)
             if resumable and not part:
-                draft.pull()
+                draft.destination.restore()
             yield draft
     except BlockingIOError:
         raise Refused(
@@ -266,67 +141,65 @@ def _lock_draft(
         ) from None
 
 
-def _make_draft(out: str | Path, kind: str) -> Draft:
+def _destination(out: str | Path, kind: str) -> LocalDestination | RemoteDestination:
+    """Where `out` is; refused if there are other files."""
     store = open_store(out)
     if store.local_folder is None:
-        names = {entry.name for entry in store.list_objects()}
+        names = {info.name for info in store.list_objects()}
         if names and not names & {STARTED_WITH, CONTENTS}:
             raise Refused(
                 f"{out} holds other things, {min(names)!r} for one; choose another --out or remove them"
             )
-        path = cache() / "drafts" / hashlib.sha256(str(out).encode()).hexdigest()[:32]
-        return Draft(path, store, version=store.version(CONTENTS))
-    target = local_path(out).absolute()
+        folder = cache() / "drafts" / hashlib.sha256(str(out).encode()).hexdigest()[:32]
+        return RemoteDestination(folder, store)
+    target = store.local_folder.absolute()
     if (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
         raise Refused(
             f"{target} exists and is not a finished {kind} folder; choose another --out or remove it"
         )
-    path = target.with_name(f".{target.name}.partial")
-    return Draft(path, LocalStore(path))
+    return LocalDestination(target.with_name(f".{target.name}.partial"), target)
 
 
-def _publish(draft: Draft, out: str | Path, manifest: str) -> None:
-    """Let the folder be there."""
-    if draft.remote:
-        draft.push()
-        try:
-            draft.store.compare_and_swap(MANIFEST, manifest.encode(), None)
-        except FileExistsError:
-            raise Refused(
-                f"{out} was finished by another process meanwhile; this result is dropped"
-            ) from None
-        named = {file["path"] for file in json.loads(manifest)["files"]} | {MANIFEST}
-        ours = {
-            name.split("/")[0] for name in named if "/" in name
-        }  # a neighbour may lie below the same prefix
-        names = [entry.name for entry in draft.store.list_objects() if entry.name not in named]
-        draft.store.delete(n for n in names if n.startswith(".") or n.split("/")[0] in ours)
+def _clean_up(draft: Draft, stopwatch: Stopwatch, keep: bool) -> None:
+    """After a failure: keep what can be resumed, in the place from which it is resumed."""
+    if keep:
+        stopwatch.save()
+    else:
+        draft.destination.release()
+    if not (keep and draft.store.local_folder):
         shutil.rmtree(draft.path)
-        return
-    write_text(draft.path / MANIFEST, manifest)
-    target = local_path(out).absolute()
-    draft.path.replace(target)
-    for hidden in target.glob(".*"):
-        shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink(missing_ok=True)
+
+
+def _is_resumable(draft: Draft, error: BaseException) -> bool:
+    if any(any(draft.path.glob(pattern)) for pattern in RESUMABLE_FILES):
+        return True
+    if draft.store.local_folder:
+        return False
+    if isinstance(error, OSError | Interrupted):  # an upload may still arrive
+        return True
+    names = [info.name for info in draft.store.list_objects()]
+    return any(fnmatch(name, pattern) for name in names for pattern in RESUMABLE_FILES)
 
 
 class Stopwatch:
-    """Seconds spent, over several starts if it has a place to remember them."""
+    """Wall-clock seconds of a stage, over all its starts if there is a store to remember them."""
 
-    def __init__(self, memory: Store | None) -> None:
-        self.memory, self.before = memory, 0.0
-        if memory:
+    def __init__(self, store: Store | None) -> None:
+        self.store, self.before = store, 0.0
+        if store:
             with suppress(FileNotFoundError):
-                self.before = float(memory.read(SECONDS))
+                self.before = float(store.read(SECONDS))
         self.start = time.monotonic()
 
-    def read(self) -> float:
+    def elapsed(self) -> float:
         return self.before + time.monotonic() - self.start
 
-    def stop(self) -> None:
-        if self.memory:
-            with suppress(OSError):  # on a full disk only the time is lost, not the reason for stopping
-                self.memory.write(SECONDS, str(self.read()).encode())
+    def save(self) -> None:
+        if self.store:
+            with suppress(
+                OSError
+            ):  # on a full disk only the time is lost, not the error that stopped the stage
+                self.store.write(SECONDS, str(self.elapsed()).encode())
 
 
 def package_versions() -> dict[str, str]:
@@ -334,8 +207,9 @@ def package_versions() -> dict[str, str]:
 
 
 def _list_files(draft: Draft) -> list[ArtifactFile]:
-    """All files, but the hidden ones, and the manifest of one that was killed before it could publish."""
-    files = {file.path: file for file in (*draft.delivered, *draft.given.values())}
+    """All files of the draft without hidden ones, sorted by name. A manifest is there if an earlier start was killed
+    just before it could publish."""
+    files = {file.path: file for file in (*draft.stored_files, *draft.exchange.parts().values())}
     for name, size, _ in LocalStore(draft.path).list_objects():
         if name not in (*files, MANIFEST) and not any(part.startswith(".") for part in name.split("/")):
             files[name] = ArtifactFile(path=name, size=size, sha256=sha256(draft.path / name))
@@ -343,7 +217,7 @@ def _list_files(draft: Draft) -> list[ArtifactFile]:
 
 
 def _clear(folder: Path) -> None:
-    """Drop what a killed process left."""
+    """Delete what a killed process has left."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -352,7 +226,7 @@ def _clear(folder: Path) -> None:
 
 
 def _check_same_start(store: Store, kind: str, config: Config | None, inputs: dict[str, str]) -> None:
-    """Remember what an unfinished folder was begun with; refuse to go on with something else."""
+    """Write down what a draft is started with; refuse to resume it with another configuration or other inputs."""
     begun = {"config": config.model_dump(mode="json") if config else None, "inputs": inputs}
     try:
         store.compare_and_swap(STARTED_WITH, json.dumps(begun).encode(), None)

@@ -25,10 +25,10 @@ def draft_for_all_ranks(
 ) -> Iterator[Draft]:
     """A resumable draft that all ranks write into: rank 0 creates it, and publishes it after all ranks have finished."""
     if not world.is_main:
-        meeting, draft = world.broadcast_int(), join_draft(out, kind)
-        draft.answer(meeting)
-        if draft.apart and world.local_rank == 0:
-            draft.take("checkpoints/")
+        token, draft = world.broadcast_int(), join_draft(out, kind)
+        draft.exchange.join(token)
+        if draft.exchange.on_other_machine and world.local_rank == 0:
+            draft.exchange.download_latest("checkpoints/")
         world.barrier()
         yield draft
         world.barrier()
@@ -36,8 +36,8 @@ def draft_for_all_ranks(
         world.shutdown()
         return
     with draft_artifact(out, kind, config, inputs, resumable=True) as draft:
-        draft.call(meeting := secrets.randbits(62))
-        world.broadcast_int(meeting)
+        draft.exchange.announce(token := secrets.randbits(62))
+        world.broadcast_int(token)
         world.barrier()
         yield draft
         world.barrier()

@@ -97,7 +97,7 @@ class Checkpoints:
             raise _first_failure(error, partial) from None
         self.world.barrier()
         if self._uploads and self.draft:
-            self.draft.give(partial, self._name(step), self.world.rank)
+            self.draft.exchange.upload_part(partial, self._name(step), self.world.rank)
             shutil.rmtree(partial)
         self.world.barrier()
         if self.world.is_main:
@@ -108,7 +108,7 @@ class Checkpoints:
     @property
     def _uploads(self) -> bool:
         """Whether this rank uploads its machine's files, because the main process is on another machine."""
-        return bool(self.draft and self.draft.apart and self.world.local_rank == 0)
+        return bool(self.draft and self.draft.exchange.on_other_machine and self.world.local_rank == 0)
 
     def _publish(self, partial: Path, step: int) -> None:
         """Write the manifest, rename the folder to its final name, and delete old checkpoints."""
@@ -116,7 +116,7 @@ class Checkpoints:
         for path in paths:
             fsync(path)
         files = {path.name: digest for path, digest in zip(paths, _digests(paths), strict=True)}
-        uploaded = self.draft.receive(self._name(step)) if self.draft else []
+        uploaded = self.draft.exchange.collect_parts(self._name(step)) if self.draft else []
         files |= {Path(file.path).name: file.sha256 for file in uploaded}
         manifest = {"step": step, "processes": self.world.size, "files": files}
         write_text(partial / MANIFEST, json.dumps(manifest))

@@ -73,7 +73,7 @@ def _train(
         if checkpoints.wait_for_save():
             faulthandler.cancel_dump_traceback_later()  # a bucket takes its time, and no device waits meanwhile
             if world.is_main:
-                draft.push()
+                draft.save()
             world.barrier()
             alive()
 
@@ -175,7 +175,7 @@ def load_best(draft: Draft, student: Trainable, world: World) -> dict[str, float
     """Bring what is used of the student to the state it had at the best checkpoint; what to tell of it."""
     step = world.broadcast_int((best_step(draft.path) or 0) if world.is_main else 0)
     if world.local_rank == 0:
-        draft.complete(f"checkpoints/{step:08d}")
+        draft.exchange.download_missing(f"checkpoints/{step:08d}")
     world.barrier()
     checkpoint.load(draft.path / "checkpoints", step, student.inference_state(), world)
     return {"best_step": step, "best_fid": checkpoint_scores(draft.path)[step]} if world.is_main else {}

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, open_artifact, read_manifest
-from dmd2.io.staging import CONTENTS, SECONDS, STARTED_WITH, Draft, draft_artifact
+from dmd2.io.artifact import CONTENTS, MANIFEST, SECONDS, STARTED_WITH, open_artifact, read_manifest
+from dmd2.io.staging import Draft, draft_artifact
 from dmd2.io.storage import cache, open_store, upload_files
 from dmd2.training import checkpoint
 from dmd2.training.trainer import DMD2Trainer
@@ -144,7 +144,7 @@ def stopped(out: str, config: Config) -> None:
     def stop() -> None:
         with draft_artifact(out, "run", config, {}, resumable=True) as draft:
             save(draft, 1)
-            draft.push()
+            draft.save()
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -162,10 +162,10 @@ def test_a_checkpoint_that_was_sent_by_half_is_not_used(
     def stop() -> None:
         with draft_artifact(out, "run", micro, {}, resumable=True) as draft:
             save(draft, 1)
-            draft.push()
+            draft.save()
             save(draft, 2)
             proxy.fail(UPLOAD, "503", after=let_pass)
-            draft.push()
+            draft.save()
 
     with pytest.raises(OSError, match="does not answer"):
         stop()
@@ -184,11 +184,11 @@ def test_what_is_there_is_not_sent_again(micro: Config, bucket: str, proxy: Prox
     node("elsewhere")
     with draft_artifact(f"{bucket}/run", "run", micro, {}, resumable=True) as draft:
         before = proxy.count(UPLOAD)
-        draft.push()
+        draft.save()
         assert proxy.count(UPLOAD) - before == 2, "that it works here, and what there is"
         shutil.rmtree(draft.path / "checkpoints" / "00000001")
         save(draft, 2)
-        draft.push()
+        draft.save()
         assert proxy.count(UPLOAD) - before == 2 + 2 + 3
         assert [n for n in contents(f"{bucket}/run") if "00000001" in n] == []
 
@@ -211,16 +211,16 @@ def test_the_process_that_began_last_goes_on_and_the_one_before_gives_way(
     def come_back() -> None:
         with draft_artifact(out, "run", micro, {}, resumable=True) as old:
             save(old, 1)
-            old.push()
+            old.save()
             node("elsewhere")
             with draft_artifact(out, "run", micro, {}, resumable=True) as new:
                 assert checkpoint.saved_steps(new.path / "checkpoints") == [1]
                 save(new, 2)
                 (old.path / "log").write_text("of the old one")
                 with pytest.raises(Refused, match="another process has begun to work"):
-                    old.push()
-                new.push()
-            old.push()
+                    old.save()
+                new.save()
+            old.save()
 
     with pytest.raises(Refused, match=f"another process has begun to work in {out}"):
         come_back()
