@@ -7,7 +7,7 @@ folder that a stage writes holds the result. Nothing here knows a tensor. Fields
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import tyro
 from PIL import ImageColor
@@ -62,7 +62,8 @@ RENAMED: dict[str, dict[str, str]] = {
         "keep": "keep_checkpoints",
     },
 }
-"""Section -> {old name of a field: its name today}. Manifests and model folders with the old names are still read."""
+"""Section -> {old name of a field: its name today}. Manifests, model folders, flags and overrides with the old names are
+still read."""
 
 
 class FamilyConfig(Section):
@@ -650,6 +651,29 @@ class Config(Section):
                 f"engine.micro_batch {self.engine.micro_batch} is larger than distill.batch {self.distill.batch}; lower it"
             )
         return self
+
+
+def current_name(path: str) -> str:
+    """The name that a field has today: `distill.student_levels` -> `distill.student_timesteps`.
+
+    Args:
+        path: A field of Config, with the sections it is in, separated by dots; unknown words stay as they are.
+    """
+    sections: list[type[Section]] = [Config]
+    words: list[str] = []
+    for word in path.split("."):
+        renamed = [RENAMED.get(section.__name__, {}) for section in sections]
+        words.append(next((names[word] for names in renamed if word in names), word))
+        fields = [s.model_fields[words[-1]] for s in sections if words[-1] in s.model_fields]
+        sections = [section for field in fields for section in _sections_of(field.annotation)]
+    return ".".join(words)
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field of this type may hold, in unions and subclasses too."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation, *annotation.__subclasses__()]
+    return [section for part in get_args(annotation) for section in _sections_of(part)]
 
 
 def in_first_spelling(section: Section) -> dict[str, Any]:

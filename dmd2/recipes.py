@@ -27,6 +27,7 @@ from dmd2.config import (
     RegressionConfig,
     StableConfig,
     TeachConfig,
+    current_name,
 )
 from dmd2.errors import Refused, near_miss
 
@@ -306,21 +307,33 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **settings: Any) -> Parsed:
-    """Read flags with tyro; what it would print about a mistake becomes the sentence of an error."""
-    said = io.StringIO()
+    """Read flags with tyro and call `target` with them. Flags with the old name of a field are understood.
+
+    Raises:
+        Refused: With tyro's message about a mistake as one sentence.
+    """
+    output = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(output):
             return tyro.cli(
                 target,
-                args=flags,
+                args=[_current_flag(flag) for flag in flags],
                 prog=program,
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
                 **settings,
             )
     except SystemExit as end:
         if end.code:
-            raise Refused(f"{program}: {_sentence(said.getvalue())}") from None
+            raise Refused(f"{program}: {_sentence(output.getvalue())}") from None
         raise
+
+
+def _current_flag(flag: str) -> str:
+    """`--distill.student-levels=999` -> `--distill.student_timesteps=999`; anything else stays as it is."""
+    name, equals, value = flag.partition("=")
+    path = name.removeprefix("--").replace("-", "_")
+    today = current_name(path)
+    return flag if not name.startswith("--") or today == path else f"--{today}{equals}{value}"
 
 
 def _sentence(box: str) -> str:

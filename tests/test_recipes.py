@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dmd2 import recipes
+from dmd2 import config, recipes
 from dmd2.config import DmdConfig
 from dmd2.training import build
 from tests.conftest import adm
@@ -45,14 +45,14 @@ def test_variants_differ_from_their_recipe_in_what_their_name_says() -> None:
 
 
 def test_overrides_replace_fields_and_lists() -> None:
-    config = recipes.resolve(
+    found = recipes.resolve(
         "edm-digits", ["distill.steps=7", "family.network.multipliers=2,1", "teach.optimizer.ema=", "seed=4"]
     )
     assert (
-        config.distill.steps,
-        adm(config).multipliers,
-        config.teach.optimizer.ema,
-        config.seed,
+        found.distill.steps,
+        adm(found).multipliers,
+        found.teach.optimizer.ema,
+        found.seed,
     ) == (7, (2, 1), (), 4)
 
 
@@ -91,3 +91,32 @@ def test_the_noisiest_level_may_be_the_last_of_the_table() -> None:
 
 def test_every_recipe_holds_out_what_its_evaluation_needs() -> None:
     assert all(make().data.holdout >= 2 for make in recipes.RECIPES.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "today"),
+    [
+        ("distill.student_levels=500", "distill.student_timesteps=500"),
+        ("family.levels=2000", "family.num_timesteps=2000"),
+        ("distill.critic.warmup=3", "distill.critic.warmup_steps=3"),
+        ("distill.gan.shared_view=True", "distill.gan.reuse_denoising_pass=True"),
+        ("distill.dmd.min_level=0.1", "distill.dmd.min_timestep_fraction=0.1"),
+        ("teach.player.lr=0.5", "teach.optimizer.lr=0.5"),
+        ("loader.block=3", "loader.shuffle_block=3"),
+        ("engine.hang_s=60", "engine.hang_timeout_s=60"),
+    ],
+)
+def test_an_override_with_the_old_name_of_a_field_sets_the_field(old: str, today: str) -> None:
+    assert recipes.resolve("edm-digits", [old]) == recipes.resolve("edm-digits", [today])
+    assert recipes.resolve("edm-digits", [old]) != recipes.get("edm-digits")
+
+
+def test_a_refusal_of_an_old_name_says_the_name_of_today(refusal: Callable[..., str]) -> None:
+    assert "--distill.student-timesteps" in refusal(
+        lambda: recipes.resolve("edm-digits", ["distill.student_levels=many"])
+    )
+
+
+def test_every_renamed_field_exists() -> None:
+    for section, names in config.RENAMED.items():
+        assert set(names.values()) <= getattr(config, section).model_fields.keys()
