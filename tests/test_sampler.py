@@ -83,8 +83,7 @@ def test_training_rollout_equals_sampling_for_the_same_noise() -> None:
 def test_guidance_extrapolates_from_the_unconditional() -> None:
     class ByLabel(nn.Module):
         def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
-            assert cond.label is not None
-            return cond.label.reshape(-1, 1, 1, 1) + x * 0
+            return cond["label"].reshape(-1, 1, 1, 1) + x * 0
 
     x = torch.zeros(2, 1, 2, 2)
     sample = Batch(

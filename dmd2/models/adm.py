@@ -23,7 +23,7 @@ MAX_PERIOD = 10_000
 
 
 class Adm(nn.Module):
-    """(x (B, C, H, W), time (B,), cond.label (B,)) -> raw output (B, C, H, W), or bottleneck features."""
+    """(x (B, C, H, W), time (B,), cond["label"] (B,)) -> raw output (B, C, H, W), or bottleneck features."""
 
     def __init__(self, config: AdmConfig) -> None:
         super().__init__()
@@ -66,11 +66,9 @@ class Adm(nn.Module):
         return self.middle[0]
 
     def _embed(self, time: Tensor, cond: Conditioning) -> Tensor:
-        if cond.label is None:
-            raise ValueError("the ADM network is class-conditional: the sample carries no label")
         # The embedding of the timestep stays in float32: bfloat16 would merge neighbouring timesteps.
         waves = sinusoid(time.float(), self.config.channels).to(self.time_in.weight.dtype)
-        return F.silu(self.time_out(F.silu(self.time_in(waves))) + self.label(cond.label))
+        return F.silu(self.time_out(F.silu(self.time_in(waves))) + self.label(cond["label"]))
 
 
 class Block(nn.Module):

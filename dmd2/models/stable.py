@@ -88,17 +88,15 @@ class Unet(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
-        if cond.text is None:
-            raise ValueError("the U-Net is told by text: the sample carries none")
         dtype = self.unet.conv_in.weight.dtype
         inputs: dict[str, Any] = {
             "sample": x.to(dtype),
             "timestep": time,  # stays in float32: bfloat16 knows no 999
-            "encoder_hidden_states": cond.text.to(dtype),
+            "encoder_hidden_states": cond["text"].to(dtype),
             "return_dict": False,
         }
-        if cond.pooled is not None:
-            inputs["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.size}
+        if "pooled" in cond:
+            inputs["added_cond_kwargs"] = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"]}
         if features_only:
             return _first_input(self.decoder_start, lambda: self.unet(**inputs))
         out: Tensor = self.unet(**inputs)[0]
@@ -259,14 +257,14 @@ class Stable(ABC):
             raise Refused(f"guidance is {guidance}; diffusers guides above 1 only, and 1 is none")
         cond, uncond = pair
         pooled = (
-            {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": uncond.pooled}
-            if cond.pooled is not None
+            {"pooled_prompt_embeds": cond["pooled"], "negative_pooled_prompt_embeds": uncond["pooled"]}
+            if "pooled" in cond
             else {}
         )
         pipe = self._pipeline(diffusers, network)
         out: Tensor = pipe(
-            prompt_embeds=cond.text,
-            negative_prompt_embeds=uncond.text,
+            prompt_embeds=cond["text"],
+            negative_prompt_embeds=uncond["text"],
             **pooled,
             latents=eps,
             height=self.config.resolution,

@@ -89,8 +89,7 @@ def by_formulas(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Losses and gradients of both trainables. Noise is drawn in the order of the trainer: one draw per look."""
     student, critic, head = nets["student"], nets["critic"], nets["head"]
-    label, shape = real.cond.label, real.x.shape
-    assert label is not None
+    label, shape = real.cond["label"], real.x.shape
 
     def look(low: int, high: int) -> tuple[Tensor, Tensor]:
         return karras(torch.randint(low, high, (4,))), torch.randn(shape)

@@ -33,8 +33,7 @@ class Toy(nn.Module):
         self.weight = nn.Parameter(torch.tensor(weight))
 
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
-        assert cond.label is not None
-        return self.weight * x + (cond.label + time / 1000).reshape(-1, 1, 1, 1)
+        return self.weight * x + (cond["label"] + time / 1000).reshape(-1, 1, 1, 1)
 
 
 def shown(value: float, count: int) -> Conditioning:
@@ -215,8 +214,7 @@ class Matched:
         self.teacher, self.critic, self.looks = teacher, critic, looks
 
     def look(self, fake: Batch) -> tuple[Tensor, Tensor]:
-        assert fake.cond.label is not None
-        eps, timestep = zip(*(self.looks[label] for label in fake.cond.label.tolist()), strict=True)
+        eps, timestep = zip(*(self.looks[label] for label in fake.cond["label"].tolist()), strict=True)
         return PROCESS.add_noise(fake.x, torch.stack(eps), torch.tensor(timestep)), torch.tensor(timestep)
 
     def student_loss(self, fake: Batch) -> Tensor:
