@@ -1,7 +1,8 @@
 """The configuration of a run: one frozen tree of values, checked when it is made.
 
 A recipe (`recipes.py`) returns a whole `Config`; the command line overrides single fields of it; every
-folder that a stage writes holds the result. Nothing here knows a tensor. Fields say their unit.
+folder that a stage writes holds the result. The docstring of a field is its help text on the command line. This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """What all parts of a Config share: frozen, closed to unknown fields, documented field by field."""
+    """A part of the Config: frozen, without unknown fields, and each field with its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -156,7 +157,7 @@ class AdmConfig(Section):
     blocks: PositiveInt
     """Residual blocks per resolution."""
     attention: tuple[PositiveInt, ...]
-    """Resolutions with self-attention, in pixels of the folded image."""
+    """Resolutions with self-attention, in pixels along a side after folding by `patch`."""
     head_channels: PositiveInt = 64
     """Channels of an attention head."""
     embedding_multiplier: PositiveInt = 4
@@ -291,59 +292,61 @@ class DataConfig(Section):
     """How images become shards."""
 
     holdout: NonNegativeInt = 0
-    """Images kept apart as the real images of the evaluation: drawn at random from a listing, the first of each archive."""
+    """Number of images that are held out as the real images of the evaluation: a random choice from a folder, the first
+    images of each archive."""
     images_per_shard: PositiveInt = 1000
-    """Images in one tar file, at most."""
+    """Largest number of images in a tar file."""
     shard_mb: PositiveFloat = 256.0
-    """Megabytes (1e6 bytes) at which a tar file is closed, if it has not reached its number of images."""
+    """Size in megabytes (1e6 bytes) at which a tar file is closed, even with fewer images than `images_per_shard`."""
     format: Literal["tar", "lmdb"] = "tar"
-    """`tar`: shards that are streamed, for sets of any size. `lmdb`: one table per split, decoded, for small sets."""
+    """`tar`: tar files that are streamed, for data sets of any size. `lmdb`: one LMDB table of decoded images per split, for small
+    data sets."""
     filter: Literal["bicubic", "lanczos", "bilinear", "box"] = "bicubic"
-    """Resampling, with antialiasing; FID is commonly taken on images resized with `bicubic`."""
+    """Resampling filter of the resize, with antialiasing; FID is commonly computed on images resized with `bicubic`."""
     background: str = "white"
     """Colour behind transparent pixels."""
     min_side: NonNegativeInt = 0
-    """Images whose shorter side has fewer pixels are left out; 0 = none."""
+    """Images whose shorter side has fewer pixels than this are left out; 0 = no limit."""
     max_aspect: NonNegativeFloat = 0.0
-    """Images whose longer side is more than so many times the shorter are left out; 0 = none."""
+    """Images whose longer side is more than this many times the shorter are left out; 0 = no limit."""
     drop_duplicates: bool = False
-    """Leave out images whose bytes equal those of an earlier one; every byte is read once more for it."""
+    """Leave out images whose files are equal to an earlier one; this reads every file a second time."""
     max_broken: NonNegativeInt = 10
-    """Unreadable files that are skipped, counted and named before sharding gives up."""
+    """Number of unreadable files that are skipped and reported; with more, sharding fails."""
 
     @field_validator("background")
     @classmethod
     def _check(cls, name: str) -> str:
-        ImageColor.getrgb(name)  # says what it does not know
+        ImageColor.getrgb(name)  # raises ValueError with the unknown name
         return name
 
 
 class LoaderConfig(Section):
-    """In which order shards are read, and how fast."""
+    """The order in which shards are read, and how fast."""
 
     shuffle_block: PositiveInt = 8
-    """Shards that are shuffled together."""
+    """Number of shards whose samples are shuffled together."""
     lanes: PositiveInt = 1
-    """Parts of an epoch that are read side by side. With a multiple of the number of processes, each process reads
-    its own shards only; the order is the same on any number of them."""
+    """Number of parts of an epoch that are read side by side. With a multiple of the number of processes, each process reads
+    only its own shards. The order of samples does not depend on the number of processes."""
     prefetch: NonNegativeInt = 2
-    """Batches loaded ahead of the current step; 0 = each batch is loaded when it is needed."""
+    """Number of batches loaded ahead of the current step; 0 = each batch is loaded when it is needed."""
     threads: PositiveInt = 1
-    """Threads that read and decode."""
+    """Number of threads that read and decode."""
     cache_gb: PositiveFloat = 50.0
-    """Gigabytes of shards from a bucket that are kept on this machine, for all its processes together."""
+    """Size in gigabytes of the local cache of shards from a bucket, shared by all processes of a machine."""
 
 
 class EncodeConfig(Section):
     """How images become latents."""
 
     batch: PositiveInt = 8
-    """Images that go through the VAE together; at 1024 pixels each takes gigabytes of memory."""
+    """Number of images that the VAE encodes at once; at 1024 pixels each takes gigabytes of memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the networks compute in. SDXL's VAE overflows in half precision; `bfloat16` does not, and is coarser."""
+    """Precision of the VAE and the text encoders. SDXL's VAE overflows in float16; in `bfloat16` it does not, but is less exact."""
     text: bool = False
-    """Encode the captions too, with the text encoders of the pipeline the VAE belongs to; they often take more room
-    than the latents."""
+    """Encode the captions too, with the text encoders of the VAE's pipeline. Text embeddings often need more space than
+    latents."""
 
 
 class OptimizerConfig(Section):
@@ -360,7 +363,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 10.0
-    """Gradient clipping: the global norm of the gradients is limited to this."""
+    """Gradient clipping: largest global norm of the gradients."""
     ema: tuple[Fraction, ...] = ()
     """Decay per update of each exponential moving average (EMA) of the weights. The last EMA is the result; without any, the
     weights themselves are."""
@@ -370,18 +373,18 @@ class TeachConfig(Section):
     """Training of a small EDM teacher, for demos, tests and ablations."""
 
     steps: PositiveInt = 1000
-    """Updates."""
+    """Number of optimizer steps."""
     batch: PositiveInt = 64
-    """Images per update."""
+    """Number of images per optimizer step, over all processes."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, ema=(0.999,))
     p_mean: float = -1.2
     """Mean of ln(sigma) (Karras et al. 2022, table 1)."""
     p_std: PositiveFloat = 1.2
     """Standard deviation of ln(sigma)."""
     log_every: PositiveInt = 50
-    """Steps between lines of the log."""
+    """Number of steps between lines of the log."""
     save_every: PositiveInt = 500
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
 
 
 class DmdConfig(Section):
@@ -416,12 +419,12 @@ class GanConfig(Section):
 
 
 class WeightsConfig(Section):
-    """Where the weights of a network that judges are read from."""
+    """A file of weights of a feature network, with its digest."""
 
     uri: str
     """Local path, gs:// or https: address of the file."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
-    """Digest the file must have, or how it begins; a file with another one is never loaded."""
+    """The sha256 of the file, or its first 8 or more hex digits; a file with another digest is not loaded."""
 
 
 INCEPTION = WeightsConfig(
@@ -432,18 +435,18 @@ INCEPTION = WeightsConfig(
 
 
 class BestConfig(Section):
-    """Which checkpoint becomes the student: the last one, or the one whose samples are nearest to the training samples. The
-    held-out images are not looked at, or the evaluation with them would flatter."""
+    """Choice of the checkpoint that becomes the student: the last one, or the one whose samples have the smallest Fréchet distance
+    to training samples. Held-out images are not used, because the evaluation with them would be biased."""
 
     images: NonNegativeInt = 0
-    """Samples of the student that are judged at each checkpoint, and training samples they are compared with; fewer than a few
-    thousand choose by luck. 0 = none are, and the last checkpoint is the student."""
+    """Number of student samples that are scored at each checkpoint, and of training samples they are compared with. With fewer
+    than a few thousand the choice is mostly noise. 0 = no scores; the last checkpoint is the student."""
     features: Literal["efficientnet", "inception"] = "inception"
     """Network whose features are compared; see evaluate.features."""
     inception: WeightsConfig = INCEPTION
     """clean-fid's network, as TorchScript."""
     seed: NonNegativeInt = 20
-    """Seed of the noise that they start from, at every checkpoint the same."""
+    """Seed of the noise of the samples, the same at every checkpoint."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -458,12 +461,12 @@ class LoraConfig(Section):
     """Low-rank updates (Hu et al. 2021) instead of whole networks: weight + alpha / rank * up @ down."""
 
     rank: PositiveInt = 64
-    """Inner size of an update."""
+    """Rank of an update."""
     alpha: PositiveFloat = 8.0
-    """Strength; the reference's 8 of 64 is an effective scale of 0.125."""
+    """Scale of an update is alpha / rank; the reference's 8 / 64 is 0.125."""
     shared_base: bool = False
-    """The critic too is an update of the same frozen base as the student, so that one copy of the weights serves
-    student, critic and teacher; otherwise the critic is a whole network, as published."""
+    """Train the critic as a low-rank update too, of the same frozen weights as the student: teacher, student and critic share
+    one copy. Otherwise the critic is a whole network, as published."""
 
 
 class RegressionConfig(Section):
@@ -474,44 +477,44 @@ class RegressionConfig(Section):
     vgg: WeightsConfig = WeightsConfig(
         uri="https://download.pytorch.org/models/vgg16-397923af.pth", sha256="397923af"
     )
-    """The network that `lpips` looks with, as published by torchvision; read as tensors only."""
+    """Feature network of `lpips`, as published by torchvision; read as tensors only."""
     decoder: str = ""
-    """Folder or hub name of the VAE that makes the images, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
+    """Folder or hub name of the VAE that decodes the images, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
 
 
 class EngineConfig(Section):
-    """How the work is done, and on how much hardware. Nothing here changes what comes out, but for rounding, so a run may go
-    on with other settings."""
+    """How the training uses the hardware. These settings change the result only by rounding, so a run can be resumed with
+    others."""
 
     micro_batch: NonNegativeInt = 0
-    """Images that go through the networks of a process together; the gradients of several are added up to its share of the
-    batch. 0 = all of the share."""
+    """Number of images per process and forward pass; gradients are accumulated until the process has done its part of the
+    batch. 0 = the whole part at once."""
     shards: NonNegativeInt = 0
-    """Processes among which the weights that learn, their gradients and moments are divided (FSDP); groups of so many are
-    replicas of each other (HSDP). 1 = every process has all (DDP), 0 = the processes of one machine."""
+    """Number of processes that trained weights, gradients and optimizer states are sharded over (FSDP); groups of this size are
+    replicas (HSDP). 1 = no sharding (DDP), 0 = the processes of one machine."""
     weights: Literal["auto", "resident", "sharded"] = "auto"
-    """`resident`: every process keeps the networks whole, in the type they compute in, and gathers them once per update.
-    `sharded`: a unit is gathered when it is needed, and let go. `auto`: resident if that leaves room for activations."""
+    """`resident`: every process keeps whole networks in the compute precision, all-gathered once per optimizer step. `sharded`:
+    a unit is all-gathered when it is needed and freed after. `auto`: `resident` if that leaves memory for activations."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass instead of kept: `full`, all inside a unit, for less memory and a third
-    more work; `selective`, all but the results of matrix products, convolutions and attention."""
+    """Activations that are recomputed in the backward pass instead of stored. `full`: all inside a unit, which saves most memory
+    for a third more compute. `selective`: all but the outputs of matrix products, convolutions and attention."""
     compile: bool = False
-    """Compile each unit with torch.compile: a minute or more at the start, faster steps."""
+    """Compile each unit with torch.compile: it takes a minute or more at the start and makes steps faster."""
     deterministic: bool = False
-    """The same bits in every run on the same hardware and as many processes; slower."""
+    """Use deterministic kernels, so that two runs on the same hardware and number of processes are bit-identical; slower."""
     hang_timeout_s: PositiveFloat = 1800.0
-    """Seconds without a finished step after which a process writes where it hangs, and ends, to be started again."""
+    """Seconds without a finished step after which a process writes its stack traces and ends, so that it can be restarted."""
 
 
 class DistillConfig(Section):
     """Training of student and critic."""
 
     steps: PositiveInt
-    """Critic updates; the student has one update in `critic_updates` of them."""
+    """Number of critic updates; the student is updated once per `critic_updates` of them."""
     batch: PositiveInt
-    """Images per step, over all processes."""
+    """Number of images per step, over all processes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the networks compute in. Weights that learn stay in float32, the teacher's are kept in this."""
+    """Compute precision of all networks (mixed precision). Trained weights are stored in float32, the teacher's in this."""
     student: OptimizerConfig
     critic: OptimizerConfig
     critic_updates: PositiveInt = 5
@@ -519,26 +522,27 @@ class DistillConfig(Section):
     student_timesteps: tuple[NonNegativeInt, ...] = (999,)
     """Timesteps at which the student is called, noisiest first, as in diffusers; one timestep makes a one-step student."""
     inputs: Literal["rollout", "noised-real"] = "rollout"
-    """What a student of several steps learns from: `rollout`, its own earlier steps (backward simulation, DMD2 sec. 4.5),
-    or `noised-real`, real samples under noise of a drawn timestep."""
+    """Inputs of a student of several steps while it is trained: `rollout`, samples of its own earlier steps (backward simulation,
+    DMD2 sec. 4.5), or `noised-real`, real samples noised to one of its timesteps."""
     continue_rollouts: bool = False
-    """Between the student's turns, go on with one rollout, a step for each update of the critic, and show the critic every
-    stop of it: one network call for a sample instead of (steps + 1) / 2."""
+    """Between two student updates, continue one rollout by one student step per critic update and train the critic on the
+    sample of every step: 1 network call per sample instead of (steps + 1) / 2 on average."""
     lora: LoraConfig | None = None
     guidance: NonNegativeFloat = 1.0
     """Scale of the teacher's classifier-free guidance; 1 = none."""
     dmd: DmdConfig | None = DmdConfig()
     gan: GanConfig | None = None
     regression: RegressionConfig | None = None
-    """If set, the student alone learns the teacher's answers; `--data` is a folder of pairs. Neither DMD nor GAN."""
+    """If set, only the student is trained, by regression on pairs of the teacher, without DMD and GAN; `--data` is a folder of
+    pairs."""
     log_every: PositiveInt = 50
-    """Steps between lines of the log and points of the curves."""
+    """Number of steps between lines of the log and points of the curves."""
     preview_every: PositiveInt = 500
-    """Steps between picture grids."""
+    """Number of steps between preview grids."""
     preview_vae: str = ""
-    """Folder or hub name of the VAE that makes them, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
+    """Folder or hub name of the VAE that decodes previews, such as the tiny madebyollin/taesdxl; empty = the teacher's."""
     save_every: PositiveInt = 500
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept, in addition to the best one if checkpoints are scored."""
     best: BestConfig = BestConfig()
@@ -546,25 +550,25 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.dmd is None and self.gan is None and self.regression is None:
-            raise ValueError("dmd and gan are both off: the student would learn nothing; turn one on")
+            raise ValueError("dmd and gan are both None, so the student has no loss; set one of them")
         if self.regression and (self.dmd or self.gan):
             raise ValueError(
-                "regression is a warm-up of its own; set dmd and gan to None, and start the distillation from its run"
+                "regression cannot be combined with dmd or gan; set both to None, and start the distillation from the run of the regression"
             )
         if self.regression and self.best.images:
             raise ValueError(
-                "best.images is set, but a regression sees no training samples to judge by; set it to 0"
+                "best.images is set, but a regression sees no training samples to compare with; set it to 0"
             )
         if self.continue_rollouts and (self.inputs != "rollout" or len(self.student_timesteps) < 2):
             raise ValueError(
-                "continue_rollouts is about the rollouts of a student of several steps; turn it off"
+                "continue_rollouts needs a student of several steps trained on rollouts; set it to False"
             )
         if (
             list(self.student_timesteps) != sorted(set(self.student_timesteps), reverse=True)
             or not self.student_timesteps
         ):
             raise ValueError(
-                f"student_timesteps {self.student_timesteps} must fall, noisiest first, with at least one timestep"
+                f"student_timesteps {self.student_timesteps} must fall, noisiest first, and have at least one timestep"
             )
         return self
 
@@ -575,39 +579,40 @@ class EvaluateConfig(Section):
     metrics: tuple[str, ...] = ("fid",)
     """Metrics that are computed: names of rows of the table in `evaluation/metrics.py`."""
     features: Literal["classifier", "efficientnet", "inception"] = "inception"
-    """`inception`: clean-fid's network. `efficientnet`: EfficientNet-Lite0 trained on ImageNet, of an installed package.
-    `classifier`: a small one fitted to the training shards by the stage."""
+    """Feature network. `inception`: clean-fid's. `efficientnet`: EfficientNet-Lite0 trained on ImageNet, from an installed package.
+    `classifier`: a small network that the stage trains on the training shards."""
     inception: WeightsConfig = INCEPTION
     """clean-fid's network, as TorchScript."""
     images: PositiveInt = 50_000
-    """Generated images per score."""
+    """Number of generated images per score."""
     batch: PositiveInt = 128
-    """Images that share a seed; a network call takes at most 64 of them."""
+    """Number of images that share a seed; a network call takes at most 64 of them."""
     teacher_steps: Annotated[int, Field(ge=2)] = 18
-    """Steps of the teacher's own sampler: with EDM Heun's method, 2 * steps - 1 network calls; else that of its scheduler."""
+    """Number of steps of the teacher's sampler: Heun's method with EDM, which takes 2 * steps - 1 network calls; otherwise the
+    scheduler of its pipeline."""
     teacher_guidance: NonNegativeFloat = 1.0
-    """Scale of the guidance the teacher is sampled with; each step is two calls then. 1 = none."""
+    """Scale of the teacher's classifier-free guidance; each step takes two network calls with it. 1 = none."""
     seed: NonNegativeInt = 10
-    """Seed of the noise that both student and teacher start from."""
+    """Seed of the noise, the same for student and teacher."""
 
 
 class PairsConfig(Section):
-    """Answers of the teacher to learn from before a one-step distillation."""
+    """Pairs of noise and teacher sample, for the regression warm-up of a one-step student."""
 
     count: PositiveInt = 10_000
-    """Pairs of noise and sample."""
+    """Number of pairs."""
     batch: PositiveInt = 8
-    """Pairs that are sampled together."""
+    """Number of pairs that are sampled at once."""
     steps: Annotated[int, Field(ge=2)] = 50
-    """Steps of the teacher's sampler."""
+    """Number of steps of the teacher's sampler."""
     guidance: NonNegativeFloat = 8.0
-    """Scale of its guidance."""
+    """Scale of the teacher's classifier-free guidance; 1 = none."""
     per_shard: PositiveInt = 1000
-    """Pairs in one tar file."""
+    """Number of pairs in a tar file."""
 
 
 class GateConfig(Section):
-    """What a student must reach to be packaged."""
+    """The score that a student must reach to be packaged."""
 
     factor: PositiveFloat = 1.25
     """Largest accepted score of the student as a multiple of the teacher's: student <= factor * teacher if smaller scores are better,
@@ -617,12 +622,12 @@ class GateConfig(Section):
 
 
 class Config(Section):
-    """Everything that decides the result of a run, but the data and the teacher."""
+    """All settings of a run. Together with the data and the teacher they determine its result."""
 
     recipe: Annotated[str, tyro.conf.Fixed]
-    """Name of the recipe this started from."""
+    """Name of the recipe that this Config was made from."""
     seed: NonNegativeInt = 0
-    """Seed of all randomness, with the rank and the step."""
+    """Seed of all random numbers of sharding and training; each number depends on the seed, the step and the row."""
     family: SerializeAsAny[FamilyConfig]
     data: DataConfig = DataConfig()
     loader: LoaderConfig = LoaderConfig()
@@ -677,13 +682,13 @@ def _sections_of(annotation: Any) -> list[type[Section]]:
 
 
 def in_first_spelling(section: Section) -> dict[str, Any]:
-    """The JSON of a section with the names that its fields had first (`RENAMED`); names of nested sections stay."""
+    """The JSON of a section with the oldest names of its fields (`RENAMED`); names in nested sections are today's."""
     first = {new: old for old, new in RENAMED.get(type(section).__name__, {}).items()}
     return {first.get(name, name): value for name, value in section.model_dump(mode="json").items()}
 
 
 def _sentence(error: ValidationError) -> str:
-    """`steps: Input should be greater than 0, not -1`, for the first mistake."""
+    """pydantic's first error as a sentence: `steps: Input should be greater than 0, not -1`."""
     first = error.errors()[0]
     message, place = first["msg"].removeprefix("Value error, "), ".".join(map(str, first["loc"]))
     value = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"

@@ -1,4 +1,4 @@
-"""Recipes: functions that return a whole Config. A variant is the recipe it comes from, with what differs."""
+"""Recipes: functions that return a whole Config. A variant calls the recipe it is based on and replaces some fields."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Parsed = TypeVar("Parsed")
 
 
 def spaced_timesteps(count: int, table: int = 1000) -> tuple[int, ...]:
-    """Timesteps of a student of `count` steps at even distances (reference, sec. 2.7): 4 -> 999, 749, 499, 249."""
+    """Timesteps of a student of `count` steps, at even distances and noisiest first: 4 -> 999, 749, 499, 249."""
     return tuple(range(table - 1, 0, -(table // count)))[:count]
 
 
@@ -62,7 +62,7 @@ IMAGENET64 = AdmConfig(
 
 
 def edm_digits() -> Config:
-    """One step, 32x32 handwritten digits: the demo. Sized for two CPU cores and a few minutes."""
+    """One step, 32x32 handwritten digits: the demo, which takes minutes on two CPU cores."""
     return Config(
         recipe="edm-digits",
         family=EdmConfig(network=DIGITS),
@@ -89,7 +89,7 @@ def edm_imagenet64() -> Config:
         seed=10,
         family=EdmConfig(network=IMAGENET64),
         data=DataConfig(holdout=10_000, images_per_shard=10_000),
-        loader=LoaderConfig(lanes=64),  # a batch from many places, also of archives sorted by class
+        loader=LoaderConfig(lanes=64),  # mixes classes in a batch even if the archives are sorted by class
         distill=DistillConfig(
             steps=200_000,
             batch=280,
@@ -128,7 +128,7 @@ def sd15_1step() -> Config:
 
 
 def sd15_1step_gan() -> Config:
-    """One step, Stable Diffusion 1.5, second stage, started from the first: 8.35 in the paper."""
+    """One step, Stable Diffusion 1.5, second stage with the GAN, started from the first: FID 8.35 in the paper."""
     optimizer = OptimizerConfig(lr=5e-7, warmup_steps=500)
     gan = GanConfig(student_weight=1e-3, critic_weight=1e-2)
     return _with(sd15_1step(), "sd15-1step-gan", steps=5_000, student=optimizer, critic=optimizer, gan=gan)
@@ -160,19 +160,19 @@ def sdxl_4step() -> Config:
 
 
 def sdxl_4step_lora() -> Config:
-    """Four steps, SDXL, the student a low-rank update, the critic whole: 19.68 in the reference."""
+    """Four steps, SDXL, with a LoRA student and a whole critic: FID 19.68 in the reference."""
     optimizer = OptimizerConfig(lr=5e-5, warmup_steps=500)
     changes = {"steps": 16_000, "student": optimizer, "critic": optimizer, "lora": LoraConfig()}
     return _with(sdxl_4step(), "sdxl-4step-lora", **changes)
 
 
 def sdxl_4step_shared() -> Config:
-    """The same with the critic a low-rank update too: one copy of the weights for three networks. Not in the paper."""
+    """Four steps, SDXL, with LoRA student and LoRA critic: one copy of the weights for three networks. Not in the paper."""
     return _with(sdxl_4step_lora(), "sdxl-4step-shared", lora=LoraConfig(shared_base=True))
 
 
 def sdxl_1step_warmup() -> Config:
-    """One step, SDXL: regression on the teacher's answers, from which sdxl-1step starts."""
+    """One step, SDXL: regression on the teacher's samples; sdxl-1step starts from its run."""
     changes = {
         "steps": 2_000,
         "batch": 256,
@@ -187,22 +187,22 @@ def sdxl_1step_warmup() -> Config:
 
 
 def sdxl_1step() -> Config:
-    """One step, SDXL, at timestep 399, started from the warm-up: 19.01 in the paper."""
+    """One step, SDXL, at timestep 399, started from the regression warm-up: FID 19.01 in the paper."""
     return _with(sdxl_4step(), "sdxl-1step", steps=24_000, student_timesteps=(399,))
 
 
 def steps(config: Config, count: int, name: str) -> Config:
-    """The same student in another number of steps."""
+    """The recipe with a student of `count` steps, at even distances."""
     return _with(config, name, student_timesteps=spaced_timesteps(count))
 
 
 def from_real(config: Config) -> Config:
-    """Without backward simulation: a student of several steps learns from noised real samples (ablation, table 4)."""
+    """The recipe without backward simulation: the student's inputs are noised real samples (ablation, table 4)."""
     return _with(config, config.recipe + "-noised-real", inputs="noised-real")
 
 
 def emoji(config: Config, **changes: Any) -> Config:
-    """An SDXL recipe at the size of the emoji teacher (64 pixels, 4 M parameters), two CPU cores and a quarter of an hour."""
+    """An SDXL recipe at the size of the emoji teacher (64 pixels, 4 M parameters): a quarter of an hour on two CPU cores."""
     lora = config.distill.lora is not None
     rate = 1.5e-3 if lora else 2e-4
     settings = {
@@ -237,7 +237,7 @@ def emoji(config: Config, **changes: Any) -> Config:
 
 
 def emoji_warmup() -> Config:
-    """Pixels instead of LPIPS, whose weights cannot be had everywhere, and the teacher's own VAE."""
+    """The warm-up at the size of the emoji teacher, with a pixel loss: LPIPS would need weights to be downloaded."""
     changes = {
         "steps": 300,
         "student": OptimizerConfig(lr=5e-4, warmup_steps=20, final_lr_ratio=0.05, ema=(0.98,)),
@@ -246,12 +246,12 @@ def emoji_warmup() -> Config:
 
 
 def without_gan(config: Config) -> Config:
-    """DMD with the two time-scale rule only."""
+    """The recipe without the GAN: DMD with the two time-scale rule."""
     return _with(config, config.recipe + "-no-gan", gan=None)
 
 
 def without_ttur(config: Config) -> Config:
-    """DMD with neither GAN nor time-scale rule: the critic is updated as often as the student."""
+    """The recipe without GAN and two time-scale rule: the critic is updated as often as the student."""
     return _with(config, config.recipe + "-no-ttur", gan=None, critic_updates=1)
 
 
@@ -288,6 +288,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def get(name: str) -> Config:
+    """The Config of a recipe; raises Refused for an unknown name."""
     if name not in RECIPES:
         raise Refused(f"unknown recipe {name!r}; {near_miss(name, list(RECIPES))}")
     return RECIPES[name]()
@@ -295,6 +296,11 @@ def get(name: str) -> Config:
 
 def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe with fields replaced: `resolve("edm-digits", ["distill.steps=100", "seed=1"])`."""
+    return parse(Config, override_flags(overrides), name, default=get(name))
+
+
+def override_flags(overrides: Sequence[str]) -> list[str]:
+    """Overrides as flags of the command line: ["ema=0.9,0.99"] -> ["--ema", "0.9", "0.99"]."""
     flags: list[str] = []
     for override in overrides:
         field, separator, value = override.partition("=")
@@ -303,7 +309,7 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
                 f"override {override!r} must have the form field=value, for example distill.steps=100"
             )
         flags += ["--" + field.strip(), *value.replace(",", " ").split()]
-    return parse(Config, flags, name, default=get(name))
+    return flags
 
 
 def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **settings: Any) -> Parsed:
@@ -337,6 +343,6 @@ def _current_flag(flag: str) -> str:
 
 
 def _sentence(box: str) -> str:
-    """The words of one of tyro's boxes without its frame, title and general advice."""
+    """The text of one of tyro's boxes without its frame, title and general advice."""
     words = re.split(r"Argument helptext:|For full helptext", box)[0].split("\n", 1)[1]
     return " ".join(re.sub(r"[│╭╮╰╯─]|-{3,}", " ", words).split())

@@ -17,9 +17,9 @@ from kfp.dsl.base_component import BaseComponent
 from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType
 
 from components.begin.check import check
-from components.distill.launch import flags
 from dmd2.errors import Refused, one_sentence
 from dmd2.io.local import write_text
+from dmd2.recipes import override_flags
 from pipelines import cluster, readme
 from pipelines.cluster import Where, compiled
 from pipelines.distill import distill
@@ -203,7 +203,10 @@ def _plan(parameters: dict[str, Any], price: float) -> None:
             "--nodes": parameters["nodes"],
             "--price": price,
         }
-        words = [*(str(word) for pair in size.items() for word in pair), *flags(parameters["overrides"])]
+        words = [
+            *(str(word) for pair in size.items() for word in pair),
+            *override_flags(parameters["overrides"].split()),
+        ]
         planned = subprocess.run([sys.executable, "-m", "dmd2", "plan", parameters["recipe"], *words])
         if planned.returncode:
             raise SystemExit(planned.returncode)

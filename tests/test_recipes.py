@@ -120,3 +120,10 @@ def test_a_refusal_of_an_old_name_says_the_name_of_today(refusal: Callable[..., 
 def test_every_renamed_field_exists() -> None:
     for section, names in config.RENAMED.items():
         assert set(names.values()) <= getattr(config, section).model_fields.keys()
+
+
+def test_overrides_become_flags(refusal: Callable[..., str]) -> None:
+    assert recipes.override_flags(["distill.steps=5", "family.network.multipliers=1,2"]) == [
+        "--distill.steps", "5", "--family.network.multipliers", "1", "2"
+    ]  # fmt: skip
+    assert "must have the form field=value" in refusal(lambda: recipes.override_flags(["seed"]))

@@ -31,7 +31,8 @@ def distill(
         teacher: The teacher.
         run: Points to the student by URI and digest; the file itself is the manifest of the run.
     """
-    from components.distill.launch import Size, Torchrun, flags, through
+    from components.distill.launch import Size, Torchrun, through
+    from dmd2 import recipes
     from dmd2.errors import one_sentence
     from dmd2.io import artifact
 
@@ -44,7 +45,7 @@ def distill(
             "--out",
             f"{root}/run",
         ]
-        words = ["distill", recipe, *words, *flags(overrides)]
+        words = ["distill", recipe, *words, *recipes.override_flags(overrides.split())]
         if status := through(Torchrun(words, Size(nodes, gpus, queue))):
             raise SystemExit(status)
         run.metadata.update(artifact.write_pointer(f"{root}/run", "run", run.path))

@@ -106,19 +106,6 @@ def through(launch: Launch) -> int:
     return launch.result()
 
 
-def flags(overrides: str) -> list[str]:
-    """`field=value` as the command line takes it."""
-    words: list[str] = []
-    for override in overrides.split():
-        name, separator, value = override.partition("=")
-        if not separator:
-            raise Refused(
-                f"override {override!r} must have the form field=value, for example distill.steps=100"
-            )
-        words += [f"--{name}", *value.replace(",", " ").split()]
-    return words
-
-
 def torchrun(processes: int, words: Sequence[str]) -> int:
     """Run `python -m dmd2 WORDS` so many times -> the exit status of the one that failed first, or 0."""
     from torch.distributed import run

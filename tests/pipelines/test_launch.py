@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from components.distill.launch import Size, Torchrun, _children, flags
+from components.distill.launch import Size, Torchrun, _children
 from dmd2.io import artifact
+from dmd2.recipes import override_flags
 from dmd2.training import checkpoint
 from tests import conftest
 
@@ -34,7 +35,7 @@ def words(made: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "--out",
             str(tmp_path / "run"),
         ]
-        return ["distill", "edm-digits", *given, *flags(" ".join((*conftest.MICRO, *overrides)))]
+        return ["distill", "edm-digits", *given, *override_flags((*conftest.MICRO, *overrides))]
 
     return call
 
@@ -133,10 +134,3 @@ def test_more_machines_than_one_are_refused_in_one_sentence(begun: Begun, words:
 def test_missing_gpus_are_refused_and_not_replaced_by_the_cpu(refusal: Callable[..., str]) -> None:
     assert "gpus is 4096, and this machine shows" in refusal(Torchrun([], Size(gpus=4096)).start)
     assert "gpus is -1" in refusal(Size(gpus=-1).check)
-
-
-def test_overrides_become_flags(refusal: Callable[..., str]) -> None:
-    assert flags("distill.steps=5 family.network.multipliers=1,2") == [
-        "--distill.steps", "5", "--family.network.multipliers", "1", "2"
-    ]  # fmt: skip
-    assert "must have the form field=value" in refusal(lambda: flags("seed"))
