@@ -45,7 +45,7 @@ PANELS = (
     Panel("Skipped updates", r".*/skipped"),
     Panel("Losses of the student", r"student/.*"),
     Panel("Losses of the critic (dmd = denoising)", r"critic/.*"),
-    Panel("Images per second", r"images_per_s"),
+    Panel("Samples per second", r"samples_per_s"),
     Panel("Model FLOPs utilization", r".*mfu"),
     Panel("Peak memory", r".*memory.*"),
     Panel("Time per step, in seconds", r"(?!eta_s$).*_s"),

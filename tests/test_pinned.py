@@ -97,8 +97,8 @@ METRICS = (
 """In the order in which their values are noted."""
 RATES = ("student/lr", "critic/lr", "teacher/lr")
 """Learning rates, which are not noted."""
-CLOCK = ("images_per_s", "eta_s", "loader/wait_s")
-"""Metrics that are never twice the same."""
+CLOCK = re.compile(r"time/\w+|samples_per_s|eta_s|peak_memory_gb|images_per_s|loader/wait_s")
+"""Metrics that are never twice the same; the last two were written by version 0.1.0."""
 STEP = "step"
 OBJECTS = {
     "critic": "critic", "moments of the critic": "critic.optimizer", "student": "student",
@@ -208,7 +208,8 @@ def _object(tensors: dict[str, torch.Tensor]) -> Tree:
 def log(folder: Path) -> Tree:
     """A list per line: the step, and the value of each of METRICS."""
     lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    assert {name for line in lines for name in line} <= {STEP, *METRICS, *RATES, *CLOCK}
+    names = {name for line in lines for name in line if not CLOCK.fullmatch(name)}
+    assert names <= {STEP, *METRICS, *RATES}
     return [[line[STEP], *(line.get(name) for name in METRICS)] for line in lines]
 
 

@@ -15,7 +15,7 @@ from dmd2.model import Model
 from dmd2.models.family import Prompt
 from dmd2.parallel.ranks import World
 from dmd2.stages.prompts import prompts_of_images, rows_of_prompts
-from dmd2.training.loop import Score
+from dmd2.training.loop import ScoreFunction
 from dmd2.training.optim import Trainable
 
 
@@ -27,7 +27,7 @@ def checkpoint_score(
     samples: Manifest,
     prompts: str,
     world: World,
-) -> Score:
+) -> ScoreFunction:
     """A function that samples the student with its current weights and returns the FID to the training samples."""
     settings = config.distill.best
     texts = read_prompts(prompts) if prompts else ()

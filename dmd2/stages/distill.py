@@ -40,8 +40,8 @@ def distill(
     from dmd2.stages.pictures import preview_family, sample_grid
     from dmd2.stages.prompts import preview_prompts, prompt_sampler
     from dmd2.training import build
-    from dmd2.training.loop import load_best, train
-    from dmd2.training.metrics_log import LoopSettings
+    from dmd2.training.loop import LoopSettings, load_best, train
+    from dmd2.training.metrics_log import Throughput
 
     world, settings = ranks.init_distributed(), config.distill
     with world.main_process_first():
@@ -63,7 +63,7 @@ def distill(
         del weights
         loop_settings = LoopSettings(
             settings.steps,
-            settings.batch,
+            Throughput(settings.batch),
             settings.log_every,
             settings.save_every,
             settings.preview_every,

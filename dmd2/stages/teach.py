@@ -20,8 +20,8 @@ def teach(config: Config, data: str, out: str) -> Manifest:
     from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
     from dmd2.stages.inputs import read_training_samples, sample_digests
     from dmd2.training import build
-    from dmd2.training.loop import train
-    from dmd2.training.metrics_log import LoopSettings
+    from dmd2.training.loop import LoopSettings, train
+    from dmd2.training.metrics_log import Throughput
 
     samples = read_training_samples(config, data)
     inputs = sample_digests(samples)
@@ -36,7 +36,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         trainer = build.diffusion_trainer(config, world)
         loop_settings = LoopSettings(
             settings.steps,
-            settings.batch,
+            Throughput(settings.batch),
             settings.log_every,
             settings.save_every,
             settings.steps,

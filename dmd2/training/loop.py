@@ -1,9 +1,8 @@
-"""A run: a trainer played to its last step, in a folder from which it can be resumed at any time.
+"""The training loop of a run: data, step, metrics, previews, checkpoints; from the newest checkpoint to the last step.
 
-The loop is here, and what people see of it: progress with images/s and an ETA, `metrics.jsonl`, TensorBoard,
-previews. An update whose gradient is not finite is skipped, counted and told; several in a row stop the run, with the
-term named. A signal ends the step on all processes, saves, and stops. Hosts talk beside the devices, once a step, and
-never wait for a device but where numbers are told.
+Signals, hanging ranks and divergence end it in an orderly way. A step whose gradient is not finite is skipped and counted;
+several in a row end the run. SIGTERM and SIGINT let all ranks finish the step, save and stop. Ranks exchange such flags
+over the hosts once a step, and wait for a device only where metrics are read.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -26,153 +26,238 @@ from dmd2.parallel.ranks import World
 from dmd2.progress import Progress
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
-from dmd2.training.metrics_log import LoopSettings, MetricsLog, best_step, checkpoint_scores, due
+from dmd2.training.metrics_log import MetricsLog, Throughput, best_step, checkpoint_scores
 from dmd2.training.optim import Trainable
+from dmd2.training.phase_timer import PhaseTimer
 from dmd2.training.trainer import Trainer
 
-Score = Callable[[Callable[[str], None]], float]
-"""(tells how far it is) -> the score of the student as it is, known to the main process."""
+ScoreFunction = Callable[[Callable[[str], None]], float]
+"""(called with a note as scoring proceeds) -> score of the student as it is now; lower is better. Only the main process's
+return value counts."""
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGHUP: AGAIN}
-"""What a run that was stopped by a signal exits with."""
+"""Exit status of a run that was stopped by a signal."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Length of a run, and intervals in steps."""
+
+    steps: int
+    throughput: Throughput
+    log_every: int
+    save_every: int
+    preview_every: int
+    keep_checkpoints: int
+    hang_timeout_s: float
+    """Seconds without a finished step after which a process writes its stacks and ends."""
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something with this interval happens after the step (counted from 0). It also does after the last."""
+        return (step + 1) % every == 0 or step + 1 == self.steps
 
 
 def train(
     name: str,
     trainer: Trainer,
     batches: Callable[[int], Iterator[Batch]],
-    pace: LoopSettings,
+    settings: LoopSettings,
     draft: Draft,
     preview: Callable[[int], None],
     world: World,
-    score: Score | None = None,
+    score: ScoreFunction | None = None,
 ) -> None:
-    """Play from the newest checkpoint in the draft, or from the start, to the last step. With a `score`, every checkpoint is
-    judged that was due, and the best one kept."""
+    """Train from the newest checkpoint in the draft, or from the start, to the last step.
+
+    Args:
+        name: Shown beside the progress bar.
+        batches: (first step) -> this rank's part of each batch from that step on.
+        preview: Called with the number of steps made, every `preview_every` steps.
+        score: Scores each checkpoint that `save_every` asked for; the best one is kept.
+
+    Raises:
+        Interrupted: A signal stopped the run, after saving; or another rank was lost.
+        Diverged: Too many optimizer steps in a row had a gradient that was not finite.
+    """
+    trainer.timer = PhaseTimer(world.device)
     with world.interrupt_on_lost_rank():
-        _train(name, trainer, batches, pace, draft, preview, world, score)
+        checkpoints = Checkpoints(draft.path / "checkpoints", world, settings.keep_checkpoints, draft)
+        first = max(checkpoint.saved_steps(checkpoints.root), default=0)
+        if first:
+            checkpoint.load(checkpoints.root, first, trainer.state(), world)
+        with (
+            Progress(name, settings.steps, "steps", first, world.is_main) as progress,
+            stop_signals() as requested,
+            watchdog(settings.hang_timeout_s) as reset_watchdog,
+        ):
+            log = MetricsLog(draft.path, first, settings.throughput, world)
+            flags = HostFlags(world, requested)
+            run = _Run(
+                trainer, settings, draft, world, checkpoints, log, flags, progress, reset_watchdog, score
+            )
+            run.make_steps(first, batches, preview)
 
 
-def _train(
-    name: str,
-    trainer: Trainer,
-    batches: Callable[[int], Iterator[Batch]],
-    pace: LoopSettings,
-    draft: Draft,
-    preview: Callable[[int], None],
-    world: World,
-    score: Score | None,
-) -> None:
-    folder = draft.path
-    checkpoints = Checkpoints(folder / "checkpoints", world, pace.keep, draft)
-    saved = checkpoint.saved_steps(checkpoints.root)
-    first = saved[-1] if saved else 0
-    if first:
-        checkpoint.load(checkpoints.root, first, trainer.state(), world)
+@dataclass
+class _Run:
+    """What the steps of a run share."""
 
-    def finish() -> None:
-        if checkpoints.wait_for_save():
-            faulthandler.cancel_dump_traceback_later()  # a bucket takes its time, and no device waits meanwhile
-            if world.is_main:
-                draft.save()
-            world.barrier()
-            alive()
+    trainer: Trainer
+    settings: LoopSettings
+    draft: Draft
+    world: World
+    checkpoints: Checkpoints
+    log: MetricsLog
+    flags: HostFlags
+    progress: Progress
+    reset_watchdog: Callable[[], None]
+    score: ScoreFunction | None
 
-    with (
-        Progress(name, pace.steps, "steps", first, world.is_main) as progress,
-        _signals() as asked,
-        _watched(pace.hang_timeout_s) as alive,
-    ):
-        journal, words = MetricsLog(folder, progress, pace, first, world), Words(world)
-
-        def judge(score: Score, step: int) -> None:
-            def say(note: str) -> None:
-                alive()
-                progress.advance(0, note)
-                if stop := words.together(max(asked, default=0)):
-                    raise Interrupted(
-                        f"stopped while the checkpoint of step {step} was judged; the same command resumes",
-                        stop,
-                    )
-
-            journal.score(step, score(say))
-            note_best()
-            alive()
-
-        def note_best() -> None:
-            if world.is_main:  # the others would read what it is just writing
-                checkpoints.best = best_step(folder)
-
-        note_best()
-        unjudged = int(world.is_main and first not in checkpoint_scores(folder))
-        if score and first and _save_due(trainer, first - 1, pace) and world.broadcast_int(unjudged):
-            judge(score, first)
+    def make_steps(
+        self, first: int, batches: Callable[[int], Iterator[Batch]], preview: Callable[[int], None]
+    ) -> None:
+        self._update_best()
+        if self.score and self._has_no_score(first):
+            self._score_checkpoint(self.score, first)
         stream = batches(first)
-        for step in range(first, pace.steps):
-            asked_for = time.monotonic()
-            real = next(stream)
-            waited = torch.tensor(time.monotonic() - asked_for)
+        for step in range(first, self.settings.steps):
             try:
-                journal.record(step, trainer.step(real, step) | {"loader/wait_s": waited})
-            except Diverged:  # on all processes alike
-                finish()
+                self._make_step(stream, step)
+            except Diverged:  # on all ranks
+                self._publish_checkpoint()
                 raise
-            if due(step, pace.preview_every, pace.steps):
+            if self.settings.is_due(step, self.settings.preview_every):
                 preview(step + 1)
-            stop, writing = words.heard(max(asked, default=0), checkpoints.is_saving)
-            if not writing:
-                finish()
-            last = step + 1 == pace.steps  # from which nothing goes on
-            if (trainer.is_resumable_after(step) or last) and (stop or _save_due(trainer, step, pace)):
-                journal.flush()
-                finish()
-                checkpoints.save_async(step + 1, trainer.state())
-                if score or stop or last:
-                    finish()
-                if stop and not last:
-                    raise Interrupted(
-                        f"stopped after step {step + 1} of {pace.steps}, saved; the same command resumes",
-                        stop,
-                    )
-                if score:
-                    judge(score, step + 1)
-            words.say(max(asked, default=0), checkpoints.is_saving)
-            alive()
-        journal.close()
+            stop, saving = self.flags.receive(self.checkpoints.is_saving)
+            if not saving:
+                self._publish_checkpoint()
+            if self._saves_after(step, stop):
+                self._save(step, stop)
+            self.flags.send(self.checkpoints.is_saving)
+            self.reset_watchdog()
+        self.log.close()
+
+    def _make_step(self, stream: Iterator[Batch], step: int) -> None:
+        start = time.perf_counter()
+        real = next(stream)
+        data_s = torch.tensor(time.perf_counter() - start)
+        metrics = self.trainer.step(real, step)
+        self.trainer.timer.stop()
+        self.log.append(step, metrics | {"time/data_s": data_s})
+        note = self._flush_log() if self.settings.is_due(step, self.settings.log_every) else ""
+        self.progress.advance(note=note)
+
+    def _flush_log(self) -> str:
+        return self.log.flush(self.trainer.timer.read(), self.progress.eta_s)
+
+    def _saves_after(self, step: int, stop: int) -> bool:
+        """Save at the first step from which the run can be resumed once a save is due, and after the last step."""
+        resumable = self.trainer.is_resumable_after(step) or step + 1 == self.settings.steps
+        return resumable and (stop > 0 or self._save_is_due(step))
+
+    def _save_is_due(self, step: int) -> bool:
+        """Whether a save became due after the step, or after one before it from which the run could not be resumed."""
+        since = step
+        while since > 0 and not self.trainer.is_resumable_after(since - 1):
+            since -= 1
+        return any(self.settings.is_due(s, self.settings.save_every) for s in range(since, step + 1))
+
+    def _save(self, step: int, stop: int) -> None:
+        """Save in the background; wait for it if the run stops here or the checkpoint is to be scored."""
+        last = step + 1 == self.settings.steps
+        self._flush_log()
+        self._publish_checkpoint()
+        self.checkpoints.save_async(step + 1, self.trainer.state())
+        if self.score or stop or last:
+            self._publish_checkpoint()
+        if stop and not last:
+            raise Interrupted(
+                f"stopped after step {step + 1} of {self.settings.steps}, saved; the same command resumes",
+                stop,
+            )
+        if self.score:
+            self._score_checkpoint(self.score, step + 1)
+
+    def _publish_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being saved, if any, and upload it."""
+        if self.checkpoints.wait_for_save():
+            faulthandler.cancel_dump_traceback_later()  # an upload may take longer than the watchdog's timeout
+            if self.world.is_main:
+                self.draft.save()
+            self.world.barrier()
+            self.reset_watchdog()
+
+    def _has_no_score(self, step: int) -> bool:
+        """Whether the run was stopped between saving the checkpoint of this step, which was due, and scoring it."""
+        if not step or not self._save_is_due(step - 1):
+            return False
+        missing = self.world.is_main and step not in checkpoint_scores(self.draft.path)
+        return bool(self.world.broadcast_int(int(missing)))
+
+    def _score_checkpoint(self, score: ScoreFunction, step: int) -> None:
+        def report(note: str) -> None:
+            self.reset_watchdog()
+            self.progress.advance(0, note)
+            if stop := self.flags.exchange_stop():
+                raise Interrupted(
+                    f"stopped while the checkpoint of step {step} was judged; the same command resumes", stop
+                )
+
+        self.log.log_score(step, score(report))
+        self._update_best()
+        self.reset_watchdog()
+
+    def _update_best(self) -> None:
+        """Protect the best checkpoint from deletion, which is the main process's work."""
+        if self.world.is_main:
+            self.checkpoints.best = best_step(self.draft.path)
 
 
-class Words:
-    """What the hosts tell each other after a step: whether one was asked to stop, and whether one is still writing. Nobody
-    waits for the answers; they are heard a step later, by all alike."""
+class HostFlags:
+    """Two flags that ranks exchange after each step: the exit status of a stop signal, and whether a rank is still saving.
 
-    def __init__(self, world: World) -> None:
+    `send` starts an all-reduce (max) over the hosts, `receive` ends it one step later: no rank waits, and all ranks act on
+    the same values at the same step.
+    """
+
+    def __init__(self, world: World, requested: list[int]) -> None:
         self.world = world
-        self.said: tuple[Tensor, dist.Work] | None = None
+        self.requested = requested
+        """Exit statuses of the stop signals that this process has received."""
+        self._pending: tuple[Tensor, dist.Work] | None = None
 
-    def say(self, stop: int, writing: bool) -> None:
+    def send(self, saving: bool) -> None:
         if self.world.host_group:
-            words = torch.tensor([stop, int(writing)])
-            work = dist.all_reduce(words, dist.ReduceOp.MAX, self.world.host_group, async_op=True)
+            flags = torch.tensor([self._own_stop, int(saving)])
+            work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.world.host_group, async_op=True)
             assert work is not None
-            self.said = words, work
+            self._pending = flags, work
 
-    def together(self, stop: int) -> int:
-        """The largest exit status that was asked for by now, once all have come here."""
-        self.say(stop, writing=False)
-        return self.heard(stop, writing=False)[0]
-
-    def heard(self, stop: int, writing: bool) -> tuple[int, bool]:
-        """The largest exit status that was asked for, and whether any is writing; of a single process, its own."""
+    def receive(self, saving: bool) -> tuple[int, bool]:
+        """(exit status of a stop signal or 0, whether any rank was saving) as sent last; of a single process, as of now."""
         if not self.world.host_group:
-            return stop, writing
-        if not self.said:
+            return self._own_stop, saving
+        if not self._pending:
             return 0, True
-        words, work = self.said
+        flags, work = self._pending
         work.wait()
-        return int(words[0]), bool(words[1])
+        return int(flags[0]), bool(flags[1])
+
+    def exchange_stop(self) -> int:
+        """The exit status that any rank was asked to stop with up to now, or 0. Waits for all ranks."""
+        self.send(saving=False)
+        return self.receive(saving=False)[0]
+
+    @property
+    def _own_stop(self) -> int:
+        return max(self.requested, default=0)
 
 
 def load_best(draft: Draft, student: Trainable, world: World) -> dict[str, float]:
-    """Bring what is used of the student to the state it had at the best checkpoint; what to tell of it."""
+    """Load the student's inference weights from the best checkpoint.
+
+    Returns:
+        `best_step` and `best_fid` on the main process; an empty dict on other ranks.
+    """
     step = world.broadcast_int((best_step(draft.path) or 0) if world.is_main else 0)
     if world.local_rank == 0:
         draft.exchange.download_missing(f"checkpoints/{step:08d}")
@@ -181,41 +266,35 @@ def load_best(draft: Draft, student: Trainable, world: World) -> dict[str, float
     return {"best_step": step, "best_fid": checkpoint_scores(draft.path)[step]} if world.is_main else {}
 
 
-def _save_due(trainer: Trainer, step: int, pace: LoopSettings) -> bool:
-    """At the first step from which a run can be resumed, once a checkpoint is due."""
-    since = step
-    while since > 0 and not trainer.is_resumable_after(since - 1):
-        since -= 1
-    return any(due(s, pace.save_every, pace.steps) for s in range(since, step + 1))
-
-
 @contextmanager
-def _watched(patience_s: float) -> Iterator[Callable[[], None]]:
-    """While inside, a process that gives no sign of life for so long writes its stacks to stderr and ends."""
+def watchdog(timeout_s: float) -> Iterator[Callable[[], None]]:
+    """Inside the block, if the yielded function is not called for `timeout_s` seconds, the process writes the stacks of its
+    threads to stderr and ends."""
 
-    def alive() -> None:
-        faulthandler.dump_traceback_later(patience_s, exit=True, file=2)
+    def reset() -> None:
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
 
-    alive()
+    reset()
     try:
-        yield alive
+        yield reset
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """While inside, SIGINT and SIGTERM only note the exit status they ask for; a second SIGINT acts at once."""
-    asked: list[int] = []
+def stop_signals() -> Iterator[list[int]]:
+    """Inside the block, SIGINT, SIGTERM and SIGHUP only append their exit status to the yielded list; a second SIGINT raises
+    KeyboardInterrupt."""
+    requested: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked and number == signal.SIGINT:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(EXIT_STATUS[signal.Signals(number)])
+        requested.append(EXIT_STATUS[signal.Signals(number)])
 
-    before = {number: signal.signal(number, note) for number in EXIT_STATUS}
+    previous = {number: signal.signal(number, handle) for number in EXIT_STATUS}
     try:
-        yield asked
+        yield requested
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -14,11 +14,15 @@ from dmd2.denoiser import Denoiser
 from dmd2.training import losses
 from dmd2.training.checkpoint import Stateful
 from dmd2.training.optim import Metrics, Trainable
+from dmd2.training.phase_timer import PhaseTimer
 from dmd2.training.terms import CriticPasses, Losses, LossTerm, separate_passes
 
 
 class Trainer(Protocol):
     """What a run plays, step by step."""
+
+    timer: PhaseTimer
+    """`step` calls its `start` for each phase."""
 
     def step(self, real: Batch, step: int) -> Metrics: ...
 
@@ -45,6 +49,7 @@ class DMD2Trainer:
     """The critic's losses, pass by pass; each term on its own if not given."""
     continues_rollouts: bool = False
     """Whether `generate` goes on from one step to the next, until the student's next turn."""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def state(self) -> dict[str, Stateful]:
         return self.student.state() | self.critic.state()
@@ -58,13 +63,16 @@ class DMD2Trainer:
         shares = [len(part.x) / len(real.x) for part in parts]
         fakes, told = [], []
         for part, share in zip(parts, shares, strict=True):
+            self.timer.start("rollout")
             with torch.set_grad_enabled(students_turn):
                 fake = self.generate(part, step)
             if students_turn:
+                self.timer.start("student")
                 self.student.set_gradient_sync(part is parts[-1], last_pass=True)
                 told.append(self._student_gradient(fake, share))
             fakes.append(replace(fake, x=fake.x.detach()))
         metrics = _summed(told) | self.student.update(step) if students_turn else {}
+        self.timer.start("critic")
         told = [
             self._critic_gradient(fake, part, share, last_micro_batch=part is parts[-1])
             for fake, part, share in zip(fakes, parts, shares, strict=True)
@@ -103,6 +111,7 @@ class RegressionTrainer:
     distance: Callable[[Tensor, Tensor], Tensor]
     """Samples of student and teacher (B, C, H, W) -> a scalar."""
     micro_batch: int = 0
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def is_resumable_after(self, step: int) -> bool:
         return True
@@ -112,6 +121,7 @@ class RegressionTrainer:
 
     def step(self, pairs: Batch, step: int) -> Metrics:
         """`pairs.x` is (B, 2, C, H, W): the noise, and the teacher's answer."""
+        self.timer.start("student")
         told, parts = [], pairs.split(self.micro_batch)
         for part in parts:
             eps, answer = part.x.unbind(1)
@@ -132,6 +142,7 @@ class DiffusionTrainer:
     denoiser: Denoiser
     timesteps: Callable[[Tensor], Tensor]
     """Unit noise (B,) -> timesteps (B,)."""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def is_resumable_after(self, step: int) -> bool:
         return True
@@ -140,6 +151,7 @@ class DiffusionTrainer:
         return self.teacher.state()
 
     def step(self, real: Batch, step: int) -> Metrics:
+        self.timer.start("teacher")
         diffusion = self.denoiser.diffusion
         timestep = self.timesteps(real.rng.normal_like(real.x[:, 0, 0, 0]))
         x_t = diffusion.add_noise(real.x, real.rng.normal_like(real.x), timestep)

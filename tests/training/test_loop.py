@@ -50,7 +50,7 @@ def assert_same(one: Path, two: Path) -> None:
 def numbers(run: Path) -> list[dict[str, float]]:
     """The log without what depends on the clock."""
     return [
-        {k: v for k, v in line.items() if k not in ("images_per_s", "eta_s", "loader/wait_s")}
+        {k: v for k, v in line.items() if not k.endswith("_s") and k != "peak_memory_gb"}
         for line in read_metrics(run)
     ]
 
@@ -177,10 +177,22 @@ def test_the_log_tells_losses_gradients_speed_and_what_is_left(made: Path) -> No
         "student/gan_gradient",
         "critic/dmd",
         "critic/gan",
-        "images_per_s",
+        "student/lr",
+        "critic/lr",
+        "samples_per_s",
+        "peak_memory_gb",
+        "time/data_s",
+        "time/rollout_s",
+        "time/student_s",
+        "time/critic_s",
         "eta_s",
     }
     assert wanted <= lines[0].keys()
+    assert "mfu" not in lines[0], "the peak of a CPU is not known"
+    assert all(
+        sum(line[n] for n in line if n.startswith("time/")) < 8 / line["samples_per_s"] for line in lines
+    )
+    assert "time/student_s" not in lines[1], "it is not the student's turn"
     assert "student/dmd" not in lines[1], "steps 3 and 4 have no update of the student"
     assert lines[-1]["eta_s"] < lines[0]["eta_s"] + 1
     assert [p.name for p in sorted((made / "run" / "previews").iterdir())] == ["00000005.png", "00000010.png"]

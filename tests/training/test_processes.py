@@ -168,7 +168,7 @@ def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(
     assert process.wait(timeout=120) != 0
     stacks = log.read_text().partition("Timeout (0:00:20)!")[2]
     assert 'dmd2/training/loop.py", line' in stacks
-    assert "in _train" in stacks
+    assert "in make_steps" in stacks
 
 
 def forgotten(out: Path) -> int:
