@@ -8,14 +8,20 @@ instead of a stack trace; the command line and the pipeline's components both us
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from typing import NoReturn
 
-AGAIN = 75
-"""The exit status of what has saved and only needs to be started again."""
+from dmd2 import log
+
+logger = logging.getLogger(__name__)
+
+EXIT_RESTARTABLE = 75
+"""Exit status of a process that has saved its work and only needs to be started again."""
 
 
 class Refused(Exception):
@@ -44,19 +50,21 @@ ADVICE |= dict.fromkeys(
 )
 ADVICE |= dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), "check the path")
 ADVICE |= {errno.EIO: "run again, it goes on from what was saved"}
-"""What to do, by what the system says of a file or an object."""
+"""errno -> what the user can do."""
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn errors a user can act on into one line on stderr and an exit status."""
+    """Configure logging, and turn errors a user can act on into one line on stderr and an exit status. In the JSON log
+    format the line is a record of severity ERROR, with the field `exit_status`."""
     try:
+        log.configure()
         yield
     except (Refused, Diverged, Interrupted) as error:
-        _leave(str(error), error.status)
+        _exit(str(error), error.status)
     except KeyboardInterrupt:
-        _leave("interrupted; the same command starts again", 130)
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        _exit("interrupted; the same command starts again", 130)
+    except BrokenPipeError:  # the reader of stdout has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:
@@ -64,11 +72,11 @@ def one_sentence() -> Iterator[None]:
             raise
         where = f" at {error.filename}" if error.filename else ""
         what = (error.strerror or "input or output failed").lower()
-        _leave(f"{what}{where}; what was complete before is untouched: {ADVICE[error.errno]}", 74)
+        _exit(f"{what}{where}; what was complete before is untouched: {ADVICE[error.errno]}", 74)
 
 
 def brief(error: Exception) -> str:
-    """What somebody else's error says, short and on one line."""
+    """The message of another library's error, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -79,7 +87,10 @@ def near_miss(name: str, known: list[str]) -> str:
     return f"{hint}known: {', '.join(sorted(known))}"
 
 
-def _leave(message: str, status: int) -> None:
-    with suppress(BrokenPipeError):
-        print(f"dmd2: {message}", file=sys.stderr, flush=True)
+def _exit(message: str, status: int) -> NoReturn:
+    if log.is_json():
+        logger.error(message, extra={"exit_status": status})
+    else:
+        with suppress(BrokenPipeError):
+            print(f"dmd2: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)

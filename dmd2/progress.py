@@ -1,62 +1,63 @@
-"""How far a stage is: a bar with an ETA on a terminal, a plain line now and then anywhere else."""
+"""Progress of a stage: a bar with the remaining time on a terminal, a log record now and then anywhere else."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich import progress as bars
-from rich.console import Console
+from dmd2 import log
 
-LINE_EVERY_S = 15.0
-"""Seconds between plain lines."""
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+logger = logging.getLogger(__name__)
+RECORD_EVERY_S = 15.0
+"""Seconds between log records."""
 
 
 class Progress:
-    """`with Progress("distill", 1000, "steps") as progress: progress.advance(note="...")`."""
+    """`with Progress("distill", 1000, "steps") as progress: progress.advance(note="...")`.
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
-        self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
-        self.start = self.last_line = time.monotonic()
-        self.console = Console(file=sys.stderr, quiet=not shown)
-        self.shown = shown
-        columns = (
-            bars.TextColumn("[bold]{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn(unit),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[note]}"),
-        )
-        self.bar = bars.Progress(
-            *columns, console=self.console, disable=not (shown and self.console.is_terminal)
-        )
-        self.task = self.bar.add_task(what, total=total, completed=done, note="")
+    Args:
+        label: What is in progress.
+        total: Number of units of the whole.
+        unit: Name of a unit, in the plural.
+        done: Units that were done by an earlier start.
+        visible: False for all processes but the main one.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, visible: bool = True) -> None:
+        self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
+        self.start = self.last_record = time.monotonic()
+        self.visible = visible
+        self._bar = self._make_bar() if visible and sys.stderr.isatty() and not log.is_json() else None
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
-        if not self.console.is_terminal and time.monotonic() - self.start >= LINE_EVERY_S:
-            self._line("")
+        if self._bar:
+            self._bar.stop()
+        elif time.monotonic() - self.start >= RECORD_EVERY_S:
+            self._record("")
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        """Count units as done. The `note` stands behind the bar until the next one."""
         self.done += count
-        if note:
-            self.bar.update(self.task, advance=count, note=note)
-        else:
-            self.bar.update(self.task, advance=count)
-        if not self.console.is_terminal and time.monotonic() - self.last_line >= LINE_EVERY_S:
-            self._line(note)
+        if self._bar:
+            task = self._bar.task_ids[0]
+            self._bar.advance(task, count)
+            if note:
+                self._bar.update(task, note=note)
+        elif time.monotonic() - self.last_record >= RECORD_EVERY_S:
+            self._record(note)
 
     @property
     def eta_s(self) -> float:
@@ -64,11 +65,28 @@ class Progress:
         elapsed = time.monotonic() - self.start
         return elapsed / max(1, self.done - self.first) * (self.total - self.done)
 
-    def _line(self, note: str) -> None:
-        self.last_line = time.monotonic()
-        if not self.shown:
+    def _record(self, note: str) -> None:
+        self.last_record = time.monotonic()
+        if not self.visible:
             return
         left = f"{self.eta_s:.0f} s left" if self.done < self.total else "done"
-        line = f"{self.what}: {self.done}/{self.total} {self.unit}, {left}{', ' if note else ''}{note}"
-        with suppress(BrokenPipeError):  # nobody listens any more; the work goes on, to its next checkpoint
-            print(line, file=sys.stderr, flush=True)
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{', ' if note else ''}{note}"
+        fields = {"stage": self.label, "done": self.done, "total": self.total, "unit": self.unit}
+        logger.info(line, extra=fields | {"eta_s": round(self.eta_s, 1), "note": note})
+
+    def _make_bar(self) -> Bar:
+        from rich import progress
+
+        bar = progress.Progress(
+            progress.TextColumn("[bold]{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn(self.unit),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}"),
+            console=log.console(),
+        )
+        bar.add_task(self.label, total=self.total, completed=self.done, note="")
+        return bar

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dmd2.errors import AGAIN, Interrupted, Refused, brief
+from dmd2.errors import EXIT_RESTARTABLE, Interrupted, Refused, brief
 
 HOST_TIMEOUT = timedelta(days=1)
 """Timeout of operations between hosts: long, because the main process may be writing a result meanwhile."""
@@ -107,7 +107,7 @@ class World:
             self._abort_process_group()
             raise Interrupted(
                 f"another process of this run was lost ({brief(error)}); started again, it goes on from its last checkpoint",
-                AGAIN,
+                EXIT_RESTARTABLE,
             ) from error
 
     def shutdown(self) -> None:

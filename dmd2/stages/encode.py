@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from functools import partial
 
 from dmd2.config import Config
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
+
+logger = logging.getLogger(__name__)
 
 
 def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
@@ -33,7 +35,7 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
     state, shards = latents.distributed_state(), Shards(data, TRAIN, cache_gb=config.loader.cache_gb)
     encoder = latents.LatentEncoder.load(shards, config, networks, state.device)
     if state.is_main_process:
-        print(encoder.describe_disk_use(), file=sys.stderr, flush=True)
+        logger.info(encoder.describe_disk_use())
     open_draft = partial(draft_artifact, out, "latents", config, inputs, resumable=True)
     if state.num_processes > 1:
         with open_draft(part=True) as draft:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +34,8 @@ from dmd2.training.terms import (
     shared_noise_passes,
 )
 from dmd2.training.trainer import DiffusionTrainer, DMD2Trainer, RegressionTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
@@ -87,10 +89,9 @@ def trainer(
     reseed(config.seed)
     repeatable(config.engine.deterministic)
     if world.is_main and ranks.is_emulated(world.device, getattr(torch, config.distill.dtype)):
-        print(
-            f"{config.distill.dtype} is emulated on this device, many times slower than float32: --distill.dtype float32",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            "%s is emulated on this device, many times slower than float32: --distill.dtype float32",
+            config.distill.dtype,
         )
     mesh = world.device_mesh(config.engine.shards)
     networks = _networks(config, fam, teacher, world, mesh, start)
@@ -165,11 +166,9 @@ def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -
     # Devices may differ, and all processes must do alike.
     resident = bool(world.broadcast_int(int(needed <= memory.ROOM * there)))
     if world.is_main:
-        print(
+        logger.info(
             f"weights {'resident' if resident else 'sharded'}: whole networks would take {needed:.1f} GB of the {there:.1f} GB "
             f"of a device, {'at most' if resident else 'more than'} {memory.ROOM:.0%} (--engine.weights chooses)",
-            file=sys.stderr,
-            flush=True,
         )
     return resident
 

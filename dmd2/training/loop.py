@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmd2.batch import Batch
-from dmd2.errors import AGAIN, Diverged, Interrupted
+from dmd2.errors import EXIT_RESTARTABLE, Diverged, Interrupted
 from dmd2.io.staging import Draft
 from dmd2.parallel.ranks import World
 from dmd2.progress import Progress
@@ -34,7 +34,7 @@ from dmd2.training.trainer import Trainer
 ScoreFunction = Callable[[Callable[[str], None]], float]
 """(called with a note as scoring proceeds) -> score of the student as it is now; lower is better. Only the main process's
 return value counts."""
-EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGHUP: AGAIN}
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: EXIT_RESTARTABLE, signal.SIGHUP: EXIT_RESTARTABLE}
 """Exit status of a run that was stopped by a signal."""
 
 

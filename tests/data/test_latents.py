@@ -163,10 +163,11 @@ def test_the_facts_say_what_it_is_and_takes(encoded: Path, vae: Path) -> None:
 
 
 def test_what_it_takes_is_told_before_it_starts(
-    config: Config, shards: Path, vae: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    config: Config, shards: Path, vae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages.encode(config, str(shards), str(vae), str(tmp_path / "out"))
-    said = capfd.readouterr().err
+    with caplog.at_level("INFO", "dmd2"):
+        stages.encode(config, str(shards), str(vae), str(tmp_path / "out"))
+    said = caplog.text
     one = tar_bytes(128 + 1024, 1, *([20] if Shards(shards, "train").sample(0, 0).text else []))
     assert f"latents: 228 images x {one / 1000:.3g} kB = {228 * one / 1000:.3g} kB" in said
     assert "(an SDXL set of 500,000 images at 1024 px takes 132 GB)" in said

@@ -89,17 +89,17 @@ def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_tra
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_type_without_instructions_is_told(
-    native: bool, micro: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    native: bool, micro: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     can = {"architecture": "x86_64", "avx512_bf16": native, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     network = make_family(micro.family).network()
     make_trainer(micro, network)
-    assert not capsys.readouterr().err
+    assert not caplog.messages
     lower = micro.distill.model_copy(update={"dtype": "bfloat16"})
     make_trainer(micro.model_copy(update={"distill": lower}), network)
     told = "bfloat16 is emulated on this device, many times slower than float32: --distill.dtype float32"
-    assert (told in capsys.readouterr().err) is not native
+    assert (told in caplog.messages) is not native
 
 
 def test_students_turn_leaves_no_gradient_in_the_critic(

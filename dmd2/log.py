@@ -1,0 +1,136 @@
+"""Log records on stderr: lines for people, by rich on a terminal, or one JSON object per record for a log collector.
+
+Modules log through `logging.getLogger(__name__)` and print nothing to stderr themselves. The command line and the
+components call `configure` once; a program that uses dmd2 as a library sets up `logging` as it likes. Only the main
+process (RANK 0) logs INFO, unless DMD2_LOG_LEVEL says otherwise. Importing this module imports no rich.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT, LEVEL = "DMD2_LOG_FORMAT", "DMD2_LOG_LEVEL"
+"""Environment variables: `text` or `json`; the lowest level that is logged, as DEBUG."""
+PACKAGES = ("dmd2", "components", "pipelines")
+SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+"""Levels of logging, and severities of Cloud Logging, by the same names."""
+STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+"""Fields that every record has. All other ones were given as `extra`."""
+
+
+class TextHandler(logging.Handler):
+    """Lines for people: by rich on a terminal, plain elsewhere."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr.isatty():
+            _rich_handler().emit(record)
+            return
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        _write_line(prefix + self.format(record))
+
+
+class JsonHandler(logging.Handler):
+    """One JSON object per record and line, in the fields of Cloud Logging's structured logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _write_line(json.dumps(event(record), default=str))
+
+
+HANDLERS: dict[str, type[TextHandler | JsonHandler]] = {"text": TextHandler, "json": JsonHandler}
+
+
+def configure(format: str = "") -> None:
+    """Send the log records of this process, and of processes that it starts, to stderr. May be called again.
+
+    Args:
+        format: `text` or `json`; empty for what DMD2_LOG_FORMAT says, or else `text`.
+
+    Raises:
+        Refused: Unknown format or level.
+    """
+    format = _choose(format or os.environ.get(FORMAT) or "text", FORMAT, tuple(HANDLERS))
+    main = os.environ.get("RANK", "0") == "0"
+    level = _choose(os.environ.get(LEVEL) or ("INFO" if main else "WARNING"), LEVEL, SEVERITIES)
+    os.environ[FORMAT] = format
+    root = logging.getLogger()
+    for handler in _handlers():
+        root.removeHandler(handler)
+    root.addHandler(HANDLERS[format]())
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(level)
+    logging.captureWarnings(format == "json")
+    sys.excepthook = _log_uncaught if format == "json" else sys.__excepthook__
+
+
+def is_json() -> bool:
+    return any(isinstance(handler, JsonHandler) for handler in _handlers())
+
+
+def event(record: logging.LogRecord) -> dict[str, Any]:
+    """The JSON object of a record: severity, message, time (RFC 3339, UTC), logger, the fields given as `extra`."""
+    time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    fields = {
+        "severity": SEVERITIES[min(max(record.levelno // 10, 1), len(SEVERITIES)) - 1],
+        "message": record.getMessage(),
+        "time": time.replace("+00:00", "Z"),
+        "logger": record.name,
+    }
+    if record.exc_info:
+        fields["stack_trace"] = logging.Formatter().formatException(record.exc_info)
+    extra = {name: value for name, value in vars(record).items() if name not in STANDARD_FIELDS}
+    return fields | {name: _finite(value) for name, value in extra.items()}
+
+
+@cache
+def console() -> Console:
+    """The terminal behind stderr, which log lines and progress bars share."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@cache
+def _rich_handler() -> logging.Handler:
+    from rich.logging import RichHandler
+
+    return RichHandler(console=console(), show_time=False, show_path=False)
+
+
+def _handlers() -> list[TextHandler | JsonHandler]:
+    return [h for h in logging.getLogger().handlers if isinstance(h, TextHandler | JsonHandler)]
+
+
+def _choose(value: str, variable: str, known: tuple[str, ...]) -> str:
+    from dmd2.errors import Refused, near_miss  # which imports this module
+
+    if value not in known:
+        raise Refused(f"{variable} is {value!r}; {near_miss(value, list(known))}")
+    return value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers for infinity and NaN."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_line(line: str) -> None:
+    """One write per line, so that lines of several processes do not mix."""
+    with suppress(BrokenPipeError):  # the reader has ended; the work goes on
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("dmd2").critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))

@@ -1,0 +1,134 @@
+"""Log records on stderr: plain lines, or one JSON object per record; one sentence at the end in either format."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from dmd2 import log
+from dmd2.errors import Refused, one_sentence
+from dmd2.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def logging_of_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test configures logging for itself and leaves it as it was."""
+    monkeypatch.setenv(log.FORMAT, "text")
+    root, hook = logging.getLogger(), sys.excepthook
+    handlers, levels = list(root.handlers), {name: logging.getLogger(name).level for name in log.PACKAGES}
+    yield
+    root.handlers[:], sys.excepthook = handlers, hook
+    logging.captureWarnings(False)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_record_is_one_json_object_as_cloud_logging_reads_it(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("json")
+    logging.getLogger("dmd2.training").warning(
+        "loss is %g\nagain", 2.5, extra={"step": 3, "loss": float("nan")}
+    )
+    (event,) = events(capsys.readouterr().err)
+    time = datetime.fromisoformat(event.pop("time"))
+    assert time.utcoffset() is not None
+    assert abs(time.timestamp() - datetime.now().timestamp()) < 60
+    assert event == {
+        "severity": "WARNING",
+        "message": "loss is 2.5\nagain",
+        "logger": "dmd2.training",
+        "step": 3,
+        "loss": "nan",
+    }
+
+
+@pytest.mark.parametrize("level", log.SEVERITIES)
+def test_levels_are_severities_by_the_same_name(level: str) -> None:
+    record = logging.makeLogRecord({"levelno": logging.getLevelNamesMapping()[level]})
+    assert log.event(record)["severity"] == level
+
+
+def test_configuring_twice_logs_once_in_the_format_of_the_last_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for format in ("text", "json", "text", ""):
+        log.configure(format)
+    logging.getLogger("dmd2.io").info("uploaded")
+    logging.getLogger("dmd2.io").warning("slow")
+    assert capsys.readouterr().err == "uploaded\nwarning: slow\n"
+
+
+def test_the_environment_chooses_the_format_and_other_libraries_log_warnings_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(log.FORMAT, "json")
+    log.configure()
+    for level in (logging.INFO, logging.WARNING):
+        logging.getLogger("google.auth").log(level, "credentials")
+    assert [event["severity"] for event in events(capsys.readouterr().err)] == ["WARNING"]
+
+
+@pytest.mark.parametrize(("rank", "level", "logged"), [("0", "", 1), ("1", "", 0), ("1", "INFO", 1)])
+def test_only_the_main_process_logs_info_unless_asked(
+    rank: str, level: str, logged: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv(log.LEVEL, level)
+    log.configure("text")
+    logging.getLogger("dmd2.stages").info("encoding")
+    assert capsys.readouterr().err.count("encoding") == logged
+
+
+def test_an_unknown_format_is_refused(refusal: Callable[..., str]) -> None:
+    assert "DMD2_LOG_FORMAT is 'jsn'; did you mean 'json'?" in refusal(lambda: log.configure("jsn"))
+
+
+def test_the_last_sentence_is_an_error_with_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("json")
+    with pytest.raises(SystemExit) as caught, one_sentence():
+        raise Refused("the folder is empty")
+    (event,) = events(capsys.readouterr().err)
+    assert (event["severity"], event["message"], event["exit_status"]) == ("ERROR", "the folder is empty", 64)
+    assert caught.value.code == 64
+
+
+def test_in_json_progress_is_events(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dmd2.progress.RECORD_EVERY_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    log.configure("json")
+    with Progress("distill", 10, "steps", done=4) as progress:
+        progress.advance(2, "loss 0.5")
+    first, last = events(capsys.readouterr().err)
+    assert first["message"].startswith("distill: 6/10 steps, ")
+    assert (first["stage"], first["done"], first["total"], first["note"]) == ("distill", 6, 10, "loss 0.5")
+    assert last["done"] == 6
+
+
+def test_an_uncaught_exception_is_one_json_object() -> None:
+    program = "from dmd2 import log; log.configure('json'); 1 / 0"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    (event,) = events(done.stderr)
+    assert event["severity"] == "CRITICAL"
+    assert event["message"] == "ZeroDivisionError: division by zero"
+    assert event["stack_trace"].startswith("Traceback")
+
+
+def test_importing_what_logs_imports_nothing_slow() -> None:
+    program = (
+        "import sys, dmd2.errors, dmd2.log, dmd2.progress, dmd2.io.storage;"
+        "print(sorted({'torch', 'rich', 'google.cloud.storage', 'requests', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
