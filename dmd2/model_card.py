@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dmd2.evaluation.scores import REAL, image_sets, read_scores
+from dmd2.evaluation.scores import markdown_table, score_table
 from dmd2.io.artifact import Manifest
 
 
@@ -34,7 +34,7 @@ The licences of the teacher and of its training data apply to these weights.
 
 ## Metrics
 
-{_metrics_table(evaluation)}
+{markdown_table(*score_table(facts))}
 
 {facts["images"]} generated images against {facts["images_real"]} held-out real ones; features: {facts["features"]};
 seed {facts["seed"]}. {gate.facts["reason"]}. {best_checkpoint(run)}
@@ -53,19 +53,6 @@ Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 {json.dumps(config.model_dump(mode="json", include={"recipe", "seed", "family", "distill"}), indent=1)}
 ```
 """
-
-
-def _metrics_table(evaluation: Manifest) -> str:
-    """A row per set of images, a column per metric; the student's scores in bold."""
-    scores = read_scores(evaluation.facts)
-    head = ["", "network calls per image", *(f"{metric.title} ({metric.direction})" for metric in scores)]
-    rows = []
-    for each in image_sets(evaluation.facts):
-        values = [metric.text(each.name) for metric in scores]
-        bold = [f"**{value}**" for value in values] if each.name == "student" else values
-        rows.append([each.title, "" if each.name == REAL else str(each.calls), *bold])
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def best_checkpoint(run: Manifest) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from dmd2.evaluation.scores import REAL, image_sets, read_scores
+from dmd2.evaluation.scores import REAL, sampled_image_sets, score_table
 from dmd2.io.artifact import Manifest
 from dmd2.io.local import write_text
 from dmd2.model_card import best_checkpoint
@@ -90,15 +90,7 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
 
 
 def _scores(evaluation: Manifest) -> str:
-    """A row per set of images; per metric its score and the score as a multiple of the teacher's."""
-    facts, scores = evaluation.facts, read_scores(evaluation.facts)
-    head = ["", "network calls"]
-    for metric in scores:
-        head += [f"{metric.title} ({metric.direction})", f"{metric.title} / teacher's"]
-    rows = []
-    for each in image_sets(facts):
-        cells = [cell for metric in scores for cell in (metric.text(each.name), metric.ratio(each.name))]
-        rows.append([each.title, "" if each.name == REAL else str(each.calls), *cells])
+    facts = evaluation.facts
     accuracy = (
         f", accuracy {facts['features_accuracy']:.1%} on the held-out images"
         if "features_accuracy" in facts
@@ -108,19 +100,17 @@ def _scores(evaluation: Manifest) -> str:
         f"{facts['images']} images each against {facts['images_real']} held-out real ones. "
         f"Features: {facts['features']}{accuracy}. Seed {facts['seed']}."
     )
-    return (
-        _table([escape(cell) for cell in head], [[escape(cell) for cell in row] for row in rows])
-        + f"<p>{escape(note)}</p>"
-    )
+    head, rows = score_table(facts)
+    table = _table([escape(cell) for cell in head], [[escape(cell) for cell in row] for row in rows])
+    return f"{table}<p>{escape(note)}</p>"
 
 
 def _pictures(evaluation: Manifest, folder: Path) -> str:
     captions = {
-        each.name: "Held-out real images"
-        if each.name == REAL
-        else f"{each.title.capitalize()}, {each.calls} network call{'s' if each.calls > 1 else ''}"
-        for each in image_sets(evaluation.facts)
+        each.name: f"{each.title.capitalize()}, {each.calls} network call{'s' if each.calls > 1 else ''}"
+        for each in sampled_image_sets(evaluation.facts)
     }
+    captions[REAL] = "Held-out real images"
     return "".join(
         _figure((folder / f"{name}.png").read_bytes(), caption, pixels=True)
         for name, caption in captions.items()

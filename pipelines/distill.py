@@ -41,7 +41,7 @@ def distill(
         teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
-        gate: The student is accepted if its FID is at most this many times the teacher's; 0 for the recipe's factor.
+        gate: Largest accepted score of the student as a multiple of the teacher's; 0 for the recipe's `gate.factor`.
         destination: Folder of models; an accepted one is published there as `<recipe>/<digest>`. Empty: it stays in the root.
         root: Folder that receives everything the run makes; the same root continues a run. Empty: beside the run's artifacts.
         nodes: Machines of the distillation; one for now.

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dmd2.errors import Refused
+from dmd2.evaluation.scores import read_scores, sampled_image_sets, score_facts, score_table
 from dmd2.io import artifact
 from dmd2.io.local import write_text
 from pipelines.cluster import compiled
@@ -56,7 +57,7 @@ def run_local(
         teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
-        gate: The student is accepted if its FID is at most this many times the teacher's; 0 for the recipe's factor.
+        gate: Largest accepted score of the student as a multiple of the teacher's; 0 for the recipe's `gate.factor`.
         destination: Folder of models; an accepted one is published there. Empty: it stays in the root.
         gpus: GPUs of the distillation, one process on each; 0 for the CPU, -1 for those of this machine.
     """
@@ -118,54 +119,41 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
+STAGES = {
+    "shards": "shard", "teacher": "teach", "latents": "encode", "run": "distill", "evaluation": "evaluate", "gate": "gate",
+    "package": "package",
+}  # fmt: skip
+"""{kind of an artifact: the stage that makes it}."""
+
+
 def summarize(root: Path, wall_s: float) -> dict[str, Any]:
-    """The run in one object, from the manifests of its folders."""
-    kinds = {
-        "shards": "shard",
-        "teacher": "teach",
-        "latents": "encode",
-        "run": "distill",
-        "evaluation": "evaluate",
-        "gate": "gate",
-    }
-    manifests = {kind: artifact.read_manifest(root / kind, kind) for kind in kinds if (root / kind).is_dir()}
-    scores, gate = manifests["evaluation"].facts, manifests["gate"].facts
-    accepted = gate["decision"] == "accepted"
-    if accepted:
-        manifests["package"] = artifact.read_manifest(root / "package", "package")
-    seconds = {kinds.get(kind, kind): manifest.seconds for kind, manifest in manifests.items()}
-    names = (
-        "fid_student",
-        "fid_teacher",
-        "fid_teacher_1step",
-        "fid_real",
-        "nfe_student",
-        "nfe_teacher",
-        "images",
-    )
-    return {name: scores[name] for name in names} | {
-        "features": scores["features"],
-        "variants": [{name: v[name] for name in ("recipe", "steps", "fd")} for v in scores["variants"]],
+    """The run as one JSON object, from the manifests of its artifacts: scores, decision, times in seconds."""
+    manifests = {kind: artifact.read_manifest(root / kind, kind) for kind in STAGES if (root / kind).is_dir()}
+    facts, gate = manifests["evaluation"].facts, manifests["gate"].facts
+    seconds = {STAGES[kind]: manifest.seconds for kind, manifest in manifests.items()}
+    return score_facts(read_scores(facts), sampled_image_sets(facts)) | {
+        "nfe_student": facts["nfe_student"],
+        "nfe_teacher": facts["nfe_teacher"],
+        "images": facts["images"],
+        "features": facts["features"],
         "seconds": seconds | {"total": round(sum(seconds.values()), 1), "wall": round(wall_s, 1)},
         "gate": gate["decision"],
         "reason": gate["reason"],
-        "package": str(root / "package") if accepted else None,
+        "package": str(root / "package") if gate["decision"] == "accepted" else None,
         "report": str(root / "report.html"),
     }
 
 
 def show(summary: dict[str, Any]) -> None:
+    """Print a summary."""
     console = Console()
-    table = Table(title=f"{summary['images']} images each, FID on: {summary['features']}")
-    for column in ("", "steps", "FID", "/ teacher's"):
-        table.add_column(column, justify="right" if column else "left")
-    rows = [(v["recipe"], str(v["steps"]), v["fd"]) for v in summary["variants"]]
-    for name, steps, fid in [*rows, ("real training images", "-", summary["fid_real"])]:
-        table.add_row(name, steps, f"{fid:.2f}", f"{fid / summary['fid_teacher']:.2f}")
+    table = Table(title=f"{summary['images']} images each; features: {summary['features']}")
+    head, rows = score_table(summary)
+    for index, column in enumerate(head):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    console.print(
-        f"network calls per image: student {summary['nfe_student']}, teacher {summary['nfe_teacher']}"
-    )
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["seconds"].items())
     console.print(f"{summary['gate']}: {summary['reason']}\ntime: {spent}", highlight=False)
     for what in ("report", "package"):

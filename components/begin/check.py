@@ -6,6 +6,7 @@ from components.distill.launch import Size
 from dmd2 import recipes
 from dmd2.config import Config
 from dmd2.errors import Refused
+from dmd2.evaluation import metrics
 from dmd2.io.storage import open_store
 
 
@@ -15,6 +16,7 @@ def check(
     """The Config of the run; refused if the rest does not go with it."""
     config = recipes.resolve(recipe, overrides.split())
     Size(nodes, gpus).check()
+    metrics.select(config.evaluate.metrics)
     if destination:
         open_store(destination)
     if not teacher and not config.family.can_teach:

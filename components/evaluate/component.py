@@ -14,7 +14,7 @@ def evaluate(
     evaluation: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Compare student and teacher with held-out real images by FID.
+    """Score student and teacher against held-out real images by the metrics of `evaluate.metrics`.
 
     Args:
         recipe: Name of a recipe.
@@ -24,10 +24,11 @@ def evaluate(
         teacher: The teacher.
         run: The student.
         evaluation: Points to the result by URI and digest; the file itself is its manifest.
-        metrics: The scores, for the table of the UI.
+        metrics: The scores as `<metric>_<set of images>`, and the title and direction of each metric, for the table of the UI.
     """
     from dmd2 import recipes, stages
     from dmd2.errors import one_sentence
+    from dmd2.evaluation.scores import read_scores
     from dmd2.io import artifact
 
     with one_sentence():
@@ -40,3 +41,5 @@ def evaluate(
     for name, value in result.facts.items():
         if isinstance(value, int | float):
             metrics.log_metric(name, value)
+    for scores in read_scores(result.facts):
+        metrics.metadata[scores.name] = f"{scores.title} ({scores.direction})"

@@ -5,13 +5,14 @@ from components.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def gate(recipe: str, overrides: str, root: str, factor: float, evaluation: dsl.Input[dsl.Artifact]) -> str:
-    """Accept or reject the student by its FID. The decision goes to `<root>/gate`, with its reason.
+    """Accept or reject the student by comparing its score with the teacher's. The decision and its reason go to `<root>/gate`.
 
     Args:
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         root: Folder of the run.
-        factor: Accepted if FID(student) <= factor * FID(teacher); 0 for the factor of the recipe.
+        factor: Largest accepted score as a multiple of the teacher's, or the teacher's as a multiple of it if larger scores are better; 0 for
+            the recipe's `gate.factor`.
         evaluation: The scores.
 
     Returns:

@@ -14,7 +14,7 @@ from dmd2.errors import Refused
 from dmd2.evaluation.metrics import METRICS, Better, Metric, Score
 
 REAL = "real"
-"""The set of real training images: what a perfect student would score."""
+"""Name of the set of real training images, whose score is what a perfect student would reach."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class ImageSet:
             return "real training images"
         who, *fewer = self.name.split("_")
         return f"{who} in {self.steps} step{'s' if self.steps > 1 else ''}" if fewer else who
+
+
+REAL_IMAGES = ImageSet(REAL, "", 0, 0)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,28 @@ def scores_by(metric: str, facts: Mapping[str, Any]) -> MetricScores:
     return scores[metric]
 
 
-def image_sets(facts: Mapping[str, Any]) -> list[ImageSet]:
-    """The sets that an evaluation scored: those that were sampled, and the real training images last."""
-    sampled = [ImageSet(v["name"], v["recipe"], v["steps"], v["calls"]) for v in facts["variants"]]
-    return [*sampled, ImageSet(REAL, "", 0, 0)]
+def sampled_image_sets(facts: Mapping[str, Any]) -> list[ImageSet]:
+    """The sets that an evaluation sampled and scored."""
+    return [ImageSet(v["name"], v["recipe"], v["steps"], v["calls"]) for v in facts["variants"]]
+
+
+def score_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the table of all scores, as text: a row per set of images, and for each metric its score and the score as a
+    multiple of the teacher's. The first column is the title of the set; empty cells do not apply."""
+    scores = read_scores(facts)
+    head = ["", "steps", "network calls"]
+    for metric in scores:
+        head += [f"{metric.title} ({metric.direction})", "/ teacher's"]
+    rows = []
+    for each in [*sampled_image_sets(facts), REAL_IMAGES]:
+        row = [each.title, *(str(count) if count else "" for count in (each.steps, each.calls))]
+        for metric in scores:
+            row += [metric.text(each.name), metric.ratio(each.name)]
+        rows.append(row)
+    return head, rows
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """The table in Markdown; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

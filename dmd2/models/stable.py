@@ -343,7 +343,7 @@ pipe = {self.pipeline}.from_pretrained("path/of/this/folder")
 image = pipe("a prompt", timesteps={list(timesteps)}, guidance_scale=0).images[0]
 ```
 
-The timesteps must be these, and guidance must be off: a negative prompt does nothing."""
+Use exactly these timesteps and no guidance; a negative prompt has no effect."""
 
     @classmethod
     def resolve(cls, config: StableConfig, source: str, base: str, vae: str, scratch: Path) -> ForeignTeacher:
