@@ -8,6 +8,7 @@ goes to the workers themselves, which end their step, save and leave.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from dmd2 import log
 from dmd2.errors import Refused
+
+logger = logging.getLogger("components.distill.launch")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 900
@@ -117,7 +121,7 @@ def torchrun(processes: int, words: Sequence[str]) -> int:
         run.main([*settings, "-m", "dmd2", *words])
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
-        print(f"process {rank} of {processes} ended with {first.exitcode}", file=sys.stderr, flush=True)
+        logger.error("process %s of %d ended with %d", rank, processes, first.exitcode)
         return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     except SignalException as stopped:  # before there was a worker to tell
         return 128 + stopped.sigval
@@ -149,8 +153,7 @@ def _devices(wanted: int) -> None:
 def _passed_on(launch: Launch) -> Iterator[None]:
     def pass_on(number: int, frame: FrameType | None) -> None:
         launch.cancel(number)
-        with suppress(BrokenPipeError):  # whoever listened may have ended by the same signal
-            print(f"{signal.Signals(number).name}: told the training", file=sys.stderr, flush=True)
+        logger.info("%s: passed on to the training", signal.Signals(number).name)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
@@ -161,4 +164,5 @@ def _passed_on(launch: Launch) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    log.configure()
     sys.exit(torchrun(int(sys.argv[1]), sys.argv[2:]))

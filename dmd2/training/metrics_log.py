@@ -9,6 +9,7 @@ is due; this is the one place where training waits for it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -26,6 +27,7 @@ from dmd2.parallel.ranks import World
 from dmd2.training import checkpoint
 from dmd2.training.optim import SKIPPED, Metrics
 
+logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 SCORE = "checkpoint/fid"
 """Metric: Frechet distance between samples of the student and training samples, at a checkpoint."""
@@ -142,7 +144,9 @@ class MetricsLog:
                         "there, and start anew"
                     )
                 if self.world.is_main:
-                    print(f"{reason} at step {step}; this update is skipped", file=sys.stderr, flush=True)
+                    logger.warning(
+                        "%s at step %d; this update is skipped", reason, step, extra={"step": step}
+                    )
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -87,7 +87,7 @@ def test_a_signal_reaches_the_training_which_saves_and_says_so(
     process.send_signal(number)
     status, told = ended(process)
     assert status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number], told
-    assert f"{number.name}: told the training" in told
+    assert f"{number.name}: passed on to the training" in told
     assert "saved; the same command resumes" in told
     assert "Traceback" not in told
     assert checkpoint.saved_steps(tmp_path / ".run.partial" / "checkpoints")
