@@ -22,7 +22,7 @@ Noise = Callable[[Tensor], Tensor]
 """A tensor -> fresh unit noise of its shape."""
 
 
-def walk(
+def student_inputs(
     student: Denoiser, eps: Tensor, cond: Conditioning, timesteps: Timesteps, noise: Noise = torch.randn_like
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The student's inputs (x_t, timestep), one per step, each made from its answer to the one before.
@@ -45,11 +45,11 @@ def generate(
     student: Denoiser, eps: Tensor, cond: Conditioning, timesteps: Timesteps, noise: Noise = torch.randn_like
 ) -> Tensor:
     """Pure noise eps (B, C, H, W) -> clean sample (B, C, H, W), in len(timesteps) network calls."""
-    *_, (x_t, timestep) = walk(student, eps, cond, timesteps, noise)
+    *_, (x_t, timestep) = student_inputs(student, eps, cond, timesteps, noise)
     return student(x_t, timestep, cond)
 
 
-def simulate(
+def backward_simulation(
     student: Denoiser,
     eps: Tensor,
     cond: Conditioning,
@@ -57,19 +57,19 @@ def simulate(
     stop: int,
     noise: Noise = torch.randn_like,
 ) -> Tensor:
-    """Backward simulation (DMD2, sec. 4.5): walk to step `stop` without gradient, take it with.
+    """Backward simulation (DMD2, sec. 4.5): go to step `stop` without gradient, take it with.
 
     `stop` must be the same on every rank: the number of network calls depends on it.
     """
     with torch.no_grad():
-        x_t, timestep = next(islice(walk(student, eps, cond, timesteps, noise), stop, None))
+        x_t, timestep = next(islice(student_inputs(student, eps, cond, timesteps, noise), stop, None))
     return student(x_t, timestep, cond)
 
 
 class Rollouts:
     """(real, step) -> samples of the student, every stop of a rollout being one.
 
-    At the student's turn, a rollout to a drawn stop, as `simulate`. At each step until the next turn, the rollouts go on
+    At the student's turn, a rollout to a drawn stop, as `backward_simulation`. At each step until the next turn, the rollouts go on
     from there: the last sample under noise of the next timestep, and after the last timestep pure noise again. So each timestep
     is met as often as by drawing it, for one network call instead of (timesteps + 1) / 2.
     """
@@ -106,7 +106,7 @@ class Rollouts:
             cond, uncond = self.prompts(real.rng)
             real = replace(real, cond=cond, uncond=uncond)
         noise = real.rng.normal_like
-        x = simulate(self.student, noise(real.x), real.cond, self.timesteps, stop, noise)
+        x = backward_simulation(self.student, noise(real.x), real.cond, self.timesteps, stop, noise)
         return replace(real, x=x)
 
     def _go_on(self, before: Batch, real: Batch, stop: int) -> Batch:

@@ -7,22 +7,22 @@ import torch
 
 from dmd2.diffusion import (
     Diffusion,
+    edm_preconditioning,
+    eps_prediction,
+    flow_prediction,
     flow_schedule,
     karras_schedule,
-    predict_edm,
-    predict_eps,
-    predict_flow,
-    predict_v,
-    predict_x0,
     scaled_linear_schedule,
+    v_prediction,
+    x0_prediction,
 )
 
 PROCESSES = {
-    "edm": Diffusion(karras_schedule(), predict_edm(0.5)),
-    "eps": Diffusion(scaled_linear_schedule(), predict_eps),
-    "v": Diffusion(scaled_linear_schedule(), predict_v),
-    "x0": Diffusion(scaled_linear_schedule(), predict_x0),
-    "flow": Diffusion(flow_schedule(shift=3.0), predict_flow),
+    "edm": Diffusion(karras_schedule(), edm_preconditioning(0.5)),
+    "eps": Diffusion(scaled_linear_schedule(), eps_prediction),
+    "v": Diffusion(scaled_linear_schedule(), v_prediction),
+    "x0": Diffusion(scaled_linear_schedule(), x0_prediction),
+    "flow": Diffusion(flow_schedule(shift=3.0), flow_prediction),
 }
 LEVELS = torch.tensor([0, 20, 249, 399, 499, 749, 980, 999])
 
@@ -79,9 +79,9 @@ def test_karras_levels_have_the_published_values() -> None:
 def test_edm_preconditioning_is_table_1_of_karras() -> None:
     diffusion, data = PROCESSES["edm"], 0.5
     sigma = diffusion.schedule.sigma
-    torch.testing.assert_close(diffusion.reading.skip, data**2 / (sigma**2 + data**2))
-    torch.testing.assert_close(diffusion.reading.scale, sigma * data / (sigma**2 + data**2).sqrt())
-    torch.testing.assert_close(diffusion.reading.gain, 1 / (sigma**2 + data**2).sqrt())
+    torch.testing.assert_close(diffusion.coefficients.skip, data**2 / (sigma**2 + data**2))
+    torch.testing.assert_close(diffusion.coefficients.scale, sigma * data / (sigma**2 + data**2).sqrt())
+    torch.testing.assert_close(diffusion.coefficients.gain, 1 / (sigma**2 + data**2).sqrt())
     torch.testing.assert_close(diffusion.schedule.time, sigma.log() / 4)
 
 

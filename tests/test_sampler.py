@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning
-from dmd2.denoiser import Denoiser, guided
-from dmd2.diffusion import Diffusion, karras_schedule, predict_x0, scaled_linear_schedule
-from dmd2.sampler import generate, heun, simulate
+from dmd2.denoiser import Denoiser, classifier_free_guidance
+from dmd2.diffusion import Diffusion, karras_schedule, scaled_linear_schedule, x0_prediction
+from dmd2.sampler import backward_simulation, generate, heun
 
 COND = Conditioning(label=torch.zeros(4, dtype=torch.int64))
 
@@ -29,7 +29,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("steps", [2, 18])
 def test_heun_takes_two_calls_a_step_but_one_for_the_last(steps: int) -> None:
     network = Counting(lambda x, time: x * 0)
-    heun(Denoiser(network, Diffusion(karras_schedule(steps), predict_x0)), torch.randn(4, 1, 2, 2), COND)
+    heun(Denoiser(network, Diffusion(karras_schedule(steps), x0_prediction)), torch.randn(4, 1, 2, 2), COND)
     assert network.calls == 2 * steps - 1
 
 
@@ -43,7 +43,7 @@ def test_heun_solves_a_gaussian_to_second_order() -> None:
         eps = torch.randn(64, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         exact = eps * 80 * std / (std**2 + 80**2) ** 0.5
         cond = Conditioning(label=torch.zeros(64, dtype=torch.int64))
-        denoiser = Denoiser(network, Diffusion(schedule, predict_x0))
+        denoiser = Denoiser(network, Diffusion(schedule, x0_prediction))
         return float((heun(denoiser, eps, cond) - exact).abs().max())
 
     assert error(144) < 2e-3
@@ -54,7 +54,7 @@ def test_few_step_generation_takes_one_call_a_level() -> None:
     for timesteps in [(999,), (999, 499), (999, 749, 499, 249)]:
         network = Counting(lambda x, time: x * 0.1)
         generate(
-            Denoiser(network, Diffusion(scaled_linear_schedule(), predict_x0)),
+            Denoiser(network, Diffusion(scaled_linear_schedule(), x0_prediction)),
             torch.randn(4, 1, 2, 2),
             COND,
             timesteps,
@@ -65,19 +65,23 @@ def test_few_step_generation_takes_one_call_a_level() -> None:
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_simulation_stops_at_the_drawn_step_with_gradient_only_there(stop: int) -> None:
     network = Counting(lambda x, time: x * 0.1)
-    denoiser = Denoiser(network, Diffusion(scaled_linear_schedule(), predict_x0))
-    simulate(denoiser, torch.randn(4, 1, 2, 2), COND, (999, 749, 499, 249), stop)
+    denoiser = Denoiser(network, Diffusion(scaled_linear_schedule(), x0_prediction))
+    backward_simulation(denoiser, torch.randn(4, 1, 2, 2), COND, (999, 749, 499, 249), stop)
     assert network.grad == [False] * stop + [True]
 
 
 def test_training_rollout_equals_sampling_for_the_same_noise() -> None:
     network = nn.Conv2d(1, 1, 1)
-    denoiser = Denoiser(Counting(lambda x, time: network(x)), Diffusion(scaled_linear_schedule(), predict_x0))
+    denoiser = Denoiser(
+        Counting(lambda x, time: network(x)), Diffusion(scaled_linear_schedule(), x0_prediction)
+    )
     eps, timesteps = torch.randn(4, 1, 2, 2), (999, 749, 499, 249)
     torch.manual_seed(3)
     sampled = generate(denoiser, eps, COND, timesteps)
     torch.manual_seed(3)
-    torch.testing.assert_close(simulate(denoiser, eps, COND, timesteps, stop=3), sampled, rtol=0, atol=0)
+    torch.testing.assert_close(
+        backward_simulation(denoiser, eps, COND, timesteps, stop=3), sampled, rtol=0, atol=0
+    )
 
 
 def test_guidance_extrapolates_from_the_unconditional() -> None:
@@ -89,6 +93,8 @@ def test_guidance_extrapolates_from_the_unconditional() -> None:
     sample = Batch(
         x, Conditioning(label=torch.tensor([3.0, 5.0])), Conditioning(label=torch.tensor([1.0, 1.0]))
     )
-    teacher = guided(Denoiser(ByLabel(), Diffusion(scaled_linear_schedule(), predict_x0)), 8.0)
+    teacher = classifier_free_guidance(
+        Denoiser(ByLabel(), Diffusion(scaled_linear_schedule(), x0_prediction)), 8.0
+    )
     out = teacher(x, torch.tensor([10, 900]), sample)
     torch.testing.assert_close(out[:, 0, 0, 0], torch.tensor([1 + 8 * 2.0, 1 + 8 * 4.0]))

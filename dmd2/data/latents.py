@@ -28,8 +28,8 @@ from torch import Tensor
 from dmd2.config import Config
 from dmd2.data.loader import RawBatch, Shards, collate
 from dmd2.data.shards import RESULTS, TRAIN, ShardInfo, ShardWriter, read_unit_files
-from dmd2.encoders.pipeline_folder import Networks
-from dmd2.encoders.text import Texts
+from dmd2.encoders.pipeline_folder import PipelineFiles
+from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae
 from dmd2.errors import Refused
 from dmd2.io.artifact import ArtifactFile
@@ -71,17 +71,17 @@ class LatentEncoder:
     shards: Shards
     config: Config
     vae: Vae
-    texts: Texts | None
+    texts: TextEncoders | None
 
     @classmethod
-    def load(cls, shards: Shards, config: Config, networks: Networks, device: torch.device) -> Self:
-        texts = Texts(networks, config.encode, device) if config.encode.text else None
-        return cls(shards, config, Vae(networks, config.encode, device), texts)
+    def load(cls, shards: Shards, config: Config, pipeline: PipelineFiles, device: torch.device) -> Self:
+        texts = TextEncoders(pipeline, config.encode, device) if config.encode.text else None
+        return cls(shards, config, Vae(pipeline, config.encode, device), texts)
 
     def __post_init__(self) -> None:
         self.shards.max_open = 2
         self.first = collate([self.shards.sample(0, 0)])
-        self.shape = self.vae.shape(tuple(self.first.image.shape[1:]))
+        self.shape = self.vae.moments_shape(tuple(self.first.image.shape[1:]))
         if self.texts and not any(self.shards.sample(0, i).text for i in range(self.shards.counts[0])):
             raise Refused(
                 f"{self.shards.uri} has no captions in {self.shards.files[0].path}; leave out --encode.text, or shard a source with captions"
@@ -101,7 +101,7 @@ class LatentEncoder:
         """The members to store for each image of a batch, by suffix."""
         parts = {"npy": self.vae.moments(batch.image)}
         if self.texts:
-            states, pooled = self.texts.embed(batch.text)
+            states, pooled = self.texts.embed_for_storage(batch.text)
             parts |= {"emb": states} | ({} if pooled is None else {"pool": pooled})
         for suffix, part in parts.items():
             self._check_finite(suffix, part, keys)
@@ -125,7 +125,7 @@ class LatentEncoder:
                 f"{NAMES[suffix]} of image {keys[int(finite.int().argmin())]} are not finite in float16, computed in {dtype}: {advice}"
             )
 
-    def facts(self, networks: Networks, results: list[EncodedShard]) -> dict[str, Any]:
+    def facts(self, pipeline: PipelineFiles, results: list[EncodedShard]) -> dict[str, Any]:
         """Facts for the manifest, except the list of shards."""
         count = sum(result.shard.images for result in results)
         spent = Counter[str]()
@@ -139,7 +139,7 @@ class LatentEncoder:
             "scaling_factor": self.vae.scale,
             "shift_factor": self.vae.shift,
             "dtype": self.config.encode.dtype,
-            "vae": networks.digest,
+            "vae": pipeline.digest,
             "bytes": sum(result.shard.size for result in results),
             "bytes_of": kinds,
             "bytes_per_image": {kind: round(size / count, 1) for kind, size in kinds.items()},

@@ -39,17 +39,17 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Without either, a tokenizer would be made that knows no word."""
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 """The second only makes images, quickly, of the latents of the first."""
-CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """The text encoders of Stable Diffusion 1.5 and 2 (the first) and XL (both), by folder."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
-class Networks:
+class PipelineFiles:
     """Files on this machine."""
 
     place: str
@@ -74,7 +74,7 @@ class Networks:
             shutil.copyfile(path, folder / name)
 
 
-def find(place: str, text: bool, whole: bool = False) -> Networks:
+def find_pipeline(place: str, text: bool, whole: bool = False) -> PipelineFiles:
     """The files of a VAE, with `text` of the text encoders beside it, and of a `whole` pipeline all that there is."""
     parts: dict[str, tuple[str, ...]] = {"vae/": VAE_FILES} | (DENOISER if whole else {"": VAE_FILES})
     for number in ("", "_2") if text else ():
@@ -85,13 +85,13 @@ def find(place: str, text: bool, whole: bool = False) -> Networks:
         raise Refused(
             f"{place} is no VAE: it has neither {CONFIG} nor vae/{CONFIG}; give the folder of a diffusers AutoencoderKL, or of a pipeline with one"
         )
-    _check(root, VAE_WEIGHTS, [_config(root).get("_class_name")], *VAES)
+    _check(root, VAE_WEIGHTS, [read_config(root).get("_class_name")], *VAES)
     files = {f"vae/{name}": root / name for name in VAE_FILES}
     if whole:
         files |= _denoiser(folder)
     texts = tuple(
         (folder / part, folder / part.replace("text_encoder", "tokenizer"))
-        for part in (CLIP if text else ())
+        for part in (TEXT_ENCODERS if text else ())
         if (folder / part / CONFIG).is_file()
     )
     if text and (not texts or texts[0][0].name != "text_encoder"):
@@ -99,17 +99,22 @@ def find(place: str, text: bool, whole: bool = False) -> Networks:
             f"{place} has no text_encoder/{CONFIG}; --encode.text needs the folder of a whole pipeline"
         )
     for encoder, tokenizer in texts:
-        _check(encoder, TEXT_WEIGHTS, _config(encoder).get("architectures", []), CLIP[encoder.name])
+        _check(
+            encoder, TEXT_WEIGHTS, read_config(encoder).get("architectures", []), TEXT_ENCODERS[encoder.name]
+        )
         here = [path for path in (*encoder.iterdir(), *tokenizer.glob("*")) if _read(path)]
         files |= {f"{path.parent.name}/{path.name}": path for path in here}
-    return Networks(place, root, texts, files)
+    return PipelineFiles(place, root, texts, files)
 
 
 def _denoiser(folder: Path) -> dict[str, Path]:
     if not (folder / "unet" / CONFIG).is_file():
         raise Refused(f"{folder} has no unet/{CONFIG}; give the folder of a whole Stable Diffusion pipeline")
     _check(
-        folder / "unet", VAE_WEIGHTS, [_config(folder / "unet").get("_class_name")], "UNet2DConditionModel"
+        folder / "unet",
+        VAE_WEIGHTS,
+        [read_config(folder / "unet").get("_class_name")],
+        "UNet2DConditionModel",
     )
     names = [part + name for part, of_part in DENOISER.items() for name in of_part]
     return {name: folder / name for name in names if (folder / name).is_file()}
@@ -149,7 +154,7 @@ def _from_hub(name: str, files: list[str]) -> Path:
         ) from None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except ValueError:
@@ -170,17 +175,17 @@ def _check(folder: Path, weights: str, said: Sequence[str | None], *wanted: str)
         )
 
 
-def _loaded(kind: Any, folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_frozen(kind: Any, folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A network in which every weight comes from the file."""
     settings: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     settings["torch_dtype" if weights == VAE_WEIGHTS else "dtype"] = dtype
-    network, info = _from_files(kind, folder, (CONFIG, weights), **settings)
+    network, info = load_from_files(kind, folder, (CONFIG, weights), **settings)
     if missing := sorted(map(str, info["missing_keys"])):
         raise Refused(f"{folder} lacks {len(missing)} weights of a {kind.__name__}, {missing[0]} for one")
     return network.to(device).eval().requires_grad_(False)
 
 
-def _from_files(kind: Any, folder: Path, names: Sequence[str], **settings: Any) -> Any:
+def load_from_files(kind: Any, folder: Path, names: Sequence[str], **settings: Any) -> Any:
     """Load from these files alone: the libraries look for others too, adapters and pickles among them."""
     from safetensors import SafetensorError
 
@@ -195,7 +200,7 @@ def _from_files(kind: Any, folder: Path, names: Sequence[str], **settings: Any) 
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
+def deterministic_encoding(device: torch.device) -> Iterator[None]:
     """The same numbers every time. On a CPU they would depend on the number of threads: more processes are what makes
     it faster there."""
     threads = torch.get_num_threads()

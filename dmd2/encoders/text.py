@@ -10,59 +10,61 @@ from torch import Tensor
 
 from dmd2.config import EncodeConfig
 from dmd2.encoders.pipeline_folder import (
-    CLIP,
+    TEXT_ENCODERS,
     TEXT_WEIGHTS,
     TOKENIZER_FILES,
-    WORDS,
-    Networks,
-    _from_files,
-    _loaded,
-    _repeatable,
+    VOCABULARIES,
+    PipelineFiles,
+    deterministic_encoding,
+    load_from_files,
+    load_frozen,
 )
 from dmd2.errors import Refused
 from dmd2.io.tensors import to_device
 
 
-class Embedded(NamedTuple):
+class TextEmbeddings(NamedTuple):
     states: Tensor
     """float16 (B, tokens, width)."""
     pooled: Tensor | None
     """float16 (B, width), if there are two encoders."""
 
 
-class Texts:
+class TextEncoders:
     """What a pipeline makes of a caption: of one encoder the last hidden states, of two the last but one of each,
     side by side, and the pooled projection of the second."""
 
-    def __init__(self, networks: Networks, settings: EncodeConfig, device: torch.device) -> None:
+    def __init__(self, pipeline: PipelineFiles, settings: EncodeConfig, device: torch.device) -> None:
         import transformers
 
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.device, dtype = device, getattr(torch, settings.dtype)
         self.parts = []
-        for folder, words in networks.texts:
-            encoder = _loaded(getattr(transformers, CLIP[folder.name]), folder, TEXT_WEIGHTS, device, dtype)
-            if not any(all((words / name).is_file() for name in names) for names in WORDS):
+        for folder, words in pipeline.texts:
+            encoder = load_frozen(
+                getattr(transformers, TEXT_ENCODERS[folder.name]), folder, TEXT_WEIGHTS, device, dtype
+            )
+            if not any(all((words / name).is_file() for name in names) for names in VOCABULARIES):
                 raise Refused(
                     f"{words} holds no CLIP tokenizer: it has neither tokenizer.json, nor vocab.json and merges.txt"
                 )
-            tokenizer = _from_files(transformers.CLIPTokenizer, words, TOKENIZER_FILES)
+            tokenizer = load_from_files(transformers.CLIPTokenizer, words, TOKENIZER_FILES)
             self.parts.append((tokenizer, encoder))
 
-    def embed(self, texts: Sequence[str]) -> Embedded:
+    def embed_for_storage(self, texts: Sequence[str]) -> TextEmbeddings:
         """As it is stored."""
-        states, pooled = self.states(texts)
-        return Embedded(states.half().cpu(), None if pooled is None else pooled.half().cpu())
+        states, pooled = self.embed(texts)
+        return TextEmbeddings(states.half().cpu(), None if pooled is None else pooled.half().cpu())
 
     @torch.no_grad()
-    def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """float32 (B, tokens, width) and, if there are two encoders, (B, width) of the second, on the device."""
         states, pooled = [], None
         for tokenizer, encoder in self.parts:
             length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             settings = {"padding": "max_length", "truncation": True, "max_length": length}
             tokens = tokenizer(list(texts), return_tensors="pt", **settings).input_ids
-            with _repeatable(self.device):
+            with deterministic_encoding(self.device):
                 out = encoder(to_device(tokens, self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2] if len(self.parts) > 1 else out.last_hidden_state)
             pooled = out.text_embeds.float() if "text_embeds" in out else None

@@ -8,34 +8,42 @@ import torch
 from torch import Tensor
 
 from dmd2.config import EncodeConfig
-from dmd2.encoders.pipeline_folder import VAE_WEIGHTS, VAES, Networks, _config, _loaded, _repeatable, find
+from dmd2.encoders.pipeline_folder import (
+    VAE_WEIGHTS,
+    VAES,
+    PipelineFiles,
+    deterministic_encoding,
+    find_pipeline,
+    load_frozen,
+    read_config,
+)
 from dmd2.errors import Refused
 from dmd2.parallel import ranks
 
-DECODED_TOGETHER = 8 * 256**2
+MAX_DECODED_PIXELS = 8 * 256**2
 """Pixels that a VAE makes in one call, but at least an image: one of 1024x1024 takes 4 GB in float32."""
 
 
 class Vae:
     """A VAE, with the shift and scale of its family."""
 
-    def __init__(self, networks: Networks, settings: EncodeConfig, device: torch.device) -> None:
+    def __init__(self, pipeline: PipelineFiles, settings: EncodeConfig, device: torch.device) -> None:
         import diffusers
 
-        kind = getattr(diffusers, _config(networks.vae)["_class_name"])
+        kind = getattr(diffusers, read_config(pipeline.vae)["_class_name"])
         self.device, self.dtype = device, getattr(torch, settings.dtype)
         self.place, self.network = (
-            networks.place,
-            _loaded(kind, networks.vae, VAE_WEIGHTS, device, self.dtype),
+            pipeline.place,
+            load_frozen(kind, pipeline.vae, VAE_WEIGHTS, device, self.dtype),
         )
         config = self.network.config
         if config.get("latents_mean") or config.get("latents_std"):
-            raise Refused(f"{networks.vae} scales each channel apart (latents_mean), which is not supported")
+            raise Refused(f"{pipeline.vae} scales each channel apart (latents_mean), which is not supported")
         self.scale, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels
         self.stride = 2 ** (len(blocks) - 1)
 
-    def shape(self, image: tuple[int, ...]) -> tuple[int, int, int, int]:
+    def moments_shape(self, image: tuple[int, ...]) -> tuple[int, int, int, int]:
         """(2, C, h, w) of the moments of an image of shape (C, H, W), which must fit."""
         if type(self.network).__name__ != VAES[0]:
             raise Refused(
@@ -56,13 +64,13 @@ class Vae:
         (mean - shift) * scale and std * scale; grey is repeated."""
         pixels = images.to(self.device).float() / 127.5 - 1
         pixels = pixels.expand(-1, self.network.config.in_channels, -1, -1)
-        with _repeatable(self.device):
+        with deterministic_encoding(self.device):
             posterior = self.network.encode(pixels.to(self.dtype)).latent_dist
         mean = (posterior.mean.float() - self.shift) * self.scale
         std = torch.exp(0.5 * posterior.logvar.float()) * self.scale
         return torch.stack((mean, std), 1).half().cpu()
 
-    def pixels(self, x: Tensor) -> Tensor:
+    def to_pixels(self, x: Tensor) -> Tensor:
         """Latents (B, c, h, w), scaled and shifted as by `moments` -> float32 (B, C, H, W) in [-1, 1], with gradient."""
         z = x.to(self.device, self.dtype) / self.scale + self.shift
         pixels: Tensor = self.network.decode(z).sample
@@ -71,11 +79,11 @@ class Vae:
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
         """Latents, as for `pixels` -> images, uint8 (B, C, H, W)."""
-        together = max(1, DECODED_TOGETHER // (x.shape[-2] * x.shape[-1] * self.stride**2))
-        parts = [self.pixels(part) * 127.5 + 128 for part in x.split(together)]
+        together = max(1, MAX_DECODED_PIXELS // (x.shape[-2] * x.shape[-1] * self.stride**2))
+        parts = [self.to_pixels(part) * 127.5 + 128 for part in x.split(together)]
         return torch.cat([part.clamp(0, 255).to(torch.uint8).cpu() for part in parts])
 
 
 def load_vae(folder: Path | str) -> Vae:
     """From a folder, a bucket or the hub; in float32, on the device of this process."""
-    return Vae(find(str(folder), text=False), EncodeConfig(), ranks.device())
+    return Vae(find_pipeline(str(folder), text=False), EncodeConfig(), ranks.device())

@@ -16,14 +16,14 @@ from dmd2.config import AdmConfig, EdmConfig
 from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
-from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
+from dmd2.diffusion import Diffusion, edm_preconditioning, karras_schedule
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused
 from dmd2.io.local import sha256
 from dmd2.io.storage import fetch_file
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.adm import Adm
-from dmd2.models.convert.edm_pickle import edm_pickle, edm_student
+from dmd2.models.convert.edm_pickle import read_edm_pickle, read_edm_student
 from dmd2.models.family import CondPair, ForeignTeacher, Prompt, check_same_family
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
@@ -66,7 +66,7 @@ class Edm:
         return tuple(out.shape[1:])
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def manifest_facts(self) -> dict[str, Any]:
         return {}
 
     def network(self) -> nn.Module:
@@ -82,7 +82,7 @@ class Edm:
     def read(self, batch: RawBatch, rng: Rng) -> Batch:
         if tuple(batch.image.shape[-3:]) != self.shape:
             raise Refused(
-                f"the shards hold samples of {_size(batch.image.shape[-3:])}, the network makes {_size(self.shape)}; shard again with this recipe"
+                f"the shards hold samples of {_describe_size(batch.image.shape[-3:])}, the network makes {_describe_size(self.shape)}; shard again with this recipe"
             )
         classes = self.config.network.classes
         if (worst := int(batch.label.max())) >= classes or int(batch.label.min()) < 0:
@@ -100,8 +100,8 @@ class Edm:
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:
         return Batch(batch.image.float(), Conditioning(label=batch.label), Conditioning(), rng)
 
-    def pixels(self, x: Tensor) -> Tensor:
-        return self.vae.pixels(x) if self.config.vae_stride else x
+    def to_pixels(self, x: Tensor) -> Tensor:
+        return self.vae.to_pixels(x) if self.config.vae_stride else x
 
     def decode(self, x: Tensor) -> Tensor:
         if self.config.vae_stride:
@@ -155,7 +155,7 @@ images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
     def resolve(cls, config: EdmConfig, source: str, base: str, vae: str, scratch: Path) -> ForeignTeacher:
         """From the pickle of NVIDIA's EDM."""
         path = fetch_file(source)
-        network, weights = edm_pickle(path)
+        network, weights = read_edm_pickle(path)
         cls._check_network(network, config)
 
         def write(folder: Path) -> None:
@@ -164,7 +164,7 @@ images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
         return ForeignTeacher({"source": sha256(path)}, write)
 
     def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        network, weights = edm_student(path)
+        network, weights = read_edm_student(path)
         self._check_network(network, self.config)
         return weights
 
@@ -175,10 +175,10 @@ images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
     def _process(self, timesteps: int) -> Diffusion:
         c = self.config
         return Diffusion(
-            karras_schedule(timesteps, c.sigma_min, c.sigma_max, c.rho), predict_edm(c.sigma_data)
+            karras_schedule(timesteps, c.sigma_min, c.sigma_max, c.rho), edm_preconditioning(c.sigma_data)
         )
 
 
-def _size(shape: Sequence[int]) -> str:
+def _describe_size(shape: Sequence[int]) -> str:
     channels, height, width = shape
     return f"{height}x{width} pixels with {channels} channel{'s' if channels > 1 else ''}"

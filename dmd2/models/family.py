@@ -66,7 +66,7 @@ class ModelFamily(Protocol):
         """The process that teacher, student and critic share."""
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def manifest_facts(self) -> dict[str, Any]:
         """Entries for the manifest of a teacher, as plain JSON."""
 
     def network(self) -> nn.Module:
@@ -106,7 +106,7 @@ class ModelFamily(Protocol):
     def decode(self, x: Tensor) -> Tensor:
         """Samples (B, C, H, W) -> images, uint8 (B, C, H, W)."""
 
-    def pixels(self, x: Tensor) -> Tensor:
+    def to_pixels(self, x: Tensor) -> Tensor:
         """Samples (B, C, H, W) -> images, float32 (B, C, H, W) in [-1, 1], differentiable."""
 
     def denoiser(self, network: nn.Module) -> Denoiser:

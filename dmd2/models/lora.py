@@ -20,25 +20,25 @@ from dmd2.config import LoraConfig
 ADAPTER = "default"
 
 
-def tied(network: nn.Module) -> nn.Module:
+def share_tensors(network: nn.Module) -> nn.Module:
     """Another network with the same tensors."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, shared)
 
 
-def updated(base: nn.Module, targets: Sequence[str], settings: LoraConfig) -> nn.Module:
+def add_low_rank_update(base: nn.Module, targets: Sequence[str], settings: LoraConfig) -> nn.Module:
     """A network tied to the frozen `base`, with an update that learns, in float32, and starts as nothing."""
     base.requires_grad_(False)
     make: Any = PeftConfig  # takes a fraction too
     config = make(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets))
-    network = inject_adapter_in_model(config, tied(base), ADAPTER)
+    network = inject_adapter_in_model(config, share_tensors(base), ADAPTER)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return network
 
 
-def merged(
+def merge_low_rank_update(
     base: Mapping[str, Tensor], update: Mapping[str, Tensor], settings: LoraConfig
 ) -> dict[str, Tensor]:
     """Weights of a plain network: weight + alpha / rank * up @ down, in float32.
@@ -55,7 +55,7 @@ def merged(
     return whole
 
 
-def exported(update: Mapping[str, Tensor], settings: LoraConfig) -> dict[str, Tensor]:
+def export_low_rank_update(update: Mapping[str, Tensor], settings: LoraConfig) -> dict[str, Tensor]:
     """The update as `load_lora_weights` of diffusers reads it: the strength is in `up`, so that an alpha is not needed."""
     return {
         name.replace(f".{ADAPTER}.", "."): value

@@ -15,5 +15,5 @@ class Sd15(Stable):
     pipeline, embedding = "StableDiffusionPipeline", None
 
     def _conditioning(self, states: Tensor, pooled: Tensor | None) -> CondPair:
-        empty = self.nothing[0].to(states.device).expand_as(states)
+        empty = self.empty_text[0].to(states.device).expand_as(states)
         return CondPair(Conditioning(text=states), Conditioning(text=empty))

@@ -31,21 +31,21 @@ from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import (
     Diffusion,
-    Prediction,
+    Parametrization,
     Schedule,
     discrete_schedule,
-    predict_eps,
-    predict_v,
-    predict_x0,
+    eps_prediction,
+    v_prediction,
+    x0_prediction,
 )
-from dmd2.encoders.pipeline_folder import find
-from dmd2.encoders.text import Texts
+from dmd2.encoders.pipeline_folder import find_pipeline
+from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused, near_miss
 from dmd2.io.storage import fetch_file, local_path
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
-from dmd2.models.convert.single_file import single_file
-from dmd2.models.convert.student_weights import unet_weights
+from dmd2.models.convert.single_file import convert_single_file
+from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import CondPair, ForeignTeacher, Prompt
 from dmd2.models.heads import ConvHead
 from dmd2.parallel import ranks
@@ -53,9 +53,13 @@ from dmd2.rng import Rng
 from dmd2.sampler import Timesteps
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
-SAMPLER = "LCMScheduler"
+STUDENT_SCHEDULER = "LCMScheduler"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-PREDICTIONS: dict[str, Prediction] = {"epsilon": predict_eps, "v_prediction": predict_v, "sample": predict_x0}
+PREDICTIONS: dict[str, Parametrization] = {
+    "epsilon": eps_prediction,
+    "v_prediction": v_prediction,
+    "sample": x0_prediction,
+}
 """By the scheduler's `prediction_type`."""
 SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -108,7 +112,7 @@ class Unet(nn.Module):
         return cast(nn.Module, self.unet.up_blocks[0])
 
 
-class _Reached(Exception):
+class _BlockReached(Exception):
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
@@ -117,13 +121,13 @@ def _first_input(block: nn.Module, forward: Any) -> Tensor:
     """What reaches a block, without computing it or anything after it: for the first up block, what the mid block made."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> NoReturn:
-        raise _Reached(inputs["hidden_states"])
+        raise _BlockReached(inputs["hidden_states"])
 
     # First of all hooks, before one that would gather the weights of the block.
     hook = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         forward()
-    except _Reached as reached:
+    except _BlockReached as reached:
         return reached.value
     finally:
         hook.remove()
@@ -151,11 +155,13 @@ class Stable(ABC):
     def __init__(self, config: StableConfig, folder: Path | None, vae: str) -> None:
         """`folder` is a pipeline of diffusers, by default the published one without weights; of its U-Net, only the config is
         read here."""
-        folder = folder or published(config.kind)
+        folder = folder or published_pipeline(config.kind)
         self.config, self.folder, self.vae_place = config, folder, vae or folder / "vae"
-        self.unet, self.scheduler = _json(folder / UNET), completed(_json(folder / SCHEDULER))
+        self.unet, self.scheduler = _json(folder / UNET), complete_scheduler_config(_json(folder / SCHEDULER))
         self._check()
-        self.diffusion = Diffusion(schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]])
+        self.diffusion = Diffusion(
+            noise_schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]]
+        )
         if len(self.diffusion) != config.num_timesteps:
             raise Refused(
                 f"the scheduler in {folder} has {len(self.diffusion)} timesteps, family.num_timesteps is {config.num_timesteps}; set both alike"
@@ -174,22 +180,22 @@ class Stable(ABC):
         return widths[-1], side, side
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def manifest_facts(self) -> dict[str, Any]:
         told = {"predicts": self.scheduler["prediction_type"], "scheduler": self.scheduler["_class_name"]}
         return told | {"zero_terminal_snr": bool(self.diffusion.schedule.alpha[-1] == 0)}
 
     @cached_property
-    def texts(self) -> Texts:
-        return Texts(find(str(self.folder), text=True), EncodeConfig(), ranks.device())
+    def text_encoders(self) -> TextEncoders:
+        return TextEncoders(find_pipeline(str(self.folder), text=True), EncodeConfig(), ranks.device())
 
     @cached_property
     def vae(self) -> Vae:
         return load_vae(self.vae_place)
 
     @cached_property
-    def nothing(self) -> tuple[Tensor, Tensor | None]:
+    def empty_text(self) -> tuple[Tensor, Tensor | None]:
         """(1, L, D) and (1, P): what the text encoders make of an empty text."""
-        return self.texts.states([""])
+        return self.text_encoders.embed([""])
 
     def network(self) -> nn.Module:
         make: Any = UNet2DConditionModel
@@ -220,8 +226,8 @@ class Stable(ABC):
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:
         return Batch(batch.image.float(), *self.condition(batch.text), rng)
 
-    def pixels(self, x: Tensor) -> Tensor:
-        return self.vae.pixels(x)
+    def to_pixels(self, x: Tensor) -> Tensor:
+        return self.vae.to_pixels(x)
 
     def decode(self, x: Tensor) -> Tensor:
         return self.vae.decode(x)
@@ -230,7 +236,7 @@ class Stable(ABC):
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise Refused(f"{prompt!r} is no text; this network shows what texts say")
-        return self._conditioning(*self.texts.states(cast(Sequence[str], prompts)))
+        return self._conditioning(*self.text_encoders.embed(cast(Sequence[str], prompts)))
 
     @abstractmethod
     def _conditioning(self, states: Tensor, pooled: Tensor | None) -> CondPair:
@@ -321,9 +327,11 @@ class Stable(ABC):
             "prediction_type",
             "rescale_betas_zero_snr",
         )
-        config = {"_class_name": SAMPLER} | {k: self.scheduler[k] for k in kept if k in self.scheduler}
+        config = {"_class_name": STUDENT_SCHEDULER} | {
+            k: self.scheduler[k] for k in kept if k in self.scheduler
+        }
         (folder / SCHEDULER).write_text(json.dumps(config, indent=1) + "\n")
-        index = _json(folder / "model_index.json") | {"scheduler": ["diffusers", SAMPLER]}
+        index = _json(folder / "model_index.json") | {"scheduler": ["diffusers", STUDENT_SCHEDULER]}
         # Diffusers looks for all that is listed: of Stable Diffusion 1.5 also a safety checker, which is not brought along.
         gone = [n for n, part in index.items() if isinstance(part, list) and not (folder / n).is_dir()]
         index |= {name: [None, None] for name in gone}
@@ -349,10 +357,10 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
     def resolve(cls, config: StableConfig, source: str, base: str, vae: str, scratch: Path) -> ForeignTeacher:
         """From a pipeline folder of diffusers, or a checkpoint in a single file, which diffusers converts."""
         if source.endswith((".safetensors", ".ckpt")):
-            single_file(fetch_file(source), local_path(base) if base else None, scratch / "pipeline")
+            convert_single_file(fetch_file(source), local_path(base) if base else None, scratch / "pipeline")
             source = str(scratch / "pipeline")
-        networks = find(source, text=True, whole=True)
-        other = find(vae, text=False) if vae else None
+        networks = find_pipeline(source, text=True, whole=True)
+        other = find_pipeline(vae, text=False) if vae else None
 
         def write(folder: Path) -> None:
             networks.copy(folder)
@@ -363,7 +371,7 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
 
     def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         base = {name.removeprefix("unet."): weight for name, weight in teacher.items()}
-        return {f"unet.{name}": weight for name, weight in unet_weights(path, base).items()}
+        return {f"unet.{name}": weight for name, weight in read_unet(path, base).items()}
 
     def _check(self) -> None:
         """Refuse a network or a schedule that the formulas here are not of."""
@@ -387,7 +395,7 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
                 )
 
 
-def completed(config: dict[str, Any]) -> dict[str, Any]:
+def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's config with what it leaves to the defaults of its class, which differ."""
     import diffusers
 
@@ -399,8 +407,8 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in defaults.items() if not k.startswith("_")} | config
 
 
-def schedule(config: dict[str, Any]) -> Schedule:
-    """The noise levels that a scheduler's config describes, once it is `completed`."""
+def noise_schedule(config: dict[str, Any]) -> Schedule:
+    """The noise levels that a scheduler's config describes, once it is `complete_scheduler_config`."""
     kind, form = config["prediction_type"], config["beta_schedule"]
     if kind not in PREDICTIONS:
         raise Refused(f"the teacher's prediction_type is {kind!r}; {near_miss(str(kind), list(PREDICTIONS))}")
@@ -424,7 +432,7 @@ def schedule(config: dict[str, Any]) -> Schedule:
     return discrete_schedule(beta, zero_terminal)
 
 
-def published(name: str) -> Path:
+def published_pipeline(name: str) -> Path:
     """A pipeline folder without weights: `sd15` or `sdxl`, as they were published."""
     return Path(__file__).parent / "published" / name
 

@@ -92,7 +92,7 @@ def networks(config: Config, fam: ModelFamily) -> Networks:
         if settings.lora:
             from dmd2.models import lora
 
-            student = lora.updated(teacher, fam.lora_targets, settings.lora)
+            student = lora.add_low_rank_update(teacher, fam.lora_targets, settings.lora)
             critic = student if settings.lora.shared_base else fam.network()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:

@@ -26,14 +26,14 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
     from dmd2.data import latents
     from dmd2.data.loader import Shards
     from dmd2.data.shards import TRAIN
-    from dmd2.encoders.pipeline_folder import find
+    from dmd2.encoders.pipeline_folder import find_pipeline
 
-    networks = find(vae, config.encode.text)
-    inputs = {"shards": read_manifest(data, "shards").digest, "vae": networks.digest}
+    pipeline = find_pipeline(vae, config.encode.text)
+    inputs = {"shards": read_manifest(data, "shards").digest, "vae": pipeline.digest}
     if done := find_finished(out, "latents", config, inputs):
         return done
     state, shards = latents.distributed_state(), Shards(data, TRAIN, cache_gb=config.loader.cache_gb)
-    encoder = latents.LatentEncoder.load(shards, config, networks, state.device)
+    encoder = latents.LatentEncoder.load(shards, config, pipeline, state.device)
     if state.is_main_process:
         logger.info(encoder.describe_disk_use())
     open_draft = partial(draft_artifact, out, "latents", config, inputs, resumable=True)
@@ -44,9 +44,9 @@ def encode(config: Config, data: str, vae: str, out: str) -> Manifest:
     if state.is_main_process:
         with open_draft() as draft:
             results = latents.write_latents(encoder, draft)
-            draft.facts |= encoder.facts(networks, results)
+            draft.facts |= encoder.facts(pipeline, results)
             draft.facts["shards"] = latents.register_shards(results, draft)
-            vae_only = find(vae, text=False)
+            vae_only = find_pipeline(vae, text=False)
             vae_only.copy(draft.path)
             draft.facts["vae"] = vae_only.digest
     state.wait_for_everyone()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dmd2.config import Config
-from dmd2.encoders.pipeline_folder import find
+from dmd2.encoders.pipeline_folder import find_pipeline
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, open_artifact, read_manifest
 from dmd2.io.staging import Draft
@@ -72,19 +72,19 @@ def save_student(
 ) -> None:
     """Write the whole network into the draft; with LoRA also the update alone, in the format of diffusers."""
     if config.distill.lora:
-        from dmd2.models.lora import exported, merged
+        from dmd2.models.lora import export_low_rank_update, merge_low_rank_update
 
         (draft.path / "lora").mkdir(exist_ok=True)
         update = draft.path / "lora" / "pytorch_lora_weights.safetensors"
-        save_tensors(exported(result, config.distill.lora), update)
+        save_tensors(export_low_rank_update(result, config.distill.lora), update)
         base = student.family.weights(open_artifact(teacher, teacher_manifest))
-        result = merged(base, result, config.distill.lora)
+        result = merge_low_rank_update(base, result, config.distill.lora)
     save_network(draft.path, student, result)
 
 
 def check_same_vae(teacher: Path, samples: Manifest, data: str) -> None:
     """Raise Refused if the samples are latents of another VAE than the teacher's, which the teacher cannot read."""
-    if samples.kind == "latents" and samples.facts["vae"] != find(str(teacher), text=False).digest:
+    if samples.kind == "latents" and samples.facts["vae"] != find_pipeline(str(teacher), text=False).digest:
         raise Refused(
             f"the latents in {data} were made with another VAE than the teacher's; encode the shards again with --vae set to the teacher's folder"
         )

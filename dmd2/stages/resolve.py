@@ -37,7 +37,7 @@ def resolve(config: Config, source: str, out: str, base: str = "", vae: str = ""
             draft.facts |= {
                 "parameters": parameter_count(teacher.network),
                 "source": source,
-            } | teacher.family.facts
+            } | teacher.family.manifest_facts
     return read_manifest(out, "teacher")
 
 

@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dmd2 import config as c
 from dmd2.batch import Batch
-from dmd2.denoiser import Denoiser, guided
+from dmd2.denoiser import Denoiser, classifier_free_guidance
 from dmd2.encoders.vae import load_vae
 from dmd2.errors import Refused
 from dmd2.models.family import CondPair, ModelFamily, make_family
 from dmd2.parallel import ranks, sharding
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, draw_shared, reseed
-from dmd2.sampler import Rollouts, denoise_real, simulate
+from dmd2.sampler import Rollouts, backward_simulation, denoise_real
 from dmd2.training import losses, memory
 from dmd2.training.activation import checkpointed, compiled
 from dmd2.training.optim import HEAD, trainable
@@ -49,7 +49,7 @@ def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
         sharding.shard(network, fam.blocks(network), mesh, torch.float32, resident=True)
 
     def timesteps(noise: Tensor) -> Tensor:
-        return fam.diffusion.nearest(settings.p_mean + settings.p_std * noise)
+        return fam.diffusion.nearest_timestep(settings.p_mean + settings.p_std * noise)
 
     return DiffusionTrainer(
         trainable("teacher", network, settings.optimizer, settings.steps), fam.denoiser(network), timesteps
@@ -151,7 +151,7 @@ def updated(
     """A network with a low-rank update of its own, on a base that stays whole on every process."""
     from dmd2.models import lora as low_rank
 
-    network = low_rank.updated(base, fam.lora_targets, lora)
+    network = low_rank.add_low_rank_update(base, fam.lora_targets, lora)
     if mesh:
         frozen = [p for p in network.parameters() if not p.requires_grad]
         sharding.shard(network, fam.blocks(network), mesh, dtype, resident=True, ignored=frozen)
@@ -197,7 +197,7 @@ def _distance(
         compare = lpips(settings.vgg, device)
     else:
         compare = losses.denoising
-    pixels = load_vae(settings.decoder).pixels if settings.decoder else fam.pixels
+    pixels = load_vae(settings.decoder).to_pixels if settings.decoder else fam.to_pixels
     return lambda x, answer: compare(pixels(x), pixels(answer))
 
 
@@ -267,7 +267,7 @@ def _generate(config: c.Config, student: Denoiser, prompts: Prompts | None) -> C
             return replace(shown, x=denoise_real(student, shown, settings.student_timesteps))
         stop = draw_shared(config.seed, step, len(settings.student_timesteps))
         noise = real.rng.normal_like
-        x = simulate(student, noise(real.x), shown.cond, settings.student_timesteps, stop, noise)
+        x = backward_simulation(student, noise(real.x), shown.cond, settings.student_timesteps, stop, noise)
         return replace(shown, x=x)
 
     return generate
@@ -284,7 +284,7 @@ def repeatable(on: bool) -> None:
 
 def _teacher(denoiser: Denoiser, scale: float) -> TeacherPrediction:
     return (
-        guided(denoiser, scale)
+        classifier_free_guidance(denoiser, scale)
         if scale != 1
         else lambda x_t, timestep, sample: denoiser(x_t, timestep, sample.cond)
     )

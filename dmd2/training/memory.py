@@ -126,7 +126,7 @@ def _learning(config: Config, fam: ModelFamily, body: nn.Module) -> dict[str, in
         return {"student": whole, "critic": 0 if settings.regression else whole}
     from dmd2.models import lora
 
-    network = lora.updated(body, fam.lora_targets, settings.lora)
+    network = lora.add_low_rank_update(body, fam.lora_targets, settings.lora)
     update = sum(p.numel() for p in network.parameters() if p.requires_grad)
     critic = update if settings.lora.shared_base else whole
     return {"student": update, "critic": 0 if settings.regression else critic}

@@ -48,12 +48,12 @@ class Process:
         return features
 
     def x0(self, out: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
-        reading = self.family.diffusion.reading
+        reading = self.family.diffusion.coefficients
         return self.at(reading.skip, timestep) * x_t + self.at(reading.scale, timestep) * out
 
     def _inputs(self, x_t: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         diffusion = self.family.diffusion
-        return self.at(diffusion.reading.gain, timestep) * x_t, self.at(
+        return self.at(diffusion.coefficients.gain, timestep) * x_t, self.at(
             diffusion.schedule.time, timestep
         ).flatten()
 

@@ -31,7 +31,7 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
 from dmd2.io.local import write_text
 from dmd2.models.family import make_family
-from dmd2.models.stable import Stable, published
+from dmd2.models.stable import Stable, published_pipeline
 from dmd2.parallel import sharding
 from dmd2.parallel.ranks import World
 from dmd2.rng import draw_shared
@@ -208,7 +208,7 @@ def main(ranks: tuple[int, ...] = (8, 64), recipe: str = "sdxl-4step") -> None:
         for scheme in ("reference", "resident"):
             settings = ["engine.weights=resident" if scheme == "resident" else "engine.weights=sharded"]
             config = recipes.resolve(recipe, settings)
-            family = make_family(config.family, published("sdxl"))
+            family = make_family(config.family, published_pipeline("sdxl"))
             assert isinstance(family, Stable)
             calls, sizes = counted(config, family, world, scheme == "reference")
             found[scheme] = sum(calls.values()), sum(sizes.values()) / 1e9

@@ -22,7 +22,7 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, LoraConfig
 from dmd2.io.local import write_text
 from dmd2.models.family import make_family
-from dmd2.models.stable import UNET, Stable, published
+from dmd2.models.stable import UNET, Stable, published_pipeline
 from dmd2.parallel import ranks
 from dmd2.training import build
 
@@ -37,7 +37,9 @@ def main(small: bool = False) -> None:
     """
     config = shared()
     with tempfile.TemporaryDirectory() as folder:
-        family = make_family(config.family, narrow(Path(folder) / "p") if small else published("sd15"))
+        family = make_family(
+            config.family, narrow(Path(folder) / "p") if small else published_pipeline("sd15")
+        )
     assert isinstance(family, Stable)
     empty = peak_gb()
     torch.set_default_dtype(torch.bfloat16)
@@ -66,7 +68,7 @@ def main(small: bool = False) -> None:
 
 
 def narrow(folder: Path) -> Path:
-    shutil.copytree(published("sd15"), folder)
+    shutil.copytree(published_pipeline("sd15"), folder)
     config = json.loads((folder / UNET).read_text())
     config["block_out_channels"] = [width // 8 for width in config["block_out_channels"]]
     (folder / UNET).write_text(json.dumps(config | {"norm_num_groups": 8}))

@@ -15,7 +15,7 @@ from rich.table import Table
 from dmd2 import recipes
 from dmd2.io.local import write_text
 from dmd2.models.family import make_family
-from dmd2.models.stable import published
+from dmd2.models.stable import published_pipeline
 from dmd2.plan import counts, prediction
 
 OUT = Path("runs/bench/engine.json")
@@ -33,7 +33,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     for recipe, gpu, rows in CASES:
         config = recipes.resolve(recipe, [f"engine.micro_batch={rows}"])
-        family = make_family(config.family, published("sdxl"))
+        family = make_family(config.family, published_pipeline("sdxl"))
         made = prediction.planned(config, family, gpu, counts.layout(config, 1, 8))
         for choice in made.choices:
             if choice.mesh.shards == 8:

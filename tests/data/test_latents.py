@@ -26,7 +26,7 @@ from dmd2 import recipes, stages
 from dmd2.config import Config, EncodeConfig, LoaderConfig
 from dmd2.data.latents import SDXL, sample_posterior, tar_bytes
 from dmd2.data.loader import DataLoader, Shards
-from dmd2.encoders.pipeline_folder import find
+from dmd2.encoders.pipeline_folder import find_pipeline
 from dmd2.encoders.vae import Vae
 from dmd2.io.artifact import read_manifest
 from dmd2.io.storage import open_store, upload_files
@@ -154,7 +154,7 @@ def test_the_facts_say_what_it_is_and_takes(encoded: Path, vae: Path) -> None:
     facts = read_manifest(encoded, "latents").facts
     assert (facts["images"], facts["shape"]) == (COUNT - HELD, [2, 4, 8, 8])
     assert (facts["scaling_factor"], facts["shift_factor"], facts["dtype"]) == (0.5, 0.25, "float32")
-    assert facts["vae"] == find(str(vae), text=False).digest
+    assert facts["vae"] == find_pipeline(str(vae), text=False).digest
     assert facts["classes"] == ["a", "b", "c"]
     assert facts["bytes"] == sum(path.stat().st_size for path in encoded.glob("*.tar"))
     assert facts["bytes_per_image"]["latents"] == 128 + 2 * 4 * 8 * 8 * 2
@@ -258,7 +258,7 @@ def test_two_processes_make_the_same_bytes_as_one_also_after_a_kill(
 def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:
     blocks = {"block_out_channels": (32, 64, 64), "down_block_types": ("DownEncoderBlock2D",) * 3}
     autoencoder(**blocks, up_block_types=("UpDecoderBlock2D",) * 3).save_pretrained(tmp_path / "vae")
-    vae = Vae(find(str(tmp_path / "vae"), text=False), EncodeConfig(), torch.device("cpu"))
+    vae = Vae(find_pipeline(str(tmp_path / "vae"), text=False), EncodeConfig(), torch.device("cpu"))
     images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
     made = []
     for threads in (1, 2):
@@ -518,7 +518,11 @@ def test_captions_are_embedded_as_stable_diffusion_xl_does_it(
 
 
 def test_a_vae_in_a_pipeline_is_the_vae_alone(vae: Path, pipeline: Path) -> None:
-    alone, inside, whole = find(str(vae), False), find(str(pipeline), False), find(str(pipeline), True)
+    alone, inside, whole = (
+        find_pipeline(str(vae), False),
+        find_pipeline(str(pipeline), False),
+        find_pipeline(str(pipeline), True),
+    )
     assert alone.digest == inside.digest != whole.digest
 
 

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dmd2.data.loader import Shards
 from dmd2.data.shards import TRAIN
-from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
+from dmd2.diffusion import Diffusion, eps_prediction, scaled_linear_schedule
 from dmd2.progress import Progress
 from dmd2.training.ema import Ema
 
@@ -131,7 +131,7 @@ def assembled(vae: Any, texts: tuple[str, ...], widths: tuple[int, int, int] = (
 
 def fit(pipe: Any, latents: Tensor, texts: tuple[str, ...], steps: int, batch: int) -> None:
     """The noise-prediction loss of DDPM at uniform timesteps; the weights end as their running average."""
-    diffusion = Diffusion(scaled_linear_schedule(), predict_eps)
+    diffusion = Diffusion(scaled_linear_schedule(), eps_prediction)
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
     tokens = [tokenized(t, texts) for t in (pipe.tokenizer, pipe.tokenizer_2)]
     learner = nn.ModuleList([pipe.unet, *encoders])

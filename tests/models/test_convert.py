@@ -29,12 +29,17 @@ from torch import Tensor, nn
 from dmd2 import recipes
 from dmd2.batch import Conditioning
 from dmd2.denoiser import Denoiser
-from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
+from dmd2.diffusion import Diffusion, edm_preconditioning, karras_schedule
 from dmd2.models.adm import Adm
-from dmd2.models.convert.edm_pickle import Form, _adm, edm_pickle, edm_student
+from dmd2.models.convert.edm_pickle import (
+    RecordingUnpickler,
+    from_edm_state_dict,
+    read_edm_pickle,
+    read_edm_student,
+)
 from dmd2.models.convert.lora_names import sgm_names
-from dmd2.models.convert.single_file import single_file
-from dmd2.models.convert.student_weights import critic_weights, unet_weights
+from dmd2.models.convert.single_file import convert_single_file
+from dmd2.models.convert.student_weights import critic_weights, read_unet
 
 Refusal = Callable[[Callable[[], object]], str]
 Weights = dict[str, Tensor]
@@ -274,10 +279,10 @@ def edm(path: Path, net: EDMPrecond | None = None, **more: object) -> Path:
 @pytest.mark.parametrize("size", [SMALL, FLAT])
 def test_an_edm_network_gives_the_same_x0_and_features(size: tuple[Any, ...], tmp_path: Path) -> None:
     net = network(size)
-    config, state = edm_pickle(edm(tmp_path, net))
+    config, state = read_edm_pickle(edm(tmp_path, net))
     ours = Adm(config)
     ours.load_state_dict(state)
-    diffusion = Diffusion(karras_schedule(), predict_edm(0.5))
+    diffusion = Diffusion(karras_schedule(), edm_preconditioning(0.5))
     timestep = torch.tensor([0, 300, 600, 900, 999])
     label = torch.arange(5) % size[2]
     onehot, sigma = F.one_hot(label, size[2]).float(), diffusion.schedule.sigma[timestep].float()
@@ -294,7 +299,7 @@ def test_an_edm_network_gives_the_same_x0_and_features(size: tuple[Any, ...], tm
 
 
 def test_the_size_is_read_from_the_weights(tmp_path: Path) -> None:
-    config, _ = edm_pickle(edm(tmp_path))
+    config, _ = read_edm_pickle(edm(tmp_path))
     assert (config.resolution, config.image_channels, config.classes, config.channels) == (16, 3, 5, 32)
     assert (config.multipliers, config.blocks, config.attention) == ((1, 2, 4), 2, (8, 4))
 
@@ -304,13 +309,13 @@ def test_a_student_of_an_edm_network_is_read_from_its_training_folder(
 ) -> None:
     net = network()
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
-    config, state = edm_pickle(edm(tmp_path, net))
+    config, state = read_edm_pickle(edm(tmp_path, net))
     for path in (tmp_path, tmp_path / "pytorch_model.bin"):
-        found, student = edm_student(path)
+        found, student = read_edm_student(path)
         assert found == config
         same(student, state)
     save_file(weights(unet()), tmp_path / "a.safetensors")
-    assert "has no map_layer0.weight" in refusal(lambda: edm_student(tmp_path / "a.safetensors"))
+    assert "has no map_layer0.weight" in refusal(lambda: read_edm_student(tmp_path / "a.safetensors"))
 
 
 def test_names_and_shapes_of_the_published_network_are_those_of_the_recipe() -> None:
@@ -318,7 +323,9 @@ def test_names_and_shapes_of_the_published_network_are_those_of_the_recipe() -> 
         theirs = network((64, 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), 9)).state_dict()
         ours = Adm(recipes.IMAGENET64).state_dict()
     box = torch.full((1, 1, 2, 2), 0.25)
-    config, state = _adm({n: box if n.endswith("resample_filter") else t for n, t in theirs.items()})
+    config, state = from_edm_state_dict(
+        {n: box if n.endswith("resample_filter") else t for n, t in theirs.items()}
+    )
     assert config == recipes.IMAGENET64
     assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in ours.items()}
 
@@ -329,7 +336,7 @@ def test_the_source_in_an_edm_pickle_is_not_run(tmp_path: Path, monkeypatch: pyt
     path = edm(tmp_path)
     assert str(marker).encode() in path.read_bytes()
     before = set(sys.modules)
-    edm_pickle(path)
+    read_edm_pickle(path)
     assert not marker.exists()
     assert not {name for name in set(sys.modules) - before if "torch_utils" in name}
 
@@ -349,7 +356,7 @@ def test_numbers_of_an_older_numpy_are_no_obstacle(tmp_path: Path) -> None:
     with called(numpy__core__multiarray=scalar):
         path = edm(tmp_path, net)
     assert b"numpy.core.multiarray" in path.read_bytes()
-    edm_pickle(path)
+    read_edm_pickle(path)
 
 
 class Hostile:
@@ -400,7 +407,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(
 ) -> None:
     marker, path = tmp_path / "ran", tmp_path / f"a{suffix}"
     path.write_bytes(attack(kind, marker))
-    sentence = refusal(lambda: (edm_pickle if suffix == ".pkl" else unet_weights)(path))
+    sentence = refusal(lambda: (read_edm_pickle if suffix == ".pkl" else read_unet)(path))
     assert sentence.startswith(f"{path}: ")
     assert "nothing of it was run" in sentence
     assert len(sentence) < 400 + len(str(tmp_path))
@@ -414,21 +421,23 @@ def test_a_hostile_pickle_inside_the_network_is_refused_and_does_not_run(
 ) -> None:
     marker, net = tmp_path / "ran", network(FLAT)
     net.model.map_layer0.__dict__["_forward_hooks"] = {0: Hostile(os.system, f"touch {marker}")}
-    assert "posix.system" in refusal(lambda: edm_pickle(edm(tmp_path, net)))
+    assert "posix.system" in refusal(lambda: read_edm_pickle(edm(tmp_path, net)))
     net = network(FLAT)
     data = pickle.dumps(Hostile(os.system, f"touch {marker}"), 2)
     fake = Hostile(
         torch._utils._rebuild_tensor_v2, Hostile(torch.storage._load_from_bytes, data), 0, (1,), (1,)
     )
     net.model.map_layer0.__dict__["_parameters"] = {"weight": fake}
-    assert "names posix.system), so nothing of it was run" in refusal(lambda: edm_pickle(edm(tmp_path, net)))
+    assert "names posix.system), so nothing of it was run" in refusal(
+        lambda: read_edm_pickle(edm(tmp_path, net))
+    )
     assert not marker.exists()
 
 
 def test_a_hostile_archive_of_torch_is_refused_and_does_not_run(tmp_path: Path, refusal: Refusal) -> None:
     marker, path = tmp_path / "ran", tmp_path / "a.bin"
     torch.save({"conv_in.weight": torch.zeros(1), "x": Hostile(os.system, f"touch {marker}")}, path)
-    assert "names posix.system), so nothing of it was run" in refusal(lambda: unet_weights(path))
+    assert "names posix.system), so nothing of it was run" in refusal(lambda: read_unet(path))
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()
@@ -437,7 +446,7 @@ def test_a_hostile_archive_of_torch_is_refused_and_does_not_run(tmp_path: Path, 
 def test_the_unpickler_alone_knows_no_other_name(refusal: Refusal) -> None:
     for kind in ("os.system", "getattr", "eval", "dotted"):
         assert "nothing of it was run" in refusal(
-            lambda kind=kind: Form(io.BytesIO(attack(kind, Path("unused")))).load()  # type: ignore[misc]
+            lambda kind=kind: RecordingUnpickler(io.BytesIO(attack(kind, Path("unused")))).load()  # type: ignore[misc]
         )
 
 
@@ -462,7 +471,7 @@ def test_a_broken_pickle_is_refused_in_one_sentence(
     data: bytes, words: str, tmp_path: Path, refusal: Refusal
 ) -> None:
     (tmp_path / "a.pkl").write_bytes(data)
-    sentence = refusal(lambda: edm_pickle(tmp_path / "a.pkl"))
+    sentence = refusal(lambda: read_edm_pickle(tmp_path / "a.pkl"))
     assert words in sentence
     assert len(sentence) < 500 + len(str(tmp_path))
 
@@ -472,7 +481,7 @@ def test_a_pickle_cut_short_anywhere_is_refused(tmp_path: Path, refusal: Refusal
     data = path.read_bytes()
     for length in (1, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
-        assert "not all of it" in refusal(lambda: edm_pickle(path))
+        assert "not all of it" in refusal(lambda: read_edm_pickle(path))
 
 
 def spoilt(change: Callable[[EDMPrecond], object]) -> EDMPrecond:
@@ -518,7 +527,7 @@ def block(net: EDMPrecond) -> Any:
 def test_a_network_that_is_not_adm_is_refused_by_what_differs(
     change: Callable[[EDMPrecond], object], words: str, tmp_path: Path, refusal: Refusal
 ) -> None:
-    assert words in refusal(lambda: edm_pickle(edm(tmp_path, spoilt(change))))
+    assert words in refusal(lambda: read_edm_pickle(edm(tmp_path, spoilt(change))))
 
 
 @pytest.mark.parametrize(
@@ -535,7 +544,7 @@ def test_a_network_that_is_not_adm_is_refused_by_what_differs(
 def test_a_size_that_ours_cannot_have_is_refused(
     size: tuple[Any, ...], words: str, tmp_path: Path, refusal: Refusal
 ) -> None:
-    assert words in refusal(lambda: edm_pickle(edm(tmp_path, network(size))))
+    assert words in refusal(lambda: read_edm_pickle(edm(tmp_path, network(size))))
 
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path, refusal: Refusal) -> None:
@@ -544,7 +553,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path, ref
     storage = Hostile(reload, *arguments)
     fake = Hostile(torch._utils._rebuild_tensor_v2, storage, 0, (64, 64), (64, 1))
     net.model.map_layer0.__dict__["_parameters"] = {"weight": fake}
-    assert "out of bounds" in refusal(lambda: edm_pickle(edm(tmp_path, net)))
+    assert "out of bounds" in refusal(lambda: read_edm_pickle(edm(tmp_path, net)))
 
 
 # UNets of SD and SDXL.
@@ -599,8 +608,8 @@ def test_a_student_is_read_with_any_prefix_and_in_its_precision(
         save_file(prefixed(wanted, prefix), path)
     else:
         torch.save(prefixed(wanted, prefix), path, _use_new_zipfile_serialization=path.stem != "old")
-    same(unet_weights(path), wanted)
-    same(unet_weights(path, weights(unet(seed=1))), wanted)
+    same(read_unet(path), wanted)
+    same(read_unet(path, weights(unet(seed=1))), wanted)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
@@ -616,15 +625,13 @@ def test_a_training_folder_holds_a_student_and_a_critic(
     ):
         write = torch.save if suffix == ".bin" else save_file
         write(tensors, tmp_path / f"{name}{suffix}")
-    same(unet_weights(tmp_path), student)
+    same(read_unet(tmp_path), student)
     same(critic_weights(tmp_path), critic)
     (tmp_path / f"{names[1]}{suffix}").unlink()
     assert critic_weights(tmp_path) is None
     assert critic_weights(tmp_path / f"{names[0]}{suffix}") is None
     (tmp_path / f"{names[0]}{suffix}").unlink()
-    assert "a folder without pytorch_model.bin or model.safetensors" in refusal(
-        lambda: unet_weights(tmp_path)
-    )
+    assert "a folder without pytorch_model.bin or model.safetensors" in refusal(lambda: read_unet(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -652,7 +659,7 @@ def test_what_is_no_such_unet_is_refused(
 ) -> None:
     base = weights(unet())
     torch.save(change(dict(base)), tmp_path / "a.bin")
-    assert words in refusal(lambda: unet_weights(tmp_path / "a.bin", base))
+    assert words in refusal(lambda: read_unet(tmp_path / "a.bin", base))
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "a.pt"])
@@ -662,17 +669,17 @@ def test_a_file_cut_short_is_refused(name: str, tmp_path: Path, refusal: Refusal
     data = path.read_bytes()
     for length in (0, 7, 1000, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
-        sentence = refusal(lambda: unet_weights(path))
+        sentence = refusal(lambda: read_unet(path))
         assert "not all of it" in sentence or "nothing of it was run" in sentence
         assert len(sentence) < 500 + len(str(tmp_path))
 
 
 def test_a_missing_file_and_an_unknown_suffix_are_refused(tmp_path: Path, refusal: Refusal) -> None:
     for name in ("a.bin", "a.safetensors"):
-        assert "does not exist" in refusal(lambda name=name: unet_weights(tmp_path / name))  # type: ignore[misc]
-    assert "does not exist" in refusal(lambda: edm_pickle(tmp_path / "a.pkl"))
+        assert "does not exist" in refusal(lambda name=name: read_unet(tmp_path / name))  # type: ignore[misc]
+    assert "does not exist" in refusal(lambda: read_edm_pickle(tmp_path / "a.pkl"))
     (tmp_path / "a.onnx").touch()
-    assert "known: .bin, .pt, .pth, .safetensors" in refusal(lambda: unet_weights(tmp_path / "a.onnx"))
+    assert "known: .bin, .pt, .pth, .safetensors" in refusal(lambda: read_unet(tmp_path / "a.onnx"))
 
 
 # LoRA. The reference is peft: the network with the adapter in it, and what diffusers writes of it.
@@ -764,7 +771,7 @@ def test_a_lora_is_merged_as_peft_merges_it(naming: str, xl: bool, tmp_path: Pat
     if naming == "processors":
         merged = {name: tensor for name, tensor in merged.items() if ".to_" in name}
     for name in ("a.safetensors", "a.bin"):
-        found = unet_weights(tmp_path / name, base)
+        found = read_unet(tmp_path / name, base)
         torch.testing.assert_close(found, base | merged, rtol=1e-5, atol=1e-6)
         assert sum(not torch.equal(found[name], base[name]) for name in base) == len(merged)
     same(base, before)
@@ -773,7 +780,7 @@ def test_a_lora_is_merged_as_peft_merges_it(naming: str, xl: bool, tmp_path: Pat
 def test_a_merged_student_gives_the_same_output_as_the_adapter(tmp_path: Path) -> None:
     network, merged = adapted(unet()), unet()
     save_file(kohya(factors()), tmp_path / "a.safetensors")
-    merged.load_state_dict(unet_weights(tmp_path / "a.safetensors", weights(unet())))
+    merged.load_state_dict(read_unet(tmp_path / "a.safetensors", weights(unet())))
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), torch.randn(2, 5, 20))
     more = {"text_embeds": torch.randn(2, 12), "time_ids": torch.rand(2, 6)}
     with torch.no_grad():
@@ -785,8 +792,8 @@ def test_a_merged_student_gives_the_same_output_as_the_adapter(tmp_path: Path) -
 def test_a_lora_is_added_in_float32_and_rounded_once(tmp_path: Path) -> None:
     base = weights(unet().to(torch.bfloat16))
     save_file(kohya(factors()), tmp_path / "a.safetensors")
-    found = unet_weights(tmp_path / "a.safetensors", base)
-    exact = unet_weights(tmp_path / "a.safetensors", {name: t.float() for name, t in base.items()})
+    found = read_unet(tmp_path / "a.safetensors", base)
+    exact = read_unet(tmp_path / "a.safetensors", {name: t.float() for name, t in base.items()})
     same(found, {name: tensor.to(torch.bfloat16) for name, tensor in exact.items()})
 
 
@@ -804,11 +811,9 @@ def test_alpha_is_read_where_diffusers_and_peft_write_it(tmp_path: Path, refusal
     files = [next((tmp_path / name).glob("*.safetensors")) for name in ("adapter", "pipeline", "peft")]
     assert files[2].name == "adapter_model.safetensors"
     for path in files:
-        torch.testing.assert_close(unet_weights(path, base), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(read_unet(path, base), wanted, rtol=1e-5, atol=1e-6)
     (tmp_path / "peft" / "adapter_config.json").unlink()
-    assert "without the adapter_config.json that says its alpha" in refusal(
-        lambda: unet_weights(files[2], base)
-    )
+    assert "without the adapter_config.json that says its alpha" in refusal(lambda: read_unet(files[2], base))
 
 
 @pytest.mark.parametrize(
@@ -848,15 +853,15 @@ def test_a_lora_that_does_not_fit_is_refused_by_name(
     change: Callable[[Weights], Weights], words: str, tmp_path: Path, refusal: Refusal
 ) -> None:
     save_file(change(kohya(factors())), tmp_path / "a.safetensors")
-    assert words in refusal(lambda: unet_weights(tmp_path / "a.safetensors", weights(unet())))
+    assert words in refusal(lambda: read_unet(tmp_path / "a.safetensors", weights(unet())))
 
 
 def test_a_lora_needs_its_base(tmp_path: Path, refusal: Refusal) -> None:
     save_file(kohya(factors()), tmp_path / "a.safetensors")
-    assert "give the base it was made from" in refusal(lambda: unet_weights(tmp_path / "a.safetensors"))
+    assert "give the base it was made from" in refusal(lambda: read_unet(tmp_path / "a.safetensors"))
     other = weights(unet(xl=False))
     assert "of the LoRA fits no weight of the base" in refusal(
-        lambda: unet_weights(tmp_path / "a.safetensors", other)
+        lambda: read_unet(tmp_path / "a.safetensors", other)
     )
 
 
@@ -864,10 +869,10 @@ def test_a_lora_needs_its_base(tmp_path: Path, refusal: Refusal) -> None:
 def test_a_lora_of_another_kind_is_refused(
     settings: dict[str, Any], tmp_path: Path, refusal: Refusal
 ) -> None:
-    notes = {f"unet.{name}": value for name, value in settings.items()} | {"unet.lora_alpha": 8}
+    metadata = {f"unet.{name}": value for name, value in settings.items()} | {"unet.lora_alpha": 8}
     tensors = NAMINGS["diffusers"](factors(), None)
-    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(notes)})
-    assert next(iter(settings)) in refusal(lambda: unet_weights(tmp_path / "a.safetensors", weights(unet())))
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
+    assert next(iter(settings)) in refusal(lambda: read_unet(tmp_path / "a.safetensors", weights(unet())))
 
 
 @pytest.mark.parametrize("xl", [True, False])
@@ -1019,7 +1024,7 @@ def test_a_whole_model_becomes_the_folder_it_was_made_from(
 ) -> None:
     pipe = pipeline(xl, tmp_path / "config", dtype)
     save_file(compvis(pipe), tmp_path / "a.safetensors")
-    single_file(tmp_path / "a.safetensors", without_weights(tmp_path / "config"), tmp_path / "out")
+    convert_single_file(tmp_path / "a.safetensors", without_weights(tmp_path / "config"), tmp_path / "out")
     found = type(pipe).from_pretrained(tmp_path / "out", dtype=dtype)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2")[: 4 if xl else 3]:
         same(weights(getattr(found, name)), weights(getattr(pipe, name)))
@@ -1035,7 +1040,7 @@ def test_a_file_of_several_precisions_becomes_float32(tmp_path: Path) -> None:
     tensors = compvis(pipe)
     half = {name: t.half() for name, t in tensors.items() if name.startswith("model.diffusion_model.")}
     save_file(tensors | half, tmp_path / "a.safetensors")
-    single_file(tmp_path / "a.safetensors", tmp_path / "config", tmp_path / "out")
+    convert_single_file(tmp_path / "a.safetensors", tmp_path / "config", tmp_path / "out")
     found = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
     same(weights(found.vae), weights(pipe.vae))
     same(weights(found.unet), {name: tensor.half().float() for name, tensor in weights(pipe.unet).items()})
@@ -1072,7 +1077,7 @@ def test_a_whole_model_that_its_configs_do_not_describe_is_refused(
     save_file(change(compvis(pipeline(True, tmp_path / "config"))), tmp_path / "a.safetensors")
     without_weights(tmp_path / "config")
     assert words in refusal(
-        lambda: single_file(tmp_path / "a.safetensors", tmp_path / "config", tmp_path / "out")
+        lambda: convert_single_file(tmp_path / "a.safetensors", tmp_path / "config", tmp_path / "out")
     )
     assert not (tmp_path / "out").exists()
 
@@ -1082,10 +1087,10 @@ def test_configs_of_another_kind_are_refused(tmp_path: Path, refusal: Refusal) -
     save_file(compvis(pipeline(True, tmp_path / "xl")), path)
     pipeline(False, tmp_path / "sd")
     assert "holds a 'StableDiffusionPipeline'" in refusal(
-        lambda: single_file(path, tmp_path / "sd", tmp_path / "out")
+        lambda: convert_single_file(path, tmp_path / "sd", tmp_path / "out")
     )
     assert "has no readable model_index.json" in refusal(
-        lambda: single_file(path, tmp_path / "none", tmp_path / "out")
+        lambda: convert_single_file(path, tmp_path / "none", tmp_path / "out")
     )
 
 
@@ -1099,7 +1104,7 @@ def test_configs_that_name_other_code_are_refused_and_it_is_not_imported(
     index = json.loads((folder / "model_index.json").read_text()) | {"unet": ["evil_code", "Network"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     assert "from 'evil_code', not from diffusers" in refusal(
-        lambda: single_file(path, folder, tmp_path / "out")
+        lambda: convert_single_file(path, folder, tmp_path / "out")
     )
     assert not (tmp_path / "ran").exists()
 
@@ -1107,10 +1112,12 @@ def test_configs_that_name_other_code_are_refused_and_it_is_not_imported(
 def test_a_checkpoint_as_a_pickle_is_refused_and_does_not_run(tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "a.ckpt").write_bytes(attack("os.system", tmp_path / "ran"))
     assert "convert it to safetensors" in refusal(
-        lambda: single_file(tmp_path / "a.ckpt", None, tmp_path / "out")
+        lambda: convert_single_file(tmp_path / "a.ckpt", None, tmp_path / "out")
     )
     (tmp_path / "a.ckpt").rename(tmp_path / "a.safetensors")
-    assert "not all of it" in refusal(lambda: single_file(tmp_path / "a.safetensors", None, tmp_path / "out"))
+    assert "not all of it" in refusal(
+        lambda: convert_single_file(tmp_path / "a.safetensors", None, tmp_path / "out")
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -1121,5 +1128,5 @@ def test_without_configs_the_hub_is_asked_and_its_silence_is_one_sentence(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     save_file(compvis(pipeline(True, tmp_path / "config")), tmp_path / "a.safetensors")
     assert "with the configs of the hub" in refusal(
-        lambda: single_file(tmp_path / "a.safetensors", None, tmp_path / "out")
+        lambda: convert_single_file(tmp_path / "a.safetensors", None, tmp_path / "out")
     )

@@ -16,8 +16,8 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import LoraConfig, StableConfig
 from dmd2.io.tensors import save_tensors
 from dmd2.models.family import make_family
-from dmd2.models.lora import exported, merged, tied, updated
-from dmd2.models.stable import Stable, Unet, published
+from dmd2.models.lora import add_low_rank_update, export_low_rank_update, merge_low_rank_update, share_tensors
+from dmd2.models.stable import Stable, Unet, published_pipeline
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, teacher_of
@@ -26,9 +26,9 @@ SMALL = LoraConfig(rank=4, alpha=2)
 
 
 def test_the_update_of_sdxl_has_the_published_layers_and_size() -> None:
-    family = make_family(StableConfig(kind="sdxl", resolution=1024), published("sdxl"))
+    family = make_family(StableConfig(kind="sdxl", resolution=1024), published_pipeline("sdxl"))
     with torch.device("meta"):
-        network = updated(family.network(), Stable.lora_targets, LoraConfig())
+        network = add_low_rank_update(family.network(), Stable.lora_targets, LoraConfig())
         plain = family.network()
     learned = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
     assert sum(".lora_A." in name for name in learned) == 788
@@ -50,7 +50,7 @@ def tiny(pipeline: Path) -> tuple[Any, nn.Module, tuple[Any, ...]]:
 
 def test_tied_networks_have_the_same_tensors_and_their_own_modules(pipeline: Path) -> None:
     _, base, _ = tiny(pipeline)
-    other = tied(base)
+    other = share_tensors(base)
     pairs = list(zip(base.parameters(), other.parameters(), strict=True))
     assert all(a is b for a, b in pairs)
     assert not {id(m) for m in base.modules()} & {id(m) for m in other.modules()}
@@ -60,7 +60,10 @@ def test_tied_networks_have_the_same_tensors_and_their_own_modules(pipeline: Pat
 def test_an_update_starts_as_nothing_and_touches_neither_base_nor_neighbour(pipeline: Path) -> None:
     _, base, inputs = tiny(pipeline)
     before = base(*inputs)
-    student, critic = updated(base, Stable.lora_targets, SMALL), updated(base, Stable.lora_targets, SMALL)
+    student, critic = (
+        add_low_rank_update(base, Stable.lora_targets, SMALL),
+        add_low_rank_update(base, Stable.lora_targets, SMALL),
+    )
     torch.testing.assert_close(student(*inputs), before)
     for name, p in student.named_parameters():
         if ".lora_B." in name:
@@ -74,13 +77,13 @@ def test_an_update_starts_as_nothing_and_touches_neither_base_nor_neighbour(pipe
 def test_merged_weights_are_the_network_with_its_update(pipeline: Path) -> None:
     family, base, inputs = tiny(pipeline)
     weights = {name: p.clone() for name, p in base.named_parameters()}
-    student = updated(base, Stable.lora_targets, SMALL)
+    student = add_low_rank_update(base, Stable.lora_targets, SMALL)
     for name, p in student.named_parameters():
         if ".lora_B." in name:
             p.normal_(std=0.1)
     plain = family.network()
     update = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    plain.load_state_dict(merged(weights, update, SMALL))
+    plain.load_state_dict(merge_low_rank_update(weights, update, SMALL))
     torch.testing.assert_close(plain(*inputs), student(*inputs), atol=1e-5, rtol=1e-4)
 
 
@@ -117,13 +120,13 @@ def test_an_exported_update_is_read_by_diffusers_and_gives_the_same_output(
     pipeline: Path, tmp_path: Path
 ) -> None:
     _, base, inputs = tiny(pipeline)
-    student = updated(base, Stable.lora_targets, SMALL)
+    student = add_low_rank_update(base, Stable.lora_targets, SMALL)
     with torch.no_grad():
         for name, p in student.named_parameters():
             if ".lora_B." in name:
                 p.normal_(std=0.1)
     update = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
-    save_tensors(exported(update, SMALL), tmp_path / "pytorch_lora_weights.safetensors")
+    save_tensors(export_low_rank_update(update, SMALL), tmp_path / "pytorch_lora_weights.safetensors")
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(pipeline)
     pipe.load_lora_weights(tmp_path)
     with torch.no_grad():
@@ -134,6 +137,6 @@ def test_an_exported_update_is_read_by_diffusers_and_gives_the_same_output(
 
 def test_what_learns_is_float32_on_a_base_of_bfloat16(pipeline: Path) -> None:
     _, base, _ = tiny(pipeline)
-    student = updated(base.to(torch.bfloat16), Stable.lora_targets, SMALL)
+    student = add_low_rank_update(base.to(torch.bfloat16), Stable.lora_targets, SMALL)
     kinds = {p.requires_grad: p.dtype for p in student.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}

@@ -22,7 +22,7 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, FamilyConfig, GanConfig, register_family
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
-from dmd2.diffusion import Diffusion, flow_schedule, predict_flow
+from dmd2.diffusion import Diffusion, flow_prediction, flow_schedule
 from dmd2.errors import Refused
 from dmd2.io.artifact import read_manifest
 from dmd2.io.local import sha256
@@ -138,14 +138,14 @@ class Toy:
 
     def __init__(self, config: ToyConfig, folder: Path | None, vae: str) -> None:
         self.config = config
-        self.diffusion = Diffusion(flow_schedule(config.num_timesteps), predict_flow)
+        self.diffusion = Diffusion(flow_schedule(config.num_timesteps), flow_prediction)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.config.image
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def manifest_facts(self) -> dict[str, Any]:
         return {"predicts": "velocity"}
 
     def network(self) -> nn.Module:
@@ -177,7 +177,7 @@ class Toy:
     def decode(self, x: Tensor) -> Tensor:
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
-    def pixels(self, x: Tensor) -> Tensor:
+    def to_pixels(self, x: Tensor) -> Tensor:
         return x
 
     def denoiser(self, network: nn.Module) -> Denoiser:

@@ -33,7 +33,15 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, StableConfig
 from dmd2.model import load_network
 from dmd2.models.family import CondPair, make_family
-from dmd2.models.stable import SCHEDULER, SCHEDULERS, UNET, Stable, completed, published, schedule
+from dmd2.models.stable import (
+    SCHEDULER,
+    SCHEDULERS,
+    UNET,
+    Stable,
+    complete_scheduler_config,
+    noise_schedule,
+    published_pipeline,
+)
 from dmd2.sampler import Timesteps, generate
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
@@ -200,7 +208,7 @@ def stable15(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         CLIPTextModel(emoji.text_config(words, 64)),
         words,
         unet,
-        PNDMScheduler.from_config(json.loads((published("sd15") / SCHEDULER).read_text())),
+        PNDMScheduler.from_config(json.loads((published_pipeline("sd15") / SCHEDULER).read_text())),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -369,7 +377,7 @@ def test_noise_levels_are_those_of_diffusers(form: str, zero: bool) -> None:
     told = {**BASE, "beta_schedule": form, "rescale_betas_zero_snr": zero, "prediction_type": "v_prediction"}
     make: Any = DDPMScheduler
     theirs = make(**told).alphas_cumprod
-    ours = schedule(completed({"_class_name": "DDPMScheduler", **told}))
+    ours = noise_schedule(complete_scheduler_config({"_class_name": "DDPMScheduler", **told}))
     torch.testing.assert_close(ours.alpha.square().float(), theirs, atol=1e-6, rtol=0)
     assert (ours.alpha[-1] == 0) == zero
     torch.testing.assert_close(ours.alpha**2 + ours.sigma**2, torch.ones(1000, dtype=torch.float64))
@@ -389,11 +397,11 @@ def test_the_scheduler_of_the_folder_says_how_an_output_is_read(
     predicts: str, zero: bool, tmp_path: Path
 ) -> None:
     """As diffusers reads it, also where nothing is left of the signal."""
-    shutil.copytree(published("sdxl"), tmp_path / "p")
+    shutil.copytree(published_pipeline("sdxl"), tmp_path / "p")
     told = {"prediction_type": predicts, "rescale_betas_zero_snr": zero}
     change(tmp_path / "p" / SCHEDULER, told)
     fam = family("sdxl", tmp_path / "p")
-    assert (fam.facts["predicts"], fam.facts["zero_terminal_snr"]) == (predicts, zero)
+    assert (fam.manifest_facts["predicts"], fam.manifest_facts["zero_terminal_snr"]) == (predicts, zero)
     make: Any = DDIMScheduler
     scheduler = make(**BASE, beta_schedule="scaled_linear", clip_sample=False, **told)
     scheduler.set_timesteps(1000)
@@ -419,7 +427,7 @@ def test_a_schedule_that_is_not_understood_is_refused(
     changed: dict[str, Any], said: str, refusal: Refusal
 ) -> None:
     config = {"_class_name": "DDIMScheduler", **BASE, "beta_schedule": "scaled_linear", **changed}
-    assert said in refusal(lambda: schedule(completed(config)))
+    assert said in refusal(lambda: noise_schedule(complete_scheduler_config(config)))
 
 
 @pytest.mark.parametrize(
@@ -436,14 +444,14 @@ def test_a_schedule_that_is_not_understood_is_refused(
 def test_a_network_that_is_not_understood_is_refused(
     kind: str, like: str, changed: dict[str, Any], said: str, tmp_path: Path, refusal: Refusal
 ) -> None:
-    shutil.copytree(published(like), tmp_path / "p")
+    shutil.copytree(published_pipeline(like), tmp_path / "p")
     change(tmp_path / "p" / UNET, changed)
     assert said in refusal(lambda: family(kind, tmp_path / "p"))
 
 
 @pytest.mark.parametrize("name", [UNET, SCHEDULER])
 def test_a_config_that_is_missing_or_broken_is_refused(name: str, tmp_path: Path, refusal: Refusal) -> None:
-    shutil.copytree(published("sdxl"), tmp_path / "p")
+    shutil.copytree(published_pipeline("sdxl"), tmp_path / "p")
     for broken in ('{"in_ch', "[1, 2]"):
         (tmp_path / "p" / name).write_text(broken)
         assert f"{name} is not JSON" in refusal(lambda: family("sdxl", tmp_path / "p"))
@@ -479,10 +487,10 @@ def test_a_student_of_the_published_sd15_loads_without_the_safety_checker_its_te
 def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
     tmp_path: Path, refusal: Refusal
 ) -> None:
-    shutil.copytree(published("sd15"), tmp_path / "p")
+    shutil.copytree(published_pipeline("sd15"), tmp_path / "p")
     change(tmp_path / "p" / "scheduler" / "scheduler_config.json", {"num_train_timesteps": 500})
     assert "500 timesteps" in refusal(lambda: family("sd15", tmp_path / "p"))
-    wide = make_family(StableConfig(kind="sd15", resolution=768), published("sd15"))
+    wide = make_family(StableConfig(kind="sd15", resolution=768), published_pipeline("sd15"))
     assert "not 12" in refusal(wide.head)
 
 
@@ -490,6 +498,6 @@ def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
 def test_what_a_config_leaves_out_is_the_default_of_its_own_class(name: str) -> None:
     theirs = getattr(diffusers, name)()
     given = {"_class_name": name}
-    ours = schedule(completed(given))
+    ours = noise_schedule(complete_scheduler_config(given))
     torch.testing.assert_close(ours.alpha.square().float(), theirs.alphas_cumprod, atol=1e-6, rtol=0)
     assert given == {"_class_name": name}

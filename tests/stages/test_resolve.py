@@ -12,7 +12,7 @@ from dmd2 import recipes, stages
 from dmd2.config import Config, EdmConfig
 from dmd2.io.artifact import read_manifest
 from dmd2.model import load_network
-from dmd2.models.convert.edm_pickle import edm_pickle
+from dmd2.models.convert.edm_pickle import read_edm_pickle
 from tests.models.test_convert import edm, network
 
 
@@ -22,7 +22,7 @@ def pickled(tmp_path: Path) -> Path:
 
 
 def recipe_of(path: Path) -> Config:
-    found, _ = edm_pickle(path)
+    found, _ = read_edm_pickle(path)
     return recipes.get("edm-digits-no-gan").model_copy(update={"family": EdmConfig(network=found)})
 
 

@@ -19,7 +19,7 @@ from dmd2.data.shards import TRAIN
 from dmd2.io.artifact import read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load, load_network
-from dmd2.models.lora import exported
+from dmd2.models.lora import export_low_rank_update
 from dmd2.sampler import generate
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
@@ -64,7 +64,7 @@ def test_the_package_in_stock_diffusers_draws_what_our_sampler_does_for_the_same
     prompts = ["a red square", "a blue square", "a green square"]
     eps = torch.randn(3, *student.family.shape, generator=torch.Generator().manual_seed(1))
     between = torch.Generator().manual_seed(2)
-    ours = student.family.pixels(
+    ours = student.family.to_pixels(
         generate(
             student.family.denoiser(student.network),
             eps,
@@ -159,8 +159,10 @@ def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp
     average = checkpoint.load_object(run / "checkpoints" / f"{facts['best_step']:08d}", "student.average0")
     saved = {name.removeprefix("shadow."): weight for name, weight in average.items() if name != "updates"}
     update = load_tensors(run / "lora" / "pytorch_lora_weights.safetensors")
-    assert update.keys() == exported(saved, lora).keys()
-    assert all(torch.equal(update[name], weight) for name, weight in exported(saved, lora).items())
+    assert update.keys() == export_low_rank_update(saved, lora).keys()
+    assert all(
+        torch.equal(update[name], weight) for name, weight in export_low_rank_update(saved, lora).items()
+    )
 
 
 def test_in_shared_base_mode_a_checkpoint_holds_only_what_learns(root: Path, tmp_path: Path) -> None:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import OptimizerConfig, StableConfig
-from dmd2.denoiser import Denoiser, guided
-from dmd2.diffusion import Diffusion, predict_eps, scaled_linear_schedule
+from dmd2.denoiser import Denoiser, classifier_free_guidance
+from dmd2.diffusion import Diffusion, eps_prediction, scaled_linear_schedule
 from dmd2.models.family import make_family
 from dmd2.recipes import spaced_timesteps
-from dmd2.sampler import Timesteps, denoise_real, generate, simulate, walk
+from dmd2.sampler import Timesteps, backward_simulation, denoise_real, generate, student_inputs
 from dmd2.training import losses, optim
 from dmd2.training.optim import Trainable, TrainableWeights
 from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
 
-PROCESS = Diffusion(scaled_linear_schedule(), predict_eps)
+PROCESS = Diffusion(scaled_linear_schedule(), eps_prediction)
 LEVELS = (0, 20, 249, 399, 499, 749, 980, 999)
 ALPHA_BAR = (0.99915, 0.98131, 0.67543, 0.42609, 0.27767, 0.05662, 0.00584, 0.00466)
 
@@ -65,7 +65,7 @@ def test_guidance_on_x0_is_guidance_on_eps(scale: float) -> None:
     denoiser, x_t = Denoiser(Toy(), PROCESS), torch.randn(3, 4, 2, 2)
     sample = Batch(x_t, shown(0.5, 3), shown(-0.25, 3))
     timestep = torch.tensor([20, 499, 980])
-    ours = guided(denoiser, scale)(x_t, timestep, sample)
+    ours = classifier_free_guidance(denoiser, scale)(x_t, timestep, sample)
     conditional, uncond = (denoiser.output(x_t, timestep, c) for c in (sample.cond, sample.uncond))
     eps = uncond + scale * (conditional - uncond)
     for row, index in enumerate(timestep.tolist()):
@@ -110,9 +110,9 @@ def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
     torch.testing.assert_close(chain.double(), told[-1], rtol=1e-4, atol=1e-3)
     for stop in range(4):
         drawn = iter(noises[1:])
-        inputs = list(walk(student, noises[0], cond, timesteps, lambda x, drawn=drawn: next(drawn)))  # type: ignore[misc]
+        inputs = list(student_inputs(student, noises[0], cond, timesteps, lambda x, drawn=drawn: next(drawn)))  # type: ignore[misc]
         torch.testing.assert_close(student(*inputs[stop], cond).double(), told[stop], rtol=1e-4, atol=1e-3)
-    assert simulate(student, noises[0], cond, timesteps, 0).requires_grad
+    assert backward_simulation(student, noises[0], cond, timesteps, 0).requires_grad
 
 
 @pytest.mark.parametrize("stop", range(4))
@@ -128,7 +128,7 @@ def test_a_rollout_of_a_real_network_is_its_chain_up_to_the_step_where_it_stops(
     torch.manual_seed(3)
     sampled = generate(student, eps, cond, timesteps[: stop + 1])
     torch.manual_seed(3)
-    rolled = simulate(student, eps, cond, timesteps, stop)
+    rolled = backward_simulation(student, eps, cond, timesteps, stop)
     assert torch.equal(rolled, sampled)
     assert rolled.requires_grad
 

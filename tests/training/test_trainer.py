@@ -16,7 +16,7 @@ from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DmdConfig, OptimizerConfig
 from dmd2.denoiser import Denoiser
-from dmd2.diffusion import Diffusion, karras_schedule, predict_edm
+from dmd2.diffusion import Diffusion, edm_preconditioning, karras_schedule
 from dmd2.models.family import make_family
 from dmd2.rng import Rng
 from dmd2.training import build, optim
@@ -261,7 +261,7 @@ def test_the_trainer_on_a_gaussian_ends_at_the_teachers_mean_and_deviation() -> 
     """Teacher N(2, 0.5^2), student N(0, 1) at the start. Only the DMD term."""
     from dmd2.sampler import generate
 
-    diffusion = Diffusion(karras_schedule(), predict_edm(0.5))
+    diffusion = Diffusion(karras_schedule(), edm_preconditioning(0.5))
     teacher, student, critic = (Denoiser(n, diffusion) for n in (Affine(2.0, 0.5), Mover(), Affine(0.0, 1.0)))
     term = DistributionMatching(
         lambda x, timestep, s: teacher(x, timestep, s.cond), critic, build._timestep_range(DmdConfig(), 1000)

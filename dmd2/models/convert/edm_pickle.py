@@ -22,8 +22,14 @@ from dmd2.config import AdmConfig
 from dmd2.data.prompts import PLAIN_OPCODES
 from dmd2.errors import Refused, brief
 from dmd2.models.adm import MAX_PERIOD, Adm
-from dmd2.models.convert.student_weights import STUDENT, _bare, _model
-from dmd2.models.convert.tensor_files import _named, _read, _there, _unpickled, _whole
+from dmd2.models.convert.student_weights import STUDENT, find_model_file, strip_wrapper_prefixes
+from dmd2.models.convert.tensor_files import (
+    name_file_in_errors,
+    read_tensor_file,
+    refuse_broken_file,
+    require_file,
+    unpickle_tensors,
+)
 
 BUILDING = PLAIN_OPCODES | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_SET", "ADDITEMS"}
 """Instructions of a pickle that make an object from a name; those that reach other registries are not among them."""
@@ -37,14 +43,14 @@ NUMPY = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.
 """Recorded arguments of constructors are often NumPy's numbers; they are never looked at."""
 
 
-class Record:
+class PickledObject:
     """What a pickle says about an object: the name of its maker, the arguments, the state. It does nothing."""
 
     name = ""
     args: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *args: Any) -> Record:
+    def __new__(cls, *args: Any) -> PickledObject:
         record = super().__new__(cls)
         record.args, record.state = args, None
         return record
@@ -54,7 +60,7 @@ class Record:
 
 
 NAMES: dict[str, type] = {
-    name: type("Record", (Record,), {"name": name})
+    name: type("PickledObject", (PickledObject,), {"name": name})
     for name in (PERSISTENT, MODULES, PARAMETER, TENSOR, STORAGE, *NUMPY)
 } | {
     "collections.OrderedDict": dict,
@@ -65,7 +71,7 @@ NAMES: dict[str, type] = {
 """The only names that mean something in a pickle, and what is made instead."""
 
 
-class Form(pickle.Unpickler):
+class RecordingUnpickler(pickle.Unpickler):
     """Knows the names of the table, and imports nothing."""
 
     def find_class(self, module: str, name: str) -> type:
@@ -77,7 +83,7 @@ class Form(pickle.Unpickler):
         return NAMES[full]
 
 
-class Module(NamedTuple):
+class PickledModule(NamedTuple):
     """A module of the pickled network."""
 
     prefix: str
@@ -115,39 +121,41 @@ PARTS = {
 """Layers of a block: EDM's names and ours."""
 
 
-def edm_pickle(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
+def read_edm_pickle(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
     """The class-conditional ADM network of a pickle in the format of NVIDIA's EDM, as
     `edm-imagenet-64x64-cond-adm.pkl`: its size, and the weights of our `Adm` in float32.
 
     The file must hold an EDMPrecond with sigma_data 0.5 around a DhariwalUNet, under the key `ema`.
     """
-    with _named(path), _whole("pickled EDM network"):
-        pickled = _form(_there(path))
+    with name_file_in_errors(path), refuse_broken_file("pickled EDM network"):
+        pickled = _read_pickle(require_file(path))
         if not isinstance(pickled, dict) or "ema" not in pickled:
             raise Refused("it has no key 'ema'; give a network as EDM's training saves it")
         modules = list(_modules(pickled["ema"]))
         for module in modules:
             _check(module)
-        return _adm({module.prefix + name: t for module in modules for name, t in module.own.items()})
+        return from_edm_state_dict(
+            {module.prefix + name: t for module in modules for name, t in module.own.items()}
+        )
 
 
-def edm_student(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
+def read_edm_student(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
     """The same of a student of such a network in a training folder of DMD2's authors, or of its file alone. Names and
     shapes are all that a state dict says, so nothing else can be checked."""
-    with _named(path):
-        file = _read(_model(path, STUDENT) if path.is_dir() else path)
-        with _whole("state dict of an EDM network"):
-            return _adm(_bare(file.tensors))
+    with name_file_in_errors(path):
+        file = read_tensor_file(find_model_file(path, STUDENT) if path.is_dir() else path)
+        with refuse_broken_file("state dict of an EDM network"):
+            return from_edm_state_dict(strip_wrapper_prefixes(file.tensors))
 
 
-def _adm(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[str, Tensor]]:
+def from_edm_state_dict(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[str, Tensor]]:
     """From a state dict with EDM's names (`model.enc.64x64_conv.weight`); each weight is used exactly once."""
     theirs = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     theirs.pop("map_augment.weight", None)  # describes augmentation in training; without any it adds zero
     for name in [name for name in theirs if name.endswith("resample_filter")]:
         if not torch.equal(theirs.pop(name).float(), torch.full((1, 1, 2, 2), 0.25)):
             raise Refused(f"{name} is not the mean of 2x2 pixels; only networks that resample so can be read")
-    config = _size(theirs)
+    config = _infer_config(theirs)
     names = _our_names(config)
     if unknown := sorted(theirs.keys() - names.keys()):
         raise Refused(
@@ -165,7 +173,7 @@ def _adm(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[str, Tensor]]:
     return config, state
 
 
-def _form(path: Path) -> Any:
+def _read_pickle(path: Path) -> Any:
     """What the pickle describes, looked through before any of it is followed."""
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -177,10 +185,10 @@ def _form(path: Path) -> Any:
                     f"it does more than describe a network ({instruction.name}), so nothing of it was run; get the file again from its publisher"
                 )
         stream.seek(0)
-        return Form(stream).load()
+        return RecordingUnpickler(stream).load()
 
 
-def _modules(root: object) -> Iterator[Module]:
+def _modules(root: object) -> Iterator[PickledModule]:
     """Every module below, each once."""
     rest, seen = [("", root)], set[int]()
     while rest:
@@ -188,20 +196,20 @@ def _modules(root: object) -> Iterator[Module]:
         if id(thing) in seen:
             raise Refused(f"{prefix.removesuffix('.')} is in it twice; each part of a network has one place")
         seen.add(id(thing))
-        kind, state = _said(thing, prefix)
+        kind, state = _class_and_state(thing, prefix)
         own = {**state["_parameters"], **state["_buffers"]}
-        yield Module(
-            prefix, kind, state, {n: _tensor(value) for n, value in own.items() if value is not None}
+        yield PickledModule(
+            prefix, kind, state, {n: _rebuild_tensor(value) for n, value in own.items() if value is not None}
         )
         children = [(f"{prefix}{n}.", child) for n, child in state["_modules"].items() if child is not None]
         rest += reversed(children)
 
 
-def _said(thing: object, prefix: str) -> tuple[str, dict[str, Any]]:
+def _class_and_state(thing: object, prefix: str) -> tuple[str, dict[str, Any]]:
     """The class of a module, by its name, and its state."""
-    if isinstance(thing, Record) and thing.name == MODULES:
+    if isinstance(thing, PickledObject) and thing.name == MODULES:
         return "ModuleDict", thing.state
-    if not isinstance(thing, Record) or thing.name != PERSISTENT:
+    if not isinstance(thing, PickledObject) or thing.name != PERSISTENT:
         raise Refused(f"{prefix or 'ema'} is a {type(thing).__name__}, not one of EDM's modules")
     meta = thing.args[0]
     if meta["class_name"] not in KINDS:
@@ -211,19 +219,19 @@ def _said(thing: object, prefix: str) -> tuple[str, dict[str, Any]]:
     return meta["class_name"], meta["state"]
 
 
-def _tensor(value: Any) -> Tensor:
+def _rebuild_tensor(value: Any) -> Tensor:
     """The tensor that a record of a tensor or a parameter describes."""
     if value.name == PARAMETER:
         value = value.args[0]
     storage, offset, size, stride = value.args[:4]
     if value.name != TENSOR or storage.name != STORAGE:
         raise Refused(f"a weight is made by {value.name}, not as torch pickles a tensor")
-    read = _unpickled(io.BytesIO(storage.args[0]))
+    read = unpickle_tensors(io.BytesIO(storage.args[0]))
     whole = torch.empty(0, dtype=read.dtype).set_(read._untyped_storage)
     return whole.as_strided(size, stride, offset)  # which refuses to reach beyond
 
 
-def _check(module: Module) -> None:
+def _check(module: PickledModule) -> None:
     found = {name: module.state.get(name) for name in module.rules()}
     for name, wanted in module.rules().items():
         if found[name] != wanted:
@@ -232,7 +240,7 @@ def _check(module: Module) -> None:
             )
 
 
-def _size(tensors: Mapping[str, Tensor]) -> AdmConfig:
+def _infer_config(tensors: Mapping[str, Tensor]) -> AdmConfig:
     """The numbers behind the names and shapes; what they say wrong shows when the shapes are compared."""
     for name in ("map_layer0.weight", "map_label.weight"):
         if name not in tensors:

@@ -21,14 +21,14 @@ EDGES = {
 """Layers of a UNet: diffusers' names and those of the first code for it (SGM's)."""
 
 
-def _part(key: str) -> tuple[str, str]:
+def layer_and_factor(key: str) -> tuple[str, str]:
     """The layer that a key of a LoRA names, and which it is of "down", "up" and "alpha"; "" if none of them."""
     if match := LORA.fullmatch(key):
-        return _plain(match[1]), {"A": "down", "B": "up"}.get(match[2], match[2])
-    return _plain(key.removesuffix(".alpha")), "alpha" if key.endswith(".alpha") else ""
+        return _strip_lora_prefixes(match[1]), {"A": "down", "B": "up"}.get(match[2], match[2])
+    return _strip_lora_prefixes(key.removesuffix(".alpha")), "alpha" if key.endswith(".alpha") else ""
 
 
-def _plain(module: str) -> str:
+def _strip_lora_prefixes(module: str) -> str:
     """The name of a LoRA's module without what the formats put around it."""
     module = module.removeprefix("base_model.model.").removeprefix("unet.")
     if ".processor." in module:  # how diffusers named them before it used peft
@@ -37,7 +37,7 @@ def _plain(module: str) -> str:
     return module
 
 
-def lora_names(base: Iterable[str]) -> dict[str, str]:
+def weights_by_lora_name(base: Iterable[str]) -> dict[str, str]:
     """Names that a LoRA may have for the layers of a UNet -> names of their weights. Kohya's put `_` for `.`, so they
     are made from the names that there are, never taken apart."""
     names: dict[str, str] = {}

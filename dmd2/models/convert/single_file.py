@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dmd2.errors import Refused, brief
-from dmd2.models.convert.tensor_files import _named, _there, _whole
+from dmd2.models.convert.tensor_files import name_file_in_errors, refuse_broken_file, require_file
 
 PIPELINES = {
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
@@ -31,7 +31,7 @@ LEFT_OUT = ("position_ids", "logit_scale")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 
 
-def single_file(path: Path, config: Path | None, out: Path) -> None:
+def convert_single_file(path: Path, config: Path | None, out: Path) -> None:
     """Write a checkpoint of SD1.5 or SDXL in one file, in the layout of CompVis or SGM, as a folder of diffusers.
 
     Every weight of the file's networks is in the folder, and every weight of the folder's is from the file; they keep
@@ -43,17 +43,17 @@ def single_file(path: Path, config: Path | None, out: Path) -> None:
             used; None takes them from the hub.
         out: The folder.
     """
-    with _named(path):
-        shapes, dtype = _header(path)
+    with name_file_in_errors(path):
+        shapes, dtype = _read_header(path)
         kind = _pipeline(shapes)
         if config is not None:
             _check_config(config, kind)
-        pipeline = _converted(path, config, kind, dtype)
+        pipeline = _convert(path, config, kind, dtype)
         _check_complete(pipeline, shapes)
         pipeline.save_pretrained(out)
 
 
-def _converted(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -> Any:
+def _convert(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -> Any:
     """By diffusers, without its warnings: what they are about is checked afterwards."""
     import diffusers
     import transformers
@@ -85,13 +85,13 @@ def _converted(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -
         logging.set_verbosity(level)
 
 
-def _header(path: Path) -> tuple[dict[str, list[int]], torch.dtype]:
+def _read_header(path: Path) -> tuple[dict[str, list[int]], torch.dtype]:
     """Names and shapes, and the precision if there is one, else float32."""
-    if _there(path).suffix != ".safetensors":
+    if require_file(path).suffix != ".safetensors":
         raise Refused(
             f"it is no .safetensors file but {path.suffix!r}, and a pickle (.ckpt) can run code: convert it to safetensors where you trust it"
         )
-    with _whole("safetensors file"), safe_open(path, "pt") as file:
+    with refuse_broken_file("safetensors file"), safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         used = [part for name, part in slices.items() if _component(name)]
         kinds = {part.get_dtype() for part in used} & {"F16", "BF16", "F32", "F64"}

@@ -10,8 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from dmd2.errors import Refused
-from dmd2.models.convert.lora_names import LORA, _part, lora_names
-from dmd2.models.convert.tensor_files import File, _named, _read, _whole
+from dmd2.models.convert.lora_names import LORA, layer_and_factor, weights_by_lora_name
+from dmd2.models.convert.tensor_files import (
+    TensorFile,
+    name_file_in_errors,
+    read_tensor_file,
+    refuse_broken_file,
+)
 
 STUDENT, GUIDANCE = ("pytorch_model.bin", "model.safetensors"), ("pytorch_model_1.bin", "model_1.safetensors")
 """Models 0 and 1 of a training folder, as accelerate saves them."""
@@ -22,7 +27,7 @@ UNET = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
 """What every UNet of SD and SDXL has in diffusers' naming."""
 
 
-def unet_weights(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Weights of a diffusers UNet of SD or SDXL, in the precision they have in the file.
 
     Args:
@@ -30,28 +35,28 @@ def unet_weights(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[s
             diffusers' naming, or a training folder of DMD2's authors, whose student is read.
         base: The UNet a LoRA is merged into; the others must agree with it in names and shapes, if it is given.
     """
-    with _named(path):
-        file = _read(_model(path, STUDENT) if path.is_dir() else path)
+    with name_file_in_errors(path):
+        file = read_tensor_file(find_model_file(path, STUDENT) if path.is_dir() else path)
         if any(".base_layer." in name for name in file.tensors):
             raise Refused(
                 "it is a UNet with a LoRA beside its weights, and does not say the LoRA's alpha; give the LoRA's own file, or merge it first"
             )
         if any(LORA.fullmatch(name) for name in file.tensors):
-            with _whole("LoRA"):
-                return _merged(file, base, path)
-        return _unet(_bare(file.tensors), base)
+            with refuse_broken_file("LoRA"):
+                return _merge_lora(file, base, path)
+        return _check_unet(strip_wrapper_prefixes(file.tensors), base)
 
 
 def critic_weights(path: Path) -> dict[str, Tensor] | None:
     """Weights of the critic in a training folder of DMD2's authors, without the head; None if there is none."""
     if not any((path / name).is_file() for name in GUIDANCE):
         return None
-    with _named(path):
-        tensors = _bare(_read(_model(path, GUIDANCE)).tensors)
-        return _unet({n.removeprefix(CRITIC): t for n, t in tensors.items() if n.startswith(CRITIC)})
+    with name_file_in_errors(path):
+        tensors = strip_wrapper_prefixes(read_tensor_file(find_model_file(path, GUIDANCE)).tensors)
+        return _check_unet({n.removeprefix(CRITIC): t for n, t in tensors.items() if n.startswith(CRITIC)})
 
 
-def _model(folder: Path, names: Iterable[str]) -> Path:
+def find_model_file(folder: Path, names: Iterable[str]) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise Refused(
@@ -60,7 +65,7 @@ def _model(folder: Path, names: Iterable[str]) -> Path:
     return found
 
 
-def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrapper_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefixes that all names share."""
     for prefix in WRAPPED * 2:  # in any order
         if all(name.startswith(prefix) for name in tensors):
@@ -68,7 +73,7 @@ def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _check_unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The tensors, if they are a UNet's and agree with the base."""
     if missing := [name for name in UNET if name not in tensors]:
         whole = any(name.startswith("model.diffusion_model.") for name in tensors)
@@ -81,25 +86,25 @@ def _unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = None) 
             f"it holds no UNet: it has no {missing[0]} ({', '.join(list(tensors)[:1]) or 'nothing':.100} for one); {advice}"
         )
     if base is not None:
-        _agree(tensors, base)
+        _check_shapes(tensors, base)
     return tensors
 
 
-def _agree(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+def _check_shapes(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
     for name in sorted(tensors.keys() | base.keys()):
         found, wanted = (tuple(part[name].shape) if name in part else "missing" for part in (tensors, base))
         if found != wanted:
             raise Refused(f"{name} is {found}, and {wanted} in the base; give the base it was made from")
 
 
-def _merged(file: File, base: Mapping[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
+def _merge_lora(file: TensorFile, base: Mapping[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
     """The base with weight + alpha / rank * up @ down in place of each weight that the LoRA knows."""
     if base is None:
         raise Refused("it is a LoRA, which changes a network and is none; give the base it was made from")
-    default, names = _alpha(file, path), lora_names(base)
+    default, names = _default_alpha(file, path), weights_by_lora_name(base)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
-        module, part = _part(key)
+        module, part = layer_and_factor(key)
         weight = names.get(module)
         if not part or weight is None:
             raise Refused(
@@ -109,11 +114,11 @@ def _merged(file: File, base: Mapping[str, Tensor] | None, path: Path) -> dict[s
             raise Refused(f"{key!r:.150} of the LoRA is there a second time, under another name")
         factors[weight][part] = tensor
     return dict(base) | {
-        weight: _sum(weight, base[weight], parts, default) for weight, parts in factors.items()
+        weight: _add_factors(weight, base[weight], parts, default) for weight, parts in factors.items()
     }
 
 
-def _sum(name: str, weight: Tensor, parts: Mapping[str, Tensor], default: float | None) -> Tensor:
+def _add_factors(name: str, weight: Tensor, parts: Mapping[str, Tensor], default: float | None) -> Tensor:
     """weight (out, in, ...) + alpha / rank * up (out, rank) @ down (rank, in, ...), in float32, for its rounding, and
     back. Without any alpha it is the rank, which is how diffusers and kohya's code read it too."""
     if missing := [part for part in ("down", "up") if part not in parts]:
@@ -128,10 +133,10 @@ def _sum(name: str, weight: Tensor, parts: Mapping[str, Tensor], default: float 
     return (weight.float() + alpha / rank * (up @ down).view(weight.shape)).to(weight.dtype)
 
 
-def _alpha(file: File, path: Path) -> float | None:
+def _default_alpha(file: TensorFile, path: Path) -> float | None:
     """The alpha of all factors, if diffusers or peft has written it down beside them."""
     config = path.with_name("adapter_config.json")
-    text = file.notes.get("lora_adapter_metadata")
+    text = file.metadata.get("lora_adapter_metadata")
     if text is None and path.stem == "adapter_model":
         if not config.is_file():
             raise Refused(

@@ -18,19 +18,19 @@ from torch import Tensor
 from dmd2.errors import Refused, brief, near_miss
 
 
-class File(NamedTuple):
+class TensorFile(NamedTuple):
     tensors: dict[str, Tensor]
-    notes: dict[str, str]
+    metadata: dict[str, str]
     """What the file says about itself."""
 
 
-def _read(path: Path) -> File:
+def read_tensor_file(path: Path) -> TensorFile:
     """All tensors of a file, left on the disk until they are used."""
-    if _there(path).suffix not in READERS:
+    if require_file(path).suffix not in READERS:
         raise Refused(
             f"it is no file of weights by its suffix {path.suffix!r}: {near_miss(path.suffix, list(READERS))}"
         )
-    with _whole(f"file of tensors ({path.name})"):
+    with refuse_broken_file(f"file of tensors ({path.name})"):
         file = READERS[path.suffix](path)
     if not file.tensors:
         raise Refused("it holds no tensors; give a file of weights")
@@ -42,21 +42,21 @@ def _read(path: Path) -> File:
     return file
 
 
-def _safetensors(path: Path) -> File:
+def _safetensors(path: Path) -> TensorFile:
     with safe_open(path, "pt") as file:
-        return File({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+        return TensorFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
 
 
-def _pickled(path: Path) -> File:
-    found = _unpickled(path, mmap=zipfile.is_zipfile(path))
+def _pickled(path: Path) -> TensorFile:
+    found = unpickle_tensors(path, mmap=zipfile.is_zipfile(path))
     if not isinstance(found, dict):
         raise Refused(
             f"it holds a {type(found).__name__}, not a dict of tensors; save the weights by their names"
         )
-    return File({str(name): value for name, value in found.items()}, {})
+    return TensorFile({str(name): value for name, value in found.items()}, {})
 
 
-def _unpickled(source: Path | io.BytesIO, mmap: bool = False) -> Any:
+def unpickle_tensors(source: Path | io.BytesIO, mmap: bool = False) -> Any:
     """What torch reads of a pickle that holds nothing but tensors."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
@@ -70,14 +70,14 @@ def _unpickled(source: Path | io.BytesIO, mmap: bool = False) -> Any:
 READERS = {".safetensors": _safetensors} | dict.fromkeys((".bin", ".pt", ".pth"), _pickled)
 
 
-def _there(path: Path) -> Path:
+def require_file(path: Path) -> Path:
     if not path.is_file():
         raise Refused("it does not exist, or is no file; check the path")
     return path
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """Say which file it was."""
     try:
         yield
@@ -86,7 +86,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(what: str) -> Iterator[None]:
+def refuse_broken_file(what: str) -> Iterator[None]:
     """Whatever goes wrong inside lies in a file that is broken or something else."""
     try:
         yield
