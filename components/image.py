@@ -1,4 +1,4 @@
-"""The images that components run in: by digest, once `images/images.lock` knows it."""
+"""The container images of the components, by digest if `images/images.lock` has it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 
 def image(name: str = "dmd2") -> str:
-    """What `DMD2_IMAGE`, or `DMD2_LAUNCH_IMAGE`, says while compiling; or the entry of images.lock.
+    """The reference in `DMD2_IMAGE` or `DMD2_LAUNCH_IMAGE` at compile time, or else the entry of images.lock.
 
     The local runner ignores it.
     """
     if given := os.environ.get(f"{name.upper().replace('-', '_')}_IMAGE"):
         return given
-    from images.pins import reference  # not in the image itself, where nothing is compiled
+    from images.pins import reference  # the module is not in the image, where nothing is compiled
 
     return reference(name)
 

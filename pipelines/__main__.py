@@ -16,7 +16,7 @@ from google.protobuf.json_format import MessageToDict
 from kfp.dsl.base_component import BaseComponent
 from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType
 
-from components.begin.check import check
+from components.prepare_run.parameters import check_parameters
 from dmd2.errors import Refused, one_sentence
 from dmd2.io.local import write_text
 from dmd2.recipes import override_flags
@@ -179,8 +179,8 @@ def _told(package: cluster.Package, name: str, parameters: dict[str, Any]) -> No
 
 
 def _check(parameters: dict[str, Any]) -> None:
-    """What the first step of the run would refuse is refused here."""
-    check(**{name: parameters[name] for name in inspect.signature(check).parameters})
+    """Refuse parameters that the first step of the run would refuse."""
+    check_parameters(**{name: parameters[name] for name in inspect.signature(check_parameters).parameters})
 
 
 def _missing(parameters: dict[str, Any]) -> None:

@@ -1,14 +1,14 @@
-"""The pipeline: shards, teacher, latents, distillation, evaluation, gate, package, report. Wiring only."""
+"""The distillation pipeline: shards, teacher, latents, distillation, evaluation, gate, package, report. Wiring only."""
 
 from kfp import dsl
 
-from components.begin.component import begin
-from components.conclude.component import conclude
 from components.distill.component import distill as distill_stage
 from components.encode_latents.component import encode_latents
 from components.evaluate.component import evaluate
+from components.finish_run.component import finish_run
 from components.gate.component import gate as gate_stage
 from components.package_model.component import package_model
+from components.prepare_run.component import prepare_run
 from components.publish_model.component import publish_model
 from components.report.component import report
 from components.resolve_teacher.component import resolve_teacher
@@ -37,28 +37,28 @@ def distill(
     """Distil a diffusion teacher into a one- or few-step student with DMD2.
 
     Args:
-        source: `digits`, or the address of images in one of the layouts that `dmd2 shard` knows.
+        source: `digits`, or the address of images in a layout that `dmd2 shard` reads.
         teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         gate: Largest accepted score of the student as a multiple of the teacher's; 0 for the recipe's `gate.factor`.
-        destination: Folder of models; an accepted one is published there as `<recipe>/<digest>`. Empty: it stays in the root.
-        root: Folder that receives everything the run makes; the same root continues a run. Empty: beside the run's artifacts.
-        nodes: Machines of the distillation; one for now.
-        gpus: GPUs of the distillation, one process on each; 0 for the CPU.
-        pool: Labels of the nodes with GPUs, as JSON; `{}` for any node.
+        destination: Folder of models; an accepted package is published there as `<recipe>/<digest>`. Empty: it is not published.
+        root: Folder of everything the run makes; the same root continues a run. Empty: a folder beside the run's KFP artifacts.
+        nodes: Number of machines of the distillation; only 1 is supported.
+        gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU.
+        pool: Labels of the nodes with GPUs, as JSON; `{}` = any node.
         queue: Kueue's LocalQueue for a distillation on more than one machine.
-        claim: What retraining gives to the runs that it starts; leave it empty.
+        claim: Set by retraining for the runs that it starts; leave it empty.
     """
     run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    ended = pod(conclude(root=root, run_id=run, claim=claim), LIGHT, retries=2)
-    with dsl.ExitHandler(ended, name="distil"):
-        begun = begin(
+    finished = pod(finish_run(root=root, run_id=run, claim=claim), LIGHT, retries=2)
+    with dsl.ExitHandler(finished, name="distil"):
+        prepared = prepare_run(
             root=root, run_id=run, claim=claim, source=source, teacher=teacher, recipe=recipe, overrides=overrides,
             destination=destination, nodes=nodes, gpus=gpus,
         )  # fmt: skip
-        pod(begun, LIGHT)
-        folder, gpu = begun.outputs["root"], begun.outputs["gpu"]
+        pod(prepared, LIGHT)
+        folder, gpu = prepared.outputs["root"], prepared.outputs["gpu"]
         settings = {"recipe": recipe, "overrides": overrides, "root": folder}
 
         sharded = pod(shard_dataset(source=source, **settings), BUSY, retries=2)
@@ -75,23 +75,23 @@ def distill(
         scores = on_gpus(pod(judged, BUSY, retries=2), gpu, pool).outputs["evaluation"]
         decision = pod(gate_stage(evaluation=scores, factor=gate, **settings), LIGHT)
 
-        told = {"root": folder, "shards": shards, "teacher": original, "run": student, "evaluation": scores}
+        made = {"root": folder, "shards": shards, "teacher": original, "run": student, "evaluation": scores}
         with dsl.If(decision.output == "accepted", name="accepted"):
             packaged = package_model(root=folder, run=student, evaluation=scores)
             package = pod(packaged, BUSY).outputs["package"]
-            pod(report(decision=decision.output, **told), LIGHT).after(packaged)
+            pod(report(decision=decision.output, **made), LIGHT).after(packaged)
             with dsl.If(destination != "", name="published"):
                 published = publish_model(destination=destination, recipe=recipe, package=package)
                 pod(published, LIGHT, retries=2)
         with dsl.Else(name="rejected"):
-            pod(report(decision=decision.output, **told), LIGHT)
+            pod(report(decision=decision.output, **made), LIGHT)
 
 
-def _choices() -> None:
-    """The form for a run offers the recipes, and the server refuses others; the SDK has no word for that yet."""
+def _restrict_recipes() -> None:
+    """Restrict the parameter `recipe` to the known recipes, in the form of the UI and on the server; the SDK cannot express it."""
     parameter = distill.pipeline_spec.root.input_definitions.parameters["recipe"]
     for name in RECIPES:
         parameter.literals.add().string_value = name
 
 
-_choices()
+_restrict_recipes()

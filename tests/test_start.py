@@ -92,9 +92,9 @@ def test_publish_imports_nothing_slow(micro: Config, tmp_path: Path) -> None:
 
 def test_the_check_of_parameters_before_a_run_and_its_outcome_import_nothing_slow(tmp_path: Path) -> None:
     program = f"""
-from components.begin.check import check
-from components.conclude.outcome import conclusion
-check("digits", "", "edm-digits", "distill.steps=3", "", 1, 0)
-conclusion({str(tmp_path)!r}, "run", "FAILED", "stopped")
+from components.prepare_run.parameters import check_parameters
+from components.finish_run.outcome import write_outcome
+check_parameters("digits", "", "edm-digits", "distill.steps=3", "", 1, 0)
+write_outcome({str(tmp_path)!r}, "run", "FAILED", "stopped")
 """
     assert slow_imports("-c", program) == []

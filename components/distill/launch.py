@@ -1,9 +1,9 @@
-"""How the training is started from its step of the pipeline, and how its end is told.
+"""Starting the training from its step of the pipeline, with signals passed on and the exit status passed back.
 
-One small interface, `Launch`, and for now one way to do it: torchrun over the GPUs of this very machine. torchrun hides
-the exit status of its workers, and leaves them half a minute when it is told to stop. So it runs inside a process of
-ours, `python -m components.distill.launch`, which ends with the status of the worker that failed first, and a signal
-goes to the workers themselves, which end their step, save and leave.
+A small protocol, `Launcher`, and one implementation: torchrun over the GPUs of this machine. torchrun hides the exit status
+of its workers, and kills them half a minute after a signal. So it runs in a process of its own,
+`python -m components.distill.launch`, which ends with the exit status of the worker that failed first, and signals are
+sent to the workers themselves, which finish their step, save and exit.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ logger = logging.getLogger("components.distill.launch")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 900
-"""For how long torchrun waits for the rest of its workers once one has stopped: they may be saving."""
+"""Seconds that torchrun waits for the other workers after one has ended: they may be saving."""
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a training asks for."""
+class JobSize:
+    """Machines and GPUs of a training."""
 
     nodes: int = 1
     gpus: int = 0
-    """Of each node; 0 = one process on the CPU."""
+    """GPUs of each node; 0 = one process on the CPU."""
     queue: str = ""
-    """Kueue's LocalQueue, for a training on more than one node."""
+    """Kueue's LocalQueue of a training on more than one node."""
 
     def check(self) -> None:
+        """Raise Refused if a training of this size cannot be started."""
         if self.nodes != 1:
             raise Refused(
                 f"nodes is {self.nodes}; a distillation runs on one machine for now, give it more GPUs instead"
@@ -53,83 +54,84 @@ class Size:
         return max(1, self.gpus)
 
 
-class Launch(Protocol):
-    def start(self) -> None: ...
+class Launcher(Protocol):
+    def start(self) -> None:
+        """Start the training."""
 
-    def follow(self) -> None:
-        """Wait for its end; what it says is said here, too."""
+    def wait(self) -> None:
+        """Wait for the end of the training; its output goes to this process's output."""
 
-    def result(self) -> int:
-        """The exit status of the training, once it has ended."""
+    def exit_status(self) -> int:
+        """The exit status of the training, after `wait`."""
 
-    def cancel(self, number: int) -> None:
-        """Pass a signal on."""
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the processes of the training."""
 
 
 @dataclass
 class Torchrun:
-    """`dmd2 WORDS` in a process for each GPU of this machine."""
+    """`dmd2 ARGUMENTS` in one process per GPU of this machine."""
 
-    words: Sequence[str]
-    size: Size
+    arguments: Sequence[str]
+    size: JobSize
     process: subprocess.Popen[bytes] | None = None
-    cancelled: int = 0
-    """The signal that was passed on."""
+    pending_signal: int = 0
+    """A signal that arrived, to be sent again if the process has just been started."""
 
     def start(self) -> None:
         self.size.check()
-        _devices(self.size.gpus)
-        command = [sys.executable, "-m", __name__, str(self.size.processes), *self.words]
-        # In a session of its own: what a terminal sends to all reaches the workers once, through `cancel`.
+        _check_gpus(self.size.gpus)
+        command = [sys.executable, "-m", __name__, str(self.size.processes), *self.arguments]
+        # In a session of its own, so that Ctrl-C in a terminal reaches the workers once, through `send_signal`.
         self.process = subprocess.Popen(command, start_new_session=True)
-        if self.cancelled:
-            self.cancel(self.cancelled)
+        if self.pending_signal:
+            self.send_signal(self.pending_signal)
 
-    def follow(self) -> None:
+    def wait(self) -> None:
         assert self.process
         self.process.wait()
 
-    def result(self) -> int:
+    def exit_status(self) -> int:
         assert self.process
         status = self.process.returncode
         return status if status >= 0 else 128 - status
 
-    def cancel(self, number: int) -> None:
-        self.cancelled = number
+    def send_signal(self, number: int) -> None:
+        self.pending_signal = number
         if self.process:
-            for pid in _children(self.process.pid) or [self.process.pid]:
+            for pid in _child_processes(self.process.pid) or [self.process.pid]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 
 
-def through(launch: Launch) -> int:
-    """Start, follow, pass signals on -> the exit status."""
-    with _passed_on(launch):
-        launch.start()
-        launch.follow()
-    return launch.result()
+def run_to_end(launcher: Launcher) -> int:
+    """Start the training, forward signals to it and wait for its end -> its exit status."""
+    with _forward_signals(launcher):
+        launcher.start()
+        launcher.wait()
+    return launcher.exit_status()
 
 
-def torchrun(processes: int, words: Sequence[str]) -> int:
-    """Run `python -m dmd2 WORDS` so many times -> the exit status of the one that failed first, or 0."""
+def torchrun(processes: int, arguments: Sequence[str]) -> int:
+    """Run `python -m dmd2 ARGUMENTS` in several processes -> the exit status of the first that failed, or 0."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     settings = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={GRACE_S}"]
     try:
-        run.main([*settings, "-m", "dmd2", *words])
+        run.main([*settings, "-m", "dmd2", *arguments])
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         logger.error("process %s of %d ended with %d", rank, processes, first.exitcode)
         return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
-    except SignalException as stopped:  # before there was a worker to tell
+    except SignalException as stopped:  # it arrived before the workers were started
         return 128 + stopped.sigval
     return 0
 
 
-def _children(parent: int) -> list[int]:
-    """The living processes that a process has started."""
+def _child_processes(parent: int) -> list[int]:
+    """The process ids of the running children of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -139,8 +141,8 @@ def _children(parent: int) -> list[int]:
     return found
 
 
-def _devices(wanted: int) -> None:
-    """Nothing falls back to a CPU when a driver is missing."""
+def _check_gpus(wanted: int) -> None:
+    """Raise Refused if there are fewer GPUs, instead of training on the CPU when a driver is missing."""
     import torch
 
     if wanted > (found := torch.cuda.device_count()):
@@ -150,12 +152,12 @@ def _devices(wanted: int) -> None:
 
 
 @contextmanager
-def _passed_on(launch: Launch) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        launch.cancel(number)
+def _forward_signals(launcher: Launcher) -> Iterator[None]:
+    def forward(number: int, frame: FrameType | None) -> None:
+        launcher.send_signal(number)
         logger.info("%s: passed on to the training", signal.Signals(number).name)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         yield
     finally:

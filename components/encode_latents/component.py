@@ -12,9 +12,9 @@ def encode_latents(
     teacher: dsl.Input[dsl.Model],
     samples: dsl.Output[dsl.Dataset],
 ) -> None:
-    """Encode the training images with the teacher's VAE; for a network on pixels, hand the shards on.
+    """Encode the training images with the teacher's VAE; for a network on pixels, return the shards themselves.
 
-    Interrupted, it continues with the shards that are missing.
+    Interrupted, it continues with the missing shards.
 
     Args:
         recipe: Name of a recipe.
@@ -22,7 +22,7 @@ def encode_latents(
         root: Folder of the run; latents go to `<root>/latents`.
         shards: The images.
         teacher: The teacher, and its VAE.
-        samples: Points to what the student learns from by URI and digest; the file itself is its manifest.
+        samples: Points to the training samples by URI and digest; the file itself is their manifest.
     """
     from dmd2 import recipes, stages
     from dmd2.errors import one_sentence

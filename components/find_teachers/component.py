@@ -18,20 +18,20 @@ def find_teachers(
     run_id: str,
     table: dsl.Output[dsl.Markdown],
 ) -> None:
-    """Start one distillation for each teacher that is new, as far as there is room; settle those whose run has died.
+    """Start one distillation for each new teacher, within the limits, and record the end of runs that could not do so.
 
     Args:
-        teachers: Where teachers are announced: folders, `hf://owner/name@revision`, `registry+http://host`, separated by spaces.
+        teachers: Where teachers appear: folders, `hf://owner/name@revision`, `registry+http://host`, separated by spaces.
         ledger: Folder of the ledger.
-        root: Folder that receives what the distillations make, in a folder for each.
+        root: Folder of the runs, with a folder for each distillation.
         settings: Parameters of every distillation.
         pipeline: Name of the uploaded pipeline of a distillation; its newest version is run.
-        service_account: Of Kubernetes, for the distillations; empty for the default of the platform.
-        max_runs: Distillations at a time.
-        gpu_hours: What one distillation takes, in GPU-hours.
-        max_gpu_hours: What all distillations of seven days may take, in GPU-hours.
-        api: Address of the API of pipelines, as a pod reaches it; empty for the one in the namespace `kubeflow`.
-        run_id: The platform's name of this run.
+        service_account: Kubernetes service account of the distillations; empty = the default of KFP.
+        max_runs: Largest number of distillations at a time.
+        gpu_hours: GPU-hours that one distillation is expected to take.
+        max_gpu_hours: Largest sum of GPU-hours of the distillations of seven days.
+        api: Address of the KFP API inside the cluster; empty = the one in the namespace `kubeflow`.
+        run_id: The KFP id of this run.
         table: The ledger, for the UI.
     """
     import json
@@ -39,13 +39,13 @@ def find_teachers(
     import subprocess
     import sys
 
-    look = {
+    arguments = {
         "teachers": teachers, "ledger": ledger, "root": root, "settings": settings, "pipeline": pipeline,
         "service_account": service_account, "max_runs": max_runs, "gpu_hours": gpu_hours, "max_gpu_hours": max_gpu_hours,
         "owner": run_id, "api": api,
     }  # fmt: skip
-    # In a process of its own: under this variable, which is that of components, kfp has no client.
+    # In a process of its own: kfp has no client where this variable is set, as it is in components.
     environment = {name: value for name, value in os.environ.items() if name != "_KFP_RUNTIME"}
-    command = [sys.executable, "-m", "components.find_teachers", json.dumps(look), table.path]
+    command = [sys.executable, "-m", "components.find_teachers", json.dumps(arguments), table.path]
     if status := subprocess.run(command, env=environment).returncode:
         raise SystemExit(status)

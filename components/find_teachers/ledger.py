@@ -1,10 +1,10 @@
-"""Which teachers are distilled, and by which run: the ledger of retraining, one readable JSON object per piece of work.
+"""The ledger of retraining: which teacher is distilled by which run, as one readable JSON file per work item.
 
-A piece of work is (teacher, recipe, image), each by its digest; its entry changes by compare-and-swap only. A claim is
-a token that is never used twice: the run that shows the token of an entry may work, every other one gives way. So a run
-that starts late, twice, or for a claim that was taken away is refused before it does anything, and no clock is
-trusted: a lease only says when to look whether a claim was lost. `places.json` bounds the runs and GPU-hours of all
-entries together, one run per teacher. How runs are started and asked is not here.
+A work item is (teacher, recipe, image), each by its digest; its entry is only changed by compare-and-swap. A claim has a
+token that is used once: the run with the token of an entry may work on it, every other run is refused. So a run that
+starts late, twice, or for a claim that was released is refused before it does anything. Clocks are not trusted: the lease
+of a claim only says when to check whether its watcher has died. `places.json` limits the runs and GPU-hours of all
+entries together, and the runs of a teacher to one. Starting runs and asking for their state is in `runs.py`.
 """
 
 from __future__ import annotations
@@ -26,41 +26,42 @@ from dmd2.errors import Refused, brief
 from dmd2.io.storage import join_uri
 from dmd2.io.store import CONCURRENT_REQUESTS, Store
 
-State = Literal["waiting", "claimed", "running", "done", "failed", "quarantined"]
-FREE: tuple[State, ...] = ("waiting", "failed")
-"""May be claimed."""
-ACTIVE: tuple[State, ...] = ("claimed", "running")
-"""Somebody's."""
-ENTRIES, PLACES = "entries/", "places.json"
+EntryState = Literal["waiting", "claimed", "running", "done", "failed", "quarantined"]
+FREE: tuple[EntryState, ...] = ("waiting", "failed")
+"""States in which an entry can be claimed."""
+ACTIVE: tuple[EntryState, ...] = ("claimed", "running")
+"""States in which a claim holds the entry."""
+ENTRIES, RESERVATIONS = "entries/", "places.json"
+"""Names inside the folder of the ledger; like the fields below they are a stored format."""
 
 
-class Part(BaseModel):
-    """What the ledger is written in."""
+class LedgerObject(BaseModel):
+    """A JSON object of the ledger."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-Read = TypeVar("Read", bound=Part)
+ObjectT = TypeVar("ObjectT", bound=LedgerObject)
 
 
-class Work(Part):
-    """What is done once."""
+class WorkItem(LedgerObject):
+    """One distillation of a teacher; it is done once."""
 
     teacher: str
     """Digest of the teacher."""
     recipe: str
-    """Digest of what is asked for every teacher: recipe, overrides, data, gate."""
+    """Digest of the settings that every teacher shares: recipe, overrides, data, gate."""
     image: str
-    """Digest of the images that it runs in."""
+    """Digest of the container images of the pipeline."""
 
     @property
     def key(self) -> str:
-        """Name of the entry. The teacher comes first, so that those of one teacher stand together."""
+        """Name of the entry. It begins with the teacher, so that the entries of a teacher are sorted together."""
         return f"{self.teacher[:16]}-{digest(self.model_dump())[:16]}"
 
 
-class Failure(Part):
-    """A run that did not end well."""
+class FailedRun(LedgerObject):
+    """A run that failed or was cancelled."""
 
     claim: str
     run: str
@@ -68,55 +69,57 @@ class Failure(Part):
     at: datetime
 
 
-class Entry(Part):
-    """What is known of a piece of work."""
+class LedgerEntry(LedgerObject):
+    """The state of a work item, and its history."""
 
-    work: Work
+    work: WorkItem
     teacher: str
-    """Where the teacher is."""
-    state: State
+    """Address of the teacher."""
+    state: EntryState
     reason: str = ""
-    """Of the state."""
+    """Reason of the state."""
     changed: datetime
     claim: str = ""
-    """Token of the claim; of the last one, if it is over."""
+    """Token of the current claim, or of the last one."""
     owner: str = ""
-    """Who claimed it: the run of a watcher."""
+    """KFP id of the watcher's run that made the claim."""
     expires: datetime | None = None
-    """When to look whether the claim was lost, if no run has begun until then."""
+    """End of the lease: if no run has started by then, check whether the watcher has died."""
     run: str = ""
-    """The one run of this claim, once it is known."""
+    """KFP id of the run of this claim, once it is known."""
     claims: int = 0
-    """So far."""
-    failures: tuple[Failure, ...] = ()
+    """Number of claims so far."""
+    failures: tuple[FailedRun, ...] = ()
     decision: str = ""
-    """Of the gate, once it is done."""
+    """Decision of the gate, once the entry is done."""
     package: str = ""
-    """Where the package is, if the gate accepted it."""
+    """Address of the package, if the gate accepted the student."""
 
-    def active(self, claim: str) -> bool:
-        """Whether this claim holds. Once it does not, it never will again."""
+    def holds(self, claim: str) -> bool:
+        """Whether this claim holds the entry. A claim that has lost the entry never holds it again."""
         return self.state in ACTIVE and self.claim == claim
 
-    def ran(self, claim: str, run: str) -> bool:
-        """Whether this is the run of the claim, at work or not."""
+    def is_run_of(self, claim: str, run: str) -> bool:
+        """Whether `run` is the run of this claim, running or ended."""
         return bool(run) and (self.claim, self.run) == (claim, run)
 
-    def used(self, claim: str) -> bool:
-        """Whether a run has begun for this claim, now or before."""
-        return self.ran(claim, self.run) or any(failure.claim == claim for failure in self.failures)
+    def has_run(self, claim: str) -> bool:
+        """Whether a run was started for this claim, running or failed."""
+        return self.is_run_of(claim, self.run) or any(failure.claim == claim for failure in self.failures)
 
-    def to(self, state: State, at: datetime, **changes: Any) -> Self:
+    def with_state(self, state: EntryState, at: datetime, **changes: Any) -> Self:
+        """The entry in another state, without a reason unless one is given."""
         return self.model_copy(update={"state": state, "changed": at, "reason": "", **changes})
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
+        """The state of the entry as a clause of a sentence."""
         whose = f" by run {self.run}" if self.run else ""
         return f"entry {self.work.key} of teacher {self.teacher} is {self.state}{whose}"
 
 
-class Place(Part):
-    """The right of a claim to have a run."""
+class Reservation(LedgerObject):
+    """The share of a claim in the limits: one run, and its GPU-hours."""
 
     teacher: str
     key: str
@@ -125,38 +128,41 @@ class Place(Part):
     at: datetime
 
 
-class Places(Part):
-    """All that are taken, and those of the past that still count."""
+class Reservations(LedgerObject):
+    """Reservations of claims that hold, and of runs that ended within the window."""
 
-    places: tuple[Place, ...] = ()
+    places: tuple[Reservation, ...] = ()
 
 
-class Limits(NamedTuple):
-    """For all entries of a ledger together."""
+class RetrainLimits(NamedTuple):
+    """Limits for all entries of a ledger together."""
 
     runs: int
-    """At a time."""
+    """Largest number of runs at a time."""
     gpu_hours: float
-    """Of the runs that were claimed within the window."""
+    """Largest sum of GPU-hours of the runs that were claimed within the window."""
     window: timedelta = timedelta(days=7)
 
 
 @dataclass
-class Room:
-    """What the limits leave to further runs."""
+class Capacity:
+    """How much of the limits is used."""
 
-    limits: Limits
-    taken: list[Place] = field(default_factory=list)
-    past: list[Place] = field(default_factory=list)
-    """Of the window, whose runs are over."""
+    limits: RetrainLimits
+    active: list[Reservation] = field(default_factory=list)
+    """Reservations of claims that hold."""
+    recent: list[Reservation] = field(default_factory=list)
+    """Reservations of the window whose runs have ended."""
 
-    def why_not(self, work: Work, gpu_hours: float) -> str:
-        """Why a run for it may not start now; nothing if it may."""
-        if other := next((place for place in self.taken if place.teacher == work.teacher), None):
+    def refusal(self, work: WorkItem, gpu_hours: float) -> str:
+        """The reason why a run may not start now; empty if it may."""
+        if other := next(
+            (reservation for reservation in self.active if reservation.teacher == work.teacher), None
+        ):
             return f"entry {other.key} is at work on the same teacher"
-        if len(self.taken) >= self.limits.runs:
-            return f"{len(self.taken)} of at most {self.limits.runs} runs are at work"
-        spent = sum(place.gpu_hours for place in (*self.taken, *self.past))
+        if len(self.active) >= self.limits.runs:
+            return f"{len(self.active)} of at most {self.limits.runs} runs are at work"
+        spent = sum(reservation.gpu_hours for reservation in (*self.active, *self.recent))
         if spent + gpu_hours > self.limits.gpu_hours:
             days = self.limits.window / timedelta(days=1)
             return (
@@ -167,7 +173,7 @@ class Room:
 
 
 class Claim(NamedTuple):
-    """What a run shows in order to work."""
+    """The right of one run to work on an entry."""
 
     ledger: str
     key: str
@@ -175,11 +181,12 @@ class Claim(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The address of the entry, `#`, and the token."""
+        """The claim as a pipeline parameter: address of the entry, `#`, token."""
         return f"{join_uri(self.ledger, ENTRIES + self.key)}.json#{self.token}"
 
     @classmethod
     def read(cls, text: str) -> Claim:
+        """The inverse of `text`."""
         address, _, token = text.rpartition("#")
         ledger, _, name = address.rpartition(f"/{ENTRIES}")
         key = name.removesuffix(".json")
@@ -190,53 +197,59 @@ class Claim(NamedTuple):
         return cls(ledger, key, token)
 
 
-# The rules: an entry -> the entry after it, which is the same one where nothing is to change.
+# State transitions: each returns the new entry, or the same object if nothing changes.
 
 
-def claimed(entry: Entry, claim: str, owner: str, teacher: str, at: datetime, expires: datetime) -> Entry:
-    """Taken by a watcher, unless somebody has it."""
+def apply_claim(
+    entry: LedgerEntry, claim: str, owner: str, teacher: str, at: datetime, expires: datetime
+) -> LedgerEntry:
+    """free -> claimed; an entry that is not free stays as it is."""
     if entry.state not in FREE:
         return entry
-    whose = {"claim": claim, "owner": owner, "teacher": teacher, "run": "", "expires": expires}
-    return entry.to("claimed", at, claims=entry.claims + 1, **whose)
+    changes = {"claim": claim, "owner": owner, "teacher": teacher, "run": "", "expires": expires}
+    return entry.with_state("claimed", at, claims=entry.claims + 1, **changes)
 
 
-def waiting(entry: Entry, claim: str, reason: str, at: datetime) -> Entry:
-    """Given back, or lost, before a run began."""
+def apply_release(entry: LedgerEntry, claim: str, reason: str, at: datetime) -> LedgerEntry:
+    """claimed -> waiting, for a claim without a run; any other entry stays as it is."""
     if entry.state == "claimed" and entry.claim == claim:
-        return entry.to("waiting", at, reason=reason)
+        return entry.with_state("waiting", at, reason=reason)
     return entry
 
 
-def running(entry: Entry, claim: str, run: str, at: datetime) -> Entry:
-    """A run has begun, or is told of again: one run per claim."""
-    if entry.ran(claim, run):
+def apply_run(entry: LedgerEntry, claim: str, run: str, at: datetime) -> LedgerEntry:
+    """claimed -> running. Recording the same run again changes nothing; a second run of a claim is refused."""
+    if entry.is_run_of(claim, run):
         return entry
     if entry.state == "claimed" and entry.claim == claim:
-        return entry.to("running", at, run=run)
-    raise Refused(f"{entry.told}; run {run} has no claim on it and gives way")
+        return entry.with_state("running", at, run=run)
+    raise Refused(f"{entry.summary}; run {run} has no claim on it and gives way")
 
 
-def done(entry: Entry, claim: str, run: str, decision: str, package: str, at: datetime) -> Entry:
-    """The run ended well: with a package, or rejected by its gate."""
-    if entry.ran(claim, run) and entry.state == "running":
-        return entry.to("done", at, decision=decision, package=package)
-    if entry.ran(claim, run) and entry.state == "done":
+def apply_done(
+    entry: LedgerEntry, claim: str, run: str, decision: str, package: str, at: datetime
+) -> LedgerEntry:
+    """running -> done, for a run that succeeded, whether its gate accepted the student or not."""
+    if entry.is_run_of(claim, run) and entry.state == "running":
+        return entry.with_state("done", at, decision=decision, package=package)
+    if entry.is_run_of(claim, run) and entry.state == "done":
         return entry
-    raise Refused(f"{entry.told}; that run {run} is done is not recorded")
+    raise Refused(f"{entry.summary}; that run {run} is done is not recorded")
 
 
-def failed(entry: Entry, claim: str, run: str, reason: str, at: datetime, patience: int) -> Entry:
-    """The run ended otherwise. After so many of them, only a person lets it be tried again."""
-    if entry.ran(claim, run) and entry.state in ("failed", "quarantined"):
+def apply_failed(
+    entry: LedgerEntry, claim: str, run: str, reason: str, at: datetime, max_failures: int
+) -> LedgerEntry:
+    """running -> failed, or quarantined after `max_failures`; only a person can release an entry from quarantine."""
+    if entry.is_run_of(claim, run) and entry.state in ("failed", "quarantined"):
         return entry
-    if not (entry.ran(claim, run) and entry.state == "running"):
-        raise Refused(f"{entry.told}; that run {run} failed is not recorded")
-    failures = (*entry.failures, Failure(claim=claim, run=run, reason=reason, at=at))
-    if len(failures) < patience:
-        return entry.to("failed", at, failures=failures, reason=reason)
+    if not (entry.is_run_of(claim, run) and entry.state == "running"):
+        raise Refused(f"{entry.summary}; that run {run} failed is not recorded")
+    failures = (*entry.failures, FailedRun(claim=claim, run=run, reason=reason, at=at))
+    if len(failures) < max_failures:
+        return entry.with_state("failed", at, failures=failures, reason=reason)
     times = f"failed {len(failures)} times, at last: " if len(failures) > 1 else ""
-    return entry.to("quarantined", at, failures=failures, reason=times + reason)
+    return entry.with_state("quarantined", at, failures=failures, reason=times + reason)
 
 
 def now() -> datetime:
@@ -250,149 +263,158 @@ class Ledger:
     store: Store
     clock: Callable[[], datetime] = now
     lease: timedelta = timedelta(minutes=30)
-    """From a claim to its run: longer than it takes to start one, repetitions included."""
-    patience: int = 3
-    """Failures until quarantine."""
+    """Time from a claim to its run: longer than starting one takes, with all retries."""
+    max_failures: int = 3
+    """Number of failures after which an entry is quarantined."""
 
-    def entries(self) -> list[Entry]:
-        """All of them, sorted by key."""
+    def entries(self) -> list[LedgerEntry]:
+        """All entries, sorted by key."""
         names = [entry.name for entry in self.store.list_objects(ENTRIES)]
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             found = pool.map(self.entry, [name.removeprefix(ENTRIES).removesuffix(".json") for name in names])
             return [entry for entry in found if entry]
 
-    def entry(self, key: str) -> Entry | None:
+    def entry(self, key: str) -> LedgerEntry | None:
+        """The entry of this key, or None."""
         try:
-            return self._parsed(_file(key), Entry, self.store.read(_file(key)))
+            return self._parse(_entry_name(key), LedgerEntry, self.store.read(_entry_name(key)))
         except FileNotFoundError:
             return None
 
-    def lost(self, entry: Entry) -> bool:
-        """Whether it is time to look for the run of a claim."""
+    def lease_expired(self, entry: LedgerEntry) -> bool:
+        """Whether the run of a claim should have started by now."""
         return entry.state == "claimed" and entry.expires is not None and self.clock() >= entry.expires
 
-    def room(self, limits: Limits) -> Room:
-        """What there is for further runs, as far as one look can tell."""
+    def capacity(self, limits: RetrainLimits) -> Capacity:
+        """How much of the limits is used at the moment."""
         try:
-            return self._room(self.store.read(PLACES), limits)
+            return self._capacity(self.store.read(RESERVATIONS), limits)
         except FileNotFoundError:
-            return self._room(b"", limits)
+            return self._capacity(b"", limits)
 
-    def claim(self, work: Work, teacher: str, owner: str, gpu_hours: float, limits: Limits) -> Claim | None:
-        """The right to start one run for it; None if somebody else was faster or there is no room."""
+    def claim(
+        self, work: WorkItem, teacher: str, owner: str, gpu_hours: float, limits: RetrainLimits
+    ) -> Claim | None:
+        """Claim a work item; None if it is not free or the limits are reached."""
         token, at = uuid.uuid4().hex, self.clock()
 
-        def take(entry: Entry | None) -> Entry:
-            entry = entry or Entry(work=work, teacher=teacher, state="waiting", changed=at)
-            return claimed(entry, token, owner, teacher, at, at + self.lease)
+        def take(entry: LedgerEntry | None) -> LedgerEntry:
+            entry = entry or LedgerEntry(work=work, teacher=teacher, state="waiting", changed=at)
+            return apply_claim(entry, token, owner, teacher, at, at + self.lease)
 
-        if not self._change(work.key, take).active(token):
+        if not self._update(work.key, take).holds(token):
             return None
-        # Only now: a place counts as long as its claim is active, so one without a claim would count for nothing.
+        # After the claim: a reservation only counts while its claim holds.
         claim = Claim(self.store.uri, work.key, token)
-        place = Place(teacher=work.teacher, key=work.key, claim=token, gpu_hours=gpu_hours, at=at)
-        if why_not := self._take(place, work, limits):
-            self.give_back(claim, why_not)
+        reservation = Reservation(teacher=work.teacher, key=work.key, claim=token, gpu_hours=gpu_hours, at=at)
+        if refusal := self._reserve(reservation, work, limits):
+            self.release(claim, refusal)
             return None
         return claim
 
-    def give_back(self, claim: Claim, reason: str) -> Entry:
-        """A claim for which no run has begun."""
+    def release(self, claim: Claim, reason: str) -> LedgerEntry:
+        """Release a claim for which no run was started."""
         at = self.clock()
-        return self._settle(claim, lambda entry: waiting(entry, claim.token, reason, at))
+        return self._update_claimed(claim, lambda entry: apply_release(entry, claim.token, reason, at))
 
-    def tell(self, claim: Claim, run: str) -> Entry:
-        """Which run was started for a claim."""
+    def record_run(self, claim: Claim, run: str) -> LedgerEntry:
+        """Record which run was started for a claim."""
         at = self.clock()
-        return self._settle(claim, lambda entry: running(entry, claim.token, run, at))
+        return self._update_claimed(claim, lambda entry: apply_run(entry, claim.token, run, at))
 
-    def begin(self, claim: Claim, run: str) -> Entry:
-        """What a run says before it does anything; refused if it may not work."""
-        entry = self.tell(claim, run)
+    def begin(self, claim: Claim, run: str) -> LedgerEntry:
+        """Record that a run starts to work; raises Refused if the claim is not this run's."""
+        entry = self.record_run(claim, run)
         if entry.state != "running":
-            raise Refused(f"{entry.told}; that run is over and gives way")
+            raise Refused(f"{entry.summary}; that run is over and gives way")
         return entry
 
-    def done(self, claim: Claim, run: str, decision: str, package: str) -> Entry:
+    def done(self, claim: Claim, run: str, decision: str, package: str) -> LedgerEntry:
+        """Record that a run succeeded."""
         at = self.clock()
-        return self._settle(claim, lambda entry: done(entry, claim.token, run, decision, package, at))
+        return self._update_claimed(
+            claim, lambda entry: apply_done(entry, claim.token, run, decision, package, at)
+        )
 
-    def failed(self, claim: Claim, run: str, reason: str, *, for_good: bool = False) -> Entry:
-        """`for_good`: into quarantine at once."""
-        at, patience = self.clock(), 1 if for_good else self.patience
-        return self._settle(claim, lambda entry: failed(entry, claim.token, run, reason, at, patience))
+    def failed(self, claim: Claim, run: str, reason: str, *, for_good: bool = False) -> LedgerEntry:
+        """Record that a run failed. With `for_good` the entry is quarantined at the first failure."""
+        at, max_failures = self.clock(), 1 if for_good else self.max_failures
+        return self._update_claimed(
+            claim, lambda entry: apply_failed(entry, claim.token, run, reason, at, max_failures)
+        )
 
-    def _settle(self, claim: Claim, rule: Callable[[Entry], Entry]) -> Entry:
-        def change(entry: Entry | None) -> Entry:
+    def _update_claimed(self, claim: Claim, rule: Callable[[LedgerEntry], LedgerEntry]) -> LedgerEntry:
+        def transition(entry: LedgerEntry | None) -> LedgerEntry:
             if not entry:
                 raise Refused(
-                    f"{self.store.uri}/{_file(claim.key)} is not there, so nobody has a claim on it; somebody removed it"
+                    f"{self.store.uri}/{_entry_name(claim.key)} does not exist, so no run has a claim on it; was it removed?"
                 )
             return rule(entry)
 
-        return self._change(claim.key, change)
+        return self._update(claim.key, transition)
 
-    def _change(self, key: str, rule: Callable[[Entry | None], Entry]) -> Entry:
-        """Apply a rule to the entry as it is."""
+    def _update(self, key: str, rule: Callable[[LedgerEntry | None], LedgerEntry]) -> LedgerEntry:
+        """Apply a state transition to the stored entry, again if another process changes it meanwhile."""
         while True:
-            version, text = self._state(_file(key))
-            entry = self._parsed(_file(key), Entry, text) if text else None
+            version, text = self._read_version(_entry_name(key))
+            entry = self._parse(_entry_name(key), LedgerEntry, text) if text else None
             after = rule(entry)
-            if after is entry or self._swapped(_file(key), after, version):
+            if after is entry or self._swap(_entry_name(key), after, version):
                 return after
 
-    def _take(self, place: Place, work: Work, limits: Limits) -> str:
-        """Take a place; why not, if there is none."""
+    def _reserve(self, reservation: Reservation, work: WorkItem, limits: RetrainLimits) -> str:
+        """Store a reservation if the limits allow it -> the reason if they do not, or nothing."""
         while True:
-            version, text = self._state(PLACES)
-            room = self._room(text, limits)
-            if why_not := room.why_not(work, place.gpu_hours):
-                return why_not
-            places = Places(places=(*room.taken, *room.past, place))
-            if self._swapped(PLACES, places, version):
+            version, text = self._read_version(RESERVATIONS)
+            capacity = self._capacity(text, limits)
+            if refusal := capacity.refusal(work, reservation.gpu_hours):
+                return refusal
+            places = Reservations(places=(*capacity.active, *capacity.recent, reservation))
+            if self._swap(RESERVATIONS, places, version):
                 return ""
 
-    def _room(self, text: bytes, limits: Limits) -> Room:
-        """Without the places of long ago, and those of claims that were lost before a run began."""
-        since, room = self.clock() - limits.window, Room(limits)
-        for place in self._parsed(PLACES, Places, text).places if text else ():
-            entry = self.entry(place.key)
-            if entry and entry.active(place.claim):
-                room.taken.append(place)
-            elif entry and entry.used(place.claim) and place.at > since:
-                room.past.append(place)
-        return room
+    def _capacity(self, text: bytes, limits: RetrainLimits) -> Capacity:
+        """Reservations that still count: of claims that hold, and of runs that were started within the window."""
+        since, capacity = self.clock() - limits.window, Capacity(limits)
+        for reservation in self._parse(RESERVATIONS, Reservations, text).places if text else ():
+            entry = self.entry(reservation.key)
+            if entry and entry.holds(reservation.claim):
+                capacity.active.append(reservation)
+            elif entry and entry.has_run(reservation.claim) and reservation.at > since:
+                capacity.recent.append(reservation)
+        return capacity
 
-    def _state(self, name: str) -> tuple[str | None, bytes]:
-        """Version and content. A content newer than its version is refused when it is replaced."""
+    def _read_version(self, name: str) -> tuple[str | None, bytes]:
+        """Version and content of a file. If the content is newer than the version, `_swap` fails and the caller reads again."""
         while version := self.store.version(name):
             try:
                 return version, self.store.read(name)
-            except FileNotFoundError:  # removed in between
+            except FileNotFoundError:  # removed between the two requests
                 continue
         return None, b""
 
-    def _swapped(self, name: str, value: Part, version: str | None) -> bool:
+    def _swap(self, name: str, value: LedgerObject, version: str | None) -> bool:
         try:
             self.store.compare_and_swap(name, value.model_dump_json(indent=1).encode() + b"\n", version)
         except FileExistsError:
-            time.sleep(random.uniform(0, 0.1))  # somebody was faster; not all of them at once again
+            time.sleep(random.uniform(0, 0.1))  # another process was faster; spread the next attempts
             return False
         return True
 
-    def _parsed(self, name: str, kind: type[Read], text: bytes) -> Read:
+    def _parse(self, name: str, kind: type[ObjectT], text: bytes) -> ObjectT:
         try:
             return kind.model_validate_json(text)
         except ValidationError as error:
             raise Refused(
                 f"{self.store.uri}/{name} is not of this version of the ledger ({brief(error)}); "
-                "restore it, or remove it to have forgotten what it knows"
+                "restore it, or remove it, which makes the ledger forget it"
             ) from None
 
 
 def digest(value: Any) -> str:
+    """The sha256 of a JSON value. Stored keys depend on it."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _file(key: str) -> str:
+def _entry_name(key: str) -> str:
     return f"{ENTRIES}{key}.json"

@@ -1,4 +1,4 @@
-"""The runs of a pipeline, on the platform: start one, find it again by its name, ask how it is."""
+"""The runs of a pipeline on KFP: start a run, find it by its name, ask for its state."""
 
 from __future__ import annotations
 
@@ -15,45 +15,46 @@ from components.find_teachers.ledger import digest
 from dmd2.errors import Refused, brief, near_miss
 
 EXPERIMENT = "retrain"
-"""Under which the UI lists the runs."""
-STATES: dict[str, Health] = {
+"""Experiment of the runs in the UI."""
+STATES: dict[str, RunHealth] = {
     "SUCCEEDED": "succeeded", "FAILED": "failed", "SKIPPED": "failed", "CANCELED": "cancelled",
 }  # fmt: skip
-"""The states of a run that is over."""
-Health = Literal["alive", "succeeded", "failed", "cancelled", "gone"]
+"""The states of a run that has ended."""
+RunHealth = Literal["alive", "succeeded", "failed", "cancelled", "gone"]
 
 
-class State(NamedTuple):
-    health: Health
+class RunState(NamedTuple):
+    health: RunHealth
     reason: str = ""
 
 
-class Runs(Protocol):
+class PipelineRuns(Protocol):
     @property
     def image(self) -> str:
-        """Digest of the images that a run uses."""
+        """Digest of the container images of the pipeline."""
 
     def start(self, name: str, settings: Mapping[str, Any]) -> str:
-        """Its id. Refused: there is no such run. OSError: there may be one."""
+        """Start a run -> its id. Raises Refused if it was not started, OSError if it may have been."""
 
     def find(self, name: str) -> str:
-        """The id of the run of this name, the oldest if there are more; empty if there is none."""
+        """The id of the oldest run of this name; empty if there is none."""
 
-    def state(self, run: str) -> State: ...
+    def state(self, run: str) -> RunState:
+        """Whether a run is alive or how it ended."""
 
 
 @dataclass
-class Pipeline:
-    """A pipeline that was uploaded to Kubeflow Pipelines, in its newest version."""
+class UploadedPipeline:
+    """The newest version of a pipeline on the KFP server."""
 
     name: str
     service_account: str = ""
-    """Of Kubernetes, for the runs; empty for the default of the platform."""
+    """Kubernetes service account of the runs; empty = the default of KFP."""
     api: str = ""
-    """Address of the API; empty for what the client finds by itself."""
+    """Address of the KFP API; empty = the one that the client finds."""
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse what is no parameter of the pipeline, before anything is claimed for it."""
+        """Raise Refused for settings that are no parameters of the pipeline, before anything is claimed."""
         known = self._spec["root"].get("inputDefinitions", {}).get("parameters", {})
         for name, value in settings.items():
             if name not in known:
@@ -69,7 +70,7 @@ class Pipeline:
         return digest(sorted({e["container"]["image"] for e in executors.values() if "container" in e}))
 
     def start(self, name: str, settings: Mapping[str, Any]) -> str:
-        with _told(f"run {name!r}"):
+        with _api_errors(f"run {name!r}"):
             run = self._client.run_pipeline(
                 self._experiment, name, params=dict(settings), pipeline_id=self._version.pipeline_id,
                 version_id=self._version.pipeline_version_id, service_account=self.service_account or None,
@@ -78,7 +79,7 @@ class Pipeline:
 
     def find(self, name: str) -> str:
         predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
-        with _told(f"runs called {name!r}"):
+        with _api_errors(f"runs called {name!r}"):
             found = self._client.list_runs(
                 experiment_id=self._experiment,
                 sort_by="created_at",
@@ -86,39 +87,39 @@ class Pipeline:
             )
         return str(found.runs[0].run_id) if found.runs else ""
 
-    def state(self, run: str) -> State:
+    def state(self, run: str) -> RunState:
         try:
-            with _told(f"run {run}"):
+            with _api_errors(f"run {run}"):
                 found = self._client.get_run(run)
         except FileNotFoundError:
-            return State("gone", "the platform does not know the run any more: it was deleted")
+            return RunState("gone", "the platform does not know the run any more: it was deleted")
         said = f": {brief(Exception(found.error.message))}" if found.error and found.error.message else ""
         health = STATES.get(found.state, "alive")
-        return State(health, f"the run ended as {found.state}{said}" if health != "alive" else "")
+        return RunState(health, f"the run ended as {found.state}{said}" if health != "alive" else "")
 
     @cached_property
     def _client(self) -> Any:
         from kfp import Client
 
-        with warnings.catch_warnings(), _told("the API of Kubeflow Pipelines"):
-            warnings.simplefilter("ignore", FutureWarning)  # which servers it is for
+        with warnings.catch_warnings(), _api_errors("the API of Kubeflow Pipelines"):
+            warnings.simplefilter("ignore", FutureWarning)  # about supported server versions
             return Client(self.api or None)
 
     @cached_property
     def _experiment(self) -> str:
         for _ in range(2):
             try:
-                with _told(f"experiment {EXPERIMENT!r}"):
+                with _api_errors(f"experiment {EXPERIMENT!r}"):
                     return str(
                         self._client.create_experiment(EXPERIMENT).experiment_id
-                    )  # or the one there is
+                    )  # or the existing one
             except FileExistsError:  # another watcher was faster
                 continue
-        raise OSError(errno.EIO, "it is there and it is not", f"experiment {EXPERIMENT!r}")
+        raise OSError(errno.EIO, "KFP neither creates nor finds it", f"experiment {EXPERIMENT!r}")
 
     @cached_property
     def _version(self) -> Any:
-        with _told(f"pipeline {self.name!r}"):
+        with _api_errors(f"pipeline {self.name!r}"):
             found = self._client.get_pipeline_id(self.name)
             if not found:
                 raise Refused(f"pipeline {self.name!r} is not there; upload it first")
@@ -129,14 +130,14 @@ class Pipeline:
 
     @property
     def _spec(self) -> dict[str, Any]:
-        """What was compiled; where there are settings of Kubernetes beside it, it lies one level deeper."""
+        """The compiled pipeline; it is nested one level deeper if it has Kubernetes settings."""
         spec: dict[str, Any] = self._version.pipeline_spec
         return spec.get("pipeline_spec", spec)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """What the client raises, as an error that says what to do."""
+def _api_errors(what: str) -> Iterator[None]:
+    """Convert the client's exceptions into errors with a sentence and an exit status."""
     from kfp_server_api import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -158,7 +159,7 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _message(error: Any) -> str:
-    """The sentence in the answer, if it is as the API's answers are."""
+    """The message in the JSON of the answer, or else its status."""
     try:
         return str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError):

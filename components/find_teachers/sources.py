@@ -1,8 +1,8 @@
-"""Where teachers are announced: a source is a function from its address to what is there now.
+"""Sources of teachers: each is a function from an address to the teachers that are there now.
 
-A folder announces a teacher by its `manifest.json`, which is written last. A name on the hub announces the commit that
-its revision stands for; a Model Registry, the folders that its artifacts point to. Whatever the source, a teacher is
-known by the digest of what it is, never by a name or a date. What is no teacher is passed over with its reason.
+A folder has a teacher where a `manifest.json` of a teacher is, which is written last. A model on the hub is the commit of
+its revision; a Model Registry lists folders. A teacher is identified by the digest of its content, never by name or date.
+What is not a complete teacher is skipped with a reason.
 """
 
 from __future__ import annotations
@@ -22,71 +22,74 @@ from dmd2.io.storage import is_remote, join_uri, open_store
 HUB = "hf://"
 REGISTRY = re.compile(r"registry\+(https?://.+)")
 PAGE = 100
-"""Artifacts of a registry that are asked for at a time."""
+"""Number of artifacts per request to a registry."""
 TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
-class Teacher:
+class AnnouncedTeacher:
     name: str
-    """For people."""
+    """Name for people."""
     address: str
-    """What a distillation takes as its teacher. What lies there is what the digest says, now and later."""
+    """Value of the pipeline parameter `teacher`; its content never changes."""
     digest: str
 
 
 @dataclass
-class Found:
-    teachers: list[Teacher] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)
-    """A sentence each."""
+class Announcements:
+    teachers: list[AnnouncedTeacher] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """One sentence for each teacher that was skipped."""
 
-    def add(self, other: Found) -> None:
+    def add(self, other: Announcements) -> None:
         self.teachers += other.teachers
-        self.passed_over += other.passed_over
+        self.skipped += other.skipped
 
 
-def find(addresses: str) -> Found:
-    """The teachers of several sources, separated by spaces: each once, in the order in which they are given."""
+def find(addresses: str) -> Announcements:
+    """The teachers of several addresses, separated by spaces: each once, in the given order."""
     if not addresses.split():
         raise Refused(
             "teachers is empty; give a folder, as gs://bucket/teachers, hf://owner/name@revision or registry+https://host"
         )
-    found = Found()
+    found = Announcements()
     for address in addresses.split():
-        found.add(source(address)(address))
-    once: dict[str, Teacher] = {}
+        found.add(reader_of(address)(address))
+    once: dict[str, AnnouncedTeacher] = {}
     for teacher in found.teachers:
         once.setdefault(teacher.digest, teacher)
-    return Found(list(once.values()), found.passed_over)
+    return Announcements(list(once.values()), found.skipped)
 
 
-def source(address: str) -> Callable[[str], Found]:
+def reader_of(address: str) -> Callable[[str], Announcements]:
+    """The function that reads this kind of address."""
     if address.startswith(HUB):
-        return on_the_hub
+        return read_hub
     if REGISTRY.fullmatch(address):
-        return in_a_registry
-    return below
+        return read_registry
+    return read_folder
 
 
-def below(address: str) -> Found:
-    """The teachers below a folder, local or `gs://`, at any depth."""
-    store, found = open_store(address), Found()
+def read_folder(address: str) -> Announcements:
+    """The teachers in a folder, local or `gs://`, at any depth."""
+    store, found = open_store(address), Announcements()
     sizes = {entry.name: entry.size for entry in store.list_objects()}
     for name in sizes:
         folder, _, last = name.rpartition("/")
         if last == MANIFEST:
-            beside = {
+            files = {
                 n.removeprefix(f"{folder}/"): size
                 for n, size in sizes.items()
                 if not folder or n.startswith(f"{folder}/")
             }
-            found.add(_announced(join_uri(address, folder) if folder else address, store.read(name), beside))
+            found.add(
+                _read_teacher(join_uri(address, folder) if folder else address, store.read(name), files)
+            )
     return found
 
 
-def on_the_hub(address: str) -> Found:
-    """The commit that a revision of a model of Hugging Face stands for: `hf://owner/name`, `hf://owner/name@revision`."""
+def read_hub(address: str) -> Announcements:
+    """The commit of a revision of a model on the Hugging Face hub: `hf://owner/name` or `hf://owner/name@revision`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -103,23 +106,23 @@ def on_the_hub(address: str) -> Found:
     except (HfHubHTTPError, OSError) as error:
         raise OSError(errno.EIO, f"the hub does not answer as it should ({brief(error)})", address) from None
     if not commit:
-        raise OSError(errno.EIO, "the hub names no commit for it", address)
-    return Found([Teacher(name.rpartition("/")[2], f"{name}@{commit}", commit)])
+        raise OSError(errno.EIO, "the hub returns no commit for it", address)
+    return Announcements([AnnouncedTeacher(name.rpartition("/")[2], f"{name}@{commit}", commit)])
 
 
-def in_a_registry(address: str) -> Found:
-    """The teachers that live artifacts of a Kubeflow Model Registry point to: `registry+http://host:port`."""
-    found = Found()
+def read_registry(address: str) -> Announcements:
+    """The teachers that the live artifacts of a Kubeflow Model Registry point to: `registry+http://host:port`."""
+    found = Announcements()
     for artifact in _artifacts(address.removeprefix("registry+").rstrip("/")):
         uri, name = artifact.get("uri") or "", artifact.get("name") or artifact.get("id", "")
         if artifact.get("state") != "LIVE":
             continue
         if not is_remote(uri):
-            found.passed_over.append(
+            found.skipped.append(
                 f"artifact {name!r} of {address} lies at {uri or 'no address'}, not on a bucket"
             )
             continue
-        found.add(_pointed_to(uri, f"artifact {name!r} of {address}"))
+        found.add(_read_registered(uri, f"artifact {name!r} of {address}"))
     return found
 
 
@@ -143,30 +146,30 @@ def _artifacts(host: str) -> Iterator[dict[str, Any]]:
         query["nextPageToken"] = page["nextPageToken"]
 
 
-def _pointed_to(uri: str, who: str) -> Found:
-    """A folder that somebody names must be there; one of another kind is none of our business."""
+def _read_registered(uri: str, who: str) -> Announcements:
+    """The teacher in a folder that a registry points to; folders of other kinds are ignored."""
     store = open_store(uri)
     try:
         text = store.read(MANIFEST)
     except FileNotFoundError:
-        return Found(passed_over=[f"{who} points to {uri}, where no {MANIFEST} is"])
-    return _announced(uri, text, {entry.name: entry.size for entry in store.list_objects()})
+        return Announcements(skipped=[f"{who} points to {uri}, where no {MANIFEST} is"])
+    return _read_teacher(uri, text, {entry.name: entry.size for entry in store.list_objects()})
 
 
-def _announced(folder: str, text: bytes, sizes: dict[str, int]) -> Found:
-    """The teacher of a manifest, if all of its files are there."""
+def _read_teacher(folder: str, text: bytes, sizes: dict[str, int]) -> Announcements:
+    """The teacher of a manifest, if all of its files are there with their sizes."""
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         where = join_uri(folder, MANIFEST)
-        return Found(passed_over=[f"{where} is not a manifest of this version ({brief(error)})"])
+        return Announcements(skipped=[f"{where} is not a manifest of this version ({brief(error)})"])
     if manifest.kind != "teacher":
-        return Found()
+        return Announcements()
     if missing := [file.path for file in manifest.files if sizes.get(file.path) != file.size]:
-        return Found(
-            passed_over=[
-                f"{folder} is announced, but {missing[0]} and perhaps more of it is not there as the manifest says; "
+        return Announcements(
+            skipped=[
+                f"{folder} has a manifest, but {missing[0]} is missing or has another size than the manifest says; "
                 "copy the manifest last"
             ]
         )
-    return Found([Teacher(folder.rstrip("/").rpartition("/")[2], folder, manifest.digest)])
+    return Announcements([AnnouncedTeacher(folder.rstrip("/").rpartition("/")[2], folder, manifest.digest)])

@@ -1,8 +1,8 @@
-"""One look of the watcher: settle what has ended, then start a run for each new teacher, as far as there is room.
+"""One run of the watcher: record the end of runs that could not do so, then start a run for each new teacher.
 
-It may be killed anywhere, and any number of watchers may look at once: whatever it decides, it decides by a
-compare-and-swap in the ledger, and a run that the ledger does not want refuses itself. A run is known by a name
-with the token of its claim, so that one whose creator died before it could say so is found again.
+It may be killed at any point, and any number of watchers may work at once: every decision is a compare-and-swap in the
+ledger, and a run without a valid claim stops by itself. The name of a run contains the token of its claim, so a run whose
+watcher died before it could record the run's id is found by its name.
 """
 
 from __future__ import annotations
@@ -12,55 +12,55 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.find_teachers.ledger import FREE, Claim, Entry, Ledger, Limits, Work, digest
-from components.find_teachers.runs import Pipeline, Runs, State
-from components.find_teachers.sources import Teacher, find
+from components.find_teachers.ledger import FREE, Claim, Ledger, LedgerEntry, RetrainLimits, WorkItem, digest
+from components.find_teachers.runs import PipelineRuns, RunState, UploadedPipeline
+from components.find_teachers.sources import AnnouncedTeacher, find
 from dmd2.errors import Refused
 from dmd2.io.storage import join_uri, open_store
 
-SAME = ("recipe", "overrides", "source", "gate")
-"""The settings of a distillation that decide what comes out; with others, a teacher is another piece of work."""
-OWN = {"teacher", "root", "claim"}
-"""Those that are another for each."""
+RESULT_SETTINGS = ("recipe", "overrides", "source", "gate")
+"""The pipeline parameters that decide the result; with other values, the same teacher is another work item."""
+RUN_SETTINGS = {"teacher", "root", "claim"}
+"""The pipeline parameters that are set for each run."""
 
 
 @dataclass(frozen=True)
-class Watch:
+class Watcher:
     ledger: Ledger
-    runs: Runs
+    runs: PipelineRuns
     settings: Mapping[str, Any]
-    """Of every distillation."""
+    """Pipeline parameters of every distillation."""
     root: str
-    """Folder that receives what they make, in a folder for each entry: a second attempt goes on in that of the first."""
+    """Folder of the runs, with a folder for each entry: a second run of an entry continues where the first stopped."""
     gpu_hours: float
-    """That one distillation takes."""
-    limits: Limits
+    """GPU-hours that one distillation is expected to take."""
+    limits: RetrainLimits
     owner: str
-    """The run of this watcher."""
+    """KFP id of this watcher's run."""
     say: Callable[[str], None] = print
 
-    def settle(self) -> None:
-        """Find the run of a claim whose watcher died, and record the end of a run that could not do so itself."""
+    def reconcile(self) -> None:
+        """Find the runs of claims whose watcher died, and record the end of runs that could not do so themselves."""
         for entry in self.ledger.entries():
-            self._settle(entry)
+            self._reconcile_entry(entry)
 
-    def _settle(self, entry: Entry) -> None:
-        claim = self._claim(entry)
-        if self.ledger.lost(entry):
+    def _reconcile_entry(self, entry: LedgerEntry) -> None:
+        claim = self._claim_of(entry)
+        if self.ledger.lease_expired(entry):
             self._find_run(entry, claim)
         elif entry.state == "running":
-            self._settle_run(claim, entry.run, self.runs.state(entry.run))
+            self._reconcile_run(claim, entry.run, self.runs.state(entry.run))
 
-    def _find_run(self, entry: Entry, claim: Claim) -> None:
+    def _find_run(self, entry: LedgerEntry, claim: Claim) -> None:
         if run := self.runs.find(run_name(entry.teacher, claim)):
-            self._told(claim, run)
-            self.say(f"{entry.work.key}: run {run} is that of watcher {entry.owner}, which was lost")
+            self._record_run(claim, run)
+            self.say(f"{entry.work.key}: run {run} was started by watcher {entry.owner}, which died")
         else:
-            reason = f"watcher {entry.owner} was lost before it started a run"
-            self.ledger.give_back(claim, reason)
+            reason = f"watcher {entry.owner} died before it started a run"
+            self.ledger.release(claim, reason)
             self.say(f"{entry.work.key}: {reason}")
 
-    def _settle_run(self, claim: Claim, run: str, state: State) -> None:
+    def _reconcile_run(self, claim: Claim, run: str, state: RunState) -> None:
         if state.health == "alive":
             return
         try:
@@ -68,61 +68,64 @@ class Watch:
                 self.ledger.done(claim, run, "unknown", "")
             else:
                 self.ledger.failed(claim, run, state.reason, for_good=state.health == "cancelled")
-        except Refused as error:  # it has done so itself meanwhile
+        except Refused as error:  # the run has recorded its end meanwhile
             self.say(str(error))
         else:
             self.say(f"{claim.key}: run {run}: {state.reason}")
 
-    def start(self, teachers: Iterable[Teacher]) -> list[str]:
-        """Start a run for each that is new, or failed before -> the runs."""
+    def start(self, teachers: Iterable[AnnouncedTeacher]) -> list[str]:
+        """Start a run for each teacher that is new or has failed before, within the limits -> the ids of the runs."""
         entries = {entry.work.key: entry for entry in self.ledger.entries()}
         todo = [
             (teacher, work) for teacher in teachers if _free(entries.get((work := self.work(teacher)).key))
         ]
-        todo.sort(key=lambda pair: _failures(entries.get(pair[1].key)))  # those that never failed come first
-        started, room = [], self.ledger.room(self.limits)
+        todo.sort(
+            key=lambda pair: _failures(entries.get(pair[1].key))
+        )  # teachers that have failed less often come first
+        started, capacity = [], self.ledger.capacity(self.limits)
         for teacher, work in todo:
-            if why_not := room.why_not(work, self.gpu_hours):
-                self.say(f"{teacher.name}: waits, {why_not}")
+            if refusal := capacity.refusal(work, self.gpu_hours):
+                self.say(f"{teacher.name}: waits, {refusal}")
                 continue
             if claim := self.ledger.claim(work, teacher.address, self.owner, self.gpu_hours, self.limits):
                 started.append(self._start(teacher, claim))
-            room = self.ledger.room(self.limits)
+            capacity = self.ledger.capacity(self.limits)
         return started
 
-    def work(self, teacher: Teacher) -> Work:
-        asked = {name: self.settings.get(name) for name in SAME}
-        return Work(teacher=teacher.digest, recipe=digest(asked), image=self.runs.image)
+    def work(self, teacher: AnnouncedTeacher) -> WorkItem:
+        """The work item of distilling this teacher with the settings of this watcher."""
+        shared = {name: self.settings.get(name) for name in RESULT_SETTINGS}
+        return WorkItem(teacher=teacher.digest, recipe=digest(shared), image=self.runs.image)
 
-    def _start(self, teacher: Teacher, claim: Claim) -> str:
+    def _start(self, teacher: AnnouncedTeacher, claim: Claim) -> str:
         name = run_name(teacher.address, claim)
         own = {"teacher": teacher.address, "root": join_uri(self.root, claim.key), "claim": claim.text}
         try:
             run = self.runs.start(name, {**self.settings, **own})
         except Refused as error:
-            self.ledger.give_back(claim, str(error))
+            self.ledger.release(claim, str(error))
             raise
-        except OSError as error:  # its answer was lost, perhaps, and not the run
+        except OSError as error:  # the answer may have been lost after the run was started
             run = self.runs.find(name)
             if not run:
-                self.ledger.give_back(claim, str(error))
+                self.ledger.release(claim, str(error))
                 raise
-        self._told(claim, run)
+        self._record_run(claim, run)
         self.say(f"{teacher.name}: started run {run} ({name})")
         return run
 
-    def _told(self, claim: Claim, run: str) -> None:
-        """The ledger knows the run; or another one was faster, and this one will give way by itself."""
+    def _record_run(self, claim: Claim, run: str) -> None:
+        """Record the run in the ledger; if another run of the claim was faster, this one will stop by itself."""
         try:
-            self.ledger.tell(claim, run)
+            self.ledger.record_run(claim, run)
         except Refused as error:
             self.say(str(error))
 
-    def _claim(self, entry: Entry) -> Claim:
+    def _claim_of(self, entry: LedgerEntry) -> Claim:
         return Claim(self.ledger.store.uri, entry.work.key, entry.claim)
 
 
-def retrained(
+def find_and_start(
     teachers: str,
     ledger: str,
     root: str,
@@ -135,43 +138,43 @@ def retrained(
     owner: str,
     api: str = "",
 ) -> str:
-    """What the component does -> the ledger as a page."""
-    limits = Limits(max_runs, max_gpu_hours)
+    """Run the watcher once -> the ledger as Markdown, the output of the component."""
+    limits = RetrainLimits(max_runs, max_gpu_hours)
     if limits.runs < 1 or gpu_hours <= 0 or limits.gpu_hours < gpu_hours:
         raise Refused(
-            f"max_runs is {limits.runs}, gpu_hours {gpu_hours:g}, max_gpu_hours {limits.gpu_hours:g}; nothing could ever "
-            "start: give at least one run, and as many GPU-hours as it takes"
+            f"max_runs is {limits.runs}, gpu_hours {gpu_hours:g}, max_gpu_hours {limits.gpu_hours:g}; no distillation "
+            "could start: allow at least one run, and the GPU-hours of one"
         )
-    if owns := settings.keys() & OWN:
-        raise Refused(f"settings has {min(owns)!r}, which retraining sets for each teacher; leave it out")
-    runs, book = Pipeline(pipeline, service_account, api), Ledger(open_store(ledger))
-    runs.check({**settings, **dict.fromkeys(OWN, "")})
-    watch = Watch(book, runs, settings, root, gpu_hours, limits, owner)
-    watch.settle()  # whatever the sources say
+    if owns := settings.keys() & RUN_SETTINGS:
+        raise Refused(f"settings has {min(owns)!r}, which retraining sets for each run; leave it out")
+    runs = UploadedPipeline(pipeline, service_account, api)
+    runs.check({**settings, **dict.fromkeys(RUN_SETTINGS, "")})
+    watch = Watcher(Ledger(open_store(ledger)), runs, settings, root, gpu_hours, limits, owner)
+    watch.reconcile()  # before the sources, which may fail
     found = find(teachers)
-    for sentence in found.passed_over:
+    for sentence in found.skipped:
         print(sentence)
     started = watch.start(found.teachers)
     print(f"{len(found.teachers)} teachers announced, {len(started)} runs started")
-    return table(book.entries())
+    return table(watch.ledger.entries())
 
 
 def run_name(teacher: str, claim: Claim) -> str:
-    """What the run of a claim is called, which nobody else's is."""
+    """Name of the run of a claim. It contains the token, so no other run has it."""
     word = re.sub(r"[^a-zA-Z0-9.-]+", "-", teacher.rstrip("/").rpartition("/")[2])[:40]
     return f"retrain-{word}-{claim.token}"
 
 
-def _free(entry: Entry | None) -> bool:
+def _free(entry: LedgerEntry | None) -> bool:
     return entry is None or entry.state in FREE
 
 
-def _failures(entry: Entry | None) -> int:
+def _failures(entry: LedgerEntry | None) -> int:
     return len(entry.failures) if entry else 0
 
 
-def table(entries: Iterable[Entry]) -> str:
-    """The ledger, as Markdown."""
+def table(entries: Iterable[LedgerEntry]) -> str:
+    """The entries as a Markdown table, newest first."""
     rows = [
         (e.teacher, e.state, e.claims, len(e.failures), e.run or "-", e.package or e.decision or e.reason or "-", f"{e.changed:%Y-%m-%d %H:%M}")
         for e in sorted(entries, key=lambda e: e.changed, reverse=True)

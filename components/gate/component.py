@@ -16,7 +16,7 @@ def gate(recipe: str, overrides: str, root: str, factor: float, evaluation: dsl.
         evaluation: The scores.
 
     Returns:
-        `accepted` or `rejected`: a single value, for kfp's local runner resolves no condition on a named one.
+        `accepted` or `rejected`. A single value, because kfp's local runner cannot evaluate conditions on named outputs.
     """
     from dmd2 import recipes, stages
     from dmd2.errors import one_sentence

@@ -7,7 +7,7 @@ from components.image import IMAGE
 def package_model(
     root: str, run: dsl.Input[dsl.Model], evaluation: dsl.Input[dsl.Artifact], package: dsl.Output[dsl.Model]
 ) -> None:
-    """Make what users load out of an accepted student, load it again and compare.
+    """Make a package of an accepted student, load it again and compare its samples with the student's.
 
     Args:
         root: Folder of the run; the package goes to `<root>/package`.

@@ -7,9 +7,9 @@ from components.image import IMAGE
 def publish_model(
     destination: str, recipe: str, package: dsl.Input[dsl.Model], model: dsl.Output[dsl.Model]
 ) -> None:
-    """Copy a package to where models are kept, under its recipe and its digest, the manifest last.
+    """Copy a package to the folder of published models, under its recipe and digest.
 
-    Published again, it is left as it is; so the address of a model never changes what it holds.
+    A published package is never replaced, so the content of an address never changes.
 
     Args:
         destination: Folder of published models; the package goes to `<destination>/<recipe>/<digest>`.

@@ -17,7 +17,7 @@ def report(
 
     Args:
         root: Folder of the run.
-        decision: What the gate decided; the package of an accepted run is part of the report.
+        decision: The decision of the gate; the report of an accepted run includes its package.
         shards: Real images.
         teacher: The teacher.
         run: The student.

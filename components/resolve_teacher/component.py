@@ -12,13 +12,13 @@ def resolve_teacher(
     shards: dsl.Input[dsl.Dataset],
     resolved: dsl.Output[dsl.Model],
 ) -> None:
-    """Find the teacher, bring it from elsewhere, or train a small one on the shards if none is given.
+    """Find or convert the given teacher, or train a small one on the shards if none is given.
 
     Args:
-        teacher: Folder of a teacher; a pipeline of diffusers, a checkpoint or a pickle; empty to train one, for demos.
+        teacher: Folder of a teacher, a pipeline of diffusers, a checkpoint or a pickle; empty = train one, for demos.
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
-        root: Folder of the run; one that is brought or trained goes to `<root>/teacher`.
+        root: Folder of the run; a converted or trained teacher goes to `<root>/teacher`.
         shards: The shards to train on.
         resolved: Points to the teacher by URI and digest; the file itself is its manifest.
     """

@@ -17,12 +17,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from components.find_teachers.ledger import ENTRIES, PLACES, Claim, Entry, Ledger, Limits, Work
+from components.find_teachers.ledger import (
+    ENTRIES,
+    RESERVATIONS,
+    Claim,
+    Ledger,
+    LedgerEntry,
+    RetrainLimits,
+    WorkItem,
+)
 from dmd2.errors import Refused
 from dmd2.io.storage import join_uri, open_store
 from tests.bucket import UPLOAD, Fault, Proxy
 
-PLENTY = Limits(100, 1e9)
+PLENTY = RetrainLimits(100, 1e9)
 
 
 @dataclass
@@ -47,17 +55,19 @@ def ledger(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Ledg
     return Ledger(open_store(join_uri(place, "ledger")), clock)
 
 
-def work(teacher: str = "teacher", recipe: str = "recipe", image: str = "image") -> Work:
-    return Work(teacher=teacher, recipe=recipe, image=image)
+def work(teacher: str = "teacher", recipe: str = "recipe", image: str = "image") -> WorkItem:
+    return WorkItem(teacher=teacher, recipe=recipe, image=image)
 
 
-def claimed(ledger: Ledger, what: Work | None = None, limits: Limits = PLENTY, hours: float = 1) -> Claim:
+def claimed(
+    ledger: Ledger, what: WorkItem | None = None, limits: RetrainLimits = PLENTY, hours: float = 1
+) -> Claim:
     claim = ledger.claim(what or work(), "gs://b/teacher", "watcher", hours, limits)
     assert claim
     return claim
 
 
-def entry(ledger: Ledger, what: Work | None = None) -> Entry:
+def entry(ledger: Ledger, what: WorkItem | None = None) -> LedgerEntry:
     found = ledger.entry((what or work()).key)
     assert found
     return found
@@ -65,7 +75,7 @@ def entry(ledger: Ledger, what: Work | None = None) -> Entry:
 
 def test_it_needs_neither_torch_nor_kfp() -> None:
     """It runs in a small image."""
-    names = "components.find_teachers.ledger, components.find_teachers.watch, components.record.end"
+    names = "components.find_teachers.ledger, components.find_teachers.watch, components.find_teachers.run_reports"
     program = f"import sys; sys.modules.update(torch=None, kfp=None); import {names}"
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -97,11 +107,11 @@ def test_of_many_that_claim_at_once_one_has_it(ledger: Ledger) -> None:
     with ThreadPoolExecutor(8) as pool:
         claims = list(pool.map(lambda _: ledger.claim(work(), "t", "w", 1, PLENTY), range(8)))
     (claim,) = filter(None, claims)
-    assert entry(ledger).active(claim.token)
+    assert entry(ledger).holds(claim.token)
 
 
 def test_many_that_claim_other_work_at_once_stay_within_the_limits(ledger: Ledger) -> None:
-    limits = Limits(3, 1e9)
+    limits = RetrainLimits(3, 1e9)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: ledger.claim(work(f"t{n}"), "t", "w", 1, limits), range(8)))
     states = [entry.state for entry in ledger.entries()]
@@ -133,26 +143,26 @@ def test_a_run_begins_once_per_claim(ledger: Ledger, refusal: Callable[..., str]
 
 
 def test_the_watcher_and_the_run_may_tell_the_same_in_any_order(ledger: Ledger) -> None:
-    for first, second in ((ledger.tell, ledger.begin), (ledger.begin, ledger.tell)):
+    for first, second in ((ledger.record_run, ledger.begin), (ledger.begin, ledger.record_run)):
         claim = claimed(ledger, what := work(recipe=first.__name__))
         first(claim, "run-1")
         second(claim, "run-1")
         assert entry(ledger, what).state == "running"
         ledger.done(claim, "run-1", "rejected", "")
-        assert ledger.tell(claim, "run-1").state == "done"  # a watcher that was slow
+        assert ledger.record_run(claim, "run-1").state == "done"  # a watcher that was slow
 
 
 def test_a_run_that_comes_after_its_claim_was_given_back_is_refused(
     ledger: Ledger, refusal: Callable[..., str]
 ) -> None:
     late = claimed(ledger)
-    ledger.give_back(late, "the watcher was lost")
+    ledger.release(late, "the watcher was lost")
     assert entry(ledger).reason == "the watcher was lost"
     assert "is waiting" in refusal(lambda: ledger.begin(late, "late"))
     claim = claimed(ledger)
     assert claim.token != late.token
     assert "is claimed" in refusal(lambda: ledger.begin(late, "late"))
-    assert ledger.give_back(late, "said again").state == "claimed"
+    assert ledger.release(late, "said again").state == "claimed"
     ledger.begin(claim, "run")
     assert "running by run run;" in refusal(lambda: ledger.begin(late, "late"))
     assert "running by run run;" in refusal(lambda: ledger.done(late, "late", "accepted", "p"))
@@ -163,18 +173,18 @@ def test_a_run_that_comes_after_its_claim_was_given_back_is_refused(
 def test_a_claim_with_a_run_is_not_given_back(ledger: Ledger) -> None:
     claim = claimed(ledger)
     ledger.begin(claim, "run")
-    assert ledger.give_back(claim, "too late").state == "running"
+    assert ledger.release(claim, "too late").state == "running"
 
 
 def test_a_lease_only_says_when_to_look(ledger: Ledger, clock: Clock) -> None:
     claim = claimed(ledger)
-    assert not ledger.lost(entry(ledger))
+    assert not ledger.lease_expired(entry(ledger))
     clock.forward(minutes=30)
-    assert ledger.lost(entry(ledger))
+    assert ledger.lease_expired(entry(ledger))
     assert ledger.claim(work(), "t", "other", 1, PLENTY) is None  # not before it was looked for
     ledger.begin(claim, "run")  # it was only slow
     clock.forward(days=30)
-    assert not ledger.lost(entry(ledger))
+    assert not ledger.lease_expired(entry(ledger))
 
 
 def test_what_is_done_is_never_claimed_again(ledger: Ledger) -> None:
@@ -205,7 +215,7 @@ def test_after_three_failures_it_is_quarantined_with_its_reason(ledger: Ledger) 
 
 def test_watchers_that_are_lost_are_no_failures_of_the_teacher(ledger: Ledger) -> None:
     for _ in range(10):
-        ledger.give_back(claimed(ledger), "lost")
+        ledger.release(claimed(ledger), "lost")
     assert (entry(ledger).state, entry(ledger).claims, entry(ledger).failures) == ("waiting", 10, ())
 
 
@@ -223,7 +233,7 @@ def test_an_entry_that_a_person_removes_is_done_anew(ledger: Ledger, refusal: Ca
     ledger.begin(claimed(ledger), "run")
 
 
-@pytest.mark.parametrize("name", [f"{ENTRIES}{work().key}.json", PLACES])
+@pytest.mark.parametrize("name", [f"{ENTRIES}{work().key}.json", RESERVATIONS])
 def test_what_another_version_has_written_is_refused_by_name(
     ledger: Ledger, refusal: Callable[..., str], name: str
 ) -> None:
@@ -234,7 +244,7 @@ def test_what_another_version_has_written_is_refused_by_name(
 def test_two_recipes_or_images_do_not_run_for_one_teacher_at_a_time(ledger: Ledger) -> None:
     claim = claimed(ledger)
     other = work(recipe="other", image="other")
-    assert ledger.room(PLENTY).why_not(other, 1) == f"entry {claim.key} is at work on the same teacher"
+    assert ledger.capacity(PLENTY).refusal(other, 1) == f"entry {claim.key} is at work on the same teacher"
     assert ledger.claim(other, "t", "w", 1, PLENTY) is None
     assert entry(ledger, other).state == "waiting"
     ledger.begin(claim, "run")
@@ -244,31 +254,31 @@ def test_two_recipes_or_images_do_not_run_for_one_teacher_at_a_time(ledger: Ledg
 
 
 def test_runs_are_bounded_in_number(ledger: Ledger) -> None:
-    limits = Limits(2, 1e9)
+    limits = RetrainLimits(2, 1e9)
     first, _ = (claimed(ledger, work(f"t{n}"), limits) for n in range(2))
-    assert ledger.room(limits).why_not(work("t2"), 1) == "2 of at most 2 runs are at work"
-    ledger.give_back(first, "no run")
-    assert ledger.room(limits).why_not(work("t2"), 1) == ""
+    assert ledger.capacity(limits).refusal(work("t2"), 1) == "2 of at most 2 runs are at work"
+    ledger.release(first, "no run")
+    assert ledger.capacity(limits).refusal(work("t2"), 1) == ""
     claimed(ledger, work("t2"), limits)
 
 
 def test_gpu_hours_are_bounded_within_a_window_failures_included(ledger: Ledger, clock: Clock) -> None:
-    limits = Limits(10, 100, timedelta(days=7))
+    limits = RetrainLimits(10, 100, timedelta(days=7))
     claim = claimed(ledger, work("a"), limits, 60)
     ledger.begin(claim, "run")
     ledger.failed(claim, "run", "why")
     clock.forward(days=3)
-    why_not = ledger.room(limits).why_not(work("a"), 60)
-    assert why_not == "60 of at most 100 GPU-hours are spent in 7 days, a run takes 60"
-    ledger.give_back(claimed(ledger, work("b"), limits, 40), "no run")  # so it costs nothing
+    refusal = ledger.capacity(limits).refusal(work("a"), 60)
+    assert refusal == "60 of at most 100 GPU-hours are spent in 7 days, a run takes 60"
+    ledger.release(claimed(ledger, work("b"), limits, 40), "no run")  # so it costs nothing
     claim = claimed(ledger, work("c"), limits, 40)
     ledger.begin(claim, "run")
     clock.forward(days=4)
-    assert "40 of at most 100" in ledger.room(limits).why_not(work("a"), 61)
+    assert "40 of at most 100" in ledger.capacity(limits).refusal(work("a"), 61)
     claimed(ledger, work("a"), limits, 60)
     clock.forward(days=30)
-    assert "100 of at most 100" in ledger.room(limits).why_not(work("d"), 1)  # they are still at work
-    assert len(json.loads(ledger.store.read(PLACES))["places"]) == 2
+    assert "100 of at most 100" in ledger.capacity(limits).refusal(work("d"), 1)  # they are still at work
+    assert len(json.loads(ledger.store.read(RESERVATIONS))["places"]) == 2
 
 
 @pytest.mark.parametrize("fault", ["503", "drop", "lost", "cut"])
@@ -279,7 +289,7 @@ def test_a_bucket_that_fails_now_and_then_changes_nothing(bucket: str, proxy: Pr
     ledger = Ledger(open_store(f"{bucket}/ledger"))
     claim = claimed(ledger)
     assert ledger.claim(work(), "t", "other", 1, PLENTY) is None
-    ledger.tell(claim, "run")
+    ledger.record_run(claim, "run")
     ledger.begin(claim, "run")
     with pytest.raises(Refused, match="gives way"):
         ledger.begin(claim, "other")
@@ -297,7 +307,7 @@ class Run:
     """A run as the platform sees it: it may be told of its claim late, or twice."""
 
     claim: Claim
-    work: Work
+    work: WorkItem
     name: str
     at_work: bool = False
 
@@ -306,13 +316,13 @@ class Run:
 class World:
     """What was really claimed and run, next to what the ledger says."""
 
-    claims: list[tuple[Claim, Work]] = field(default_factory=list)
+    claims: list[tuple[Claim, WorkItem]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
 
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where a file costs nothing to have on the disk."""
-LIMITS = Limits(2, 7, timedelta(days=1))
+LIMITS = RetrainLimits(2, 7, timedelta(days=1))
 WORKS = [work(f"t{t}", recipe) for t in range(3) for recipe in ("a", "b")]
 
 
@@ -324,14 +334,14 @@ class AnyOrder(RuleBasedStateMachine):
         self.folder = TemporaryDirectory(dir=MEMORY)
         self.clock, self.world = Clock(), World()
         self.ledger = Ledger(open_store(self.folder.name), self.clock)
-        self.before: dict[str, Entry] = {}
+        self.before: dict[str, LedgerEntry] = {}
 
     def teardown(self) -> None:
         self.folder.cleanup()
 
     @rule(what=st.sampled_from(WORKS))
-    def claim(self, what: Work) -> None:
-        free = self.ledger.room(LIMITS).why_not(what, 1) == ""
+    def claim(self, what: WorkItem) -> None:
+        free = self.ledger.capacity(LIMITS).refusal(what, 1) == ""
         known = self.ledger.entry(what.key)
         claim = self.ledger.claim(what, "t", "w", 1, LIMITS)
         assert bool(claim) == (free and (known is None or known.state in ("waiting", "failed")))
@@ -351,16 +361,16 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.claims)
     @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
+    def release(self, data: st.DataObject) -> None:
         claim, _ = data.draw(st.sampled_from(self.world.claims))
-        self.ledger.give_back(claim, "lost")
+        self.ledger.release(claim, "lost")
 
     @precondition(lambda self: self.world.runs)
     @rule(data=st.data())
-    def tell(self, data: st.DataObject) -> None:
+    def record_run(self, data: st.DataObject) -> None:
         run = data.draw(st.sampled_from(self.world.runs))
         try:
-            self.ledger.tell(run.claim, run.name)
+            self.ledger.record_run(run.claim, run.name)
         except Refused:
             assert not run.at_work
 
@@ -394,9 +404,9 @@ class AnyOrder(RuleBasedStateMachine):
         run = data.draw(st.sampled_from(idle))
         known = self.ledger.entry(run.work.key)
         assert known
-        if known.ran(run.claim.token, run.name) and known.state == "running":
+        if known.is_run_of(run.claim.token, run.name) and known.state == "running":
             return  # it was told of, and has not begun
-        with pytest.raises(Refused) if not known.ran(run.claim.token, run.name) else _allowed():
+        with pytest.raises(Refused) if not known.is_run_of(run.claim.token, run.name) else _allowed():
             self.ledger.done(run.claim, run.name, "accepted", "p")
         assert self.ledger.entry(run.work.key) == known
 
@@ -414,7 +424,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert new.failures[: len(old.failures)] == old.failures
             assert old.state not in ("done", "quarantined") or new == old
         for one in entries.values():
-            assert (one.state == "quarantined") == (len(one.failures) >= self.ledger.patience)
+            assert (one.state == "quarantined") == (len(one.failures) >= self.ledger.max_failures)
             assert len({failure.claim for failure in one.failures}) == len(one.failures)
         self.before = entries
 

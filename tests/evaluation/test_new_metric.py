@@ -13,8 +13,8 @@ import torch
 from kfp import dsl
 from torch import Tensor
 
-from components.conclude.outcome import conclusion
 from components.evaluate.component import evaluate as evaluate_component
+from components.finish_run.outcome import write_outcome
 from dmd2 import recipes, stages
 from dmd2.config import EvaluateConfig
 from dmd2.evaluation.metrics import METRICS, ImageBatch, Metric, Score
@@ -145,7 +145,7 @@ def test_summary_and_terminal_show_value_title_and_direction(
 
 
 def test_the_outcome_of_a_run_has_the_scores(root: Path, facts: dict[str, Any]) -> None:
-    page = conclusion(str(root), "a", "SUCCEEDED", "")
+    page = write_outcome(str(root), "a", "SUCCEEDED", "")
     assert f"| student | 1 | 1 | {facts['fid_student']:.2f} | " in page
     assert shown(facts) in page
     scores = json.loads((root / "outcome.json").read_text())["scores"]

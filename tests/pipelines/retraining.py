@@ -28,11 +28,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api as api
 
-from components.find_teachers.ledger import Ledger, Limits
-from components.find_teachers.runs import Pipeline
+from components.find_teachers import run_reports
+from components.find_teachers.ledger import Ledger, RetrainLimits
+from components.find_teachers.runs import UploadedPipeline
 from components.find_teachers.sources import find
-from components.find_teachers.watch import Watch
-from components.record import end as record
+from components.find_teachers.watch import Watcher
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest
 from dmd2.io.storage import join_uri, open_store
@@ -222,7 +222,7 @@ class World:
     root: str
     folder: Path
     """For locks and the journal."""
-    limits: Limits
+    limits: RetrainLimits
 
     def note(self, *words: str) -> None:
         """A line of the journal, whole."""
@@ -243,17 +243,17 @@ def watcher(world: World, seed: int) -> None:
     runs = Doomed("dmd2-distill", dice=dice, world=world)
     while os.getppid() == parent:  # not longer than the test
         ledger = Ledger(open_store(world.ledger), lease=LEASE)
-        watch = Watch(
+        watch = Watcher(
             ledger, runs, {"recipe": "edm-digits"}, world.root, 1.0, world.limits, f"watcher-{seed}"
         )
         with suppress(OSError):
-            watch.settle()
+            watch.reconcile()
             watch.start(find(world.teachers).teachers)
         time.sleep(dice.uniform(1, 8))
 
 
 @dataclass
-class Doomed(Pipeline):
+class Doomed(UploadedPipeline):
     """Starts runs, but may be killed before or after, be so late that its claim is over, or start one twice."""
 
     dice: random.Random = field(default_factory=random.Random)
@@ -287,7 +287,7 @@ def distillation(world: World, run: str, parameters: dict[str, str], seed: int) 
     dice = random.Random(seed)
     name, claim, root = parameters["teacher"].rpartition("/")[2], parameters["claim"], parameters["root"]
     try:
-        record.begin(claim, run)
+        run_reports.report_start(claim, run)
     except Refused:
         world.note("gave-way", name, run)
         raise SystemExit(64) from None
@@ -297,7 +297,7 @@ def distillation(world: World, run: str, parameters: dict[str, str], seed: int) 
             world.note("overlap" if not alone else "crowded", name, run)
         _maybe_die(dice, world)
         if "poison" in name:
-            record.end(claim, run, root, "FAILED", "diverged at step 3")
+            run_reports.report_end(claim, run, root, "FAILED", "diverged at step 3")
             raise SystemExit(76)
         try:
             open_store(join_uri(root, "package")).compare_and_swap(
@@ -308,7 +308,7 @@ def distillation(world: World, run: str, parameters: dict[str, str], seed: int) 
             world.note("found-finished", name, run)
         open_store(join_uri(root, "gate")).write(MANIFEST, _manifest("gate", decision="accepted").encode())
         _maybe_die(dice, world)
-    record.end(claim, run, root, "SUCCEEDED", "")
+    run_reports.report_end(claim, run, root, "SUCCEEDED", "")
 
 
 def _manifest(kind: str, **facts: Any) -> str:

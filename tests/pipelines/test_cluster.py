@@ -249,7 +249,7 @@ def test_logs_come_from_the_pods_of_the_run(
         [
             ("r1", "distill", "Running"),
             ("r2", "distill", "Running"),
-            ("r1", "begin", "Succeeded"),
+            ("r1", "prepare-run", "Succeeded"),
             ("r1", "gate", "Pending"),
         ]
     ):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.place import place
+from components.run_folder import run_folder
 from dmd2.io import artifact, storage
 from dmd2.recipes import RECIPES
 from dmd2.training import checkpoint
@@ -63,7 +63,7 @@ def tasks(root: Path) -> set[str]:
 
 
 STAGES = {
-    "begin", "shard-dataset", "resolve-teacher", "encode-latents", "distill", "evaluate", "gate", "conclude"
+    "prepare-run", "shard-dataset", "resolve-teacher", "encode-latents", "distill", "evaluate", "gate", "finish-run"
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_a_failing_stage_fails_the_run_with_its_sentence_and_the_exit_handler_re
     told = capfd.readouterr()
     assert "/nowhere/at/all does not exist" in told.out + told.err
     root = tmp_path / "root"
-    assert tasks(root) == {"begin", "shard-dataset", "conclude"}
+    assert tasks(root) == {"prepare-run", "shard-dataset", "finish-run"}
     assert (outcome(root)["state"], outcome(root)["decision"], outcome(root)["folders"]) == (
         "FAILED",
         None,
@@ -144,18 +144,18 @@ def test_a_failing_stage_fails_the_run_with_its_sentence_and_the_exit_handler_re
 def test_a_wrong_parameter_is_refused_before_any_stage(
     run: Callable[..., Path], refusal: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert "begin" in refusal(lambda: run(recipe="sdxl-4step", overrides=""))
+    assert "prepare-run" in refusal(lambda: run(recipe="sdxl-4step", overrides=""))
     told = capfd.readouterr()
     assert "recipe 'sdxl-4step' needs a teacher" in told.out + told.err
-    assert tasks(tmp_path / "root") == {"begin", "conclude"}
+    assert tasks(tmp_path / "root") == {"prepare-run", "finish-run"}
 
 
 def test_a_run_without_a_root_lies_beside_its_artifacts(refusal: Callable[..., str]) -> None:
     artifact = "gs://b/v2/artifacts/dmd2-distill/1234-5678/begin/x/settings"
-    assert place("", "1234-5678", artifact) == "gs://b/v2/artifacts/dmd2-distill/1234-5678/dmd2"
-    assert place("gs://b/runs/a/", "1234-5678", artifact) == "gs://b/runs/a"
-    assert "give a root" in refusal(lambda: place("", "1234", "minio://mlpipeline/v2/1234/x"))
-    assert "give a root" in refusal(lambda: place("", "1234", "gs://b/elsewhere"))
+    assert run_folder("", "1234-5678", artifact) == "gs://b/v2/artifacts/dmd2-distill/1234-5678/dmd2"
+    assert run_folder("gs://b/runs/a/", "1234-5678", artifact) == "gs://b/runs/a"
+    assert "give a root" in refusal(lambda: run_folder("", "1234", "minio://mlpipeline/v2/1234/x"))
+    assert "give a root" in refusal(lambda: run_folder("", "1234", "gs://b/elsewhere"))
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))
@@ -194,7 +194,7 @@ def test_artifacts_are_typed_so_that_the_ui_shows_them(compiled: dict[str, Any])
     assert outputs["comp-package-model"] == {"package": "system.Model"}
     assert outputs["comp-publish-model"] == {"model": "system.Model"}
     assert outputs["comp-report"] == {"page": "system.HTML"}
-    assert outputs["comp-conclude"] == {"summary": "system.Markdown"}
+    assert outputs["comp-finish-run"] == {"summary": "system.Markdown"}
 
 
 def test_every_parameter_has_a_default_and_is_described(compiled: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ def test_stages_with_a_network_get_gpus_from_the_pool_and_shared_memory(
     assert on_gpus == {"exec-resolve-teacher", "exec-encode-latents", "exec-distill", "exec-evaluate"}
     for name in on_gpus:
         container, pod = executors(documents)[name]
-        count = "gpus" if name == "exec-distill" else "begin-gpu"
+        count = "gpus" if name == "exec-distill" else "prepare-run-gpu"
         accelerator = container["resources"]["accelerator"]
         assert accelerator["resourceType"] == "nvidia.com/gpu"
         assert accelerator["resourceCount"] == f"{{{{$.inputs.parameters['pipelinechannel--{count}']}}}}"
@@ -249,8 +249,8 @@ def test_a_stage_is_tried_again_only_if_that_can_help(compiled: dict[str, Any]) 
         name: task.get("retryPolicy", {}).get("maxRetryCount", 0) for name, task in leaves(compiled).items()
     }
     assert tried == {
-        "begin": 0, "shard-dataset": 2, "resolve-teacher": 2, "encode-latents": 2, "distill": 3, "evaluate": 2, "gate": 0,
-        "package-model": 0, "publish-model": 2, "report": 0, "report-2": 0, "conclude": 2,
+        "prepare-run": 0, "shard-dataset": 2, "resolve-teacher": 2, "encode-latents": 2, "distill": 3, "evaluate": 2, "gate": 0,
+        "package-model": 0, "publish-model": 2, "report": 0, "report-2": 0, "finish-run": 2,
     }  # fmt: skip
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from components.distill.launch import Size, Torchrun, _children
+from components.distill.launch import JobSize, Torchrun, _child_processes
 from dmd2.io import artifact
 from dmd2.recipes import override_flags
 from dmd2.training import checkpoint
 from tests import conftest
 
 RUN = "import sys; from components.distill.launch import *; from dmd2.errors import one_sentence\n"
-RUN += "with one_sentence(): sys.exit(through(Torchrun(sys.argv[2:], Size(gpus=0, nodes=int(sys.argv[1])))))"
+RUN += "with one_sentence(): sys.exit(run_to_end(Torchrun(sys.argv[2:], JobSize(gpus=0, nodes=int(sys.argv[1])))))"
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_a_worker_that_is_killed_ends_as_the_shell_says_it(
 ) -> None:
     process = begun(*words("distill.steps=100000"))
     playing(process, tmp_path)
-    (torchrun,) = _children(process.pid)
-    (worker,) = _children(torchrun)
+    (torchrun,) = _child_processes(process.pid)
+    (worker,) = _child_processes(torchrun)
     os.kill(worker, signal.SIGKILL)
     status, told = ended(process)
     assert status == 128 + signal.SIGKILL, told
@@ -132,5 +132,5 @@ def test_more_machines_than_one_are_refused_in_one_sentence(begun: Begun, words:
 
 
 def test_missing_gpus_are_refused_and_not_replaced_by_the_cpu(refusal: Callable[..., str]) -> None:
-    assert "gpus is 4096, and this machine shows" in refusal(Torchrun([], Size(gpus=4096)).start)
-    assert "gpus is -1" in refusal(Size(gpus=-1).check)
+    assert "gpus is 4096, and this machine shows" in refusal(Torchrun([], JobSize(gpus=4096)).start)
+    assert "gpus is -1" in refusal(JobSize(gpus=-1).check)

@@ -20,11 +20,18 @@ import pytest
 import yaml
 from kfp import compiler, local
 
-from components.find_teachers.ledger import Claim, Entry, Ledger, Limits
-from components.find_teachers.runs import Pipeline
-from components.find_teachers.sources import Teacher, find
-from components.find_teachers.watch import OWN, SAME, Watch, retrained, run_name, table
-from components.record import end as record_end
+from components.find_teachers import run_reports
+from components.find_teachers.ledger import Claim, Ledger, LedgerEntry, RetrainLimits
+from components.find_teachers.runs import UploadedPipeline
+from components.find_teachers.sources import AnnouncedTeacher, find
+from components.find_teachers.watch import (
+    RESULT_SETTINGS,
+    RUN_SETTINGS,
+    Watcher,
+    find_and_start,
+    run_name,
+    table,
+)
 from dmd2.io.storage import join_uri, open_store
 from pipelines.distill import distill
 from pipelines.retrain import retrain
@@ -69,8 +76,8 @@ def faults(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prox
 
 
 @pytest.fixture
-def pipeline(platform: Platform) -> Pipeline:
-    return Pipeline("dmd2-distill")
+def pipeline(platform: Platform) -> UploadedPipeline:
+    return UploadedPipeline("dmd2-distill")
 
 
 # Sources
@@ -86,18 +93,18 @@ def test_a_teacher_is_there_once_its_manifest_is(place: str) -> None:
     open_store(join_uri(place, "half")).write("network.safetensors", b"weights")
     assert find(place).teachers == []
     digest = teacher(join_uri(place, "deep/down/a"), "a")
-    assert find(place).teachers == [Teacher("a", join_uri(place, "deep/down/a"), digest)]
+    assert find(place).teachers == [AnnouncedTeacher("a", join_uri(place, "deep/down/a"), digest)]
 
 
 def test_the_address_may_be_that_of_the_teacher_itself(place: str) -> None:
     digest = teacher(place)
-    assert find(place).teachers == [Teacher("teachers", place, digest)]
+    assert find(place).teachers == [AnnouncedTeacher("teachers", place, digest)]
 
 
 def test_folders_of_another_kind_are_no_teachers(place: str) -> None:
     announce(join_uri(place, "shards"), "shards")
     found = find(place)
-    assert (found.teachers, found.passed_over) == ([], [])
+    assert (found.teachers, found.skipped) == ([], [])
 
 
 def test_the_same_teacher_is_found_once_wherever_it_lies(place: str) -> None:
@@ -112,8 +119,8 @@ def test_a_teacher_that_was_copied_with_its_manifest_first_is_passed_over_for_no
     open_store(join_uri(place, "a")).delete(["network.safetensors"])
     found = find(place)
     assert found.teachers == []
-    assert found.passed_over == [
-        f"{join_uri(place, 'a')} is announced, but network.safetensors and perhaps more of it is not there as the manifest "
+    assert found.skipped == [
+        f"{join_uri(place, 'a')} has a manifest, but network.safetensors is missing or has another size than the manifest "
         "says; copy the manifest last"
     ]
     teacher(join_uri(place, "a"))
@@ -125,7 +132,7 @@ def test_a_manifest_that_is_none_does_not_keep_the_others_back(place: str) -> No
     teacher(join_uri(place, "a"))
     found = find(place)
     assert [one.name for one in found.teachers] == ["a"]
-    assert f"{join_uri(place, 'broken/manifest.json')} is not a manifest" in found.passed_over[0]
+    assert f"{join_uri(place, 'broken/manifest.json')} is not a manifest" in found.skipped[0]
 
 
 def test_no_source_is_refused(refusal: Callable[..., str]) -> None:
@@ -178,7 +185,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("address", ["hf://owner/model", "hf://owner/model@v1"])
 def test_a_name_on_the_hub_stands_for_its_commit(hub: None, address: str) -> None:
-    assert find(address).teachers == [Teacher("model", f"owner/model@{COMMIT}", COMMIT)]
+    assert find(address).teachers == [AnnouncedTeacher("model", f"owner/model@{COMMIT}", COMMIT)]
 
 
 @pytest.mark.parametrize("address", ["hf://owner/none", "hf://owner/model@none", "hf://a/b/c"])
@@ -219,8 +226,8 @@ def test_a_registry_points_to_teachers(bucket: str) -> None:
     with answering(answers) as (url, asked):
         found = find(f"registry+{url}")
     assert len(asked) == 2
-    assert found.teachers == [Teacher("a", f"{bucket}/t/a", digest)]
-    assert [sentence.split(" of ")[0] for sentence in found.passed_over] == [
+    assert found.teachers == [AnnouncedTeacher("a", f"{bucket}/t/a", digest)]
+    assert [sentence.split(" of ")[0] for sentence in found.skipped] == [
         "artifact 'gone'",
         "artifact 's3'",
     ]
@@ -231,7 +238,7 @@ def test_a_registry_points_to_teachers(bucket: str) -> None:
 # The platform
 
 
-def test_a_run_is_started_found_by_its_name_and_asked(platform: Platform, pipeline: Pipeline) -> None:
+def test_a_run_is_started_found_by_its_name_and_asked(platform: Platform, pipeline: UploadedPipeline) -> None:
     run = pipeline.start("retrain-a-1", {"teacher": "gs://b/a", "recipe": "edm-digits"})
     made = platform.runs[run]
     assert made["display_name"] == "retrain-a-1"
@@ -250,29 +257,29 @@ def test_a_run_is_started_found_by_its_name_and_asked(platform: Platform, pipeli
 
 
 def test_the_newest_version_is_run_and_its_images_are_part_of_the_work(platform: Platform) -> None:
-    images = [Pipeline("dmd2-distill").image]
+    images = [UploadedPipeline("dmd2-distill").image]
     platform.upload("dmd2@sha256:2")
-    images.append(Pipeline("dmd2-distill").image)
+    images.append(UploadedPipeline("dmd2-distill").image)
     platform.upload("dmd2@sha256:1")
-    images.append(Pipeline("dmd2-distill").image)
+    images.append(UploadedPipeline("dmd2-distill").image)
     assert images[0] == images[2] != images[1]
-    run = Pipeline("dmd2-distill").start("a", {})
+    run = UploadedPipeline("dmd2-distill").start("a", {})
     assert platform.runs[run]["pipeline_version_reference"]["pipeline_version_id"] == "version-2"
 
 
 def test_runs_may_have_a_service_account(platform: Platform) -> None:
-    run = Pipeline("dmd2-distill", "distiller").start("a", {})
+    run = UploadedPipeline("dmd2-distill", "distiller").start("a", {})
     assert platform.runs[run]["service_account"] == "distiller"
 
 
 def test_a_pipeline_that_was_not_uploaded_is_refused(platform: Platform, refusal: Callable[..., str]) -> None:
-    assert "pipeline 'dmd3' is not there; upload it first" in refusal(lambda: Pipeline("dmd3").image)
+    assert "pipeline 'dmd3' is not there; upload it first" in refusal(lambda: UploadedPipeline("dmd3").image)
 
 
 def test_what_the_platform_says_is_an_error_of_its_kind(
     platform: Platform, faults: Proxy, refusal: Callable[..., str]
 ) -> None:
-    pipeline = Pipeline("dmd2-distill")
+    pipeline = UploadedPipeline("dmd2-distill")
     assert "unknown parameters ['nodez']" in refusal(lambda: pipeline.start("a", {"nodez": 2}))
     faults.fail(f"GET {V2}/runs", "403", times=1)
     with pytest.raises(PermissionError, match="not allowed by the platform"):
@@ -286,13 +293,13 @@ def test_what_the_platform_says_is_an_error_of_its_kind(
 
 
 def test_two_watchers_may_make_the_experiment_at_once(platform: Platform) -> None:
-    pipelines = [Pipeline("dmd2-distill") for _ in range(2)]
+    pipelines = [UploadedPipeline("dmd2-distill") for _ in range(2)]
     barrier = threading.Barrier(2)
     found: list[str] = []
 
-    def make(pipeline: Pipeline) -> None:
+    def make(pipeline: UploadedPipeline) -> None:
         pipeline._client.get_experiment = _at_once(pipeline._client.get_experiment, barrier)
-        compute = vars(Pipeline)["_experiment"].func  # a cached property computes one at a time
+        compute = vars(UploadedPipeline)["_experiment"].func  # a cached property computes one at a time
         found.append(compute(pipeline))
 
     threads = [threading.Thread(target=make, args=(pipeline,)) for pipeline in pipelines]
@@ -322,20 +329,20 @@ def _at_once(call: Callable[..., Any], barrier: threading.Barrier) -> Callable[.
 
 
 @pytest.fixture
-def watch(pipeline: Pipeline, tmp_path: Path) -> Watch:
+def watch(pipeline: UploadedPipeline, tmp_path: Path) -> Watcher:
     ledger = Ledger(open_store(tmp_path / "ledger"))
     settings = {"recipe": "edm-digits"}
-    return Watch(ledger, pipeline, settings, str(tmp_path / "root"), 8, Limits(2, 100), "watcher-1")
+    return Watcher(ledger, pipeline, settings, str(tmp_path / "root"), 8, RetrainLimits(2, 100), "watcher-1")
 
 
-TEACHERS = [Teacher(name, f"gs://b/t/{name}", f"digest-of-{name}") for name in ("a", "b", "c")]
+TEACHERS = [AnnouncedTeacher(name, f"gs://b/t/{name}", f"digest-of-{name}") for name in ("a", "b", "c")]
 
 
-def states(watch: Watch) -> dict[str, str]:
+def states(watch: Watcher) -> dict[str, str]:
     return {entry.teacher.rpartition("/")[2]: entry.state for entry in watch.ledger.entries()}
 
 
-def only(watch: Watch) -> Entry:
+def only(watch: Watcher) -> LedgerEntry:
     (entry,) = watch.ledger.entries()
     return entry
 
@@ -344,7 +351,7 @@ def claim_of(platform: Platform, run: str) -> Claim:
     return Claim.read(platform.runs[run]["runtime_config"]["parameters"]["claim"])
 
 
-def test_each_new_teacher_gets_one_run_as_far_as_there_is_room(watch: Watch, platform: Platform) -> None:
+def test_each_new_teacher_gets_one_run_as_far_as_there_is_room(watch: Watcher, platform: Platform) -> None:
     started = watch.start(TEACHERS)
     assert watch.start(TEACHERS) == []
     assert states(watch) == {"a": "running", "b": "running"}
@@ -360,9 +367,9 @@ def test_each_new_teacher_gets_one_run_as_far_as_there_is_room(watch: Watch, pla
 
 
 def test_another_recipe_source_or_image_is_new_work_and_more_gpus_are_not(
-    watch: Watch, platform: Platform
+    watch: Watcher, platform: Platform
 ) -> None:
-    def key(watch: Watch) -> str:
+    def key(watch: Watcher) -> str:
         return watch.work(TEACHERS[0]).key
 
     assert key(replace(watch, settings={"recipe": "edm-digits", "queue": "q"})) == key(watch)
@@ -371,22 +378,22 @@ def test_another_recipe_source_or_image_is_new_work_and_more_gpus_are_not(
         for more in ({"source": "s"}, {"recipe": "r"})
     }
     platform.upload("dmd2@sha256:2")
-    keys.add(key(replace(watch, runs=Pipeline("dmd2-distill"))))
+    keys.add(key(replace(watch, runs=UploadedPipeline("dmd2-distill"))))
     assert len(keys | {key(watch)}) == 4
 
 
 def test_what_it_sets_and_compares_are_parameters_of_the_pipeline() -> None:
-    assert {*SAME, *OWN} <= {*distill.pipeline_spec.root.input_definitions.parameters}
+    assert {*RESULT_SETTINGS, *RUN_SETTINGS} <= {*distill.pipeline_spec.root.input_definitions.parameters}
 
 
-def test_teachers_that_never_failed_come_first(watch: Watch, platform: Platform) -> None:
+def test_teachers_that_never_failed_come_first(watch: Watcher, platform: Platform) -> None:
     (run,) = watch.start(TEACHERS[:1])
     watch.ledger.failed(claim_of(platform, run), run, "why")
     assert [platform.runs[run]["display_name"].split("-")[1] for run in watch.start(TEACHERS)] == ["b", "c"]
 
 
 def test_a_run_whose_creation_was_not_answered_is_found_and_not_started_again(
-    watch: Watch, platform: Platform, faults: Proxy
+    watch: Watcher, platform: Platform, faults: Proxy
 ) -> None:
     faults.fail(CREATE, "lost", times=1)
     started = watch.start(TEACHERS[:1])
@@ -396,7 +403,7 @@ def test_a_run_whose_creation_was_not_answered_is_found_and_not_started_again(
 
 
 def test_a_run_that_could_not_be_created_gives_its_claim_back(
-    watch: Watch, platform: Platform, faults: Proxy
+    watch: Watcher, platform: Platform, faults: Proxy
 ) -> None:
     faults.fail(CREATE, "503", times=1)
     with pytest.raises(OSError, match="does not answer as it should"):
@@ -407,14 +414,14 @@ def test_a_run_that_could_not_be_created_gives_its_claim_back(
 
 
 def test_a_run_that_the_platform_refuses_gives_its_claim_back(
-    watch: Watch, refusal: Callable[..., str]
+    watch: Watcher, refusal: Callable[..., str]
 ) -> None:
     wrong = replace(watch, settings={"nodez": 2})
     assert "nodez" in refusal(lambda: wrong.start(TEACHERS[:1]))
     assert only(watch).state == "waiting"
 
 
-def lost(watch: Watch) -> Watch:
+def lost(watch: Watcher) -> Watcher:
     """The same watcher, when every lease is over."""
     return replace(
         watch,
@@ -422,36 +429,36 @@ def lost(watch: Watch) -> Watch:
     )
 
 
-def test_the_run_of_a_watcher_that_was_lost_is_found_by_its_name(watch: Watch, platform: Platform) -> None:
+def test_the_run_of_a_watcher_that_was_lost_is_found_by_its_name(watch: Watcher, platform: Platform) -> None:
     claim = watch.ledger.claim(watch.work(TEACHERS[0]), TEACHERS[0].address, "lost", 8, watch.limits)
     assert claim
     run = watch.runs.start(run_name(TEACHERS[0].address, claim), {"claim": claim.text})
-    watch.settle()
+    watch.reconcile()
     assert only(watch).state == "claimed"  # it may be at it
-    lost(watch).settle()
+    lost(watch).reconcile()
     assert (only(watch).state, only(watch).run) == ("running", run)
     assert lost(watch).start(TEACHERS[:1]) == []
 
 
-def test_the_claim_of_a_watcher_that_was_lost_before_it_started_a_run_is_given_back(watch: Watch) -> None:
+def test_the_claim_of_a_watcher_that_was_lost_before_it_started_a_run_is_given_back(watch: Watcher) -> None:
     watch.ledger.claim(watch.work(TEACHERS[0]), TEACHERS[0].address, "lost", 8, watch.limits)
-    lost(watch).settle()
+    lost(watch).reconcile()
     assert (only(watch).state, only(watch).reason) == (
         "waiting",
-        "watcher lost was lost before it started a run",
+        "watcher lost died before it started a run",
     )
     assert len(watch.start(TEACHERS[:1])) == 1
 
 
 def test_a_run_that_died_is_started_again_and_after_three_times_quarantined(
-    watch: Watch, platform: Platform
+    watch: Watcher, platform: Platform
 ) -> None:
     for _ in range(3):
         (run,) = watch.start(TEACHERS[:1])
-        watch.settle()
+        watch.reconcile()
         assert only(watch).state == "running"
         platform.runs[run] |= {"state": "FAILED", "why": "out of memory"}
-        watch.settle()
+        watch.reconcile()
     assert only(watch).state == "quarantined"
     assert (
         only(watch).reason == "failed 3 times, at last: the run ended as FAILED: step distill: out of memory"
@@ -461,28 +468,28 @@ def test_a_run_that_died_is_started_again_and_after_three_times_quarantined(
     assert len(roots) == 1, "each attempt goes on where the last one stopped"
 
 
-def test_a_run_that_a_person_stopped_stays_stopped(watch: Watch, platform: Platform) -> None:
+def test_a_run_that_a_person_stopped_stays_stopped(watch: Watcher, platform: Platform) -> None:
     (run,) = watch.start(TEACHERS[:1])
     platform.runs[run]["state"] = "CANCELED"
-    watch.settle()
+    watch.reconcile()
     assert (only(watch).state, only(watch).reason) == ("quarantined", "the run ended as CANCELED")
 
 
-def test_a_run_that_was_deleted_is_a_failure(watch: Watch, platform: Platform) -> None:
+def test_a_run_that_was_deleted_is_a_failure(watch: Watcher, platform: Platform) -> None:
     (run,) = watch.start(TEACHERS[:1])
     del platform.runs[run]
-    watch.settle()
+    watch.reconcile()
     assert only(watch).state == "failed"
 
 
-def test_a_run_that_ended_well_without_a_word_is_done(watch: Watch, platform: Platform) -> None:
+def test_a_run_that_ended_well_without_a_word_is_done(watch: Watcher, platform: Platform) -> None:
     (run,) = watch.start(TEACHERS[:1])
     platform.runs[run]["state"] = "SUCCEEDED"
-    watch.settle()
+    watch.reconcile()
     assert (only(watch).state, only(watch).decision) == ("done", "unknown")
 
 
-def test_the_table_has_a_row_for_each_entry(watch: Watch) -> None:
+def test_the_table_has_a_row_for_each_entry(watch: Watcher) -> None:
     watch.start(TEACHERS)
     assert table(watch.ledger.entries()).count("| running | 1 | 0 |") == 2
 
@@ -496,7 +503,7 @@ def looked(place: Path, **changes: Any) -> str:
         "settings": {"recipe": "edm-digits"}, "pipeline": "dmd2-distill", "service_account": "",
         "max_runs": 2, "max_gpu_hours": 100, "gpu_hours": 8, "owner": "watcher",
     }  # fmt: skip
-    return retrained(**(arguments | changes))
+    return find_and_start(**(arguments | changes))
 
 
 def test_a_look_starts_what_is_new_and_shows_the_ledger(platform: Platform, tmp_path: Path) -> None:
@@ -515,7 +522,7 @@ def test_wrong_settings_are_refused_before_anything_is_claimed(
         ({"settings": {"recipe": "edm-digit"}}, "recipe is 'edm-digit'; did you mean 'edm-digits'?"),
         ({"settings": {"teacher": "t"}}, "settings has 'teacher', which retraining sets"),
         ({"max_runs": 0}, "max_runs is 0"),
-        ({"gpu_hours": 101}, "nothing could ever start"),
+        ({"gpu_hours": 101}, "no distillation could start"),
         ({"teachers": ""}, "teachers is empty"),
     ]
     for changes, sentence in wrong:
@@ -571,33 +578,33 @@ def test_the_pipeline_starts_runs(platform: Platform, locally: Path) -> None:
 # What a distillation says
 
 
-def begun(ledger: Ledger, watch: Watch, run: str) -> Claim:
-    claim = ledger.claim(watch.work(TEACHERS[0]), "t", "w", 1, Limits(1, 1e9))
+def begun(ledger: Ledger, watch: Watcher, run: str) -> Claim:
+    claim = ledger.claim(watch.work(TEACHERS[0]), "t", "w", 1, RetrainLimits(1, 1e9))
     assert claim
-    assert record_end.begin(claim.text, run).endswith(f"is running by run {run}")
+    assert run_reports.report_start(claim.text, run).endswith(f"is running by run {run}")
     return claim
 
 
 @pytest.mark.parametrize("decision", ["accepted", "rejected"])
 def test_a_run_records_that_it_is_done_and_where_its_package_is(
-    watch: Watch, tmp_path: Path, decision: str
+    watch: Watcher, tmp_path: Path, decision: str
 ) -> None:
     root = str(tmp_path / "run")
     announce(join_uri(root, "gate"), "gate", decision=decision)
     announce(join_uri(root, "package"), "package")
     claim = begun(watch.ledger, watch, "run-1")
-    record_end.end(claim.text, "run-1", root, "SUCCEEDED", "")
+    run_reports.report_end(claim.text, "run-1", root, "SUCCEEDED", "")
     assert (only(watch).state, only(watch).decision) == ("done", decision)
     assert only(watch).package == (join_uri(root, "package") if decision == "accepted" else "")
 
 
 def test_a_run_that_a_person_has_started_records_nothing(tmp_path: Path) -> None:
-    assert "no entry" in record_end.begin("", "run")
-    assert "no entry" in record_end.end("", "run", str(tmp_path), "FAILED", "why")
+    assert run_reports.NO_CLAIM in run_reports.report_start("", "run")
+    assert run_reports.NO_CLAIM in run_reports.report_end("", "run", str(tmp_path), "FAILED", "why")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_run_whose_stages_fail_still_records_so(watch: Watch, locally: Path) -> None:
+def test_a_run_whose_stages_fail_still_records_so(watch: Watcher, locally: Path) -> None:
     """Through KFP's runner, whose exit task is told how the others ended."""
     claim = begun(watch.ledger, watch, "run-1")
     with pytest.raises(RuntimeError, match="stage"):
@@ -621,7 +628,12 @@ def test_fifty_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not
         teacher(f"{bucket}/teachers/{name}", name)
     environment = {"STORAGE_EMULATOR_HOST": object_store, "DMD2_RETRY_S": "30", "HOME": str(tmp_path)}
     world = World(
-        environment, f"{bucket}/teachers", f"{bucket}/ledger", f"{bucket}/root", tmp_path, Limits(3, 1e9)
+        environment,
+        f"{bucket}/teachers",
+        f"{bucket}/ledger",
+        f"{bucket}/root",
+        tmp_path,
+        RetrainLimits(3, 1e9),
     )
     dice = random.Random(0)
 
@@ -660,7 +672,7 @@ def test_fifty_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not
         before, again = len(world.noted("gave-way")), list(platform.runs.values())
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", platform.url)
         for run in again:  # as if each creation had been repeated by somebody, long after
-            Pipeline("dmd2-distill").start(run["display_name"], run["runtime_config"]["parameters"])
+            UploadedPipeline("dmd2-distill").start(run["display_name"], run["runtime_config"]["parameters"])
         until(lambda: all(health(run) != "RUNNING" for run in platform.runs.values()))
     assert len(world.noted("gave-way")) == before + len(again)
     assert not platform.refused
@@ -689,5 +701,5 @@ def test_fifty_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not
     )
 
 
-def _settled(entries: list[Entry], count: int) -> bool:
+def _settled(entries: list[LedgerEntry], count: int) -> bool:
     return len(entries) == count and all(entry.state in ("done", "quarantined") for entry in entries)

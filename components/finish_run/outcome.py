@@ -16,23 +16,23 @@ FOLDERS = {
     "shards": "shards", "teacher": "teacher", "latents": "latents", "run": "run", "evaluation": "evaluation", "gate": "gate",
     "package": "package",
 }  # fmt: skip
-"""{folder of an artifact below the root of a run: its kind}, in the order in which they are made."""
+"""{folder below the root of a run: its kind of artifact}, in the order in which they are made."""
 
 
-def conclusion(root: str, run: str, state: str, error: str) -> str:
-    """Write `outcome.json` into the root and return the page, in Markdown.
+def write_outcome(root: str, run: str, state: str, error: str) -> str:
+    """Write `outcome.json` into the root -> the page, as Markdown.
 
     Args:
         root: Folder of the run.
-        run: The platform's id of the run.
-        state: SUCCEEDED, FAILED or CANCELLED.
-        error: The platform's message about a failure.
+        run: The KFP id of the run.
+        state: SUCCEEDED, FAILED or CANCELLED, as KFP says.
+        error: KFP's message about the failure.
     """
-    there = {
+    finished = {
         name: join_uri(root, name) for name in FOLDERS if open_store(join_uri(root, name)).version(MANIFEST)
     }
-    gate = read_manifest(there["gate"], "gate").facts if "gate" in there else {}
-    evaluation = read_manifest(there["evaluation"], "evaluation").facts if "evaluation" in there else {}
+    gate = read_manifest(finished["gate"], "gate").facts if "gate" in finished else {}
+    evaluation = read_manifest(finished["evaluation"], "evaluation").facts if "evaluation" in finished else {}
     outcome = {
         "run": run,
         "state": state,
@@ -41,10 +41,10 @@ def conclusion(root: str, run: str, state: str, error: str) -> str:
         "reason": gate.get("reason"),
         "scores": {scores.name: scores.values for scores in read_scores(evaluation)} if evaluation else {},
         "root": root,
-        "folders": {name: read_manifest(uri, FOLDERS[name]).digest for name, uri in there.items()},
+        "folders": {name: read_manifest(uri, FOLDERS[name]).digest for name, uri in finished.items()},
     }
     open_store(root).write(OUTCOME, json.dumps(outcome, indent=1).encode())
     lines = [f"# {state.lower()}: {gate.get('reason') or error or 'no gate was reached'}", ""]
     lines += [markdown_table(*score_table(evaluation)), ""] if evaluation else []
-    lines += [f"- {name}: `{uri}`" for name, uri in there.items()]
+    lines += [f"- {name}: `{uri}`" for name, uri in finished.items()]
     return "\n".join([*lines, "", f"outcome: `{join_uri(root, OUTCOME)}`"])

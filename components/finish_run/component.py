@@ -1,0 +1,37 @@
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def finish_run(
+    root: str,
+    run_id: str,
+    claim: str,
+    status: dsl.PipelineTaskFinalStatus,
+    summary: dsl.Output[dsl.Markdown],
+) -> None:
+    """Report how the run ended and which folders it has made: as a page, in `<root>/outcome.json` and to the ledger.
+
+    The exit handler of the pipeline: it runs after a failure too, but not after a run was terminated.
+
+    Args:
+        root: Folder of the run; empty for the folder beside the KFP artifacts of the run.
+        run_id: The KFP id of the run.
+        claim: The claim in the ledger, in a run that retraining has started; otherwise empty.
+        status: How the other tasks ended.
+        summary: The outcome as a page of the UI.
+    """
+    from pathlib import Path
+
+    from components.find_teachers.run_reports import report_end
+    from components.finish_run.outcome import write_outcome
+    from components.run_folder import run_folder
+    from dmd2.errors import one_sentence
+
+    with one_sentence():
+        folder = run_folder(root, run_id, summary.uri)
+        text = write_outcome(folder, run_id, status.state, status.error_message or "")
+        Path(summary.path).write_text(text)
+        print(text)
+        print(report_end(claim, run_id, folder, status.state, status.error_message or ""))
