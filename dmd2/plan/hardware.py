@@ -43,6 +43,18 @@ GPUS = {
         125, 62.5, 31.2, 24, 600, 32, 3.1, "NVIDIA A10 data sheet; PCIe 4 x16; 100 Gb/s for 4 GPUs"
     ),
 }
+BY_DEVICE_NAME = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100 80GB PCIe": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "NVIDIA H200": "h200-141gb",
+    "NVIDIA L4": "l4-24gb",
+    "NVIDIA L40S": "l40s-48gb",
+    "NVIDIA A10": "a10-24gb",
+}
+"""{name that torch reports of a device: key of GPUS with its peak rates}. Others, such as an H100 PCIe, have other peaks."""
 EFFICIENCY = 0.40
 """Share of the peak rate that the passes reach: an assumption."""
 LINK_EFFICIENCY = 0.7

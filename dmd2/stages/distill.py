@@ -28,6 +28,7 @@ def distill(
     from dmd2.data.shards import TRAIN
     from dmd2.models.family import check_same_family
     from dmd2.parallel import ranks, sharding
+    from dmd2.plan.utilization import training_throughput
     from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
     from dmd2.stages.inputs import prompts_digest, read_training_samples, sample_digests
     from dmd2.stages.networks import (
@@ -41,7 +42,6 @@ def distill(
     from dmd2.stages.prompts import preview_prompts, prompt_sampler
     from dmd2.training import build
     from dmd2.training.loop import LoopSettings, load_best, train
-    from dmd2.training.metrics_log import Throughput
 
     world, settings = ranks.init_distributed(), config.distill
     with world.main_process_first():
@@ -59,11 +59,12 @@ def distill(
         draw_prompts = prompt_sampler(model.family, prompts, world.device) if prompts else None
         weights = model.network.state_dict() if world.is_main else {}
         started_from = starting_weights(start, weights=world.is_main)
+        throughput = training_throughput(config, model.family, world)
         trainer = build.trainer(config, model.family, weights, world, started_from, draw_prompts)
         del weights
         loop_settings = LoopSettings(
             settings.steps,
-            Throughput(settings.batch),
+            throughput,
             settings.log_every,
             settings.save_every,
             settings.preview_every,
