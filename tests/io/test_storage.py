@@ -1,4 +1,4 @@
-"""Files in a local folder and on a bucket: the same promises, kept by both; on the bucket also when it fails."""
+"""Files in a local folder, on a bucket and in a scheme of a test: one contract, kept by all; on the bucket also when it fails."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from dmd2.io import gcs
 from dmd2.io.storage import cache, fetch_file, open_store, upload_files
 from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, at_host, started
+from tests.io.test_new_scheme import memory  # noqa: F401 - a fixture
 
 
-@pytest.fixture(params=["local", "bucket"])
+@pytest.fixture(params=["local", "bucket", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return open_store(tmp_path / "folder")
-    return open_store(f"{request.getfixturevalue('bucket')}/some/folder")
+    return open_store(f"{request.getfixturevalue(request.param)}/some/folder")
 
 
 @pytest.fixture
