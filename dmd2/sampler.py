@@ -1,4 +1,4 @@
-"""Few-step generation. Training replays the same steps, so there is one implementation of both."""
+"""Sampling: the student's few steps, the same steps as training replays them, and Heun's method for EDM teachers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dmd2.denoiser import Denoiser
 from dmd2.rng import Rng, draw_shared
 
 Timesteps = tuple[int, ...]
-"""Timesteps of the student's steps, noisiest first."""
-
+"""Timesteps at which the student is called, noisiest first."""
 
 Noise = Callable[[Tensor], Tensor]
-"""A tensor -> fresh unit noise of its shape."""
+"""A tensor -> new Gaussian noise of its shape."""
 
 
 def student_inputs(
     student: Denoiser, eps: Tensor, cond: Conditioning, timesteps: Timesteps, noise: Noise = torch.randn_like
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The student's inputs (x_t, timestep), one per step, each made from its answer to the one before.
+    """The inputs (x_t (B, C, H, W), timestep (B,)) of the student, one pair per step.
 
+    The first is pure noise. Each later one is the student's x0 of the step before, noised to the next timestep.
     `noise` must be independent of `eps`: correlated noise leaves artefacts (reference, issue 9).
     """
     diffusion = student.diffusion
@@ -44,7 +44,7 @@ def student_inputs(
 def generate(
     student: Denoiser, eps: Tensor, cond: Conditioning, timesteps: Timesteps, noise: Noise = torch.randn_like
 ) -> Tensor:
-    """Pure noise eps (B, C, H, W) -> clean sample (B, C, H, W), in len(timesteps) network calls."""
+    """Samples (B, C, H, W) of the student from unit noise eps (B, C, H, W), in len(timesteps) network calls."""
     *_, (x_t, timestep) = student_inputs(student, eps, cond, timesteps, noise)
     return student(x_t, timestep, cond)
 
@@ -57,9 +57,10 @@ def backward_simulation(
     stop: int,
     noise: Noise = torch.randn_like,
 ) -> Tensor:
-    """Backward simulation (DMD2, sec. 4.5): go to step `stop` without gradient, take it with.
+    """Samples (B, C, H, W) of the student at step `stop` of its own sampling (DMD2, sec. 4.5).
 
-    `stop` must be the same on every rank: the number of network calls depends on it.
+    The steps before `stop`, counted from 0, are taken without gradient, step `stop` with it. `stop` must be the same on every
+    rank, because the number of network calls depends on it.
     """
     with torch.no_grad():
         x_t, timestep = next(islice(student_inputs(student, eps, cond, timesteps, noise), stop, None))
@@ -67,41 +68,46 @@ def backward_simulation(
 
 
 class Rollouts:
-    """(real, step) -> samples of the student, every stop of a rollout being one.
+    """(real, step) -> samples of the student for that optimizer step, continuing the same rollouts between student updates.
 
-    At the student's turn, a rollout to a drawn stop, as `backward_simulation`. At each step until the next turn, the rollouts go on
-    from there: the last sample under noise of the next timestep, and after the last timestep pure noise again. So each timestep
-    is met as often as by drawing it, for one network call instead of (timesteps + 1) / 2.
+    At a step that updates the student, a rollout begins and ends at a random step, as in `backward_simulation`. Each of the
+    following critic steps continues it: the previous samples are noised to the next timestep, and after the last timestep
+    pure noise begins a new rollout. Every timestep is used as often as with a random one, for one network call per step
+    instead of (timesteps + 1) / 2.
     """
 
     def __init__(
         self,
         student: Denoiser,
         timesteps: Timesteps,
-        turn_every: int,
+        critic_updates: int,
         seed: int,
         prompts: Callable[[Rng], tuple[Conditioning, Conditioning]] | None = None,
     ) -> None:
-        self.student, self.timesteps, self.turn_every, self.seed = student, timesteps, turn_every, seed
+        self.student, self.timesteps, self.seed = student, timesteps, seed
+        self.critic_updates = critic_updates
         self.prompts = prompts
-        self.turn = -1
-        self.going: deque[Batch] = deque()
-        """The samples of the step before, part by part."""
+        self.started_at = -1
+        """The step at which the current rollouts began."""
+        self.previous: deque[Batch] = deque()
+        """The samples of the previous step, one entry per micro-batch."""
 
     def __call__(self, real: Batch, step: int) -> Batch:
-        since = step % self.turn_every
-        if step - since != self.turn:
-            self.turn = step - since
-            self.going.clear()
-        stop = (draw_shared(self.seed, self.turn, len(self.timesteps)) + since) % len(self.timesteps)
-        before = self.going.popleft() if since else None
-        fake = (
-            self._go_on(before, real, stop) if before and stop else self._start(real, 0 if before else stop)
-        )
-        self.going.append(replace(fake, x=fake.x.detach()))
+        since = step % self.critic_updates
+        if step - since != self.started_at:
+            self.started_at = step - since
+            self.previous.clear()
+        stop = (draw_shared(self.seed, self.started_at, len(self.timesteps)) + since) % len(self.timesteps)
+        before = self.previous.popleft() if since else None
+        if before and stop:
+            fake = self._continue(before, real, stop)
+        else:
+            fake = self._start(real, 0 if before else stop)
+        self.previous.append(replace(fake, x=fake.x.detach()))
         return fake
 
     def _start(self, real: Batch, stop: int) -> Batch:
+        """A new rollout, up to step `stop`."""
         if self.prompts:
             cond, uncond = self.prompts(real.rng)
             real = replace(real, cond=cond, uncond=uncond)
@@ -109,14 +115,18 @@ class Rollouts:
         x = backward_simulation(self.student, noise(real.x), real.cond, self.timesteps, stop, noise)
         return replace(real, x=x)
 
-    def _go_on(self, before: Batch, real: Batch, stop: int) -> Batch:
+    def _continue(self, before: Batch, real: Batch, stop: int) -> Batch:
+        """Step `stop` of rollouts whose samples at the step before are `before`."""
         timestep = torch.full((len(before.x),), self.timesteps[stop], device=before.x.device)
         x_t = self.student.diffusion.add_noise(before.x, real.rng.normal_like(before.x), timestep)
         return replace(before, x=self.student(x_t, timestep, before.cond), rng=real.rng)
 
 
 def denoise_real(student: Denoiser, real: Batch, timesteps: Timesteps) -> Tensor:
-    """The alternative to simulation: real samples under noise of a timestep drawn for each; the noisiest gets pure noise."""
+    """The student's x0 (B, C, H, W) of noised real samples, the alternative to backward simulation.
+
+    Each row draws one of the student's timesteps; at the noisiest, the input is pure noise.
+    """
     diffusion, eps = student.diffusion, real.rng.normal_like(real.x)
     index = real.rng.integers(0, len(timesteps), real.x)
     timestep = sum(torch.where(index == i, value, 0) for i, value in enumerate(timesteps))
@@ -128,9 +138,10 @@ def denoise_real(student: Denoiser, real: Batch, timesteps: Timesteps) -> Tensor
 
 @torch.no_grad()
 def heun(denoiser: Denoiser, eps: Tensor, cond: Conditioning) -> Tensor:
-    """The deterministic sampler of EDM (Karras et al. 2022, algorithm 1) over all timesteps of the denoiser's table.
+    """Samples (B, C, H, W) by EDM's deterministic sampler (Karras et al. 2022, algorithm 1) from unit noise eps (B, C, H, W).
 
-    For processes with alpha = 1. 2 * timesteps - 1 network calls: the last step, to sigma = 0, is an Euler step.
+    It visits all N timesteps of the denoiser's schedule, which must have alpha = 1, in 2 N - 1 network calls: the last step,
+    to sigma = 0, is an Euler step.
     """
     schedule = denoiser.diffusion.schedule
     sigmas = [*schedule.sigma.flip(0).tolist(), 0.0]

@@ -321,7 +321,7 @@ def test_random_numbers() -> None:
             ],
             "integers": rng().integers(20, 981, torch.zeros(4)).tolist(),
             "rows": rng()[1:3].integers(0, 1000, torch.zeros(2)).tolist(),
-            "choices": [rng().choose(count) for count in (3, 1000)],
+            "choices": [rng().indices(count) for count in (3, 1000)],
             "shared": [draw_shared(seed, step, 4) for seed in (0, 10) for step in range(20)],
             "parts": [seed_of_part(seed, first) for seed in (0, 10) for first in (0, 64)],
             "reseeded": after,

@@ -1,9 +1,8 @@
 """The ADM U-Net (Dhariwal & Nichol 2021) in the form EDM trains it (Karras et al. 2022, appendix F).
 
-One class, sized by an `AdmConfig`. Resampling happens inside residual blocks, the noise level and the
-class shift and scale every normalisation, attention runs at the listed resolutions. The published
-ImageNet-64 network and the digit-sized one of the demo differ in numbers only. Dropout, which EDM uses
-while it trains a teacher on ImageNet, is left out: distillation runs without it.
+One class, sized by an `AdmConfig`. Residual blocks resample inside, time and class scale and shift every normalization, and
+attention runs at the listed resolutions. The published ImageNet-64 network and the small one for digits differ in numbers
+only. There is no dropout, which EDM uses when it trains a teacher on ImageNet, because distillation runs without it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dmd2.batch import Conditioning
 from dmd2.config import AdmConfig
 
 MAX_PERIOD = 10_000
-"""Longest period of the noise-level embedding, in units of its input."""
+"""Longest period of the time embedding, in units of its input."""
 
 
 class Adm(nn.Module):
@@ -66,7 +65,7 @@ class Adm(nn.Module):
         return self.middle[0]
 
     def _embed(self, time: Tensor, cond: Conditioning) -> Tensor:
-        # The embedding of the timestep stays in float32: bfloat16 would merge neighbouring timesteps.
+        # The sinusoids are computed in float32: in bfloat16, neighbouring timesteps would be equal.
         waves = sinusoid(time.float(), self.config.channels).to(self.time_in.weight.dtype)
         return F.silu(self.time_out(F.silu(self.time_in(waves))) + self.label(cond["label"]))
 
@@ -96,10 +95,10 @@ class Block(nn.Module):
         self.attention = Attention(channels_out, head_channels) if attention else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv_in(_resampled(F.silu(self.norm_in(x)), self.resample))
+        h = self.conv_in(_resample(F.silu(self.norm_in(x)), self.resample))
         scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv_out(F.silu(torch.addcmul(shift, self.norm_out(h), scale + 1)))
-        return cast(Tensor, self.attention(self.skip(_resampled(x, self.resample)) + h))
+        return cast(Tensor, self.attention(self.skip(_resample(x, self.resample)) + h))
 
 
 class Attention(nn.Module):
@@ -158,20 +157,20 @@ def _decoder(config: AdmConfig, embedding: int, skips: list[int]) -> nn.ModuleLi
     return blocks
 
 
-def _resampled(x: Tensor, how: str) -> Tensor:
+def _resample(x: Tensor, how: str) -> Tensor:
     if how == "down":
         return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2, mode="nearest") if how == "up" else x
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """As many groups as divide the channels, up to 32, of at least four channels each."""
+    """A GroupNorm with the largest number of groups that divides the channels, at most 32, with at least 4 channels per group."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= 4)
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    """A residual branch that starts as nothing."""
+    """Set a layer to zero, so that its residual branch adds nothing at first."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(cast(Tensor, layer.bias))
     return layer

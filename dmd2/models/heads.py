@@ -1,4 +1,4 @@
-"""GAN heads: from the critic's bottleneck features to one logit per sample."""
+"""Discriminator heads: from the critic's bottleneck features to one logit per sample."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dmd2.models.adm import group_norm
 
 
 class ConvHead(nn.Module):
-    """Halve the features to 4x4, pool them to 1x1, read one logit (the head of DMD2, sec. 4.3, by shape).
+    """Features (B, C, S, S) -> logits (B,), in float32, for S of 4 times a power of two.
 
-    (B, C, S, S) in float32 -> (B,). C is kept throughout; S is 4 times a power of two.
+    Strided convolutions of C channels halve S to 4, a 4x4 convolution reduces it to 1, and a 1x1 convolution gives the logit.
+    The layers have the shapes of the reference implementation (DMD2, sec. 4.3).
     """
 
     def __init__(self, channels: int, size: int) -> None:
@@ -20,7 +21,7 @@ class ConvHead(nn.Module):
         halvings = (size // 4).bit_length() - 1
         if halvings < 0 or size != 4 * 2**halvings:
             raise Refused(
-                f"the GAN head needs features of 4, 8, 16, ... pixels, not {size}; change the depth of the network"
+                f"the discriminator head needs features of 4, 8, 16, ... pixels, not {size}; change the depth of the network"
             )
         layers: list[nn.Module] = []
         for _ in range(halvings):
@@ -35,4 +36,4 @@ class ConvHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.layers(features.to(torch.float32))
-        return logits.flatten().clone()  # FSDP2 warns of a view
+        return logits.flatten().clone()  # FSDP2 warns if a module returns a view

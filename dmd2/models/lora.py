@@ -1,8 +1,7 @@
-"""Low-rank updates of a frozen network (Hu et al. 2021), by peft; and several networks on one copy of the weights.
+"""Low-rank updates (LoRA) of a frozen network (Hu et al. 2021), by peft; and several networks on one copy of the weights.
 
-`tied` makes a second network that has the very tensors of the first: only the modules are new. With an update of its
-own on each, student and critic share one frozen base, and the teacher is the base itself: nothing is switched on or
-off between passes, so no pass depends on what was done before it.
+`share_tensors` makes a second network from the same tensors; only its modules are new. Student and critic can each have a
+low-rank update on one shared base, which is also the teacher. No adapter is switched on or off between forward passes.
 """
 
 from __future__ import annotations
@@ -21,13 +20,16 @@ ADAPTER = "default"
 
 
 def share_tensors(network: nn.Module) -> nn.Module:
-    """Another network with the same tensors."""
+    """A second network whose parameters and buffers are the same tensors."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, shared)
 
 
 def add_low_rank_update(base: nn.Module, targets: Sequence[str], settings: LoraConfig) -> nn.Module:
-    """A network tied to the frozen `base`, with an update that learns, in float32, and starts as nothing."""
+    """A network on the tensors of `base`, which is frozen, with a trainable low-rank update in float32.
+
+    The update is 0 at first. `targets` are the ends of the names of the layers that get one.
+    """
     base.requires_grad_(False)
     make: Any = PeftConfig  # takes a fraction too
     config = make(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets))
@@ -41,9 +43,9 @@ def add_low_rank_update(base: nn.Module, targets: Sequence[str], settings: LoraC
 def merge_low_rank_update(
     base: Mapping[str, Tensor], update: Mapping[str, Tensor], settings: LoraConfig
 ) -> dict[str, Tensor]:
-    """Weights of a plain network: weight + alpha / rank * up @ down, in float32.
+    """The state dict of the plain network with the update merged: weight + alpha / rank * up @ down, in float32.
 
-    `update` is named as the parameters that learn: `<layer>.lora_A.default.weight` (down) and `lora_B` (up).
+    `update` has the names of the trainable parameters: `<layer>.lora_A.default.weight` (down) and `lora_B` (up).
     """
     whole = {name: weight.float() for name, weight in base.items()}
     for name, down in update.items():
@@ -56,7 +58,7 @@ def merge_low_rank_update(
 
 
 def export_low_rank_update(update: Mapping[str, Tensor], settings: LoraConfig) -> dict[str, Tensor]:
-    """The update as `load_lora_weights` of diffusers reads it: the strength is in `up`, so that an alpha is not needed."""
+    """The update in the format of diffusers' `load_lora_weights`. alpha / rank is multiplied into `up`, so that no alpha is needed."""
     return {
         name.replace(f".{ADAPTER}.", "."): value
         * (settings.alpha / settings.rank if ".lora_B." in name else 1)

@@ -57,7 +57,7 @@ def prompt_sampler(family: ModelFamily, prompts: str, device: torch.device) -> b
     texts = read_prompts(prompts)
 
     def draw(rng: Rng) -> CondPair:
-        cond, uncond = family.condition([texts[i] for i in rng.choose(len(texts))])
+        cond, uncond = family.condition([texts[i] for i in rng.indices(len(texts))])
         return CondPair(cond.to(device), uncond.to(device))
 
     return draw
