@@ -532,6 +532,9 @@ class DistillConfig(Section):
     """Scale of the teacher's classifier-free guidance; 1 = none."""
     dmd: DmdConfig | None = DmdConfig()
     gan: GanConfig | None = None
+    extra_terms: Annotated[dict[str, dict[str, bool | int | float | str]], tyro.conf.Fixed] = {}
+    """Further loss terms: the name of a row of `training.build.TERMS` -> its settings, which are checked when the trainer is
+    built. Set by a recipe, not on the command line."""
     regression: RegressionConfig | None = None
     """If set, only the student is trained, by regression on pairs of the teacher, without DMD and GAN; `--data` is a folder of
     pairs."""
@@ -547,11 +550,18 @@ class DistillConfig(Section):
     """Number of newest checkpoints that are kept, in addition to the best one if checkpoints are scored."""
     best: BestConfig = BestConfig()
 
+    def term_settings(self) -> dict[str, Section | dict[str, bool | int | float | str]]:
+        """The loss terms that are switched on, in order: name -> settings."""
+        own: dict[str, Section | None] = {"dmd": self.dmd, "gan": self.gan}
+        return {name: section for name, section in own.items() if section} | self.extra_terms
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.dmd is None and self.gan is None and self.regression is None:
+        if twice := {"dmd", "gan"} & self.extra_terms.keys():
+            raise ValueError(f"extra_terms has {min(twice)}, which has a section of its own; use that one")
+        if not self.term_settings() and self.regression is None:
             raise ValueError("dmd and gan are both None, so the student has no loss; set one of them")
-        if self.regression and (self.dmd or self.gan):
+        if self.regression and self.term_settings():
             raise ValueError(
                 "regression cannot be combined with dmd or gan; set both to None, and start the distillation from the run of the regression"
             )

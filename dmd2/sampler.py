@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice, pairwise
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from dmd2.batch import Batch, Conditioning
 from dmd2.denoiser import Denoiser
-from dmd2.rng import Rng, draw_shared
 
 Timesteps = tuple[int, ...]
 """Timesteps at which the student is called, noisiest first."""
@@ -65,61 +62,6 @@ def backward_simulation(
     with torch.no_grad():
         x_t, timestep = next(islice(student_inputs(student, eps, cond, timesteps, noise), stop, None))
     return student(x_t, timestep, cond)
-
-
-class Rollouts:
-    """(real, step) -> samples of the student for that optimizer step, continuing the same rollouts between student updates.
-
-    At a step that updates the student, a rollout begins and ends at a random step, as in `backward_simulation`. Each of the
-    following critic steps continues it: the previous samples are noised to the next timestep, and after the last timestep
-    pure noise begins a new rollout. Every timestep is used as often as with a random one, for one network call per step
-    instead of (timesteps + 1) / 2.
-    """
-
-    def __init__(
-        self,
-        student: Denoiser,
-        timesteps: Timesteps,
-        critic_updates: int,
-        seed: int,
-        prompts: Callable[[Rng], tuple[Conditioning, Conditioning]] | None = None,
-    ) -> None:
-        self.student, self.timesteps, self.seed = student, timesteps, seed
-        self.critic_updates = critic_updates
-        self.prompts = prompts
-        self.started_at = -1
-        """The step at which the current rollouts began."""
-        self.previous: deque[Batch] = deque()
-        """The samples of the previous step, one entry per micro-batch."""
-
-    def __call__(self, real: Batch, step: int) -> Batch:
-        since = step % self.critic_updates
-        if step - since != self.started_at:
-            self.started_at = step - since
-            self.previous.clear()
-        stop = (draw_shared(self.seed, self.started_at, len(self.timesteps)) + since) % len(self.timesteps)
-        before = self.previous.popleft() if since else None
-        if before and stop:
-            fake = self._continue(before, real, stop)
-        else:
-            fake = self._start(real, 0 if before else stop)
-        self.previous.append(replace(fake, x=fake.x.detach()))
-        return fake
-
-    def _start(self, real: Batch, stop: int) -> Batch:
-        """A new rollout, up to step `stop`."""
-        if self.prompts:
-            cond, uncond = self.prompts(real.rng)
-            real = replace(real, cond=cond, uncond=uncond)
-        noise = real.rng.normal_like
-        x = backward_simulation(self.student, noise(real.x), real.cond, self.timesteps, stop, noise)
-        return replace(real, x=x)
-
-    def _continue(self, before: Batch, real: Batch, stop: int) -> Batch:
-        """Step `stop` of rollouts whose samples at the step before are `before`."""
-        timestep = torch.full((len(before.x),), self.timesteps[stop], device=before.x.device)
-        x_t = self.student.diffusion.add_noise(before.x, real.rng.normal_like(before.x), timestep)
-        return replace(before, x=self.student(x_t, timestep, before.cond), rng=real.rng)
 
 
 def denoise_real(student: Denoiser, real: Batch, timesteps: Timesteps) -> Tensor:

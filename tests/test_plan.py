@@ -18,11 +18,12 @@ from dmd2 import plan, recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily, make_family
+from dmd2.parallel import sharding
 from dmd2.parallel.ranks import World
-from dmd2.plan import counts, prediction, rehearsal, table
-from dmd2.plan.counts import Layout
+from dmd2.plan import passes, prediction, published_scheme, step_costs, table, traffic
 from dmd2.plan.meter import CPU_ATTENTION, Meter, norms_as_on_cuda
-from dmd2.plan.rehearsal import Pass
+from dmd2.plan.passes import PassCost
+from dmd2.plan.traffic import MeshShape
 from dmd2.training import build, memory
 from dmd2.training.trainer import DMD2Trainer
 from tests.bench import collectives
@@ -58,12 +59,14 @@ def counted(config: Config, fam: ModelFamily, teacher: nn.Module, real: Batch) -
 
 
 def predicted(config: Config, fam: ModelFamily) -> list[float]:
-    nets = rehearsal.networks(config, fam)
-    with rehearsal.checkpointing(fam, nets, config.engine.activation_checkpointing):
-        passes = rehearsal.Rehearsal(config, fam, nets, 1).run()
-    steps = range(config.distill.critic_updates + 1)
-    batch = config.distill.batch
-    return [sum(counts.flops(passes, counts.calls_at(config, step), batch).values()) for step in steps]
+    fake = passes.fake_trainer(config, fam)
+    with passes.activation_checkpointing(fake, config.engine.activation_checkpointing):
+        costs = passes.measure_passes(fake, 1)
+    sampler, updates = build.sample_student(config, fake.student), config.distill.critic_updates
+    calls = [
+        passes.calls_per_step(fake, step % updates == 0, sampler.stop(step)) for step in range(updates + 1)
+    ]
+    return [sum(step_costs.flops(costs, each, config.distill.batch).values()) for each in calls]
 
 
 @pytest.mark.parametrize(
@@ -116,35 +119,34 @@ def test_flops_of_a_turn_of_a_small_sdxl_are_those_of_the_real_trainer(
 
 def test_an_average_step_is_the_mean_over_turns_and_stops() -> None:
     config = digits("distill.student_timesteps=999,600,200")
-    assert counts.mean_calls(config) == pytest.approx(
+    fake = passes.fake_trainer(config, make_family(config.family))
+    assert passes.mean_calls(fake) == pytest.approx(
         {
-            rehearsal.ROLLOUT: 1
-            + 4 / 5,  # (3 - 1) / 2 before the last, which only the student's turn takes with its graph
-            rehearsal.STUDENT: 1 / 5,
-            rehearsal.TEACHER: 1 / 5,
-            rehearsal.SCORE: 1 / 5,
-            rehearsal.STUDENT_GAN: 1 / 5,
-            rehearsal.CRITIC_GAN: 1,
-            rehearsal.CRITIC: 1,
+            # (3 - 1) / 2 before the last call, which only the student's turn makes with a graph
+            passes.ROLLOUT: 1 + 4 / 5,
+            passes.STUDENT: 1 / 5,
+            "student loss dmd": 1 / 5,
+            "student loss gan": 1 / 5,
+            "critic loss gan": 1,
+            "critic loss dmd": 1,
         }
     )
 
 
 def test_work_is_in_proportion_and_memory_on_a_line() -> None:
-    one, two = Pass(1, 10, kept=7, peak=9), Pass(2, 20, kept=12, peak=16)
-    assert one.at(4, two) == Pass(4, 40, kept=22, peak=30)
-    assert two.at(4) == Pass(4, 40, kept=24, peak=32)
+    one, two = PassCost(1, 10, kept=7, peak=9), PassCost(2, 20, kept=12, peak=16)
+    assert one.at(4, two) == PassCost(4, 40, kept=22, peak=30)
+    assert two.at(4) == PassCost(4, 40, kept=24, peak=32)
 
 
 def test_memory_of_a_pass_is_on_a_line_through_two_sizes() -> None:
     config = digits()
-    fam = make_family(config.family)
-    nets = rehearsal.networks(config, fam)
-    one, two, five = (rehearsal.Rehearsal(config, fam, nets, rows).run() for rows in (1, 2, 5))
-    line = one[rehearsal.STUDENT].at(5, two[rehearsal.STUDENT])
-    assert line.kept == five[rehearsal.STUDENT].kept
-    assert line.peak == pytest.approx(five[rehearsal.STUDENT].peak, rel=0.02)
-    assert line.flops == five[rehearsal.STUDENT].flops
+    fake = passes.fake_trainer(config, make_family(config.family))
+    one, two, five = (passes.measure_passes(fake, rows)[passes.STUDENT] for rows in (1, 2, 5))
+    line = one.at(5, two)
+    assert line.kept == five.kept
+    assert line.peak == pytest.approx(five.peak, rel=0.02)
+    assert line.flops == five.flops
 
 
 def test_the_meter_sees_what_lives_and_lets_go_of_what_died() -> None:
@@ -159,7 +161,7 @@ def test_the_meter_sees_what_lives_and_lets_go_of_what_died() -> None:
         y.sum().backward()
         del y
     assert meter.gradients == 4 * 16
-    assert list(meter.reached.values()) == [16]
+    assert meter.reached == {layer.weight}
     assert meter.live == meter.gradients
     meter.release()
     assert layer.weight.grad is None
@@ -173,18 +175,20 @@ def test_norms_are_kept_in_float32_as_on_cuda() -> None:
         assert norm(x).dtype == torch.float32
 
 
-def test_resident_messages_are_one_gather_and_one_reduction_per_unit_and_update(micro: Config) -> None:
+def test_collectives_of_resident_networks_are_one_gather_and_one_reduction_per_unit_and_update(
+    micro: Config,
+) -> None:
     config, fam = digits("distill.batch=8"), make_family(micro.family)
-    nets, mesh = rehearsal.networks(config, fam), Layout(8, 4, 4)
-    passes = rehearsal.Rehearsal(config, fam, nets, 1).run()
-    sent = counts.traffic(config, fam, nets, mesh, True, passes, 1)
-    units = len(counts.owned(fam, nets.student, outermost=True))
+    fake = passes.fake_trainer(config, fam)
+    sent = traffic.traffic(fake, MeshShape(8, 4, 4), True, passes.measure_passes(fake, 1), 1)
+    student = fake.nets.student
+    units = len(traffic.shard_units(sharding.outermost(fam.blocks(student)), student))
     calls = units / 5 + units + 1  # student, critic, head
-    weights = memory.count(nets.student) * 6 / 5 + memory.count(fam.head())
-    assert sent[counts.GATHER] == pytest.approx((calls, 4 * weights * 3 / 4))
-    assert sent[counts.SCATTER] == pytest.approx((calls, 4 * weights * 3 / 4))
-    # Between two replicas, a shard there and back; and the two norms.
-    assert sent[counts.REDUCE] == pytest.approx((calls + 6 / 5, 4 * weights / 4 + 4 * 6 / 5))
+    weights = memory.num_weights(student) * 6 / 5 + memory.num_weights(fam.head())
+    assert sent[traffic.GATHER] == pytest.approx((calls, 4 * weights * 3 / 4))
+    assert sent[traffic.SCATTER] == pytest.approx((calls, 4 * weights * 3 / 4))
+    # Between two replicas a shard is sent there and back; and there are two gradient norms.
+    assert sent[traffic.REDUCE] == pytest.approx((calls + 6 / 5, 4 * weights / 4 + 4 * 6 / 5))
 
 
 @pytest.mark.parametrize("weights", ["resident", "sharded"])
@@ -204,23 +208,20 @@ def test_calls_of_a_turn_are_those_of_the_real_trainer(
     """In a process group that sends nothing."""
     config = digits(f"engine.weights={weights}", f"distill.batch={2 * gpus}", *changes)
     calls = collectives_of_a_turn(config, gpus, per_node)
-    fam = make_family(config.family)
-    nets, rows = rehearsal.networks(config, fam), config.engine.micro_batch or 2
-    with rehearsal.checkpointing(fam, nets, config.engine.activation_checkpointing):
-        passes = rehearsal.Rehearsal(config, fam, nets, rows).run()
-    sent = counts.traffic(
-        config, fam, nets, Layout(gpus, per_node, per_node), weights == "resident", passes, rows
-    )
+    fake, rows = passes.fake_trainer(config, make_family(config.family)), config.engine.micro_batch or 2
+    with passes.activation_checkpointing(fake, config.engine.activation_checkpointing):
+        costs = passes.measure_passes(fake, rows)
+    sent = traffic.traffic(fake, MeshShape(gpus, per_node, per_node), weights == "resident", costs, rows)
     turn = config.distill.critic_updates
     found = {
-        kind: turn * sent.get(kind, (0, 0))[0] for kind in (counts.GATHER, counts.SCATTER, counts.REDUCE)
+        kind: turn * sent.get(kind, (0, 0))[0] for kind in (traffic.GATHER, traffic.SCATTER, traffic.REDUCE)
     }
     assert found == pytest.approx(calls)
 
 
 def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str, int]:
-    calls = dict.fromkeys((counts.GATHER, counts.SCATTER, counts.REDUCE), 0)
-    kinds = {"allgather": counts.GATHER, "reduce_scatter": counts.SCATTER, "reduce": counts.REDUCE}
+    calls = dict.fromkeys((traffic.GATHER, traffic.SCATTER, traffic.REDUCE), 0)
+    kinds = {"allgather": traffic.GATHER, "reduce_scatter": traffic.SCATTER, "reduce": traffic.REDUCE}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         world = collectives.Meshed(ALONE.device, 0, gpus, 0, per_node, dist.group.WORLD)
@@ -246,11 +247,13 @@ def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str,
 
 def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:
     config = digits()
-    made = prediction.planned(config, make_family(config.family), "h100-80gb", Layout(1, 1, 1), price=2.0)
+    made = prediction.make_plan(
+        config, make_family(config.family), "h100-80gb", MeshShape(1, 1, 1), price=2.0
+    )
     assert made.traffic == {}
     assert made.facts["gpu_hours"] == pytest.approx(made.seconds_per_step * 10 / 3600)
     assert made.facts["cost"] == pytest.approx(2 * made.gpu_hours)
-    assert made.largest == config.distill.batch
+    assert made.largest_micro_batch == config.distill.batch
     assert made.weights["learn"] == made.weights["student"] + made.weights["critic"] + made.weights["head"]
     # Masters and two moments of all that learns, and the student's average.
     assert made.checkpoint == 4 * (3 * made.weights["learn"] + made.weights["student"])
@@ -270,12 +273,12 @@ def test_what_cannot_be_planned_is_refused(arguments: dict[str, Any], said: str,
     assert said in refusal(lambda: plan.plan(digits(), **arguments))
 
 
-def test_the_tables_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     made = plan.plan(digits("distill.batch=8"), "l4-24gb", gpus_per_node=2, price=0.7)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert made.facts["fits"]
     for word in (
-        "critic denoising",
+        "critic loss dmd",
         "gathered weights",
         "all-gather",
         "GPU-hours",
@@ -283,29 +286,26 @@ def test_the_tables_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         "selective",
         "assumption",
     ):
-        assert word in told
+        assert word in printed
 
 
 def test_a_warm_up_is_its_student_alone(pipeline: Path) -> None:
     config = emoji("sdxl-1step-warmup-emoji")
-    made = prediction.planned(config, make_family(config.family, pipeline), "l4-24gb", Layout(2, 2, 2))
-    assert list(made.flops) == [rehearsal.STUDENT]
+    made = prediction.make_plan(config, make_family(config.family, pipeline), "l4-24gb", MeshShape(2, 2, 2))
+    assert list(made.flops) == [passes.STUDENT]
     assert "critic" not in made.weights
-    assert any("decoder" in line for line in table.unknown(made))
+    assert any("decoder" in line for line in table.limitations(made))
 
 
 def test_the_published_run_is_slow_by_its_units_and_ours_is_not() -> None:
     """SDXL at its real shape on 64 A100: 10.8 s a step were published (README of the reference)."""
     config = recipes.get("sdxl-4step")
-    fam = make_family(config.family)
-    nets = rehearsal.networks(config, fam)
-    rehearsed = rehearsal.Rehearsal(config, fam, nets, 2)
-    passes = rehearsed.run()
-    one = passes[rehearsal.ROLLOUT].at(1).flops
-    assert round(one / 1e12, 2) == 6.76
-    told = prediction._compared(config, fam, nets, {"none": counts.Measured(passes)}, rehearsed.reached)
-    assert told.units == pytest.approx(880, rel=0.01)
-    assert told.unit_calls == pytest.approx(8000, rel=0.1)
-    assert told.computing_s < 1.5
-    assert told.seconds == pytest.approx(told.published_s, rel=0.1)
-    assert told.ours_s < 1.5
+    fake = passes.fake_trainer(config, make_family(config.family))
+    costs = passes.measure_passes(fake, 2)
+    assert round(costs[passes.ROLLOUT].at(1).flops / 1e12, 2) == 6.76
+    scheme = published_scheme.compare_with_published(fake, costs)
+    assert scheme.units == pytest.approx(880, rel=0.01)
+    assert scheme.unit_calls == pytest.approx(8000, rel=0.1)
+    assert scheme.computing_s < 1.5
+    assert scheme.seconds == pytest.approx(scheme.published_s, rel=0.1)
+    assert scheme.ours_s < 1.5

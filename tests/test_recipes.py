@@ -83,7 +83,7 @@ def test_a_wrong_override_is_refused_in_one_sentence(
 
 
 def test_the_noisiest_level_may_be_the_last_of_the_table() -> None:
-    assert build._timestep_range(DmdConfig(min_timestep_fraction=0.5, max_timestep_fraction=1.0), 1000) == (
+    assert build.timestep_range(DmdConfig(min_timestep_fraction=0.5, max_timestep_fraction=1.0), 1000) == (
         500,
         1000,
     )

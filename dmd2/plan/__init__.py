@@ -1,9 +1,8 @@
-"""What a recipe takes on given hardware, before it is paid for: work, memory, messages, seconds, money.
+"""What a recipe takes on given hardware, before it is paid for: FLOPs, memory, collectives, seconds, cost.
 
-Nothing is guessed that can be counted. The recipe's networks are made without memory (FakeTensorMode), each kind of
-pass that a step consists of is run once through the very terms of the training, and what it computes and keeps is
-counted; a step is a sum of such passes. Seconds are a prediction: counts over the peak rates of data sheets, times a
-stated efficiency. What is not known is said.
+What can be counted is counted. The recipe's networks and loss terms are built on tensors without data (FakeTensorMode),
+each pass of a step is run once, and its FLOPs and bytes are counted; a step is a sum of such passes. Seconds are predicted:
+counts divided by the peak rates of data sheets times an assumed efficiency. What the plan does not know, it says.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ if TYPE_CHECKING:
 def plan(
     config: Config, gpu: str, gpus_per_node: int = 8, nodes: int = 1, price: float = 0.0, teacher: str = ""
 ) -> Plan:
-    """Say what a distillation would take: memory, seconds, GPU-hours, cost. Needs neither the GPUs nor the teacher's weights.
+    """Predict memory, seconds, GPU-hours and cost of a distillation. Needs neither the GPUs nor the teacher's weights.
 
     Args:
         gpu: Kind of GPU: a100-40gb, a100-80gb, h100-80gb, h100-mega-80gb, h200-141gb, l4-24gb, l40s-48gb, a10-24gb.
-        gpus_per_node: GPUs of a machine.
-        nodes: Machines.
+        gpus_per_node: GPUs of a node.
+        nodes: Number of nodes.
         price: Of a GPU for an hour, in any currency.
         teacher: Local folder of the teacher, for sd15 and sdxl of another size than the published networks.
     """
     from rich.console import Console
 
-    from dmd2.plan.counts import layout
-    from dmd2.plan.prediction import planned
+    from dmd2.plan.prediction import make_plan
     from dmd2.plan.table import show
+    from dmd2.plan.traffic import mesh_shape
 
     if gpu not in GPUS:
         raise Refused(f"unknown GPU {gpu!r}; {near_miss(gpu, list(GPUS))}")
     if price < 0:
         raise Refused(f"price is {price:g}; give what a GPU costs for an hour, or leave it out")
-    fam, mesh = _family(config, teacher), layout(config, nodes, gpus_per_node)
-    made = planned(config, fam, gpu, mesh, price)
+    fam, mesh = _family(config, teacher), mesh_shape(config, nodes, gpus_per_node)
+    made = make_plan(config, fam, gpu, mesh, price)
     show(made, Console())
     return made
 

@@ -1,4 +1,4 @@
-"""GPUs by their data sheets, and what is assumed of them."""
+"""GPUs by their data sheets, and the assumptions of the predictions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Gpu:
     gb: float
     """Memory, in 1e9 bytes."""
     memory_gb_s: float
-    """Bandwidth of the memory, 1e9 bytes/s."""
+    """Memory bandwidth, 1e9 bytes/s."""
     inside_gb_s: float
-    """To the other GPUs of a machine, in one direction."""
+    """Bandwidth to the other GPUs of a node in one direction, 1e9 bytes/s."""
     between_gb_s: float
-    """To other machines, a GPU's share of the usual network, in one direction."""
+    """A GPU's share of the usual network between nodes in one direction, 1e9 bytes/s."""
     source: str
 
 
@@ -56,16 +56,16 @@ BY_DEVICE_NAME = {
 }
 """{name that torch reports of a device: key of GPUS with its peak rates}. Others, such as an H100 PCIe, have other peaks."""
 EFFICIENCY = 0.40
-"""Share of the peak rate that the passes reach: an assumption."""
+"""Fraction of the peak FLOP/s that the passes reach: an assumption."""
 LINK_EFFICIENCY = 0.7
-"""Share of a link's bandwidth that large messages reach."""
+"""Fraction of a link's bandwidth that large collectives reach: an assumption."""
 CALL_S = 50e-6
-"""Seconds that a collective takes before its first byte."""
+"""Latency of a collective, in seconds."""
 KERNEL_S = 8e-6
-"""Seconds of the host per kernel: an assumption. Small passes take as long as it takes to start their kernels."""
+"""Seconds of the host per kernel launch: an assumption. A small pass takes as long as its launches."""
 USABLE = 0.92
-"""Share of a device for tensors; the rest is for the driver, the libraries and what is lost between blocks."""
+"""Fraction of a device's memory for tensors; the rest is for the driver, the libraries and fragmentation."""
 DISK_GB_S = 1.0
-"""1e9 bytes/s at which a machine writes a checkpoint."""
+"""1e9 bytes/s at which a node writes a checkpoint: an assumption."""
 UPDATE_BYTES = 36
-"""Bytes read and written per weight that learns: 28 by AdamW, 8 by the limit on the gradient; 12 more per average."""
+"""Bytes read and written per update of a weight: 28 by AdamW, 8 by gradient clipping; 12 more per EMA."""

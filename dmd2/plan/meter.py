@@ -1,4 +1,4 @@
-"""Counts FLOPs and bytes of what runs inside, real or under FakeTensorMode."""
+"""Counts the FLOPs and bytes of operators, on real tensors or under FakeTensorMode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 
 def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
-    """A formula of torch, marked as one that takes tensors and not their shapes."""
+    """A FLOP formula of torch, marked as one that takes tensors instead of shapes."""
     marked: Any = partial(formula)
     marked._get_raw = True
     return marked
@@ -26,40 +26,39 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_tensors(sdpa_flop),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_tensors(sdpa_backward_flop),
 }
-"""The attention of the CPU, which FlopCounterMode counts as nothing, by its formulas for that of a GPU."""
+"""FLOP formulas of the CPU's attention operators, which FlopCounterMode does not count: those of the GPU's operators."""
 FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **CPU_ATTENTION}
-"""FLOPs by operator: those of FlopCounterMode, completed."""
+"""FLOP formulas by operator: those of FlopCounterMode and of the CPU's attention."""
 
 
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 
 
 class Meter(TorchDispatchMode):
-    """Counts what is computed inside: FLOPs by the formulas of FlopCounterMode, and bytes of the storages that are alive."""
+    """While active, counts FLOPs by the formulas of FlopCounterMode, and bytes of the storages that are alive."""
 
     def __init__(self, *outside: nn.Module) -> None:
-        """What belongs to the modules is not counted."""
+        """Parameters and buffers of the modules `outside` are not counted."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
+        self.convolution_flops = 0
+        self.kernels = 0
+        """Operators that allocated an output."""
         self.live = self.peak = 0
         """Bytes now, and at most."""
-        self.gradients = self.peak_apart = 0
-        """Bytes of gradients of weights now; bytes of all else at most."""
-        self.reached: dict[int, int] = {}
-        """Sizes of the weights that got a gradient, by id."""
-        self.convolutions = 0
-        """Those of the FLOPs."""
-        self.kernels = 0
-        """Operators that made something new."""
+        self.gradients = self.peak_without_gradients = 0
+        """Bytes of gradients of weights now; bytes of everything else at most."""
+        self.reached: set[nn.Parameter] = set()
+        """Weights that got a gradient."""
         self._sizes: dict[int, int] = {}
         self._weights = {id(p): p for module in outside for p in module.parameters()}
         for tensor in (*self._weights.values(), *(b for module in outside for b in module.buffers())):
             self._note(tensor, 0)
-        learn = [p for p in self._weights.values() if p.requires_grad]
-        self._hooks = [p.register_post_accumulate_grad_hook(self._collect) for p in learn]
+        trained = [p for p in self._weights.values() if p.requires_grad]
+        self._hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, p)) for p in trained]
 
     def release(self) -> None:
-        """Forget the gradients, and watch them no more."""
+        """Delete the gradients, and stop watching them."""
         for hook in self._hooks:
             hook.remove()
         for weight in self._weights.values():
@@ -71,13 +70,13 @@ class Meter(TorchDispatchMode):
         if formula := FORMULAS.get(func._overloadpacket):
             done = formula(*args, **kwargs, out_val=out)
             self.flops += done
-            self.convolutions += done if func._overloadpacket in CONVOLUTIONS else 0
+            self.convolution_flops += done if func._overloadpacket in CONVOLUTIONS else 0
         new = [self._note(tensor) for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         self.kernels += any(new)
         return out
 
     def _note(self, tensor: Tensor, size: int | None = None) -> bool:
-        """Whether its storage is a new one."""
+        """Count the tensor's storage; False if it is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
@@ -86,20 +85,20 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self._forget, key)
         self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)
-        self.peak_apart = max(self.peak_apart, self.live - self.gradients)
+        self.peak_without_gradients = max(self.peak_without_gradients, self.live - self.gradients)
         return True
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
 
-    def _collect(self, weight: Tensor) -> None:
-        assert weight.grad is not None
-        self.reached[id(weight)] = weight.numel()
-        self.gradients += self._sizes.get(weight.grad.untyped_storage()._cdata, 0)
+    def _collect(self, parameter: nn.Parameter, _: Tensor) -> None:
+        assert parameter.grad is not None
+        self.reached.add(parameter)
+        self.gradients += self._sizes.get(parameter.grad.untyped_storage()._cdata, 0)
 
 
 def norms_as_on_cuda(*networks: nn.Module) -> None:
-    """Let autocast on the CPU compute norms in float32, as it does on CUDA, whose results are then kept so."""
+    """Let autocast on the CPU compute norms in float32 and keep their float32 outputs, as it does on CUDA."""
     for norm in (module for network in networks for module in network.modules()):
         if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
             norm.forward = partial(_in_float32, norm)  # type: ignore[method-assign]

@@ -1,72 +1,81 @@
-"""A recipe and a mesh of GPUs -> all that is told of them."""
+"""From a recipe and a mesh of GPUs to a plan: what was counted, and what is predicted from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
-from dmd2.plan.counts import (
-    Layout,
-    Measured,
-    Traffic,
-    checkpoint_bytes,
-    flops,
-    held,
-    largest,
-    learning,
-    mean_calls,
-    seconds,
-    traffic,
-)
 from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, TERA, USABLE, Gpu
-from dmd2.plan.reference import REFERENCE_UNIT_S, Reference, reference
-from dmd2.plan.rehearsal import Networks, Rehearsal, checkpointing, networks
-from dmd2.training import memory
+from dmd2.plan.passes import (
+    FakeTrainer,
+    activation_checkpointing,
+    fake_trainer,
+    mean_calls,
+    measure_passes,
+)
+from dmd2.plan.published_scheme import PublishedScheme, compare_with_published
+from dmd2.plan.step_costs import (
+    MeasuredCosts,
+    checkpoint_bytes,
+    device_memory,
+    flops,
+    largest_micro_batch,
+    seconds,
+    trained_weights,
+)
+from dmd2.plan.traffic import MeshShape, Traffic, traffic
+from dmd2.training import build, memory
+from dmd2.training.optim import NETWORK
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One way to do it."""
+class Alternative:
+    """Another way to run the same recipe on the same GPUs."""
 
-    mesh: Layout
+    mesh: MeshShape
     resident: bool
     checkpointing: str
+    """The value of engine.activation_checkpointing."""
     gb: float
+    """Memory of a GPU, in 1e9 bytes."""
     seconds: float
+    """Predicted, of an average step."""
     fits: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is told, for programs."""
+    """What a recipe takes on given GPUs. Weights, FLOPs, bytes and calls are counted; seconds and cost are predicted."""
 
     config: Config
     gpu_name: str
     gpu: Gpu
-    mesh: Layout
+    mesh: MeshShape
     price: float
-    """Of a GPU for an hour."""
+    """Of a GPU for an hour, in any currency."""
     weights: dict[str, int]
-    """By network, and how many of them learn."""
+    """Numbers of weights by network, and of all that learn."""
     flops: dict[str, float]
-    """Of an average step of the whole batch, by part."""
+    """Of an average step of the whole batch, by pass."""
     memory: dict[str, float]
     """Bytes of a GPU by part."""
     resident: bool
+    """Whether every GPU keeps the gathered networks."""
     rows: int
-    """At a time, through the networks of a GPU."""
-    largest: int
-    """Rows at a time that would fit, up to a GPU's share of the batch."""
+    """Rows of a micro-batch on a GPU."""
+    largest_micro_batch: int
+    """The most rows at a time that fit, up to a GPU's rows of the batch; 0 if none fit."""
     traffic: Traffic
     seconds: dict[str, float]
-    """Of an average step."""
+    """Predicted, of an average step, by activity."""
     checkpoint: int
-    """Bytes of one."""
-    choices: tuple[Choice, ...]
-    reference: Reference | None
+    """Bytes of a checkpoint."""
+    alternatives: tuple[Alternative, ...]
+    published: PublishedScheme | None
+    """For the recipe whose published training time is known."""
 
     @property
     def seconds_per_step(self) -> float:
@@ -94,19 +103,19 @@ class Plan:
 
     @property
     def checkpoint_s(self) -> float:
-        """All machines write at once."""
-        nodes = -(-self.mesh.gpus // self.mesh.per_node)
+        """Predicted seconds to write a checkpoint, all machines at once."""
+        nodes = -(-self.mesh.gpus // self.mesh.gpus_per_node)
         return self.checkpoint / (DISK_GB_S * GB * nodes)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The numbers a budget needs."""
+        """The numbers for a budget, as JSON values."""
         return {
             "gpus": self.mesh.gpus,
             "tflop_per_step": sum(self.flops.values()) / TERA,
             "memory_gb": self.memory_gb,
             "fits": self.fits,
-            "largest_micro_batch": self.largest,
+            "largest_micro_batch": self.largest_micro_batch,
             "seconds_per_step": self.seconds_per_step,
             "hours": self.hours,
             "gpu_hours": self.gpu_hours,
@@ -116,38 +125,34 @@ class Plan:
         }
 
 
-MODES = ("none", "selective", "full")
-SIZES = (1, 2)
-"""Rows at which passes are run: what they keep is on a line through both."""
+CHECKPOINTING = ("none", "selective", "full")
+"""The values of engine.activation_checkpointing."""
+ROWS = (1, 2)
+"""Numbers of rows at which passes are measured: their activations are on the line through both."""
 
 
-def planned(config: Config, fam: ModelFamily, gpu_name: str, mesh: Layout, price: float = 0.0) -> Plan:
-    gpu, nets, sizes = GPUS[gpu_name], networks(config, fam), memory.sizes(config, fam)
-    weights = _weights(config, nets)
-    measured, reached = rehearsed(config, fam, nets)
+def make_plan(config: Config, fam: ModelFamily, gpu_name: str, mesh: MeshShape, price: float = 0.0) -> Plan:
+    gpu, fake, sizes = GPUS[gpu_name], fake_trainer(config, fam), build.sizes(config, fam)
+    weights = _weights(fake)
+    measured = measure_all(fake)
     share = config.distill.batch // mesh.gpus
     rows = min(config.engine.micro_batch or share, share)
 
-    def chosen(mesh: Layout) -> bool:
-        """As `build.is_resident` would."""
-        if config.engine.weights != "auto" or mesh.gpus == 1:
-            return config.engine.weights != "sharded"
-        found = memory.static(config, sizes, mesh.shards, True, memory.parts_of(config, mesh.shards))
-        return sum(found.values()) <= memory.ROOM * gpu.gb * GB
+    def costs(mesh: MeshShape, resident: bool, of: MeasuredCosts) -> tuple[Traffic, dict[str, float]]:
+        sent = traffic(fake, mesh, resident, of.costs, rows)
+        return sent, seconds(fake, mesh, gpu, of.costs, sent)
 
-    def timed(mesh: Layout, resident: bool, of: Measured) -> tuple[Traffic, dict[str, float]]:
-        sent = traffic(config, fam, nets, mesh, resident, of.passes, rows)
-        return sent, seconds(config, nets, mesh, gpu, of.passes, sent)
-
-    def choice(mesh: Layout, resident: bool, how: str) -> Choice:
+    def alternative(mesh: MeshShape, resident: bool, how: str) -> Alternative:
         of = measured[how]
-        gb = sum(held(config, sizes, mesh, resident, of, rows).values()) / GB
-        return Choice(
-            mesh, resident, how, gb, sum(timed(mesh, resident, of)[1].values()), gb <= USABLE * gpu.gb
-        )
+        gb = memory.total_gb(device_memory(fake, sizes, mesh, resident, of, rows))
+        spent = sum(costs(mesh, resident, of)[1].values())
+        return Alternative(mesh, resident, how, gb, spent, gb <= USABLE * gpu.gb)
 
-    mine, resident = measured[config.engine.activation_checkpointing], chosen(mesh)
-    sent, spent = timed(mesh, resident, mine)
+    chosen, resident = (
+        measured[config.engine.activation_checkpointing],
+        _is_resident(config, sizes, mesh, gpu),
+    )
+    sent, spent = costs(mesh, resident, chosen)
     return Plan(
         config,
         gpu_name,
@@ -155,57 +160,51 @@ def planned(config: Config, fam: ModelFamily, gpu_name: str, mesh: Layout, price
         mesh,
         price,
         weights,
-        flops(mine.passes, mean_calls(config), config.distill.batch),
-        held(config, sizes, mesh, resident, mine, rows),
+        flops(chosen.costs, mean_calls(fake), config.distill.batch),
+        device_memory(fake, sizes, mesh, resident, chosen, rows),
         resident,
         rows,
-        largest(config, sizes, mesh, resident, mine, gpu),
+        largest_micro_batch(fake, sizes, mesh, resident, chosen, gpu),
         sent,
         spent,
-        checkpoint_bytes(config, nets),
-        tuple(choice(*one) for one in _choices(mesh)),
-        _compared(config, fam, nets, measured, reached) if config.recipe == "sdxl-4step" else None,
+        checkpoint_bytes(fake),
+        tuple(alternative(*one) for one in _alternatives(mesh)),
+        compare_with_published(fake, measured["none"].costs) if config.recipe == "sdxl-4step" else None,
     )
 
 
-def _choices(mesh: Layout) -> Iterator[tuple[Layout, bool, str]]:
-    for shards in sorted({1, mesh.per_node, mesh.gpus}):
+def _is_resident(config: Config, sizes: memory.Sizes, mesh: MeshShape, gpu: Gpu) -> bool:
+    """What `build.is_resident` decides on GPUs of this kind."""
+    if config.engine.weights != "auto" or mesh.gpus == 1:
+        return config.engine.weights != "sharded"
+    micro_batches = memory.micro_batches(config, mesh.shards)
+    needed = memory.total_gb(memory.static(config, sizes, mesh.shards, True, micro_batches))
+    return needed <= memory.MAX_STATIC_FRACTION * gpu.gb
+
+
+def _alternatives(mesh: MeshShape) -> Iterator[tuple[MeshShape, bool, str]]:
+    for shards in sorted({1, mesh.gpus_per_node, mesh.gpus}):
         for resident in (True, False) if shards > 1 else (True,):
-            for how in MODES:
-                yield Layout(mesh.gpus, mesh.per_node, shards), resident, how
+            for how in CHECKPOINTING:
+                yield MeshShape(mesh.gpus, mesh.gpus_per_node, shards), resident, how
 
 
-def _compared(
-    config: Config, fam: ModelFamily, nets: Networks, measured: Mapping[str, Measured], reached: set[int]
-) -> Reference:
-    """Ours on the GPUs of the reference, at its batch of two on each."""
-    units, unit_calls, computing = reference(config, nets, measured["none"], reached)
-    mesh, passes = Layout(64, 8, 8), measured["none"].passes
-    sent = traffic(config, fam, nets, mesh, True, passes, config.distill.batch // mesh.gpus)
-    ours = sum(seconds(config, nets, mesh, GPUS["a100-80gb"], passes, sent).values())
-    return Reference(units, unit_calls, computing, unit_calls * REFERENCE_UNIT_S, ours_s=ours)
+def measure_all(fake: FakeTrainer) -> dict[str, MeasuredCosts]:
+    """The costs of all passes by activation checkpointing; those of the recipe's own at two numbers of rows."""
+    own = fake.config.engine.activation_checkpointing
+    found: dict[str, MeasuredCosts] = {}
+    for how in (own, *(other for other in CHECKPOINTING if other != own)):
+        with activation_checkpointing(fake, how):
+            costs = measure_passes(fake, ROWS[1], found[own].others if found else None)
+            found[how] = (
+                MeasuredCosts(costs) if found else MeasuredCosts(measure_passes(fake, ROWS[0]), costs)
+            )
+    return found
 
 
-def rehearsed(config: Config, fam: ModelFamily, nets: Networks) -> tuple[dict[str, Measured], set[int]]:
-    """The passes by checkpointing, the recipe's own at two sizes; and the weights that the GAN's gradient reaches, by id."""
-    own = config.engine.activation_checkpointing
-    found: dict[str, Measured] = {}
-    for how in (own, *(mode for mode in MODES if mode != own)):
-        with checkpointing(fam, nets, how):
-            known = found[own].others if found else None
-            high = Rehearsal(config, fam, nets, SIZES[1])
-            passes = high.run(known)
-            if how == own:
-                reached = high.reached
-                found[how] = Measured(Rehearsal(config, fam, nets, SIZES[0]).run(), passes)
-            else:
-                found[how] = Measured(passes)
-    return found, reached
-
-
-def _weights(config: Config, nets: Networks) -> dict[str, int]:
-    learns = learning(config, nets)
-    head = {"head": memory.count(nets.head)} if nets.head else {}
-    critic = {} if config.distill.regression else {"critic": memory.count(nets.critic)}
-    networks = {"teacher": memory.count(nets.teacher), "student": memory.count(nets.student)}
-    return networks | critic | head | {"learn": sum(learns.values())}
+def _weights(fake: FakeTrainer) -> dict[str, int]:
+    """Numbers of weights by network, and of all that learn."""
+    named = fake.nets.named() | dict(fake.critic_modules.items())
+    left_out = {NETWORK} | ({"critic"} if fake.config.distill.regression else set())
+    counted = {name: memory.num_weights(module) for name, module in named.items() if name not in left_out}
+    return counted | {"learn": sum(trained_weights(fake).values())}

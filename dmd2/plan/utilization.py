@@ -10,9 +10,9 @@ import torch
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
 from dmd2.parallel.ranks import World
-from dmd2.plan.counts import flops, mean_calls
 from dmd2.plan.hardware import BY_DEVICE_NAME, GPUS, TERA
-from dmd2.plan.rehearsal import Rehearsal, networks
+from dmd2.plan.passes import fake_trainer, mean_calls, measure_passes
+from dmd2.plan.step_costs import flops
 from dmd2.training.metrics_log import Throughput
 
 
@@ -37,5 +37,5 @@ def peak_flops_per_s(device_name: str, dtype: str) -> float:
 
 def model_flops_per_step(config: Config, fam: ModelFamily) -> float:
     """FLOPs of all networks in a mean step of the whole batch, without recomputation of activations."""
-    passes = Rehearsal(config, fam, networks(config, fam), rows=1).run()
-    return sum(flops(passes, mean_calls(config), config.distill.batch).values())
+    fake = fake_trainer(config, fam)
+    return sum(flops(measure_passes(fake, rows=1), mean_calls(fake), config.distill.batch).values())

@@ -19,7 +19,8 @@ from dmd2.io.staging import Draft
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, load_network, read_network_json, save_network
 from dmd2.models.family import family_class
-from dmd2.training import build, checkpoint
+from dmd2.training import checkpoint
+from dmd2.training.networks import Start
 
 
 def load_artifact_model(folder: str, manifest: Manifest, weights: bool = True) -> Model:
@@ -43,23 +44,23 @@ def student_model(teacher: Model, config: Config) -> Model:
     return replace(teacher, timesteps=config.distill.student_timesteps)
 
 
-def starting_weights(run: str, weights: bool) -> build.Start | None:
+def starting_weights(run: str, weights: bool) -> Start | None:
     """The student of another run and, if that run saved one, its critic without the discriminator head.
 
     Returns None without a run. `weights=False` is for ranks that receive their weights from rank 0: they read nothing.
     """
     if not run or not weights:
-        return build.Start({}) if run else None
+        return Start({}) if run else None
     manifest = read_manifest(run, "run")
     student = load_artifact_model(run, manifest).network.state_dict()
     saved = sorted({f.path.rpartition("/")[0] for f in manifest.files if f.path.startswith("checkpoints/")})
     if not saved or not manifest.config or manifest.config.distill.lora:
-        return build.Start(student)
+        return Start(student)
     best = manifest.facts.get("best_step")
     folder = saved[-1] if best is None else f"checkpoints/{best:08d}"
     critic = checkpoint.load_object(open_artifact(run, manifest, f"{folder}/*") / folder, "critic")
     network = {k.removeprefix("network."): v for k, v in critic.items() if k.startswith("network.")}
-    return build.Start(student, network or None)
+    return Start(student, network or None)
 
 
 def save_student(

@@ -13,7 +13,7 @@ from dmd2.data.prompts import read_prompts
 from dmd2.models.family import CondPair, ModelFamily, Prompt
 from dmd2.rng import Rng
 from dmd2.stages.inputs import read_captions
-from dmd2.training import build
+from dmd2.training.rollout import Prompts
 
 SMALL = 64
 """Images of at most this many pixels along a side are shown in grids of 8 rows of 10; larger ones in 2 rows of 4."""
@@ -52,7 +52,7 @@ def repeat_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     return list(itertools.islice(itertools.cycle(prompts), count))
 
 
-def prompt_sampler(family: ModelFamily, prompts: str, device: torch.device) -> build.Prompts:
+def prompt_sampler(family: ModelFamily, prompts: str, device: torch.device) -> Prompts:
     """A function that draws one prompt of a file for each row and returns their conditioning on `device`."""
     texts = read_prompts(prompts)
 

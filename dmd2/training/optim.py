@@ -15,8 +15,8 @@ from dmd2.parallel import sharding
 from dmd2.training.checkpoint import Stateful
 from dmd2.training.ema import Ema
 
-HEAD = "head"
-"""Name of the discriminator head among the children of the critic's module."""
+NETWORK = "network"
+"""Name of the diffusion network among the children of the critic's module."""
 SKIPPED = "skipped"
 """Metric: 1 if the optimizer step was skipped because the gradient was not finite, else 0."""
 Metrics = dict[str, Tensor]
@@ -90,13 +90,13 @@ class Trainable:
     """Updated after every optimizer step; the last one gives the inference weights."""
 
     def set_gradient_sync(self, last_micro_batch: bool, last_pass: bool) -> None:
-        """Choose whether the next backward pass reduces gradients over the ranks or accumulates them.
+        """Reduce the gradients over the ranks in the next backward pass, or accumulate them locally until a later one.
 
-        A network reduces in the last pass of the last micro-batch. The discriminator head reduces in every pass of the
-        last micro-batch, because the last pass may not reach it.
+        Gradients of a diffusion network are reduced in the last pass of the last micro-batch. Other modules, such as a
+        discriminator head, may not take part in the last pass, so theirs are reduced in every pass of it.
         """
-        for name, network in self._networks().items():
-            sharding.set_gradient_sync(network, last_micro_batch and (last_pass or name == HEAD))
+        for name, module in self._networks().items():
+            sharding.set_gradient_sync(module, last_micro_batch and (last_pass or name != NETWORK))
 
     def update(self, step: int) -> Metrics:
         """Clip the gradients to `max_grad_norm`, make an optimizer step, update the EMAs, and clear the gradients.

@@ -1,4 +1,4 @@
-"""The training loop: student and critic take turns. And, for demos and tests, a teacher that learns alone."""
+"""The training steps: DMD2, the regression that warms up a one-step student, and a diffusion teacher for demos."""
 
 from __future__ import annotations
 
@@ -15,41 +15,46 @@ from dmd2.training import losses
 from dmd2.training.checkpoint import Stateful
 from dmd2.training.optim import Metrics, Trainable
 from dmd2.training.phase_timer import PhaseTimer
-from dmd2.training.terms import CriticPasses, Losses, LossTerm, separate_passes
+from dmd2.training.terms import CriticPass, Losses, LossTerm, critic_passes
 
 
 class Trainer(Protocol):
-    """What a run plays, step by step."""
+    """A training step and its state."""
 
     timer: PhaseTimer
-    """`step` calls its `start` for each phase."""
+    """`step` starts a phase of it for each part of its work."""
 
-    def step(self, real: Batch, step: int) -> Metrics: ...
+    def step(self, real: Batch, step: int) -> Metrics:
+        """One optimizer step on this rank's rows of a batch; detached scalars by name."""
 
     def is_resumable_after(self, step: int) -> bool:
-        """Whether the state after this step is all that the next one needs."""
+        """Whether `state` after this step holds everything that the next step depends on."""
 
-    def state(self) -> dict[str, Stateful]: ...
+    def state(self) -> dict[str, Stateful]:
+        """The content of a checkpoint."""
 
 
 @dataclass
 class DMD2Trainer:
-    """DMD2: the critic learns at every step, the student at every `critic_updates`-th."""
+    """DMD2 (Yin et al. 2024): the critic is updated at every step, the student at every `critic_updates`-th."""
 
     student: Trainable
     critic: Trainable
     terms: Sequence[LossTerm]
     generate: Callable[[Batch, int], Batch]
-    """(real, step) -> samples of the student, with their graph."""
+    """(real, step) -> samples of the student, with a graph if gradients are on."""
     critic_updates: int
     """Critic updates per student update (the two time-scale rule, TTUR)."""
     micro_batch: int = 0
-    """Samples that go through the networks together; gradients add up to those of the batch. 0 = all."""
-    passes: CriticPasses | None = None
-    """The critic's losses, pass by pass; each term on its own if not given."""
+    """Rows that go through the networks together; the gradients of micro-batches accumulate. 0 = the whole batch."""
     continues_rollouts: bool = False
-    """Whether `generate` goes on from one step to the next, until the student's next turn."""
+    """Whether `generate` keeps samples from one step to the next, until the next update of the student."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    passes: list[CriticPass] = field(init=False)
+    """The critic's passes of a step, in order."""
+
+    def __post_init__(self) -> None:
+        self.passes = critic_passes(self.terms)
 
     def state(self) -> dict[str, Stateful]:
         return self.student.state() | self.critic.state()
@@ -58,59 +63,70 @@ class DMD2Trainer:
         return not self.continues_rollouts or (step + 1) % self.critic_updates == 0
 
     def step(self, real: Batch, step: int) -> Metrics:
-        students_turn = step % self.critic_updates == 0
-        parts = real.split(self.micro_batch)
-        shares = [len(part.x) / len(real.x) for part in parts]
-        fakes, told = [], []
-        for part, share in zip(parts, shares, strict=True):
+        student_turn = step % self.critic_updates == 0
+        micro_batches = real.split(self.micro_batch)
+        weights = [len(one.x) / len(real.x) for one in micro_batches]
+
+        # Generate fake samples. On the student's turn, send the gradient at the samples through the student at once, so
+        # that only one micro-batch has a graph at a time.
+        fakes, student_metrics = [], []
+        for micro_batch, weight in zip(micro_batches, weights, strict=True):
             self.timer.start("rollout")
-            with torch.set_grad_enabled(students_turn):
-                fake = self.generate(part, step)
-            if students_turn:
+            with torch.set_grad_enabled(student_turn):
+                fake = self.generate(micro_batch, step)
+            if student_turn:
                 self.timer.start("student")
-                self.student.set_gradient_sync(part is parts[-1], last_pass=True)
-                told.append(self._student_gradient(fake, share))
+                self.student.set_gradient_sync(micro_batch is micro_batches[-1], last_pass=True)
+                student_metrics.append(self._accumulate_student_gradient(fake, weight))
             fakes.append(replace(fake, x=fake.x.detach()))
-        metrics = _summed(told) | self.student.update(step) if students_turn else {}
+        metrics = _sum_by_name(student_metrics) | self.student.update(step) if student_turn else {}
+
+        # Train the critic on the same samples.
         self.timer.start("critic")
-        told = [
-            self._critic_gradient(fake, part, share, last_micro_batch=part is parts[-1])
-            for fake, part, share in zip(fakes, parts, shares, strict=True)
+        critic_metrics = [
+            self._accumulate_critic_gradient(fake, micro_batch, weight, micro_batch is micro_batches[-1])
+            for fake, micro_batch, weight in zip(fakes, micro_batches, weights, strict=True)
         ]
-        return metrics | _summed(told) | self.critic.update(step)
+        return metrics | _sum_by_name(critic_metrics) | self.critic.update(step)
 
-    def _student_gradient(self, fake: Batch, share: float) -> Metrics:
-        """Ask each term for its gradient at the samples, and send the sum through the student."""
+    def _accumulate_student_gradient(self, fake: Batch, weight: float) -> Metrics:
+        """Differentiate each term at the samples, and send the sum of the gradients through the student.
+
+        `weight` is the fraction of the batch that this micro-batch is. The critic's graph is freed before the student's
+        backward pass, and the strength of each term is logged at no cost, as the L1 norm of its gradient.
+        """
         leaf = replace(fake, x=fake.x.detach().requires_grad_())
-        losses = {t.name: share * t.student_loss(leaf) for t in self.terms}
-        gradients = {n: torch.autograd.grad(loss, leaf.x)[0] for n, loss in losses.items()}
+        losses = {term.name: weight * term.student_loss(leaf) for term in self.terms}
+        gradients = {name: torch.autograd.grad(loss, leaf.x)[0] for name, loss in losses.items()}
         fake.x.backward(torch.stack(list(gradients.values())).sum(0))
-        return {f"student/{n}_gradient": g.abs().sum() for n, g in gradients.items()} | _named(
-            "student", losses
-        )
+        norms = {f"student/{name}_gradient": gradient.abs().sum() for name, gradient in gradients.items()}
+        return norms | {f"student/{name}": loss.detach() for name, loss in losses.items()}
 
-    def _critic_gradient(self, fake: Batch, real: Batch, share: float, last_micro_batch: bool) -> Metrics:
-        told: list[Losses] = []
-        passes = (self.passes or separate_passes(self.terms))(fake, real)
-        for compute in passes:
-            shares = {name: share * loss for name, loss in compute().items()}
-            self.critic.set_gradient_sync(last_micro_batch, last_pass=compute is passes[-1])
-            torch.stack(list(shares.values())).sum().backward()
-            told.append({name: loss.detach() for name, loss in shares.items()})
-        return _named("critic", _added(told))
+    def _accumulate_critic_gradient(
+        self, fake: Batch, real: Batch, weight: float, last_micro_batch: bool
+    ) -> Metrics:
+        """Run the critic's passes, each backward before the next one starts, so that one graph exists at a time."""
+        found: list[Losses] = []
+        for one in self.passes:
+            losses = {name: weight * loss for name, loss in one.losses(fake, real).items()}
+            self.critic.set_gradient_sync(last_micro_batch, last_pass=one is self.passes[-1])
+            torch.stack(list(losses.values())).sum().backward()
+            found.append({f"critic/{name}": loss.detach() for name, loss in losses.items()})
+        return _sum_by_name(found)
 
 
 @dataclass
 class RegressionTrainer:
-    """The student alone, learning what the teacher made of given noise (DMD2's warm-up for one-step SDXL)."""
+    """The student learns the teacher's samples of given noise (ODE pairs, DMD2's warm-up for one-step SDXL)."""
 
     student: Trainable
     denoiser: Denoiser
     timestep: int
-    """Of the student's only step."""
+    """The timestep at which the student is called."""
     distance: Callable[[Tensor, Tensor], Tensor]
-    """Samples of student and teacher (B, C, H, W) -> a scalar."""
+    """(samples of the student, samples of the teacher), both (B, C, H, W) -> a scalar."""
     micro_batch: int = 0
+    """Rows that go through the network together. 0 = the whole batch."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def is_resumable_after(self, step: int) -> bool:
@@ -120,28 +136,28 @@ class RegressionTrainer:
         return self.student.state()
 
     def step(self, pairs: Batch, step: int) -> Metrics:
-        """`pairs.x` is (B, 2, C, H, W): the noise, and the teacher's answer."""
+        """`pairs.x` is (B, 2, C, H, W): the noise, and the teacher's sample of it."""
         self.timer.start("student")
-        told, parts = [], pairs.split(self.micro_batch)
-        for part in parts:
-            eps, answer = part.x.unbind(1)
+        metrics, micro_batches = [], pairs.split(self.micro_batch)
+        for micro_batch in micro_batches:
+            eps, x_teacher = micro_batch.x.unbind(1)
             timestep = torch.full((len(eps),), self.timestep, device=eps.device)
-            x = self.denoiser(self.denoiser.diffusion.schedule.prior_std * eps, timestep, part.cond)
-            loss = self.distance(x, answer) * (len(eps) / len(pairs.x))
-            self.student.set_gradient_sync(part is parts[-1], last_pass=True)
+            x = self.denoiser(self.denoiser.diffusion.schedule.prior_std * eps, timestep, micro_batch.cond)
+            loss = self.distance(x, x_teacher) * (len(eps) / len(pairs.x))
+            self.student.set_gradient_sync(micro_batch is micro_batches[-1], last_pass=True)
             loss.backward()
-            told.append({"student/regression": loss.detach()})
-        return _summed(told) | self.student.update(step)
+            metrics.append({"student/regression": loss.detach()})
+        return _sum_by_name(metrics) | self.student.update(step)
 
 
 @dataclass
 class DiffusionTrainer:
-    """A diffusion model trained on data: timesteps log-normal in sigma, the EDM loss (Karras et al. 2022, eq. 2, 8)."""
+    """A diffusion model trained on data, with the EDM loss at log-normal sigma (Karras et al. 2022, eq. 2 and 8)."""
 
     teacher: Trainable
     denoiser: Denoiser
     timesteps: Callable[[Tensor], Tensor]
-    """Unit noise (B,) -> timesteps (B,)."""
+    """Standard normal numbers (B,) -> timesteps (B,)."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def is_resumable_after(self, step: int) -> bool:
@@ -162,16 +178,7 @@ class DiffusionTrainer:
         return {"teacher/denoising": loss.detach()} | self.teacher.update(step)
 
 
-def _summed(parts: list[Metrics]) -> Metrics:
-    """Over the parts of a batch; each has its share already, a norm of gradients is a bound."""
-    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]} if parts else {}
-
-
-def _added(parts: list[Losses]) -> Losses:
-    """Losses of several passes, by name."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.stack([part[name] for part in parts if name in part]).sum() for name in names}
-
-
-def _named(trainable: str, losses: dict[str, Tensor]) -> Metrics:
-    return {f"{trainable}/{name}": loss.detach() for name, loss in losses.items()}
+def _sum_by_name(several: Sequence[Metrics]) -> Metrics:
+    """The sum of the values of each name, over micro-batches or passes. A norm of gradients becomes an upper bound."""
+    names = dict.fromkeys(name for one in several for name in one)
+    return {name: torch.stack([one[name] for one in several if name in one]).sum() for name in names}

@@ -35,7 +35,8 @@ from dmd2.models.stable import Stable, published_pipeline
 from dmd2.parallel import sharding
 from dmd2.parallel.ranks import World
 from dmd2.rng import draw_shared
-from dmd2.training import build
+from dmd2.training import build, rollout
+from dmd2.training.terms import Adversarial, CriticPass, Losses
 from dmd2.training.trainer import DMD2Trainer
 
 OUT = Path("runs/bench/engine.json")
@@ -131,32 +132,20 @@ def made(config: Config, family: Stable, world: World, reference: bool) -> DMD2T
     finally:
         sharding.shard = shard
     assert isinstance(trainer, DMD2Trainer)
-    trainer.passes = apart_in_three(trainer)
+    trainer.passes = discriminator_passes_apart(trainer)
     return trainer
 
 
-def apart_in_three(trainer: DMD2Trainer) -> Any:
-    """The GAN looks at real and fake in passes of their own."""
+def discriminator_passes_apart(trainer: DMD2Trainer) -> list[CriticPass]:
+    """As in the published scheme, real and fake samples go through the discriminator in passes of their own."""
     matching, gan = trainer.terms
+    assert isinstance(gan, Adversarial)
 
-    def passes(fake: Batch, real: Batch) -> list[Callable[[], dict[str, Tensor]]]:
-        def of_fake() -> dict[str, Tensor]:
-            features = gan.critic.features(*build_look(gan, fake), fake.cond)  # type: ignore[attr-defined]
-            return {"gan": gan.fake_loss(features)}  # type: ignore[attr-defined]
+    def fake_loss(fake: Batch, real: Batch) -> Losses:
+        return {gan.name: gan.fake_loss(gan.critic.features(*gan._noised(fake)))}
 
-        return [
-            of_fake,
-            lambda: {"gan": gan.real_loss(real)},  # type: ignore[attr-defined]
-            lambda: {"dmd": matching.critic_loss(fake, real)},
-        ]
-
-    return passes
-
-
-def build_look(gan: Any, sample: Batch) -> tuple[Tensor, Tensor]:
-    from dmd2.training.terms import noise_at_random_timestep
-
-    return noise_at_random_timestep(sample, gan.critic.diffusion, 0, gan.max_timestep_fraction)
+    of_gan = [CriticPass("fake", fake_loss, False), CriticPass("real", gan._real_loss, False)]
+    return [*of_gan, *matching.critic_passes()]
 
 
 def counted(
@@ -176,7 +165,7 @@ def counted(
             sample = Batch(torch.zeros(rows, *family.shape), cond, cond)
             trainer.step(sample, 0)  # what is only done once is not counted
             for stop in (1, 2):
-                setattr(build, "draw_shared", lambda *_, stop=stop: stop)  # noqa: B010
+                setattr(rollout, "draw_shared", lambda *_, stop=stop: stop)  # noqa: B010
                 for step, share in ((0, 1 / turns), (1, 1 / turns), (2, 1 - 2 / turns)):
                     messages = Messages()
                     with messages:
@@ -185,7 +174,7 @@ def counted(
                         calls[kind] += messages.calls[kind] * share / 2  # type: ignore[assignment]
                         sizes[kind] += messages.bytes[kind] * share / 2  # type: ignore[assignment]
     finally:
-        setattr(build, "draw_shared", draw_shared)  # noqa: B010
+        setattr(rollout, "draw_shared", draw_shared)  # noqa: B010
     return calls, sizes
 
 

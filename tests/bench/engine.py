@@ -44,7 +44,8 @@ from dmd2.parallel import ranks
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, draw_shared
 from dmd2.training import build
-from dmd2.training.optim import HEAD, Trainable
+from dmd2.training.optim import NETWORK, Trainable
+from dmd2.training.terms import HEAD
 from dmd2.training.trainer import DMD2Trainer
 from tests.bench.baseline import Baseline, Learner, Process, View
 
@@ -275,7 +276,7 @@ class Parts:
         assert isinstance(trainer.critic.module, nn.ModuleDict)
         student, critic, head = (
             trainer.student.module,
-            trainer.critic.module["network"],
+            trainer.critic.module[NETWORK],
             trainer.critic.module[HEAD],
         )
         x, timestep = net.real(batch), torch.full((batch,), len(net.family.diffusion) // 2)

@@ -16,7 +16,8 @@ from dmd2 import recipes
 from dmd2.io.local import write_text
 from dmd2.models.family import make_family
 from dmd2.models.stable import published_pipeline
-from dmd2.plan import counts, prediction
+from dmd2.plan.prediction import make_plan
+from dmd2.plan.traffic import mesh_shape
 
 OUT = Path("runs/bench/engine.json")
 CASES = (
@@ -34,15 +35,15 @@ def main() -> None:
     for recipe, gpu, rows in CASES:
         config = recipes.resolve(recipe, [f"engine.micro_batch={rows}"])
         family = make_family(config.family, published_pipeline("sdxl"))
-        made = prediction.planned(config, family, gpu, counts.layout(config, 1, 8))
-        for choice in made.choices:
-            if choice.mesh.shards == 8:
-                weights = "resident" if choice.resident else "sharded"
-                figures[f"{recipe}, {rows} at a time, {weights}, {choice.checkpointing}"] = round(
-                    choice.gb, 1
+        made = make_plan(config, family, gpu, mesh_shape(config, 1, 8))
+        for alternative in made.alternatives:
+            if alternative.mesh.shards == 8:
+                weights = "resident" if alternative.resident else "sharded"
+                figures[f"{recipe}, {rows} at a time, {weights}, {alternative.checkpointing}"] = round(
+                    alternative.gb, 1
                 )
-                row = (recipe, gpu, str(rows), str(choice.mesh), weights, choice.checkpointing)
-                table.add_row(*row, f"{choice.gb:.1f}", "yes" if choice.fits else "no")
+                row = (recipe, gpu, str(rows), str(alternative.mesh), weights, alternative.checkpointing)
+                table.add_row(*row, f"{alternative.gb:.1f}", "yes" if alternative.fits else "no")
     Console(width=130).print(table)
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
     write_text(OUT, json.dumps(before | {"peak_memory_gb": figures}, indent=1) + "\n")

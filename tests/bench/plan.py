@@ -23,7 +23,8 @@ from dmd2.config import Config
 from dmd2.io.local import write_text
 from dmd2.models.family import make_family
 from dmd2.parallel import ranks
-from dmd2.plan import counts, hardware, prediction
+from dmd2.plan import hardware, prediction
+from dmd2.plan.traffic import MeshShape
 from dmd2.training import build
 
 LIMIT = 0.10
@@ -80,7 +81,7 @@ def mid_size(batch: int, checkpointing: str, gan: bool) -> Config:
 def predicted(config: Config) -> dict[str, float]:
     """In 1e9 bytes, by part."""
     fam = make_family(config.family)
-    made = prediction.planned(config, fam, "l40s-48gb", counts.Layout(1, 1, 1))
+    made = prediction.make_plan(config, fam, "l40s-48gb", MeshShape(1, 1, 1))
     return {name: size / hardware.GB for name, size in made.memory.items()}
 
 

@@ -9,9 +9,9 @@ import torch
 
 from dmd2 import recipes
 from dmd2.models.family import make_family
-from dmd2.plan.counts import Layout
 from dmd2.plan.hardware import BY_DEVICE_NAME, GPUS
-from dmd2.plan.prediction import planned
+from dmd2.plan.prediction import make_plan
+from dmd2.plan.traffic import MeshShape
 from dmd2.plan.utilization import model_flops_per_step, peak_flops_per_s, training_throughput
 from dmd2.training.metrics_log import Throughput
 from tests.conftest import ALONE, MICRO
@@ -20,7 +20,7 @@ from tests.conftest import ALONE, MICRO
 def test_model_flops_are_those_of_the_plan_whatever_is_recomputed() -> None:
     config = recipes.resolve("edm-digits", MICRO)
     recomputed = recipes.resolve("edm-digits", (*MICRO, "engine.activation_checkpointing=full"))
-    plan = planned(config, make_family(config.family), "h100-80gb", Layout(1, 1, 1))
+    plan = make_plan(config, make_family(config.family), "h100-80gb", MeshShape(1, 1, 1))
     for variant in (config, recomputed):
         counted = model_flops_per_step(variant, make_family(variant.family))
         assert counted == pytest.approx(sum(plan.flops.values()), rel=1e-9)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dmd2 import stages
+from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.errors import Diverged, Interrupted
 from dmd2.io.artifact import read_manifest
@@ -127,15 +128,16 @@ def test_ctrl_c_in_a_real_process_saves_and_exits_130(made: Path, tmp_path: Path
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Make the critic's GAN loss no number in these of its updates."""
-    from dmd2.training.terms import Adversarial
+    from dmd2.training.terms import Adversarial, Losses
 
-    original, calls = Adversarial.critic_loss, []
+    original, calls = Adversarial._real_and_fake_loss, []
 
-    def poisoned(self: Adversarial, fake: object, real: object) -> Tensor:
+    def poisoned(self: Adversarial, fake: Batch, real: Batch) -> Losses:
         calls.append(1)
-        return original(self, fake, real) * (float("nan") if len(calls) - 1 in steps else 1)  # type: ignore[arg-type]
+        factor = float("nan") if len(calls) - 1 in steps else 1
+        return {name: factor * loss for name, loss in original(self, fake, real).items()}
 
-    monkeypatch.setattr(Adversarial, "critic_loss", poisoned)
+    monkeypatch.setattr(Adversarial, "_real_and_fake_loss", poisoned)
 
 
 def test_an_update_without_a_number_is_skipped_counted_and_told(

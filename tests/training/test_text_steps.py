@@ -18,6 +18,7 @@ from dmd2.recipes import spaced_timesteps
 from dmd2.sampler import Timesteps, backward_simulation, denoise_real, generate, student_inputs
 from dmd2.training import losses, optim
 from dmd2.training.optim import Trainable, TrainableWeights
+from dmd2.training.terms import CriticPass, Losses
 from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
 
 PROCESS = Diffusion(scaled_linear_schedule(), eps_prediction)
@@ -178,8 +179,12 @@ class Pull:
     def student_loss(self, fake: Batch) -> Tensor:
         return (fake.x - 2).square().mean()
 
-    def critic_loss(self, fake: Batch, real: Batch) -> Tensor:
-        return (self.critic(fake.x).mean((1, 2, 3)) - real.x.mean((1, 2, 3))).square().mean()
+    def critic_passes(self) -> list[CriticPass]:
+        return [CriticPass("pull", self._critic_losses, reaches_output=True)]
+
+    def _critic_losses(self, fake: Batch, real: Batch) -> Losses:
+        loss = (self.critic(fake.x).mean((1, 2, 3)) - real.x.mean((1, 2, 3))).square().mean()
+        return {self.name: loss}
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5])
@@ -223,11 +228,13 @@ class Matched:
             teacher, critic = (net(x_t, timestep, fake.cond) for net in (self.teacher, self.critic))
         return losses.distribution_matching(fake.x, teacher, critic)
 
-    def critic_loss(self, fake: Batch, real: Batch) -> Tensor:
+    def critic_passes(self) -> list[CriticPass]:
+        return [CriticPass("matched", self._critic_losses, reaches_output=True)]
+
+    def _critic_losses(self, fake: Batch, real: Batch) -> Losses:
         x_t, timestep = self.look(fake)
-        return losses.denoising(
-            self.critic.output(x_t, timestep, fake.cond), PROCESS.target(fake.x, x_t, timestep)
-        )
+        out, target = self.critic.output(x_t, timestep, fake.cond), PROCESS.target(fake.x, x_t, timestep)
+        return {self.name: losses.denoising(out, target)}
 
 
 def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> None:

@@ -180,7 +180,7 @@ def test_gradient_through_the_samples_equals_the_plain_backward(trainer: DMD2Tra
         trainer.student.optimizer.zero_grad()
 
     torch.manual_seed(5)
-    trainer._student_gradient(trainer.generate(real, 0), share=1)
+    trainer._accumulate_student_gradient(trainer.generate(real, 0), weight=1)
     keep()
     torch.manual_seed(5)
     fake = trainer.generate(real, 0)
@@ -264,7 +264,7 @@ def test_the_trainer_on_a_gaussian_ends_at_the_teachers_mean_and_deviation() -> 
     diffusion = Diffusion(karras_schedule(), edm_preconditioning(0.5))
     teacher, student, critic = (Denoiser(n, diffusion) for n in (Affine(2.0, 0.5), Mover(), Affine(0.0, 1.0)))
     term = DistributionMatching(
-        lambda x, timestep, s: teacher(x, timestep, s.cond), critic, build._timestep_range(DmdConfig(), 1000)
+        lambda x, timestep, s: teacher(x, timestep, s.cond), critic, build.timestep_range(DmdConfig(), 1000)
     )
     none = Conditioning()
 

@@ -1,0 +1,110 @@
+"""Teacher, student and critic: on the device with the teacher's weights, or on the meta device, where only shapes are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dmd2.config import Config, LoraConfig
+from dmd2.errors import Refused
+from dmd2.models.family import ModelFamily
+from dmd2.parallel import sharding
+from dmd2.parallel.ranks import World
+
+
+@dataclass(frozen=True)
+class DistillNetworks:
+    """The diffusion networks of a distillation. The weights that learn have `requires_grad`."""
+
+    teacher: nn.Module
+    student: nn.Module
+    critic: nn.Module
+    """The teacher where the recipe has no critic (regression)."""
+
+    def named(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher, "student": self.student, "critic": self.critic}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights of an earlier run from which student and critic start, instead of the teacher's."""
+
+    student: Mapping[str, Tensor]
+    critic: Mapping[str, Tensor] | None = None
+
+
+def on_device(
+    config: Config,
+    fam: ModelFamily,
+    weights: Mapping[str, Tensor],
+    world: World,
+    mesh: DeviceMesh | None,
+    start: Start | None,
+    resident: bool,
+) -> DistillNetworks:
+    """The networks on the device, sharded over the mesh. The teacher's weights have the type it computes in, weights that
+    learn are float32.
+
+    `weights` are the teacher's, on the main process; other processes give none. Raises Refused for a LoRA with a `start`.
+    """
+    settings, dtype = config.distill, getattr(torch, config.distill.dtype)
+    if settings.lora and start:
+        raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
+    sources = {
+        "student": start.student if start else weights,
+        "critic": start.critic if start and start.critic else weights,
+    }
+
+    def whole(role: str) -> nn.Module:
+        learns = role != "teacher"
+        with torch.device("meta"):
+            network = fam.network().to(torch.float32 if learns else dtype).requires_grad_(learns)
+        if mesh and (learns or not (resident or settings.lora)):
+            sharding.shard(network, fam.blocks(network), mesh, dtype, resident=resident)
+        network = network.to_empty(device=world.device)
+        sharding.broadcast_state_dict(network, sources.get(role, weights), world)
+        return network
+
+    def low_rank(teacher: nn.Module, lora: LoraConfig) -> nn.Module:
+        network = _with_lora(teacher, fam, lora)
+        if mesh:
+            frozen = [p for p in network.parameters() if not p.requires_grad]
+            sharding.shard(network, fam.blocks(network), mesh, dtype, resident=True, ignored=frozen)
+        return network
+
+    return _networks(config, whole, low_rank)
+
+
+def on_meta(config: Config, fam: ModelFamily) -> DistillNetworks:
+    """The networks without memory, unsharded, in float32."""
+
+    def whole(role: str) -> nn.Module:
+        return fam.network().requires_grad_(role != "teacher")
+
+    with torch.device("meta"):
+        return _networks(config, whole, lambda teacher, lora: _with_lora(teacher, fam, lora))
+
+
+def _networks(
+    config: Config,
+    whole: Callable[[str], nn.Module],
+    low_rank: Callable[[nn.Module, LoraConfig], nn.Module],
+) -> DistillNetworks:
+    """`whole` makes a network by its role, `low_rank` one with a LoRA of its own on the weights of the teacher."""
+    settings, lora = config.distill, config.distill.lora
+    teacher = whole("teacher")
+    student = low_rank(teacher, lora) if lora else whole("student")
+    if settings.regression:
+        return DistillNetworks(teacher, student, teacher)
+    critic = low_rank(teacher, lora) if lora and lora.shared_base else whole("critic")
+    return DistillNetworks(teacher, student, critic)
+
+
+def _with_lora(teacher: nn.Module, fam: ModelFamily, lora: LoraConfig) -> nn.Module:
+    from dmd2.models import lora as adapters  # peft takes seconds to import
+
+    return adapters.add_low_rank_update(teacher, fam.lora_targets, lora)
