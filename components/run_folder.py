@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmd2.errors import Refused
-from dmd2.io.storage import join_uri
+from dmd2.io.storage import is_remote, join_uri
 
 
 def run_folder(root: str, run: str, artifact: str) -> str:
@@ -17,9 +17,9 @@ def run_folder(root: str, run: str, artifact: str) -> str:
     if root:
         return root.rstrip("/")
     before, found, _ = artifact.partition(run)
-    if not (run and found and artifact.startswith("gs://")):
+    if not (run and found and is_remote(artifact)):
         raise Refused(
-            f"root is empty, and the artifacts of this run lie at {artifact}, which is no gs:// address with the run in it; "
+            f"root is empty, and the artifacts of this run lie at {artifact}, which is not an address on a bucket with the run in it; "
             "give a root, as gs://bucket/folder"
         )
     return join_uri(before + run, "dmd2")

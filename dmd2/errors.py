@@ -1,8 +1,7 @@
-"""Errors a user can act on, and the exit status each of them has.
+"""Errors a user can act on, and the exit status of each.
 
-Whatever a user can get wrong is raised as one of these, with one sentence: what, which value, which rule,
-what to do. `one_sentence()` is the edge where such an error becomes a line on stderr and an exit status
-instead of a stack trace; the command line and the pipeline's components both use it.
+Such an error has one sentence: what is wrong, which value, which rule, what to do. `one_sentence()` turns it into a line
+on stderr and an exit status instead of a stack trace; the command line and the pipeline's components both use it.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ EXIT_RESTARTABLE = 75
 
 
 class Refused(Exception):
-    """A wrong input: an unknown name, a folder that is not what it should be, a broken file."""
+    """A wrong input: an unknown name, a folder of another kind, a damaged file."""
 
     status = 64
 
 
 class Diverged(Exception):
-    """Training produced a number that is not finite."""
+    """Training produced infinite or NaN losses or gradients."""
 
     status = 76
 

@@ -1,4 +1,4 @@
-"""Pictures of samples."""
+"""Grids of images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from PIL import Image
 from torch import Tensor
 
 BORDER = 1
-"""Pixels between the pictures of a grid."""
+"""Pixels between the images of a grid, and around it."""
 
 
 def image_grid(images: Tensor, columns: int) -> Image.Image:
-    """uint8 (N, C, H, W) -> one picture, row by row."""
+    """Arrange images in a grid, row by row, on a grey background.
+
+    Args:
+        images: (N, C, H, W), uint8 in 0..255, with 1 or 3 channels.
+        columns: Images per row.
+    """
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = np.full(

@@ -1,9 +1,9 @@
-"""Folders that explain themselves.
+"""Artifacts: folders with a manifest, local or on a bucket.
 
-Every stage turns folders into one folder, local or on a bucket. A folder is there if and only if it has a
-`manifest.json`, which is written last: kind, Config, digests of the inputs, every file with size and sha256, facts,
-versions. The digest of a folder is that of its kind and files, so equal content has an equal digest wherever and
-whenever it was made. A folder on a bucket is drafted on this machine, and read through a cache on it.
+Every stage reads artifacts and makes one. An artifact exists if and only if it has a `manifest.json`, which is written
+last and names the kind, the Config, the digests of the inputs, every file with size and sha256, results and versions.
+The digest of an artifact is computed from its kind and files only, so equal content has an equal digest wherever and
+whenever it was made. Reading is here; making is in `dmd2.io.staging`.
 """
 
 from __future__ import annotations
@@ -42,20 +42,24 @@ RELEVANT_FIELDS: dict[str, tuple[str, ...]] = {
     "gate": ("gate",),
     "package": (),
 }
-"""The parts of the Config that decide what a folder of this kind holds; only these are compared."""
+"""kind -> prefixes of the Config fields that decide the content of an artifact. Only these are compared."""
 IGNORED_FIELDS = ("data.max_broken", "distill.best.inception.uri")
-"""Decide only whether it is made at all."""
+"""Fields below those prefixes that do not change the content."""
 
 
 def check_file_name(name: str) -> str:
-    """A name that stays inside its folder, whoever wrote it; anything else is a ValueError."""
+    """Return the name of a file in a folder.
+
+    Raises:
+        ValueError: It would lead out of the folder, or is no relative name with forward slashes.
+    """
     if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError(f"{name!r} is no name of a file in a folder")
     return name
 
 
 class ArtifactFile(BaseModel):
-    """One file of a folder."""
+    """One file of an artifact."""
 
     model_config = ConfigDict(frozen=True)
     path: Annotated[str, AfterValidator(check_file_name)]
@@ -66,21 +70,22 @@ class ArtifactFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a folder says about itself."""
+    """The content of `manifest.json`."""
 
     model_config = ConfigDict(frozen=True)
     kind: str
-    """What the folder is: a key of `READS`."""
+    """A key of `RELEVANT_FIELDS`."""
     config: Config | None
-    """The Config it was made with."""
+    """The Config that the stage was given."""
     inputs: dict[str, str]
-    """Digest of each input folder, by name."""
+    """name -> digest of an input."""
     files: list[ArtifactFile]
     facts: dict[str, Any]
-    """What the stage found out: counts, scores, the outcome."""
+    """Results of the stage: counts, scores, decisions."""
     versions: dict[str, str]
+    """package -> version."""
     seconds: float
-    """Wall-clock time of the stage, in seconds, interruptions left out."""
+    """Wall-clock time of the stage over all its starts, in seconds."""
 
     @property
     def digest(self) -> str:
@@ -89,7 +94,11 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: str | Path, *kinds: str) -> Manifest:
-    """The manifest of a finished folder of one of these kinds."""
+    """The manifest of an artifact.
+
+    Raises:
+        Refused: It has no readable manifest, or is not of one of these kinds.
+    """
     kind = " or ".join(kinds)
     text = _read_manifest_bytes(folder)
     if text is None:
@@ -108,16 +117,24 @@ def read_manifest(folder: str | Path, *kinds: str) -> Manifest:
     return manifest
 
 
-def write_pointer(folder: str | Path, kind: str, card: str | Path) -> dict[str, str]:
-    """What a pipeline hands on instead of the folder: where it is and its digest; `card` gets the manifest."""
+def write_pointer(folder: str | Path, kind: str, path: str | Path) -> dict[str, str]:
+    """Copy the manifest to `path`, and return the address and digest of the artifact: what a pipeline passes between its
+    steps instead of the files."""
     manifest = read_manifest(folder, kind)
-    Path(card).write_bytes(open_store(folder).read(MANIFEST))
+    Path(path).write_bytes(open_store(folder).read(MANIFEST))
     return {"uri": str(folder), "digest": manifest.digest}
 
 
 def open_artifact(folder: str | Path, manifest: Manifest, *patterns: str) -> Path:
-    """A local folder with the files of the manifest (those that fit a pattern, if any is given), compared with it.
-    From a bucket, they are copied into the cache first."""
+    """A local folder with the files of an artifact, of which size and sha256 are checked. Remote files are downloaded into
+    the cache, once.
+
+    Args:
+        patterns: As of `fnmatch`: only files that match one of them. Without any, all files.
+
+    Raises:
+        Refused: A file is missing or differs from the manifest.
+    """
     store = open_store(folder)
     path = store.local_folder or cache() / "folders" / manifest.digest
     wanted = [file for file in manifest.files if any(fnmatch(file.path, p) for p in patterns or ("*",))]
@@ -130,9 +147,9 @@ def open_artifact(folder: str | Path, manifest: Manifest, *patterns: str) -> Pat
 
 
 def copy_verified(store: Store, file: ArtifactFile, path: Path) -> None:
-    """Copy a file to a local path if it is what the manifest says."""
+    """Download a file of an artifact to a local path; refused if it differs from the manifest."""
     with atomic_write(path) as draft:
-        with suppress(FileNotFoundError):  # `check_file` says what is missing
+        with suppress(FileNotFoundError):  # check_file raises the error
             store.download(file.path, draft)
         check_file(draft, file, join_uri(store.uri, file.path))
 
@@ -142,7 +159,14 @@ def _is_intact(path: Path, file: ArtifactFile) -> bool:
 
 
 def check_file(path: Path, file: ArtifactFile, name: str = "") -> None:
-    """Refuse what is not as the manifest says; `name` is what to call it, if not by its path."""
+    """Compare a local file with the manifest.
+
+    Args:
+        name: The name of the file in errors, if that is not its path.
+
+    Raises:
+        Refused: It is missing, or its size or sha256 differs.
+    """
     name = name or str(path)
     if not path.is_file():
         raise Refused(f"{name} is missing, though the manifest lists it; remove the folder and make it again")
@@ -159,17 +183,21 @@ def check_file(path: Path, file: ArtifactFile, name: str = "") -> None:
 def find_finished(
     out: str | Path, kind: str, config: Config | None, inputs: dict[str, str]
 ) -> Manifest | None:
-    """The manifest of `out` if it is already the result of this very stage; an error if it is another one."""
+    """The manifest of `out` if the stage has already made it from the same Config and inputs; None if there is none.
+
+    Raises:
+        Refused: The artifact was made from another Config or other inputs.
+    """
     if _read_manifest_bytes(out) is None:
         return None
-    there = read_manifest(out, kind)
-    if there.inputs != inputs:
+    found = read_manifest(out, kind)
+    if found.inputs != inputs:
         raise Refused(f"{out} was made from other inputs; choose another --out or remove it")
-    if change := config_difference(kind, there.config, config):
+    if change := config_difference(kind, found.config, config):
         raise Refused(
             f"{out} was made with another configuration ({change}); choose another --out or remove it"
         )
-    return there
+    return found
 
 
 def _read_manifest_bytes(folder: str | Path) -> bytes | None:
@@ -182,7 +210,7 @@ def _read_manifest_bytes(folder: str | Path) -> bytes | None:
 
 
 def config_difference(kind: str, old: Config | None, new: Config | None) -> str:
-    """`distill.steps: 100 -> 200`, for the first few fields that differ among those the kind depends on."""
+    """The first three relevant fields that differ, as `distill.steps: 100 -> 200`; empty if none does."""
     a, b = (_flat(c.model_dump(mode="json")) if c else {} for c in (old, new))
     relevant = [
         key

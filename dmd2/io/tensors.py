@@ -1,4 +1,4 @@
-"""Named tensors <-> a safetensors file: data, from which nothing is ever unpickled. And their way to a device."""
+"""Named tensors in safetensors files, which hold data only: nothing is unpickled. And tensors on their way to a device."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ os.umask(UMASK := os.umask(0))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; OSError if it cannot be written."""
     try:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-        path.chmod(0o666 & ~UMASK)  # it is made for its owner only
+        path.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(
-            int(number[1]) if number else errno.EIO, f"cannot write ({error})", str(path)
-        ) from error
+        raise write_error(error, path) from error
+
+
+def write_error(error: SafetensorError, path: Path) -> OSError:
+    """The error of the disk that safetensors reports only as text."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, f"cannot write ({error})", str(path))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU; refused if it is missing or damaged."""
     try:
         return load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
@@ -39,8 +44,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """To a device. The host does not wait for what the device still has to do before, as it would for a copy of memory that
-    the system may move."""
+    """Copy a tensor to a device. From the CPU to a GPU the copy is asynchronous, which needs pinned memory: the host does
+    not wait for the work that is queued on the GPU."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -8,9 +8,7 @@ the data) is not saved.
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +30,7 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST
 from dmd2.io.local import fsync, sha256, write_text
 from dmd2.io.staging import Draft
+from dmd2.io.tensors import write_error
 from dmd2.parallel.ranks import World
 
 
@@ -228,10 +227,7 @@ def _check_files(folder: Path) -> None:
 def _first_failure(error: CheckpointException, folder: Path) -> BaseException:
     """The error of the first rank that failed; an OSError with the errno of the disk, if that was the reason."""
     first = next(iter(error.failures.values()))[0]
-    if isinstance(first, SafetensorError):
-        number = re.search(r"os error (\d+)", str(first))
-        return OSError(int(number[1]) if number else errno.EIO, f"cannot write ({first})", str(folder))
-    return first
+    return write_error(first, folder) if isinstance(first, SafetensorError) else first
 
 
 def _tensors(objects: Mapping[str, Stateful]) -> dict[str, Any]:
