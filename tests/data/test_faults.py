@@ -29,13 +29,13 @@ from tests.bucket import (
     UPLOAD,
     Fault,
     Proxy,
-    contents,
-    ended,
-    killed,
-    listed,
-    session,
-    started,
-    until,
+    kill,
+    list_names,
+    living_processes,
+    names_in_manifest,
+    start_command,
+    wait_for_success,
+    wait_until,
 )
 from tests.conftest import MICRO, flags
 
@@ -65,10 +65,10 @@ class Work:
 
     def start(self, *more: str, **environment: str) -> ForkProcess:
         words = "shard", "edm-digits", "--source", str(self.source), "--out", self.out, *SMALL
-        return started(self.said, *words, "--workers", "2", *self.more, *more, **environment)
+        return start_command(self.said, *words, "--workers", "2", *self.more, *more, **environment)
 
     def done(self, *more: str) -> Manifest:
-        ended(self.start(*more), self.said)
+        wait_for_success(self.start(*more), self.said)
         return read_manifest(self.out, "shards")
 
     def kept(self) -> dict[str, ObjectInfo]:
@@ -80,7 +80,7 @@ class Work:
 
     def forget(self) -> None:
         if "://" in self.out:
-            open_store(self.out).delete(contents(self.out))
+            open_store(self.out).delete(list_names(self.out))
         else:
             shutil.rmtree(self.out)
 
@@ -111,9 +111,9 @@ def test_killed_again_and_again_it_makes_the_same_bytes_and_no_shard_twice(
     while kills < 10:
         process = work.start()
         process.join(moments.uniform(0.2, 1.0) * seconds)
-        kills += killed(process)
-        until(lambda process=process: not session(process))  # type: ignore[misc]
-        if MANIFEST in contents(work.out):
+        kills += kill(process)
+        wait_until(lambda process=process: not living_processes(process))  # type: ignore[misc]
+        if MANIFEST in list_names(work.out):
             assert read_manifest(work.out, "shards").digest == digest
             work.forget()
             kept = {}
@@ -121,17 +121,17 @@ def test_killed_again_and_again_it_makes_the_same_bytes_and_no_shard_twice(
             assert kept.items() <= work.kept().items()
             kept = work.kept()
     assert work.done().digest == digest
-    assert contents(work.out) == listed(work.out)
+    assert list_names(work.out) == names_in_manifest(work.out)
 
 
 def test_killed_alone_a_command_takes_its_workers_with_it(work: Work, undisturbed: tuple[str, float]) -> None:
     process = work.start()
-    until(lambda: len(session(process)) > 2 and work.kept())
+    wait_until(lambda: len(living_processes(process)) > 2 and work.kept())
     os.kill(process.ident or 0, signal.SIGKILL)
     process.join()
-    until(lambda: not session(process))
+    wait_until(lambda: not living_processes(process))
     assert work.done().digest == undisturbed[0]
-    assert contents(work.out) == listed(work.out)
+    assert list_names(work.out) == names_in_manifest(work.out)
 
 
 def test_a_worker_that_is_killed_ends_the_command_with_one_sentence_and_it_can_go_on(
@@ -139,13 +139,13 @@ def test_a_worker_that_is_killed_ends_the_command_with_one_sentence_and_it_can_g
 ) -> None:
     """As the kernel does when memory is short."""
     process = work.start()
-    until(lambda: len(session(process)) > 2)
-    os.kill(max(session(process)), signal.SIGKILL)
+    wait_until(lambda: len(living_processes(process)) > 2)
+    os.kill(max(living_processes(process)), signal.SIGKILL)
     process.join()
     assert process.exitcode == 75, work.said.read_text()
     assert "a worker was killed" in work.said.read_text()
     assert work.said.read_text().count("\n") == 1
-    until(lambda: not session(process))
+    wait_until(lambda: not living_processes(process))
     assert work.done().digest == undisturbed[0]
 
 
@@ -174,11 +174,11 @@ def parts(work: Work, nodes: bool) -> list[ForkProcess]:
 
 def test_parts_that_run_together_make_the_same_bytes(work: Work, undisturbed: tuple[str, float]) -> None:
     for process in parts(work, nodes=False):
-        ended(process, work.said)
+        wait_for_success(process, work.said)
     assert len(work.kept()) == 11
-    assert MANIFEST not in contents(work.draft)
+    assert MANIFEST not in list_names(work.draft)
     assert work.done().digest == undisturbed[0]
-    assert contents(work.out) == listed(work.out)
+    assert list_names(work.out) == names_in_manifest(work.out)
 
 
 @pytest.mark.parametrize("lost", range(3))
@@ -188,25 +188,25 @@ def test_a_part_that_was_killed_is_repeated(
     """On a machine of its own, with everything that was on it lost."""
     work = Work(photos, f"{bucket}/shards", tmp_path)
     running = parts(work, nodes=True)
-    until(work.kept)
-    killed(running.pop(lost))
+    wait_until(work.kept)
+    kill(running.pop(lost))
     shutil.rmtree(tmp_path / f"node{lost}", ignore_errors=True)
     for process in running:
-        ended(process, work.said)
-    ended(work.start("--part", f"{lost}/3"), work.said)
+        wait_for_success(process, work.said)
+    wait_for_success(work.start("--part", f"{lost}/3"), work.said)
     assert len(work.kept()) == 11
     assert work.done().digest == undisturbed[0]
-    assert contents(work.out) == listed(work.out)
+    assert list_names(work.out) == names_in_manifest(work.out)
 
 
 def test_a_part_that_is_missing_is_made_by_the_last_call(work: Work, undisturbed: tuple[str, float]) -> None:
-    ended(work.start("--part", "1/3"), work.said)
+    wait_for_success(work.start("--part", "1/3"), work.said)
     assert 0 < len(work.kept()) < 11
     assert work.done().digest == undisturbed[0]
 
 
 def test_a_part_of_another_configuration_is_refused(work: Work) -> None:
-    ended(work.start("--part", "1/3"), work.said)
+    wait_for_success(work.start("--part", "1/3"), work.said)
     process = work.start("--part", "0/3", "--data.images_per_shard", "5")
     process.join()
     assert process.exitcode == 64
@@ -220,7 +220,7 @@ def test_a_bucket_that_often_fails_gets_the_same_bytes(
         proxy.fail(".*", fault, share=0.06)
     work = Work(photos, f"{bucket}/shards", tmp_path)
     assert work.done().digest == undisturbed[0]
-    assert contents(work.out) == listed(work.out)
+    assert list_names(work.out) == names_in_manifest(work.out)
     assert proxy.injected.keys() == set(FAULTS)
 
 
@@ -229,7 +229,7 @@ def test_a_bucket_that_goes_away_ends_it_with_one_sentence_and_it_can_go_on(
 ) -> None:
     work = Work(photos, f"{bucket}/shards", tmp_path)
     process = work.start(DMD2_RETRY_S="0.5")
-    until(lambda: proxy.count(UPLOAD) > 6)
+    wait_until(lambda: proxy.count(UPLOAD) > 6)
     proxy.fail(".*", "503")
     process.join()
     assert process.exitcode == 74, work.said.read_text()
@@ -302,7 +302,7 @@ def test_duplicates_are_left_out_and_counted_whoever_does_the_work(source: Path,
     assert facts["dropped"] == {"duplicate": 7}
     assert sharded(alone.out) == pixels(files)
     for process in parts(together, nodes=False):
-        ended(process, together.said)
+        wait_for_success(process, together.said)
     assert together.done().digest == read_manifest(alone.out, "shards").digest
     assert read_manifest(together.out, "shards").facts["dropped"] == facts["dropped"]
 
@@ -311,7 +311,7 @@ def test_duplicates_are_left_out_and_counted_whoever_does_the_work(source: Path,
 def shards(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> str:
     """A copy of a finished folder."""
     root = str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket")
-    upload_files(made / "shards", contents(str(made / "shards")), open_store(f"{root}/shards"))
+    upload_files(made / "shards", list_names(str(made / "shards")), open_store(f"{root}/shards"))
     return f"{root}/shards"
 
 
@@ -362,7 +362,7 @@ def test_a_bucket_that_often_fails_is_read_like_a_folder_even_through_a_tiny_cac
     made: Path, bucket: str, proxy: Proxy
 ) -> None:
     """Two epochs; each shard puts out the one before, so that it is brought again."""
-    upload_files(made / "shards", contents(str(made / "shards")), open_store(f"{bucket}/shards"))
+    upload_files(made / "shards", list_names(str(made / "shards")), open_store(f"{bucket}/shards"))
     for fault in FAULTS:
         proxy.fail(DOWNLOAD, fault, times=1, share=0.5)
     settings = LoaderConfig(shuffle_block=1, threads=2)

@@ -30,7 +30,7 @@ from dmd2.encoders.pipeline_folder import find_pipeline
 from dmd2.encoders.vae import Vae
 from dmd2.io.artifact import read_manifest
 from dmd2.io.storage import open_store, upload_files
-from tests.bucket import contents, ended, killed, listed, started, until
+from tests.bucket import kill, list_names, names_in_manifest, start_command, wait_for_success, wait_until
 from tests.conftest import MICRO
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -201,14 +201,14 @@ def test_killed_anywhere_it_continues_and_makes_the_same_bytes(
     out, said, done = tmp_path / "out", tmp_path / "said", dict[str, int]()
     words = command(shards, vae, out)[3:]
     for more in np.random.default_rng(0).integers(0, 4, 10):
-        process = started(said, *words)
+        process = start_command(said, *words)
         while len(results(out)) < len(done) + more:
             assert process.is_alive(), said.read_text()
-        assert killed(process)
+        assert kill(process)
         assert done.items() <= results(out).items(), "nothing is encoded twice"
         done = results(out)
     assert 0 < len(done) < 38
-    ended(started(said, *words), said)
+    wait_for_success(start_command(said, *words), said)
     times = {path.stem.removeprefix("train-"): path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert done.items() <= times.items()
     assert read_manifest(out, "latents").digest == read_manifest(encoded, "latents").digest
@@ -219,15 +219,15 @@ def test_killed_on_a_bucket_it_continues_there(
 ) -> None:
     out, said = f"{bucket}/out", tmp_path / "said"
     words = command(shards, vae, out)[3:]
-    process = started(said, *words)
-    until(lambda: sum(name.startswith(".units/") for name in contents(out)) >= 5)
-    assert killed(process)
+    process = start_command(said, *words)
+    wait_until(lambda: sum(name.startswith(".units/") for name in list_names(out)) >= 5)
+    assert kill(process)
     done = open_store(out).list_objects("train-")
     assert 5 <= len(done) < 38
     shutil.rmtree(tmp_path / "cache")  # on another machine
-    ended(started(said, *words), said)
+    wait_for_success(start_command(said, *words), said)
     assert set(done[:5]) <= set(open_store(out).list_objects()), "nothing is encoded twice"
-    assert contents(out) == listed(out)
+    assert list_names(out) == names_in_manifest(out)
     assert read_manifest(out, "latents").digest == read_manifest(encoded, "latents").digest
 
 
@@ -319,7 +319,7 @@ def test_on_a_bucket_two_processes_make_the_same(shards: Path, vae: Path, encode
     )
     assert done.returncode == 0, done.stderr
     assert read_manifest(f"{bucket}/out", "latents").digest == read_manifest(encoded, "latents").digest
-    assert contents(f"{bucket}/out") == listed(f"{bucket}/out")
+    assert list_names(f"{bucket}/out") == names_in_manifest(f"{bucket}/out")
     assert Shards(f"{bucket}/out", "train", kind="latents").evenly_spaced(3).image.shape == (3, 2, 4, 8, 8)
 
 

@@ -20,7 +20,7 @@ from dmd2.io.local import atomic_write
 from dmd2.io.storage import SCHEMES, cache, is_remote, open_store
 from dmd2.io.store import ObjectInfo
 from dmd2.training.trainer import DiffusionTrainer, DMD2Trainer
-from tests.bucket import contents, listed
+from tests.bucket import list_names, names_in_manifest
 
 File = tuple[bytes, str]
 """(content, version)."""
@@ -134,7 +134,7 @@ def test_every_stage_works_on_it_and_resumes(
     steps = interrupt(monkeypatch, DiffusionTrainer, 2, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="saved; the same command resumes"):
         stages.teach(micro, data, teacher)
-    assert {STARTED_WITH, CONTENTS, "checkpoints/00000003/manifest.json"} <= set(contents(teacher))
+    assert {STARTED_WITH, CONTENTS, "checkpoints/00000003/manifest.json"} <= set(list_names(teacher))
     lost_machine()
     stages.teach(micro, data, teacher)
     assert steps == list(range(6)), "no step twice"
@@ -154,7 +154,7 @@ def test_every_stage_works_on_it_and_resumes(
     packaged = stages.package(run, evaluation, gate, package)
     assert stages.publish(package, models).digest == packaged.digest
     for folder in (data, teacher, run, evaluation, gate, package, models):
-        assert contents(folder) == listed(folder)
+        assert list_names(folder) == names_in_manifest(folder)
     assert not list((cache() / "drafts").iterdir())
 
 

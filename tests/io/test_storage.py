@@ -16,7 +16,7 @@ from dmd2 import cli
 from dmd2.io import gcs
 from dmd2.io.storage import cache, fetch_file, open_store, upload_files
 from dmd2.io.store import Store
-from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, at_host, started
+from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, start_command, use_host
 from tests.io.test_new_scheme import memory  # noqa: F401 - a fixture
 
 
@@ -289,7 +289,7 @@ def test_a_store_that_is_gone_is_one_error_that_names_the_object(
     bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DMD2_RETRY_S", "0.5")
-    at_host("http://127.0.0.1:9", monkeypatch)
+    use_host("http://127.0.0.1:9", monkeypatch)
     store, path = open_store(f"{bucket}/folder"), file(tmp_path / "a", b"x")
     actions: list[Callable[[], object]] = [
         lambda: store.read("a"), lambda: store.write("a", b""), lambda: store.upload(path, "a"),
@@ -306,7 +306,7 @@ def test_a_store_that_is_gone_ends_a_command_with_one_sentence_and_74(
     bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = tmp_path / "said"
-    process = started(
+    process = start_command(
         said, "gate", "edm-digits", "--evaluation", f"{bucket}/evaluation", "--out", f"{bucket}/gate",
         DMD2_RETRY_S="0.5", STORAGE_EMULATOR_HOST="http://127.0.0.1:9",
     )  # fmt: skip

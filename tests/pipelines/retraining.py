@@ -36,7 +36,7 @@ from components.find_teachers.watch import Watcher
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest
 from dmd2.io.storage import join_uri, open_store
-from tests.bucket import served
+from tests.bucket import serve
 
 PARAMETERS = ("source", "teacher", "recipe", "overrides", "gate", "destination", "root", "claim")
 V2 = "/apis/v2beta1"
@@ -79,7 +79,7 @@ class Platform:
 
     @contextmanager
     def serving(self) -> Iterator[Platform]:
-        with served(type("Bound", (Answers,), {"platform": self})) as self.url:
+        with serve(type("Bound", (Answers,), {"platform": self})) as self.url:
             yield self
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from kfp.pipeline_spec import pipeline_spec_pb2
 from kubernetes import client as kubernetes
 
-from tests.bucket import served
+from tests.bucket import serve
 from tests.pipelines.contract import Operation, offences, operations
 
 Record = dict[str, Any]
@@ -65,7 +65,7 @@ class Server:
 
     @contextmanager
     def serving(self) -> Iterator[Server]:
-        with served(type("Bound", (Handler,), {"server_of_test": self})) as self.url:
+        with serve(type("Bound", (Handler,), {"server_of_test": self})) as self.url:
             yield self
 
     # Each answers the operation of its name: (path and query, body) -> the answer.

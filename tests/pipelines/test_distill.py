@@ -24,7 +24,7 @@ from pipelines import readme
 from pipelines.__main__ import COMPILED, PIPELINES
 from pipelines.cluster import compiled as fresh
 from pipelines.local_run import run_local
-from tests.bucket import contents, listed
+from tests.bucket import list_names, names_in_manifest
 from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
 
@@ -84,7 +84,7 @@ def test_an_accepted_run_goes_from_images_on_a_bucket_to_a_published_package(
     package = artifact.read_manifest(root / "package", "package")
     published = f"{bucket}/models/edm-digits/{package.digest[:16]}"
     assert artifact.read_manifest(published, "package").digest == package.digest
-    assert contents(published) == listed(published)
+    assert list_names(published) == names_in_manifest(published)
     assert (outcome(root)["state"], outcome(root)["decision"]) == ("SUCCEEDED", "accepted")
     assert outcome(root)["folders"]["package"] == package.digest
     shown = capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 from dmd2 import stages
 from dmd2.io import artifact, local, storage
 from dmd2.model import load
-from tests.bucket import contents, listed
+from tests.bucket import list_names, names_in_manifest
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_what_is_published_is_the_package_and_works(package: Path, tmp_path: Pat
 def test_on_a_bucket_the_manifest_comes_last(package: Path, bucket: str) -> None:
     out = f"{bucket}/models/a"
     stages.publish(str(package), out)
-    assert contents(out) == listed(out)
+    assert list_names(out) == names_in_manifest(out)
     generations = {
         entry.name: int(entry.fingerprint.split()[0]) for entry in storage.open_store(out).list_objects()
     }

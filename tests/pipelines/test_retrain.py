@@ -35,7 +35,7 @@ from components.find_teachers.watch import (
 from dmd2.io.storage import join_uri, open_store
 from pipelines.distill import distill
 from pipelines.retrain import retrain
-from tests.bucket import Proxy, served, until
+from tests.bucket import Proxy, serve, wait_until
 from tests.pipelines.recorded import recorded
 from tests.pipelines.retraining import (
     V2,
@@ -157,7 +157,7 @@ def answering(answers: dict[str, tuple[int, Any]]) -> Iterator[tuple[str, list[s
         def log_message(self, *_: Any) -> None:
             pass
 
-    with served(Answers) as url:
+    with serve(Answers) as url:
         yield url, asked
 
 
@@ -668,12 +668,12 @@ def test_fifty_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not
         with platform.lock:
             for one in watchers:
                 one.kill()
-        until(lambda: all(health(run) != "RUNNING" for run in platform.runs.values()))
+        wait_until(lambda: all(health(run) != "RUNNING" for run in platform.runs.values()))
         before, again = len(world.noted("gave-way")), list(platform.runs.values())
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", platform.url)
         for run in again:  # as if each creation had been repeated by somebody, long after
             UploadedPipeline("dmd2-distill").start(run["display_name"], run["runtime_config"]["parameters"])
-        until(lambda: all(health(run) != "RUNNING" for run in platform.runs.values()))
+        wait_until(lambda: all(health(run) != "RUNNING" for run in platform.runs.values()))
     assert len(world.noted("gave-way")) == before + len(again)
     assert not platform.refused
     entries = ledger.entries()

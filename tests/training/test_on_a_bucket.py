@@ -27,7 +27,7 @@ from dmd2.io.staging import Draft, draft_artifact
 from dmd2.io.storage import cache, open_store, upload_files
 from dmd2.training import checkpoint
 from dmd2.training.trainer import DMD2Trainer
-from tests.bucket import DOWNLOAD, UPLOAD, Proxy, contents, flip, listed, until
+from tests.bucket import DOWNLOAD, UPLOAD, Proxy, flip_bit, list_names, names_in_manifest, wait_until
 from tests.conftest import MICRO, flags
 
 Node = Callable[[str], None]
@@ -40,7 +40,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
 
 
 def copied(folder: Path, uri: str) -> str:
-    upload_files(folder, contents(str(folder)), open_store(uri))
+    upload_files(folder, list_names(str(folder)), open_store(uri))
     return uri
 
 
@@ -76,7 +76,7 @@ def test_a_whole_run_with_nothing_but_a_bucket_is_the_run_with_folders(
     stages.report(data, teacher, run, evaluation, gate, f"{bucket}/report.html", package)
     stages.sample(package, f"{bucket}/grid.png", count=6)
     for folder in (data, teacher, run, evaluation, gate, package):
-        assert contents(folder) == listed(folder)
+        assert list_names(folder) == names_in_manifest(folder)
     assert b"accepted" in open_store(bucket).read("report.html")
     open_store(bucket).download("grid.png", tmp_path / "grid.png")
     stages.sample(str(made / "run"), str(tmp_path / "local.png"), count=6)
@@ -99,7 +99,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bi
         "--out", out, *flags((*MICRO, *more)),
     ]  # fmt: skip
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    until(lambda: process.poll() is not None or max(sent(out), default=0) >= 8)
+    wait_until(lambda: process.poll() is not None or max(sent(out), default=0) >= 8)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     shutil.rmtree(cache())
@@ -116,7 +116,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bi
     stages.distill(slow, data, teacher, out)
     assert played == list(range(last, 40))
     assert sums(out, "run")["network.safetensors"] == sums(tmp_path / "whole", "run")["network.safetensors"]
-    assert contents(out) == listed(out)
+    assert list_names(out) == names_in_manifest(out)
     open_artifact(out, read_manifest(out, "run"))
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_was_sent_by_half_is_not_used(
         assert checkpoint.saved_steps(draft.path / "checkpoints") == [1]
         save(draft, 3)
     assert [name for name in sums(out, "run") if "0002" in name] == []
-    assert contents(out) == listed(out)
+    assert list_names(out) == names_in_manifest(out)
     open_artifact(out, read_manifest(out, "run"))
 
 
@@ -190,7 +190,7 @@ def test_what_is_there_is_not_sent_again(micro: Config, bucket: str, proxy: Prox
         save(draft, 2)
         draft.save()
         assert proxy.count(UPLOAD) - before == 2 + 2 + 3
-        assert [n for n in contents(f"{bucket}/run") if "00000001" in n] == []
+        assert [n for n in list_names(f"{bucket}/run") if "00000001" in n] == []
 
 
 def test_time_is_counted_over_machines(micro: Config, bucket: str, node: Node) -> None:
@@ -245,7 +245,7 @@ def test_a_result_that_comes_too_late_is_dropped_and_the_first_stays_whole(
     with pytest.raises(Refused, match="another process"):
         finish_late()
     assert files(open_artifact(out, read_manifest(out, "run"))) == {"result": "first"}
-    assert contents(out) == listed(out)
+    assert list_names(out) == names_in_manifest(out)
 
 
 def finish(out: str, number: int, together: Barrier, place: Path) -> None:
@@ -287,9 +287,9 @@ def test_a_prefix_that_holds_other_things_is_refused_and_left_alone(
     open_store(f"{bucket}/thesis").write("chapters/1.tex", b"years of work")
     sentence = refusal(lambda: stages.shard(micro, str(pictures), f"{bucket}/thesis"))
     assert f"{bucket}/thesis holds other things, 'chapters/1.tex' for one" in sentence
-    assert contents(f"{bucket}/thesis") == ["chapters/1.tex"]
+    assert list_names(f"{bucket}/thesis") == ["chapters/1.tex"]
     stages.shard(micro, str(pictures), f"{bucket}/thes")
-    assert contents(f"{bucket}/thesis") == ["chapters/1.tex"]
+    assert list_names(f"{bucket}/thesis") == ["chapters/1.tex"]
 
 
 def test_what_cannot_be_continued_leaves_the_place_free(micro: Config, bucket: str) -> None:
@@ -299,7 +299,7 @@ def test_what_cannot_be_continued_leaves_the_place_free(micro: Config, bucket: s
 
     with pytest.raises(RuntimeError):
         fail()
-    assert contents(bucket) == []
+    assert list_names(bucket) == []
     with draft_artifact(f"{bucket}/run", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):
         pass
     assert read_manifest(f"{bucket}/run", "run").config != micro
@@ -310,13 +310,13 @@ def test_unfinished_work_of_another_config_is_refused_by_its_address(
 ) -> None:
     out = f"{bucket}/run"
     stopped(out, micro)
-    before = contents(out)
+    before = list_names(out)
     assert STARTED_WITH in before
     node("elsewhere")
     other = micro.model_copy(update={"seed": 7})
     sentence = refusal(lambda: draft_artifact(out, "run", other, {}, resumable=True).__enter__())
     assert f"the unfinished {out} was begun with another configuration (seed: 0 -> 7)" in sentence
-    assert contents(out) == before
+    assert list_names(out) == before
 
 
 def test_a_checkpoint_that_is_missing_from_the_bucket_is_named(
@@ -355,7 +355,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(made: Path, bucket: str, p
     before = proxy.count(DOWNLOAD)
     open_artifact(folder, manifest, "network.*")
     assert proxy.count(DOWNLOAD) == before
-    flip(path, 1000)
+    flip_bit(path, 1000)
     open_artifact(folder, manifest, "network.*")
     assert proxy.count(DOWNLOAD) == before + 1
     assert path.read_bytes() == (made / "teacher" / "network.safetensors").read_bytes()
@@ -390,7 +390,7 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
     places = ("--data", str(made / "shards"), "--teacher", str(made / "teacher"))
     words = ("distill", "edm-digits", *places, *flags((*MICRO, "engine.shards=2")))
     first = machines(tmp_path, "ab", *words, "--out", run)
-    until(
+    wait_until(
         lambda: (
             bool(open_store(run).version(CONTENTS))
             and f"checkpoints/00000004/{MANIFEST}" in open_store(run).read(CONTENTS).decode()
@@ -402,13 +402,13 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
         process.communicate()
     told = json.loads(open_store(run).read(f"checkpoints/00000004/{MANIFEST}"))
     assert len(told["files"]) == 2
-    assert {name for name in contents(run) if "/00000004/" in name} >= {
+    assert {name for name in list_names(run) if "/00000004/" in name} >= {
         f"checkpoints/00000004/{n}" for n in told["files"]
     }
     for process in machines(tmp_path, "cd", *words, "--out", run):
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said[-3000:]
-    assert contents(run) == listed(run), "nothing else is left there"
+    assert list_names(run) == names_in_manifest(run), "nothing else is left there"
     assert read_manifest(run, "run").facts.keys() == read_manifest(made / "run", "run").facts.keys()
     found, alone = (
         load_file(open_artifact(place, read_manifest(place, "run"), "network*") / "network.safetensors")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import warm
-from tests.bucket import until
+from tests.bucket import wait_until
 
 BOTH = pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
 
@@ -77,7 +77,7 @@ def test_killed_it_is_gone_and_its_output_closed(tmp_path: Path) -> None:
     process.kill()
     assert not process.communicate()[0]
     assert process.returncode == -signal.SIGKILL
-    until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_it_starts_with_torch_and_draws_its_own_numbers() -> None:
