@@ -1,7 +1,7 @@
-"""The command line: `dmd2 VERB [RECIPE] --flags`. One verb per stage; flags are read from the stage's signature.
+"""The command line: `dmd2 [--log-format json] VERB [RECIPE] --flags`. One verb per stage; its flags are the stage's parameters.
 
-Exit status: 0 done, 64 a wrong input, 74 the disk or the bucket, 75 stopped by SIGTERM or SIGHUP after
-saving, or a worker was lost, 76 diverged, 130 Ctrl-C.
+Exit status: 0 for success, 64 for a wrong input, 74 for the disk or the bucket, 75 stopped by SIGTERM or SIGHUP after
+saving, or a worker was lost, 76 for a diverged training, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,38 +13,49 @@ from typing import Annotated, Any
 
 import tyro
 
-from dmd2 import recipes
+from dmd2 import log, recipes
 from dmd2.config import Config
 from dmd2.errors import Refused, near_miss, one_sentence
 
 VERBS = {
     "shard": "source -> shards",
     "encode": "shards -> latents (VAE)",
-    "resolve": "pipeline, checkpoint or pickle -> teacher",
+    "resolve": "diffusers pipeline, checkpoint or pickle -> teacher",
     "teach": "shards -> teacher (small, for demos and tests)",
-    "pairs": "teacher -> pairs of noise and answer, for a warm-up",
-    "plan": "recipe + hardware -> memory, time and cost, before paying",
+    "pairs": "teacher -> pairs of noise and sample, for a regression warm-up",
+    "plan": "recipe + hardware -> predicted memory, time and cost",
     "distill": "shards or latents + teacher -> run",
-    "adopt": "a published student -> run",
-    "sample": "package, run or teacher -> picture",
+    "adopt": "student distilled elsewhere -> run",
+    "sample": "package, run or teacher -> picture grid",
     "evaluate": "shards + teacher + run -> evaluation",
     "gate": "evaluation -> accepted or rejected",
-    "package": "run + evaluation + gate -> package",
-    "publish": "package -> models",
-    "report": "all of them -> report.html",
+    "package": "accepted run + evaluation + gate -> package",
+    "publish": "package -> folder of published models",
+    "report": "shards, teacher, run, evaluation, gate -> report.html",
 }
 
 
 def main() -> None:
     with one_sentence():
-        run(sys.argv[1:])
+        run(_configure_log(sys.argv[1:]))
 
 
-def run(words: Sequence[str]) -> None:
-    if not words or words[0] in ("-h", "--help"):
+def _configure_log(arguments: Sequence[str]) -> Sequence[str]:
+    """Apply `--log-format text|json`, which stands before the verb -> the other arguments."""
+    flag, equals, value = arguments[0].partition("=") if arguments else ("", "", "")
+    if flag != "--log-format":
+        return arguments
+    rest = arguments[1:] if equals else arguments[2:]
+    log.configure(value if equals else "".join(arguments[1:2]))
+    return rest
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run `VERB [RECIPE] --flags` and print its result."""
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return
-    verb, *rest = words
+    verb, *rest = arguments
     if verb not in VERBS:
         raise Refused(f"unknown verb {verb!r}; {near_miss(verb, list(VERBS))}")
     from dmd2 import stages
@@ -60,11 +71,11 @@ def run(words: Sequence[str]) -> None:
         config = recipes.get(rest[0])
         program, rest = f"{program} {rest[0]}", rest[1:]
     result = stage(**recipes.parse(_arguments(stage, config), rest, program))
-    print(f"{verb}: {_told(result.facts)}" if hasattr(result, "facts") else result)
+    print(f"{verb}: {_facts_line(result.facts)}" if hasattr(result, "facts") else result)
 
 
 def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[..., dict[str, Any]]:
-    """A function with the stage's parameters as flags, the Config's among them, that returns what it was given."""
+    """A function that returns its arguments as a dict, with the stage's parameters and the Config's fields as its flags."""
     given = inspect.signature(stage).parameters.values()
     types = {
         p.name: eval(p.annotation, stage.__globals__) for p in given
@@ -91,9 +102,9 @@ def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[...
 def _overview() -> str:
     verbs = "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
     names = "\n".join(f"  {name:<33} {_first_line(make)}" for name, make in recipes.RECIPES.items())
-    return f"""usage: dmd2 VERB [RECIPE] --flags
+    return f"""usage: dmd2 [--log-format {{text,json}}] VERB [RECIPE] --flags
 
-Distil a diffusion teacher into a one- or few-step student. Each verb reads folders and makes one.
+Distil a diffusion teacher into a one- or few-step student with DMD2. Each verb reads folders and writes one, local or gs://.
 
 verbs (dmd2 VERB --help):
 {verbs}
@@ -120,7 +131,7 @@ def _first_line(make: Callable[[], Config]) -> str:
     return ", ".join(parts)
 
 
-def _told(facts: dict[str, Any]) -> str:
-    """The numbers and short texts of a manifest, on one line."""
+def _facts_line(facts: dict[str, Any]) -> str:
+    """The numbers and texts among the facts of a manifest, on one line."""
     short = {k: v for k, v in facts.items() if isinstance(v, (int, float, str))}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())

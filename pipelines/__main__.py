@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,16 +22,18 @@ from dmd2.errors import Refused, one_sentence
 from dmd2.io.local import write_text
 from dmd2.recipes import override_flags
 from pipelines import cluster, readme
-from pipelines.cluster import Where, compiled
+from pipelines.cluster import ClusterFlags, compile_pipeline
 from pipelines.distill import distill
 from pipelines.local_run import run_local
 from pipelines.retrain import retrain
+
+logger = logging.getLogger("pipelines")
 
 COMPILED = Path(__file__).parent / "compiled"
 PIPELINES: dict[str, BaseComponent] = {"distill": distill, "retrain": retrain}
 ACCELERATOR = "cloud.google.com/gke-accelerator"
 RETRAIN = "dmd2-retrain"
-"""The name of the schedule, unless another is given."""
+"""Default name of the schedule."""
 STRUCT = ParameterType.ParameterTypeEnum.STRUCT
 TYPES: dict[str, Any] = {"STRING": str, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float, "BOOLEAN": bool}
 
@@ -39,22 +42,22 @@ def compile_all() -> None:
     """Compile the pipelines to `pipelines/compiled/*.yaml`, and the components' README, for review and for a cluster."""
     COMPILED.mkdir(exist_ok=True)
     for name, pipeline in PIPELINES.items():
-        write_text(COMPILED / f"{name}.yaml", compiled(pipeline).text)
+        write_text(COMPILED / f"{name}.yaml", compile_pipeline(pipeline).text)
         print(COMPILED / f"{name}.yaml")
     write_text(readme.PATH, readme.text())
     print(readme.PATH)
 
 
-def upload(where: Where) -> None:
-    """Put the pipelines on the server; a version that is there already is left alone."""
+def upload(where: ClusterFlags) -> None:
+    """Upload the pipelines to the server. A version that is there already is not uploaded again."""
     for pipeline in PIPELINES.values():
-        package = compiled(pipeline)
+        package = compile_pipeline(pipeline)
         cluster.upload(where, package)
-        print(f"{package.name}, version {package.version}: there")
+        print(f"{package.name}, version {package.version}: uploaded")
 
 
 def submit(
-    where: Where,
+    where: ClusterFlags,
     parameters: dict[str, Any],
     name: str = "",
     dry_run: bool = False,
@@ -64,19 +67,19 @@ def submit(
     """Start a distillation on the cluster.
 
     Args:
-        name: Name of the run; empty for the recipe and the time.
-        dry_run: Say what would be started, and what it would cost; talk to no server.
-        price: Of a GPU for an hour, in any currency, for what it would cost.
-        wait: Until it has ended; the exit status is the run's: 0 succeeded, 1 failed, 130 cancelled.
+        name: Name of the run; empty = recipe and time.
+        dry_run: Show the run and what it would cost, without a request to a server.
+        price: Price of a GPU for an hour, in any currency, for the cost.
+        wait: Wait for the end of the run; the exit status is 0 if it succeeded, 1 if it failed, 130 if it was cancelled.
     """
-    package = compiled(distill)
+    package = compile_pipeline(distill)
     name = name or f"{parameters['recipe']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    _told(package, name, parameters)
+    _print_run(package, name, parameters)
     if dry_run:
-        _missing(parameters)
-        _plan(parameters, price)
+        _print_refusal(parameters)
+        _print_plan(parameters, price)
         return
-    _check(parameters)
+    _check_parameters(parameters)
     run_id = cluster.submit(where, package, name, parameters)
     print(f"run {run_id}\n{where.run(run_id)}")
     if wait:
@@ -84,32 +87,34 @@ def submit(
 
 
 def schedule(
-    where: Where,
+    where: ClusterFlags,
     parameters: dict[str, Any],
     cron: str = "0 0 6 * * 1",
     name: str = RETRAIN,
     dry_run: bool = False,
 ) -> None:
-    """Have the pipeline that looks for new teachers run again and again, one run at a time; what is missed is not made up for.
+    """Schedule the retraining pipeline, one run at a time; missed runs are not made up for.
 
     Args:
-        cron: When: second, minute, hour, day of the month, month, day of the week; in UTC.
-        name: Name of the schedule; there is never more than one of a name.
-        dry_run: Say what would be scheduled; talk to no server.
+        cron: Six fields in UTC: second, minute, hour, day of the month, month, day of the week.
+        name: Name of the schedule; a schedule of the same name is replaced.
+        dry_run: Show the schedule, without a request to a server.
     """
     if len(cron.split()) != 6:
-        raise Refused(f"cron is {cron!r}; it has six fields, the first of them the second, as '0 0 6 * * 1'")
+        raise Refused(
+            f"cron is {cron!r}; give six fields, of which the first is the second, as '0 0 6 * * 1'"
+        )
     if empty := [parameter for parameter in ("teachers", "ledger", "root") if not parameters[parameter]]:
         raise Refused(f"{empty[0]} is empty; give its address by --{empty[0]}")
-    package = compiled(retrain)
-    _told(package, name, parameters)
+    package = compile_pipeline(retrain)
+    _print_run(package, name, parameters)
     print(f"at {cron}")
     if not dry_run:
         print(f"schedule {cluster.schedule(where, package, name, cron, parameters)}")
 
 
-def unschedule(where: Where, name: str = RETRAIN) -> None:
-    """Have it run no more.
+def unschedule(where: ClusterFlags, name: str = RETRAIN) -> None:
+    """Remove the schedule of the retraining pipeline.
 
     Args:
         name: Name of the schedule.
@@ -117,11 +122,11 @@ def unschedule(where: Where, name: str = RETRAIN) -> None:
     print(f"{cluster.unschedule(where, name)} removed")
 
 
-def status(where: Where, run: str = "") -> None:
-    """How a run is, step by step; or, without one, the last ten.
+def status(where: ClusterFlags, run: str = "") -> None:
+    """Show the state of a run and its steps or, without a run, the last ten runs.
 
     Args:
-        run: Its id.
+        run: Id of the run.
     """
     if not run:
         for one in cluster.recent(where):
@@ -132,33 +137,33 @@ def status(where: Where, run: str = "") -> None:
     found = cluster.run(where, run)
     print(f"{found.display_name}: {(found.state or 'PENDING').lower()}\n{where.run(run)}")
     for task in cluster.tasks(found):
-        said = f"  {task.error.message}" if task.error and task.error.message else ""
-        print(f"  {task.display_name:<18} {task.state.lower()}{said}")
+        message = f"  {task.error.message}" if task.error and task.error.message else ""
+        print(f"  {task.display_name:<18} {task.state.lower()}{message}")
     if found.error and found.error.message:
         print(found.error.message)
 
 
-def logs(where: Where, run: str, task: str = "", lines: int = 200) -> None:
-    """What the steps of a run say, as far as their pods are there.
+def logs(where: ClusterFlags, run: str, task: str = "", lines: int = 200) -> None:
+    """Show the logs of the steps of a run whose pods still exist.
 
     Args:
-        run: Its id.
-        task: Only of steps with this in their name.
-        lines: The last so many of each.
+        run: Id of the run.
+        task: Only steps with this text in their name.
+        lines: Number of last lines of each log.
     """
     for step, text in cluster.logs(where, run, task, lines):
         print(f"== {step}\n{text}")
 
 
-def cancel(where: Where, run: str, wait: bool = False) -> None:
-    """Stop a run. What its stages have saved is continued by a run with the same root.
+def cancel(where: ClusterFlags, run: str, wait: bool = False) -> None:
+    """Stop a run. A run with the same root continues from what its stages have saved.
 
     Args:
-        run: Its id.
-        wait: Until it has ended.
+        run: Id of the run.
+        wait: Wait for the end of the run.
     """
     cluster.cancel(where, run)
-    print(f"told to stop\n{where.run(run)}")
+    print(f"termination requested\n{where.run(run)}")
     if wait:
         print(cluster.wait(where, run, print).lower())
 
@@ -166,32 +171,30 @@ def cancel(where: Where, run: str, wait: bool = False) -> None:
 def _wait(where: cluster.Cluster, run: str) -> None:
     state = cluster.wait(where, run, lambda line: print(line, flush=True))
     if code := cluster.STATUS[state]:
-        print(
-            f"run {run} ended {state.lower()}; python -m pipelines logs --run {run} says why", file=sys.stderr
-        )
+        logger.error("run %s ended %s; python -m pipelines logs --run %s says why", run, state.lower(), run)
         raise SystemExit(code)
 
 
-def _told(package: cluster.Package, name: str, parameters: dict[str, Any]) -> None:
+def _print_run(package: cluster.CompiledPipeline, name: str, parameters: dict[str, Any]) -> None:
     print(f"{package.name}, version {package.version}: {name}")
     for parameter, value in parameters.items():
         print(f"  {parameter:<14} {json.dumps(value) if isinstance(value, dict) else value}")
 
 
-def _check(parameters: dict[str, Any]) -> None:
+def _check_parameters(parameters: dict[str, Any]) -> None:
     """Refuse parameters that the first step of the run would refuse."""
     check_parameters(**{name: parameters[name] for name in inspect.signature(check_parameters).parameters})
 
 
-def _missing(parameters: dict[str, Any]) -> None:
+def _print_refusal(parameters: dict[str, Any]) -> None:
     try:
-        _check(parameters)
+        _check_parameters(parameters)
     except Refused as error:
         print(f"not yet ready to be submitted: {error}")
 
 
-def _plan(parameters: dict[str, Any], price: float) -> None:
-    """What it would cost, as the library reckons."""
+def _print_plan(parameters: dict[str, Any], price: float) -> None:
+    """Print the plan of the library: memory, time and cost."""
     sys.stdout.flush()
     kind = parameters["pool"].get(ACCELERATOR, "").removeprefix("nvidia-")
     if not kind or not parameters["gpus"]:
@@ -213,7 +216,7 @@ def _plan(parameters: dict[str, Any], price: float) -> None:
 
 
 def with_parameters(action: Callable[..., None], pipeline: BaseComponent) -> Callable[..., None]:
-    """The action with a flag for each parameter of the pipeline, as the pipeline describes it."""
+    """The action with a flag for each parameter of the pipeline, with the pipeline's descriptions and defaults."""
     described = pipeline.pipeline_spec.root.input_definitions.parameters
     own = [p for p in inspect.signature(action, eval_str=True).parameters.values() if p.name != "parameters"]
     flagged = [_flag(name, MessageToDict(spec)) for name, spec in sorted(described.items())]
@@ -255,8 +258,8 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-def main(words: list[str] | None = None) -> None:
-    tyro.extras.subcommand_cli_from_dict(VERBS, prog="python -m pipelines", args=words)
+def main(arguments: list[str] | None = None) -> None:
+    tyro.extras.subcommand_cli_from_dict(VERBS, prog="python -m pipelines", args=arguments)
 
 
 if __name__ == "__main__":

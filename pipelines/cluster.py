@@ -1,7 +1,7 @@
 """Runs on a cluster, through the API of Kubeflow Pipelines: upload, submit, schedule, status, logs, cancel.
 
-A version of a pipeline is named by its content, so uploading it again changes nothing. A schedule is known by its
-name and, as the API has no update, made anew when it differs. Who needs a bearer token gives it in KF_PIPELINES_TOKEN.
+A pipeline version is named by the digest of its content, so uploading it again changes nothing. A schedule is identified by
+its name and replaced when it differs, because the API has no update. KF_PIPELINES_TOKEN may hold a bearer token.
 """
 
 from __future__ import annotations
@@ -36,62 +36,64 @@ from urllib3.exceptions import HTTPError
 from dmd2.errors import Refused, brief
 
 STATUS = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 130}
-"""Exit status of a run, by the states that are final."""
+"""Final state of a run -> exit status."""
 POLL_S = 10.0
-"""Between two looks at a run that is waited for."""
+"""Seconds between two requests for the state of a run."""
 PATIENCE = 30
-"""So many looks in a row may fail before one gives up on the server."""
+"""Number of failed requests in a row after which waiting is given up."""
 PAGE = 100
 ONE_USER = "kubeflow"
-"""What kfp.Client takes for: this platform has no namespaces of users."""
+"""The namespace argument of kfp.Client on a server without user namespaces."""
 
 
 class Unavailable(Refused):
-    """The server does not answer, or not as it should."""
+    """The server does not answer, or answers with an error of its own."""
 
     status = 69
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the pipelines run."""
+    """A KFP server, and the namespace of its runs."""
 
     host: str = os.environ.get("KF_PIPELINES_ENDPOINT", "")
-    """Address of the pipelines' UI, whose server hands on to the API; KF_PIPELINES_ENDPOINT, if it is set."""
+    """Address of the KFP UI, whose server also serves the API; default: KF_PIPELINES_ENDPOINT."""
     namespace: str = "dmd2"
-    """Namespace of the runs, where their pods are."""
+    """Namespace of the pods of the runs."""
     profile: str = ""
-    """Namespace of a user, where the platform has several of them."""
+    """Namespace of the user, on a server with several users."""
     experiment: str = "dmd2"
-    """Runs are gathered under this name."""
+    """KFP experiment of the runs."""
     account: str = ""
-    """Service account of Kubernetes that the run works as; empty: what the platform gives it."""
+    """Kubernetes service account of the runs; empty = the default of KFP."""
 
     @property
     def client(self) -> Client:
+        """A client of the server; raises Refused without an address, Unavailable without an answer."""
         if not self.host:
             raise Refused(
                 "the host is empty; give the address of the pipelines' UI, as http://localhost:8080 after "
                 f"`kubectl -n {self.namespace} port-forward svc/ml-pipeline-ui 8080:80`, by --host, HOST= or KF_PIPELINES_ENDPOINT"
             )
-        with warnings.catch_warnings(), _told(self):
+        with warnings.catch_warnings(), _server_errors(self):
             warnings.simplefilter("ignore", FutureWarning)
             token = os.environ.get("KF_PIPELINES_TOKEN")
-            logging.disable()  # it tells of each attempt to reach the server with a stack trace
+            logging.disable()  # it logs each failed attempt with a stack trace
             try:
                 return Client(host=self.host, namespace=self.profile or ONE_USER, existing_token=token)
             finally:
                 logging.disable(logging.NOTSET)
 
     def run(self, run_id: str) -> str:
+        """Address of a run in the UI."""
         return f"{self.host.rstrip('/')}/#/runs/details/{run_id}"
 
 
-Where = Annotated[Cluster, tyro.conf.arg(name="")]
+ClusterFlags = Annotated[Cluster, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True)
-class Package:
+class CompiledPipeline:
     """A compiled pipeline."""
 
     name: str
@@ -103,44 +105,47 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Uploaded:
+class UploadedVersion:
+    """A version of a pipeline on the server."""
+
     pipeline: str
+    """Id of the pipeline on the server."""
     version: str
-    """The server's ids."""
+    """Id of its version."""
 
 
-def compiled(pipeline: BaseComponent) -> Package:
+def compile_pipeline(pipeline: BaseComponent) -> CompiledPipeline:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))
-        return Package(pipeline.name, path.read_text())
+        return CompiledPipeline(pipeline.name, path.read_text())
 
 
-def upload(cluster: Cluster, package: Package) -> Uploaded:
-    """The pipeline and this version of it on the server; made if they are not there."""
+def upload(cluster: Cluster, package: CompiledPipeline) -> UploadedVersion:
+    """Upload the pipeline and this version of it if they are not on the server yet."""
     client = cluster.client
-    with _told(cluster):
-        pipeline = client.get_pipeline_id(package.name) or _made(client, package.name)
-        known = client.list_pipeline_versions(pipeline, page_size=PAGE, filter=_named(package.version))
+    with _server_errors(cluster):
+        pipeline = client.get_pipeline_id(package.name) or _create_pipeline(client, package.name)
+        known = client.list_pipeline_versions(pipeline, page_size=PAGE, filter=_name_filter(package.version))
         if known.pipeline_versions:
-            return Uploaded(pipeline, known.pipeline_versions[0].pipeline_version_id)
+            return UploadedVersion(pipeline, known.pipeline_versions[0].pipeline_version_id)
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             path = Path(folder) / "pipeline.yaml"
             path.write_text(package.text)
             made = client.upload_pipeline_version(str(path), package.version, pipeline_id=pipeline)
-    return Uploaded(pipeline, made.pipeline_version_id)
+    return UploadedVersion(pipeline, made.pipeline_version_id)
 
 
-def _made(client: Client, name: str) -> str:
-    """Without a version: the client's own `upload_pipeline` would name the first one after the pipeline."""
+def _create_pipeline(client: Client, name: str) -> str:
+    """Create a pipeline without versions: the client's `upload_pipeline` would name the first version after the pipeline."""
     made = client.pipelines.pipeline_service_create_pipeline(V2beta1Pipeline(display_name=name, name=name))
     return str(made.pipeline_id)
 
 
-def submit(cluster: Cluster, package: Package, name: str, parameters: dict[str, Any]) -> str:
-    """Start a run of this very version -> its id."""
+def submit(cluster: Cluster, package: CompiledPipeline, name: str, parameters: dict[str, Any]) -> str:
+    """Start a run of this version -> its id."""
     uploaded, client = upload(cluster, package), cluster.client
-    with _told(cluster), redirect_stdout(io.StringIO()):
+    with _server_errors(cluster), redirect_stdout(io.StringIO()):
         run = client.run_pipeline(
             _experiment(client, cluster), name, params=parameters,
             pipeline_id=uploaded.pipeline, version_id=uploaded.version, service_account=cluster.account or None,
@@ -148,13 +153,15 @@ def submit(cluster: Cluster, package: Package, name: str, parameters: dict[str, 
     return str(run.run_id)
 
 
-def schedule(cluster: Cluster, package: Package, name: str, cron: str, parameters: dict[str, Any]) -> str:
-    """Have exactly one recurring run of this name, and that it is this one -> its id.
+def schedule(
+    cluster: Cluster, package: CompiledPipeline, name: str, cron: str, parameters: dict[str, Any]
+) -> str:
+    """Create this recurring run unless it exists, and delete others of the same name -> its id.
 
-    One run at a time, and none is made up for that was missed.
+    It starts one run at a time, and missed runs are not made up for.
     """
     uploaded, client = upload(cluster, package), cluster.client
-    with _told(cluster), redirect_stdout(io.StringIO()):
+    with _server_errors(cluster), redirect_stdout(io.StringIO()):
         experiment = _experiment(client, cluster)
         there = _schedules(client, experiment, name)
         right = [one for one in there if _same(one, cluster, uploaded, cron, parameters)]
@@ -166,16 +173,16 @@ def schedule(cluster: Cluster, package: Package, name: str, cron: str, parameter
                 service_account=cluster.account or None,
             )  # fmt: skip
             kept = str(made.recurring_run_id)
-        for one in there:  # the old ones last, so that there is always one
+        for one in there:  # after the new one exists, so that there is always one
             if one.recurring_run_id != kept:
                 client.delete_recurring_run(one.recurring_run_id)
     return kept
 
 
 def unschedule(cluster: Cluster, name: str) -> int:
-    """Remove the recurring runs of this name -> how many there were."""
+    """Delete the recurring runs of this name -> how many there were."""
     client = cluster.client
-    with _told(cluster), redirect_stdout(io.StringIO()):
+    with _server_errors(cluster), redirect_stdout(io.StringIO()):
         there = _schedules(client, _experiment(client, cluster), name)
         for one in there:
             client.delete_recurring_run(one.recurring_run_id)
@@ -183,7 +190,11 @@ def unschedule(cluster: Cluster, name: str) -> int:
 
 
 def _same(
-    one: V2beta1RecurringRun, cluster: Cluster, uploaded: Uploaded, cron: str, parameters: dict[str, Any]
+    one: V2beta1RecurringRun,
+    cluster: Cluster,
+    uploaded: UploadedVersion,
+    cron: str,
+    parameters: dict[str, Any],
 ) -> bool:
     version, trigger = one.pipeline_version_reference, one.trigger
     return bool(
@@ -203,7 +214,7 @@ def _schedules(client: Client, experiment: str, name: str) -> list[V2beta1Recurr
     return list(
         _pages(
             lambda token: client.list_recurring_runs(
-                token, PAGE, experiment_id=experiment, filter=_named(name)
+                token, PAGE, experiment_id=experiment, filter=_name_filter(name)
             ),
             "recurring_runs",
         )
@@ -211,48 +222,48 @@ def _schedules(client: Client, experiment: str, name: str) -> list[V2beta1Recurr
 
 
 def recent(cluster: Cluster, count: int = 10) -> list[V2beta1Run]:
-    """The last runs."""
+    """The last runs, newest first."""
     client = cluster.client
-    with _told(cluster), redirect_stdout(io.StringIO()):
+    with _server_errors(cluster), redirect_stdout(io.StringIO()):
         experiment = _experiment(client, cluster)
         return client.list_runs("", count, "created_at desc", experiment_id=experiment).runs or []
 
 
 def run(cluster: Cluster, run_id: str) -> V2beta1Run:
     client = cluster.client
-    with _told(cluster):
+    with _server_errors(cluster):
         return client.get_run(run_id)
 
 
 def tasks(found: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
-    """What people call its steps, in the order of their start."""
+    """The tasks of a run without KFP's own driver and executor tasks, in the order of their start."""
     details = (found.run_details and found.run_details.task_details) or []
     inner = ("-driver", "root", "executor")
     steps = [t for t in details if t.start_time and not (t.display_name or "").endswith(inner)]
     return sorted(steps, key=lambda task: task.start_time)
 
 
-def wait(cluster: Cluster, run_id: str, tell: Callable[[str], None]) -> str:
-    """Wait for the end of a run, and tell each new state of it and its steps -> the final state.
+def wait(cluster: Cluster, run_id: str, report: Callable[[str], None]) -> str:
+    """Wait for the end of a run and report each change of state of the run and its tasks -> the final state.
 
-    Not the client's own wait, which knows no cancelled runs.
+    The client's own wait does not know cancelled runs.
     """
-    told: dict[str, str] = {}
-    for found in _looks(cluster, run_id):
+    states: dict[str, str] = {}
+    for found in _poll(cluster, run_id):
         steps = {str(task.display_name): task.state for task in tasks(found)}
         for name, state in {"run": found.state, **steps}.items():
-            if state and told.get(name) != state:
-                told[name] = state
-                tell(f"{name}: {state.lower()}")
+            if state and states.get(name) != state:
+                states[name] = state
+                report(f"{name}: {state.lower()}")
     return str(found.state)
 
 
-def _looks(cluster: Cluster, run_id: str) -> Iterator[V2beta1Run]:
-    """The run again and again, up to its end, whether the server is away for a while or not."""
+def _poll(cluster: Cluster, run_id: str) -> Iterator[V2beta1Run]:
+    """Request the run repeatedly until it has ended; up to PATIENCE failed requests in a row are tolerated."""
     client, failures = cluster.client, 0
     while True:
         try:
-            with _told(cluster):
+            with _server_errors(cluster):
                 found, failures = client.get_run(run_id), 0
             yield found
             if found.state in STATUS:
@@ -265,14 +276,14 @@ def _looks(cluster: Cluster, run_id: str) -> Iterator[V2beta1Run]:
 
 
 def cancel(cluster: Cluster, run_id: str) -> None:
-    """Stop a run. The platform gives its pods no time, and its exit handler none either."""
+    """Terminate a run. KFP deletes its pods at once and does not run its exit handler."""
     client = cluster.client
-    with _told(cluster):
+    with _server_errors(cluster):
         client.terminate_run(run_id)
 
 
 def logs(cluster: Cluster, run_id: str, task: str, lines: int) -> Iterator[tuple[str, str]]:
-    """(step, its log) of each pod of a run that is still there, from the API of Kubernetes."""
+    """(task, its log) of each pod of a run that still exists, from the Kubernetes API."""
     import kubernetes
 
     try:
@@ -281,7 +292,7 @@ def logs(cluster: Cluster, run_id: str, task: str, lines: int) -> Iterator[tuple
     except kubernetes.config.ConfigException as error:
         raise Refused(f"no access to Kubernetes ({brief(error)}); the logs are also in the UI") from None
     core = kubernetes.client.CoreV1Api()
-    with _told(cluster):
+    with _server_errors(cluster):
         pods = core.list_namespaced_pod(cluster.namespace, label_selector=f"pipeline/runid={run_id}").items
         for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
             step = (pod.metadata.annotations or {}).get("workflows.argoproj.io/node-name", pod.metadata.name)
@@ -298,7 +309,7 @@ def _experiment(client: Client, cluster: Cluster) -> str:
     return str(client.create_experiment(cluster.experiment).experiment_id)
 
 
-def _named(name: str) -> str:
+def _name_filter(name: str) -> str:
     predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
     return json.dumps({"predicates": [predicate]})
 
@@ -314,8 +325,8 @@ def _pages(list_from: Callable[[str], Any], what: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _told(cluster: Cluster) -> Iterator[None]:
-    """What the server says against a request, in one sentence."""
+def _server_errors(cluster: Cluster) -> Iterator[None]:
+    """Convert errors of the clients into Refused or Unavailable with one sentence."""
     from kubernetes.client import ApiException as KubernetesException
 
     where = cluster.host or "the cluster"
@@ -329,7 +340,7 @@ def _told(cluster: Cluster) -> Iterator[None]:
 
 
 def _message(error: Any) -> str:
-    """What the server says in its JSON, or else its page."""
+    """The message in the JSON of the answer, or else its text."""
     try:
         return brief(Exception(json.loads(error.body)["message"]))
     except (ValueError, KeyError, TypeError):

@@ -24,7 +24,7 @@ from dmd2.errors import Refused
 from dmd2.evaluation.scores import read_scores, sampled_image_sets, score_facts, score_table
 from dmd2.io import artifact
 from dmd2.io.local import write_text
-from pipelines.cluster import compiled
+from pipelines.cluster import compile_pipeline
 from pipelines.distill import distill
 
 INTERRUPTED = 130
@@ -106,7 +106,7 @@ def stage_status() -> Iterator[None]:
 
 def _without_retries(pipeline: BaseComponent) -> BaseComponent:
     """The pipeline without its retries: the user sees a failure at once, and can start the same command again."""
-    spec, *settings = yaml.safe_load_all(compiled(pipeline).text)
+    spec, *settings = yaml.safe_load_all(compile_pipeline(pipeline).text)
     for component in (spec["root"], *spec["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)

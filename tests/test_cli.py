@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -95,6 +96,28 @@ def test_a_mistake_ends_a_real_process_without_a_stack_trace() -> None:
         ended.stderr == "dmd2: /nowhere has no manifest.json, so it does not exist or was never finished; "
         "expected a shards folder (dmd2 --help lists which verb makes it)\n"
     )
+
+
+def test_the_log_format_stands_before_the_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DMD2_LOG_FORMAT", "text")
+    for words in (["--log-format", "json"], ["--log-format=json"]):
+        monkeypatch.setattr(sys, "argv", ["dmd2", *words, "destill"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 64
+        assert json.loads(capsys.readouterr().err)["exit_status"] == 64
+
+
+def test_an_unknown_log_format_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dmd2", "--log-format", "xml", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 64
+    assert "text" in capsys.readouterr().err
 
 
 def test_help_lists_verbs_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:

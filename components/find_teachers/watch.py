@@ -7,8 +7,9 @@ watcher died before it could record the run's id is found by its name.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from components.find_teachers.runs import PipelineRuns, RunState, UploadedPipeli
 from components.find_teachers.sources import AnnouncedTeacher, find
 from dmd2.errors import Refused
 from dmd2.io.storage import join_uri, open_store
+
+logger = logging.getLogger(__name__)
 
 RESULT_SETTINGS = ("recipe", "overrides", "source", "gate")
 """The pipeline parameters that decide the result; with other values, the same teacher is another work item."""
@@ -37,7 +40,6 @@ class Watcher:
     limits: RetrainLimits
     owner: str
     """KFP id of this watcher's run."""
-    say: Callable[[str], None] = print
 
     def reconcile(self) -> None:
         """Find the runs of claims whose watcher died, and record the end of runs that could not do so themselves."""
@@ -54,11 +56,11 @@ class Watcher:
     def _find_run(self, entry: LedgerEntry, claim: Claim) -> None:
         if run := self.runs.find(run_name(entry.teacher, claim)):
             self._record_run(claim, run)
-            self.say(f"{entry.work.key}: run {run} was started by watcher {entry.owner}, which died")
+            logger.info(f"{entry.work.key}: run {run} was started by watcher {entry.owner}, which died")
         else:
             reason = f"watcher {entry.owner} died before it started a run"
             self.ledger.release(claim, reason)
-            self.say(f"{entry.work.key}: {reason}")
+            logger.info(f"{entry.work.key}: {reason}")
 
     def _reconcile_run(self, claim: Claim, run: str, state: RunState) -> None:
         if state.health == "alive":
@@ -69,9 +71,9 @@ class Watcher:
             else:
                 self.ledger.failed(claim, run, state.reason, for_good=state.health == "cancelled")
         except Refused as error:  # the run has recorded its end meanwhile
-            self.say(str(error))
+            logger.info(str(error))
         else:
-            self.say(f"{claim.key}: run {run}: {state.reason}")
+            logger.info(f"{claim.key}: run {run}: {state.reason}")
 
     def start(self, teachers: Iterable[AnnouncedTeacher]) -> list[str]:
         """Start a run for each teacher that is new or has failed before, within the limits -> the ids of the runs."""
@@ -85,7 +87,7 @@ class Watcher:
         started, capacity = [], self.ledger.capacity(self.limits)
         for teacher, work in todo:
             if refusal := capacity.refusal(work, self.gpu_hours):
-                self.say(f"{teacher.name}: waits, {refusal}")
+                logger.info(f"{teacher.name}: waits, {refusal}")
                 continue
             if claim := self.ledger.claim(work, teacher.address, self.owner, self.gpu_hours, self.limits):
                 started.append(self._start(teacher, claim))
@@ -111,7 +113,7 @@ class Watcher:
                 self.ledger.release(claim, str(error))
                 raise
         self._record_run(claim, run)
-        self.say(f"{teacher.name}: started run {run} ({name})")
+        logger.info(f"{teacher.name}: started run {run} ({name})")
         return run
 
     def _record_run(self, claim: Claim, run: str) -> None:
@@ -119,7 +121,7 @@ class Watcher:
         try:
             self.ledger.record_run(claim, run)
         except Refused as error:
-            self.say(str(error))
+            logger.info(str(error))
 
     def _claim_of(self, entry: LedgerEntry) -> Claim:
         return Claim(self.ledger.store.uri, entry.work.key, entry.claim)
@@ -153,9 +155,9 @@ def find_and_start(
     watch.reconcile()  # before the sources, which may fail
     found = find(teachers)
     for sentence in found.skipped:
-        print(sentence)
+        logger.warning(sentence)
     started = watch.start(found.teachers)
-    print(f"{len(found.teachers)} teachers announced, {len(started)} runs started")
+    logger.info("%d teachers found, %d runs started", len(found.teachers), len(started))
     return table(watch.ledger.entries())
 
 

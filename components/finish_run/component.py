@@ -22,6 +22,7 @@ def finish_run(
         status: How the other tasks ended.
         summary: The outcome as a page of the UI.
     """
+    import logging
     from pathlib import Path
 
     from components.find_teachers.run_reports import report_end
@@ -29,9 +30,10 @@ def finish_run(
     from components.run_folder import run_folder
     from dmd2.errors import one_sentence
 
+    logger = logging.getLogger("components.finish_run")
     with one_sentence():
         folder = run_folder(root, run_id, summary.uri)
         text = write_outcome(folder, run_id, status.state, status.error_message or "")
         Path(summary.path).write_text(text)
-        print(text)
-        print(report_end(claim, run_id, folder, status.state, status.error_message or ""))
+        logger.info(text)
+        logger.info(report_end(claim, run_id, folder, status.state, status.error_message or ""))

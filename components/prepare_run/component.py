@@ -37,6 +37,7 @@ def prepare_run(
     Returns:
         `root`: the folder of the run; `gpu`: 1 or 0, the number of GPUs of stages that use at most one.
     """
+    import logging
     from collections import namedtuple
     from pathlib import Path
     from typing import Any
@@ -46,13 +47,14 @@ def prepare_run(
     from components.run_folder import run_folder
     from dmd2.errors import one_sentence
 
+    logger = logging.getLogger("components.prepare_run")
     with one_sentence():
         config = check_parameters(source, teacher, recipe, overrides, destination, nodes, gpus)
         folder = run_folder(root, run_id, settings.uri)
-        print(report_start(claim, run_id))
+        logger.info(report_start(claim, run_id))
     text = config.model_dump_json(indent=1)
     Path(settings.path).write_text(text)
     settings.metadata.update(recipe=recipe, root=folder)
-    print(f"folder of the run: {folder}\n{text}")
+    logger.info("folder of the run: %s\n%s", folder, text)
     Prepared: Any = namedtuple("Prepared", ("root", "gpu"))  # noqa: N806 - a class
     return Prepared(folder, min(gpus, 1))

@@ -17,6 +17,8 @@ def publish_model(
         package: The package.
         model: Points to the published model by URI and digest; the file itself is its manifest.
     """
+    import logging
+
     from dmd2 import stages
     from dmd2.errors import one_sentence
     from dmd2.io import artifact
@@ -25,4 +27,4 @@ def publish_model(
         out = f"{destination.rstrip('/')}/{recipe}/{package.metadata['digest'][:16]}"
         stages.publish(package.metadata["uri"], out)
         model.metadata.update(artifact.write_pointer(out, "package", model.path))
-    print(f"published: {out}")
+    logging.getLogger("components.publish_model").info("published: %s", out)

@@ -149,7 +149,7 @@ def test_what_the_server_refuses_is_said_in_its_words(
 ) -> None:
     with pytest.raises(Refused, match="says 404 \\(no-such-run not found\\)"):
         tell("status", "--run", "no-such-run")
-    package = cluster.compiled(cluster_pipeline())
+    package = cluster.compile_pipeline(cluster_pipeline())
     with pytest.raises(Refused, match="none of its literals"):
         cluster.submit(cluster.Cluster(host=server.url), package, "x", {"recipe": "sdxl-5step"})
 

@@ -22,7 +22,7 @@ from dmd2.training import checkpoint
 from dmd2.training.metrics_log import read_metrics
 from pipelines import readme
 from pipelines.__main__ import COMPILED, PIPELINES
-from pipelines.cluster import compiled as fresh
+from pipelines.cluster import compile_pipeline
 from pipelines.local_run import run_local
 from tests.bucket import list_names, names_in_manifest
 from tests.conftest import MICRO
@@ -161,7 +161,9 @@ def test_a_run_without_a_root_lies_beside_its_artifacts(refusal: Callable[..., s
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_the_committed_pipeline_is_the_current_one(name: str) -> None:
     assert not {"DMD2_IMAGE", "DMD2_LAUNCH_IMAGE"} & os.environ.keys()
-    assert fresh(PIPELINES[name]).text == (COMPILED / f"{name}.yaml").read_text(), "run make compile"
+    assert compile_pipeline(PIPELINES[name]).text == (COMPILED / f"{name}.yaml").read_text(), (
+        "run make compile"
+    )
 
 
 def test_the_page_of_the_components_is_the_current_one() -> None:
