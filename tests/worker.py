@@ -1,6 +1,6 @@
-"""Plays a few steps on made-up samples with every mesh of its world, and writes down what happened.
+"""Trains a few steps on random samples with every mesh of its world size, and saves losses and weights.
 
-Started by torchrun in `test_processes.py`, and called there directly for the one process that all is compared with.
+`test_processes.py` starts it by torchrun, and calls `played` directly for the single process to compare with.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES = {
     "shared-base": ("sdxl-4step-shared-emoji", SMALL, 6),
     "bfloat16": ("edm-digits", (*MICRO, "distill.dtype=bfloat16", "engine.micro_batch=1"), 6),
 }
-"""Recipe, overrides, steps: the ways in which passes and gradients are divided."""
+"""Recipe, overrides, steps: each divides passes, micro-batches or gradients in another way."""
 WORLDS = {
     2: ("sdxl 2 resident", "sdxl 2 sharded", "shared-base 2 resident", "edm 1 resident", "edm 2 sharded", "fast 2 resident"),
     4: (
@@ -43,29 +43,29 @@ WORLDS = {
         "fast 4 sharded", "bfloat16 2 resident", "bfloat16 4 sharded", "bfloat16 1 resident",
     ),
 }  # fmt: skip
-"""Case, shards and weights of what so many processes play: DDP, HSDP and FSDP."""
+"""{world size: "case, shards, engine.weights" of the runs}: DDP, HSDP and FSDP."""
 
 
 def played(config: Config, family: ModelFamily, steps: int, world: ranks.World) -> dict[str, Tensor]:
-    """Losses, sizes of gradients and weights of some steps, from a teacher whose weights are noise."""
+    """Metrics of each step, and the trained and inference weights after it, from a teacher with random weights."""
     torch.manual_seed(1)
     teacher = {name: 0.1 * torch.randn_like(p) for name, p in family.network().state_dict().items()}
-    game = build.trainer(config, family, teacher if world.is_main else {}, world)
-    assert isinstance(game, DMD2Trainer)
-    told: dict[str, Tensor] = {}
+    trainer = build.trainer(config, family, teacher if world.is_main else {}, world)
+    assert isinstance(trainer, DMD2Trainer)
+    found: dict[str, Tensor] = {}
     for step in range(steps):
-        for name, value in game.step(real(config, family, step, world), step).items():
-            told[f"{step:02d} {name}"] = world.all_reduce_mean(value.detach().float().clone())
-    for trainable in (game.student, game.critic):
+        for name, value in trainer.step(real(config, family, step, world), step).items():
+            found[f"{step:02d} {name}"] = world.all_reduce_mean(value.detach().float().clone())
+    for trainable in (trainer.student, trainer.critic):
         weights = sharding.gather_full_tensors(trainable.state()[trainable.name].state_dict(), world)
-        told |= {f"{trainable.name}: {name}": w.clone() for name, w in weights.items()}
+        found |= {f"{trainable.name}: {name}": w.clone() for name, w in weights.items()}
         averages = sharding.gather_full_tensors(trainable.inference_weights(), world)
-        told |= {f"{trainable.name}, used: {name}": w.clone() for name, w in averages.items()}
-    return told
+        found |= {f"{trainable.name}, used: {name}": w.clone() for name, w in averages.items()}
+    return found
 
 
 def real(config: Config, family: ModelFamily, step: int, world: ranks.World) -> Batch:
-    """This process's rows of a batch."""
+    """The rows of a batch of random samples that this rank works on."""
     batch = config.distill.batch
     rows = world.local_rows(batch)
     drawn = Rng.at(7, step, range(batch), world.device)
@@ -86,12 +86,12 @@ def resolved(case: str, pipeline: Path, *more: str) -> tuple[Config, ModelFamily
 def main(out: Path, pipeline: Path) -> None:
     torch.set_num_threads(1)
     world = ranks.init_distributed()
-    for game in WORLDS[world.size]:
-        case, shards, weights = game.split()
+    for run in WORLDS[world.size]:
+        case, shards, weights = run.split()
         mesh = f"engine.shards={shards}", f"engine.weights={weights}"
-        told = played(*resolved(case, pipeline, *mesh), world)
+        found = played(*resolved(case, pipeline, *mesh), world)
         if world.is_main:
-            torch.save(told, out / f"{game}.pt")
+            torch.save(found, out / f"{run}.pt")
 
 
 if __name__ == "__main__":
