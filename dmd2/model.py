@@ -1,7 +1,7 @@
-"""What users load: a network with all that is needed to sample it, and the package made of a finished student.
+"""Trained models as users load them: the network of a teacher, a run or a package, with everything needed to sample it.
 
-`network.json` holds the family and the timesteps of the student's steps; the weights lie where the family puts them
-(`network.safetensors`, or `unet/` of a pipeline of diffusers). All of it is data: loading executes nothing.
+`network.json` holds the family and the student's timesteps; the weights lie where the family saves them (`network.safetensors`, or
+`unet/` of a diffusers pipeline). Both are data: loading executes no code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dmd2.models.family import CondPair, ModelFamily, Prompt, make_family
 from dmd2.sampler import Timesteps, generate
 
 ELEMENTS = 2**20
-"""Numbers in the samples of one network call when nothing else is said, at 64 samples at most: 16 SDXL latents."""
+"""Numbers in the samples of a network call by default (16 SDXL latents); at most 64 samples."""
 
 
 @dataclass(frozen=True)
@@ -34,62 +34,63 @@ class Model:
     family: ModelFamily
     network: nn.Module
     timesteps: Timesteps
-    """Timesteps of the student's steps, noisiest first; none for a teacher."""
+    """The student's timesteps, noisiest first; empty for a teacher."""
 
     def sample(self, prompts: Sequence[Prompt], seed: int = 0, batch: int = 0) -> Tensor:
-        """Images of these classes or texts, uint8 (N, C, H, W), in len(timesteps) network calls each."""
+        """Sample the student: images of these classes or texts, uint8 (N, C, H, W).
 
-        def draw(eps: Tensor, shown: CondPair) -> Tensor:
+        An image takes len(timesteps) network calls. `batch` is the number of images in a call; 0 = by their size. Equal seeds give
+        equal noise for any batch size and device."""
+
+        def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
             first, *later = eps.unbind(1)
-            between = iter(later)
-            return generate(
-                self.family.denoiser(self.network),
-                first,
-                shown.cond,
-                self.timesteps,
-                lambda x0: next(between),
-            )
+            noise = iter(later)
+            denoiser = self.family.denoiser(self.network)
+            return generate(denoiser, first, cond.cond, self.timesteps, lambda x0: next(noise))
 
-        return self.family.decode(self._in_batches(draw, prompts, seed, batch, draws=len(self.timesteps))[1])
+        _, x0 = self._in_batches(sample_batch, prompts, seed, batch, noises=len(self.timesteps))
+        return self.family.decode(x0)
 
     def sample_teacher(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> Tensor:
-        """Images by the family's many-step sampler; from the noise that a one-step student gets."""
+        """Sample the family's many-step sampler: images, uint8 (N, C, H, W), from the noise that a one-step student gets for this seed."""
         return self.family.decode(self.pairs(prompts, seed, steps, guidance, batch)[1])
 
     def pairs(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Noise, and what the teacher makes of it, each (N, C, H, W)."""
+        """(noise, the teacher's sample from it), each (N, C, H, W)."""
 
-        def draw(eps: Tensor, shown: CondPair) -> Tensor:
-            return self.family.sample_teacher(self.network, eps[:, 0], shown, steps, guidance)
+        def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
+            return self.family.sample_teacher(self.network, eps[:, 0], cond, steps, guidance)
 
-        eps, x = self._in_batches(draw, prompts, seed, batch, draws=1)
-        return eps[:, 0], x
+        eps, x0 = self._in_batches(sample_batch, prompts, seed, batch, noises=1)
+        return eps[:, 0], x0
 
     def _in_batches(
         self,
-        sampler: Callable[[Tensor, CondPair], Tensor],
+        sample_batch: Callable[[Tensor, CondPair], Tensor],
         prompts: Sequence[Prompt],
         seed: int,
         batch: int,
-        draws: int,
+        noises: int,
     ) -> tuple[Tensor, Tensor]:
-        """All noise, also that between steps, is drawn on the CPU, image by image, from one generator: neither
-        batch size nor device changes it, and the caller's random numbers are left alone. The noise is (N, draws, C, H, W)."""
-        noise = torch.Generator().manual_seed(seed)
+        """(noise (N, noises, C, H, W), samples (N, C, H, W)), both on the CPU.
+
+        All noise, also that between steps, is drawn on the CPU, image by image, from a generator of its own: it depends on the seed
+        only, and the global random state does not change."""
+        generator = torch.Generator().manual_seed(seed)
         device = next(self.network.parameters()).device
         batch = batch or max(1, min(64, ELEMENTS // math.prod(self.family.shape)))
-        drawn, made = [], []
+        all_noise, samples = [], []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            eps = torch.stack([torch.randn(draws, *self.family.shape, generator=noise) for _ in part])
+            eps = torch.stack([torch.randn(noises, *self.family.shape, generator=generator) for _ in part])
             cond, uncond = self.family.condition(part)
-            made.append(sampler(eps.to(device), CondPair(cond.to(device), uncond.to(device))).cpu())
-            drawn.append(eps)
-        return torch.cat(drawn), torch.cat(made)
+            samples.append(sample_batch(eps.to(device), CondPair(cond.to(device), uncond.to(device))).cpu())
+            all_noise.append(eps)
+        return torch.cat(all_noise), torch.cat(samples)
 
 
 def load(folder: str | Path) -> Model:
@@ -98,19 +99,19 @@ def load(folder: str | Path) -> Model:
 
 
 def save_network(folder: Path, model: Model, weights: dict[str, Tensor]) -> None:
-    """Write weights for the network of a model, and what belongs to it."""
+    """Save weights of a model's network with everything that a loaded model needs."""
     model.family.save(weights, folder, model.timesteps)
     write_network_json(folder, model.config, model.timesteps)
 
 
 def write_network_json(folder: Path, family: FamilyConfig, timesteps: Timesteps) -> None:
-    """In the spelling of its first version: its bytes are part of the digest of every teacher and student."""
+    """Write family and timesteps with the field names of version 0.1.0: the bytes are part of the digest of every teacher and student."""
     facts = {"family": in_first_spelling(family), "levels": timesteps}
     (folder / "network.json").write_text(json.dumps(facts, indent=1))
 
 
 def read_network_json(folder: Path) -> tuple[FamilyConfig, Timesteps]:
-    """The family of a network, and the timesteps of a student's steps."""
+    """(family, timesteps) of a network; the timesteps of a teacher are empty."""
     path = folder / "network.json"
     if not path.is_file():
         raise Refused(f"{folder} holds no network (no network.json); give a teacher, run or package folder")
@@ -119,7 +120,7 @@ def read_network_json(folder: Path) -> tuple[FamilyConfig, Timesteps]:
 
 
 def load_network(folder: str | Path, weights: bool = True) -> Model:
-    """The network of a teacher, run or package folder; without `weights`, its parameters are on the meta device."""
+    """The model in a teacher, run or package folder, on the CPU; without `weights`, its parameters are on the meta device."""
     path = local_path(folder)
     config, timesteps = read_network_json(path)
     family = make_family(config, path)

@@ -39,16 +39,16 @@ class Panel:
 
 PANELS = (
     Panel("FID to training samples, at the checkpoints", SCORE),
-    Panel("Learning rate", r".*(?<![a-z])(lr|learning_rate)"),
+    Panel("Learning rate", r".*/lr"),
     Panel("Gradient norm at the samples, by term", r".*_gradient", log_scale=True),
-    Panel("Gradient norm of the weights, before clipping", r".*grad_norm", log_scale=True),
+    Panel("Gradient norm of the weights, before clipping", r".*/grad_norm", log_scale=True),
     Panel("Skipped updates", r".*/skipped"),
     Panel("Losses of the student", r"student/.*"),
     Panel("Losses of the critic (dmd = denoising)", r"critic/.*"),
     Panel("Samples per second", r"samples_per_s"),
-    Panel("Model FLOPs utilization", r".*mfu"),
-    Panel("Peak memory", r".*memory.*"),
-    Panel("Time per step, in seconds", r"(?!eta_s$).*_s"),
+    Panel("Model FLOPs utilization (MFU)", r"mfu"),
+    Panel("Peak memory, in GB", r"peak_memory_gb"),
+    Panel("Time of a mean step by phase, in seconds", r"time/.*_s"),
     Panel("Other metrics", r"(?!(step|eta_s)$).*"),
 )
 """The plots of a report. A metric belongs to the first panel that matches its name; a panel without metrics is left out."""

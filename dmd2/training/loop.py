@@ -199,7 +199,7 @@ class _Run:
             self.progress.advance(0, note)
             if stop := self.flags.exchange_stop():
                 raise Interrupted(
-                    f"stopped while the checkpoint of step {step} was judged; the same command resumes", stop
+                    f"stopped while the checkpoint of step {step} was scored; the same command resumes", stop
                 )
 
         self.log.log_score(step, score(report))

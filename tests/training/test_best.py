@@ -1,4 +1,4 @@
-"""Of the checkpoints of a run, the best is kept and becomes the student."""
+"""Scores of checkpoints: the best checkpoint of a run is kept and becomes the student."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from tests.training.test_loop import ONE_THREAD, assert_same, distill, numbers
 from tests.training.test_on_a_bucket import machines
 from tests.training.test_processes import ENVIRONMENT, torchrun
 
-JUDGED = (
+SCORED = (
     *MICRO,
     "distill.best.images=24",
     "distill.best.features=efficientnet",
     "distill.keep_checkpoints=1",
 )
-WORSE = (*JUDGED, "distill.student.lr=0.3", "distill.student.ema=0.5")
-"""A student that the training throws far away from its teacher, so that an early checkpoint is better than the last."""
+WORSE = (*SCORED, "distill.student.lr=0.3", "distill.student.ema=0.5")
+"""A student that training moves far away from its teacher, so an early checkpoint is better than the last."""
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_checkpoint_is_judged_and_the_best_is_kept_and_becomes_the_student(whole: Path) -> None:
-    told, facts = checkpoint_scores(whole), read_manifest(whole, "run").facts
-    assert list(told) == [4, 8, 10]
-    best = min(told, key=told.__getitem__)
-    assert best != 10, f"the last is the best, {told}, so that this test shows nothing"
+def test_every_checkpoint_is_scored_and_the_best_is_kept_and_becomes_the_student(whole: Path) -> None:
+    scores, facts = checkpoint_scores(whole), read_manifest(whole, "run").facts
+    assert list(scores) == [4, 8, 10]
+    best = min(scores, key=scores.__getitem__)
+    assert best != 10, f"the last is the best, {scores}, so that this test shows nothing"
     assert facts["best_step"] == best
-    assert facts["best_fid"] == told[best]
+    assert facts["best_fid"] == scores[best]
     assert checkpoint.saved_steps(whole / "checkpoints") == [best, 10]
     saved = checkpoint.load_object(whole / "checkpoints" / f"{best:08d}", "student.average0")
     for name, weight in load_tensors(whole / "network.safetensors").items():
@@ -97,26 +97,28 @@ def stopped(made: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_that_is_stopped_ends_with_the_same_student(
     made: Path, whole: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a checkpoint is due, which is then judged when it goes on, and where none is."""
+    """Where a checkpoint is due, which is then scored when the run goes on, and where none is."""
     stopped(made, tmp_path / "run", after, monkeypatch)
     distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
     assert checkpoint_scores(tmp_path / "run") == checkpoint_scores(whole)
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_run_that_is_killed_while_it_judges_loses_nothing(made: Path, whole: Path, tmp_path: Path) -> None:
-    """SIGKILL in the midst of judging the second checkpoint, which is there already."""
+def test_a_run_that_is_killed_while_it_scores_a_checkpoint_loses_nothing(
+    made: Path, whole: Path, tmp_path: Path
+) -> None:
+    """SIGKILL while the second checkpoint is scored, which is saved already."""
     code = """
 import os, signal, sys
 from dmd2.config import Config
 from dmd2.evaluation.checkpoint_score import CheckpointScorer
 from dmd2 import stages
-calls, judge = [], CheckpointScorer.__call__
-def killed(self, say):
+calls, score = [], CheckpointScorer.__call__
+def killed(self, report):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return judge(self, say)
+    return score(self, report)
 CheckpointScorer.__call__ = killed
 stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
 """
@@ -133,10 +135,10 @@ stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
-def test_four_processes_choose_as_one_does(
+def test_four_processes_select_the_same_checkpoint_as_one(
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They go on from where one was stopped, and begin by judging that checkpoint; two of them have no training sample of 24."""
+    """They continue from where one was stopped, and begin by scoring that checkpoint; two of them have none of the 24 training samples."""
     stopped(made, tmp_path / "run", 4, monkeypatch)
     folders = ["--data", str(made / "shards"), "--teacher", str(made / "teacher")]
     words = [*folders, "--out", str(tmp_path / "run"), *flags((*WORSE, "engine.weights=sharded"))]
@@ -181,8 +183,8 @@ def test_machines_that_share_nothing_but_a_bucket_take_the_best_from_there(
 
 
 @pytest.mark.parametrize("count", [24, 40, 50])
-def test_the_number_of_processes_decides_only_who_draws_a_sample(count: int) -> None:
-    """Each draws as often as the others; what is drawn only for that lies behind the end."""
+def test_samples_are_the_same_for_any_number_of_processes(count: int) -> None:
+    """Each process has equally many chunks; those that are added for that lie beyond the count."""
     alone = list(chunks_of_rank(count, ALONE))
     together = [list(chunks_of_rank(count, replace(ALONE, rank=rank, size=5))) for rank in range(5)]
     assert len({len(rows) for rows in together}) == 1
@@ -191,40 +193,40 @@ def test_the_number_of_processes_decides_only_who_draws_a_sample(count: int) -> 
     assert all(rows.start >= count for rows in every[len(alone) :])
 
 
-def test_of_many_shards_few_are_opened(made: Path) -> None:
+def test_samples_are_taken_in_runs_if_single_ones_would_open_more_shards(made: Path) -> None:
     shards = Shards(made / "shards", "train")
     assert shards.counts == [16, 16, 16]
     assert evenly_spaced(48, shards).tolist() == list(range(48))
     assert evenly_spaced(20, shards).tolist() == [*range(16), 24, 25, 26, 27]
 
 
-def test_a_signal_is_heard_while_a_checkpoint_is_judged(
+def test_a_signal_stops_the_scoring_of_a_checkpoint(
     made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = CheckpointScorer.__call__, []
 
-    def signalled(self: CheckpointScorer, say: Callable[[str], None]) -> float:
+    def signalled(self: CheckpointScorer, report: Callable[[str], None]) -> float:
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, say)
+        return original(self, report)
 
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointScorer, "__call__", signalled)
-        with pytest.raises(Interrupted, match="while the checkpoint of step 8 was judged") as caught:
+        with pytest.raises(Interrupted, match="while the checkpoint of step 8 was scored") as caught:
             distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
     assert caught.value.status == 75
     distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_run_whose_rollout_is_cut_by_its_end_is_judged_there_too(made: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_within_a_rollout_is_scored_there_too(made: Path, tmp_path: Path) -> None:
     walks = ("distill.student_timesteps=999,499", "distill.continue_rollouts=True", "distill.steps=7")
-    distill(recipes.resolve("edm-digits", (*JUDGED, *walks)), made, tmp_path / "run")
+    distill(recipes.resolve("edm-digits", (*SCORED, *walks)), made, tmp_path / "run")
     assert list(checkpoint_scores(tmp_path / "run")) == [5, 7]
 
 
-def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> None:
+def test_another_run_starts_from_student_and_critic_of_the_best_checkpoint(whole: Path) -> None:
     start = starting_weights(str(whole), weights=True)
     assert start
     assert start.critic
@@ -235,7 +237,7 @@ def test_another_run_starts_with_student_and_critic_of_the_best(whole: Path) -> 
     assert not all(torch.equal(weight, last[f"network.{name}"]) for name, weight in start.critic.items())
 
 
-def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
+def test_report_and_model_card_say_which_checkpoint_was_selected(whole: Path, made: Path) -> None:
     from dmd2.model_card import best_checkpoint, model_card
 
     made_of = read_manifest(whole, "run")
@@ -251,35 +253,35 @@ def test_report_and_card_tell_which_was_chosen(whole: Path, made: Path) -> None:
     assert best_checkpoint(read_manifest(made / "run", "run")) == ""
 
 
-def test_nothing_is_judged_unless_it_is_asked_for(made: Path) -> None:
+def test_checkpoints_are_not_scored_by_default(made: Path) -> None:
     assert not any(SCORE in line for line in read_metrics(made / "run"))
     assert "best_step" not in read_manifest(made / "run", "run").facts
 
 
-def test_weights_that_are_not_there_are_told_before_the_first_step(
+def test_missing_feature_weights_are_refused_before_the_first_step(
     made: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    lost = (*JUDGED, "distill.best.features=inception", "distill.best.inception.uri=/nowhere/weights.pt")
+    lost = (*SCORED, "distill.best.features=inception", "distill.best.inception.uri=/nowhere/weights.pt")
     sentence = refusal(lambda: distill(recipes.resolve("edm-digits", lost), made, tmp_path / "run"))
     assert "set --distill.best.inception.uri to a copy of them" in sentence
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("settings", "message"),
     [
         (("distill.best.images=1",), "best.images is 1; a distance between samples needs at least 2"),
         (("distill.best.images=-1",), "images: Input should be greater than or equal to 0"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(
-    wrong: tuple[str, ...], told: str, refusal: Callable[..., str]
+def test_settings_that_cannot_be_scored_are_refused(
+    settings: tuple[str, ...], message: str, refusal: Callable[..., str]
 ) -> None:
-    assert told in refusal(lambda: recipes.resolve("edm-digits", (*MICRO, *wrong)))
+    assert message in refusal(lambda: recipes.resolve("edm-digits", (*MICRO, *settings)))
 
 
-def test_a_regression_has_nothing_to_judge_by(refusal: Callable[..., str]) -> None:
-    judged = ("distill.best.images=24",)
+def test_a_regression_cannot_be_scored(refusal: Callable[..., str]) -> None:
+    scored = ("distill.best.images=24",)
     assert "a regression sees no training samples" in refusal(
-        lambda: recipes.resolve("sdxl-1step-warmup", judged)
+        lambda: recipes.resolve("sdxl-1step-warmup", scored)
     )
