@@ -4,6 +4,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ROOT ?= runs/demo
 
+# As in dmd2/__init__.py, for what imports torch before it.
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sdxl teacher-emoji test check format lint types compile manifests images images-lock images-push submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
 

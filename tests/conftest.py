@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dmd2  # noqa: F401 - before torch, which reads then what dmd2 sets  # isort: skip
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
