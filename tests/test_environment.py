@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from dmd2.io.storage import cache
+
 ROOT = Path(__file__).parents[1]
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -57,3 +59,22 @@ def test_it_is_said_before_torch_loads_openmp() -> None:
     code = "import dmd2, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("users", "there"),
+    [
+        ({}, "home/.cache/dmd2"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/dmd2"),
+        ({"XDG_CACHE_HOME": "xdg", "DMD2_CACHE": "named"}, "named"),
+        ({"DMD2_CACHE": ""}, "home/.cache/dmd2"),
+    ],
+)
+def test_copies_are_kept_where_the_user_or_the_system_says(
+    users: dict[str, str], there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "DMD2_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "home", **users}.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if value else "")
+    assert cache() == tmp_path / there

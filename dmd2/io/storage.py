@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from dmd2.errors import Refused
 from dmd2.io.gcs import GcsStore
 from dmd2.io.local import LocalStore, fsync
@@ -51,8 +53,9 @@ def join_uri(uri: str | Path, name: str) -> str:
 
 
 def cache() -> Path:
-    """Where copies of what lies on a bucket are kept, and drafts of what will."""
-    return Path(os.environ.get("DMD2_CACHE", "~/.cache/dmd2")).expanduser()
+    """Folder for copies of remote files and for drafts of remote artifacts: `$DMD2_CACHE`, or the user's cache folder."""
+    named = os.environ.get("DMD2_CACHE")
+    return Path(named).expanduser() if named else user_cache_path("dmd2")
 
 
 def fetch_file(uri: str | Path) -> Path:
