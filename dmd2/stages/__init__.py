@@ -1,7 +1,7 @@
 """The stages: each is a function that reads artifacts and writes one, a verb of the command line and a component of the pipeline.
 
 A stage whose output is already there, made from the same inputs, returns at once; an interrupted one continues. Importing
-this package is cheap: a stage imports torch and the rest of the library when it is called.
+this package is cheap: a stage imports torch and the rest of the library when it is called, after it has checked its inputs.
 """
 
 from __future__ import annotations

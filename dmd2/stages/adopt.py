@@ -31,21 +31,17 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
         teacher: Folder of the teacher it was distilled from.
         out: Folder to write the run to.
     """
-    from dmd2.model import load_network, save_network
-    from dmd2.models.family import check_same_family
-    from dmd2.stages.networks import (
-        load_artifact_model,
-        parameter_count,
-        student_model,
-    )
-    from dmd2.stages.prompts import grid_classes
-
     path = fetch_file(source)
     if not path.exists():
         raise Refused(f"{source} does not exist; give weights, or a training folder")
     inputs = {"source": _content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}
     if done := find_finished(out, "run", config, inputs):
         return done
+    from dmd2.model import load_network, save_network
+    from dmd2.models.family import check_same_family
+    from dmd2.stages.networks import load_artifact_model, parameter_count, student_model
+    from dmd2.stages.prompts import grid_classes
+
     model = load_artifact_model(teacher, read_manifest(teacher, "teacher"))
     check_same_family(model.config, config.family)
     weights = model.family.adopt(path, model.network.state_dict())

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from dmd2.config import Config
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
+from dmd2.stages.inputs import prompts_digest, read_training_samples, sample_digests
 
 
 def distill(
@@ -30,7 +31,6 @@ def distill(
     from dmd2.parallel import ranks, sharding
     from dmd2.plan.utilization import training_throughput
     from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
-    from dmd2.stages.inputs import prompts_digest, read_training_samples, sample_digests
     from dmd2.stages.networks import (
         check_same_vae,
         load_artifact_model,

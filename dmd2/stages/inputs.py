@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 from dmd2.config import Config
-from dmd2.data.loader import Shards
 from dmd2.data.prompts import read_prompts
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from dmd2.data.loader import Shards
 
 
 def read_training_samples(config: Config, data: str) -> Manifest:

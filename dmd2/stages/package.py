@@ -19,15 +19,6 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         gate: Folder of the gate that accepted it.
         out: Folder to make.
     """
-    import torch
-
-    from dmd2.image_grid import image_grid
-    from dmd2.model import load_network, save_network
-    from dmd2.model_card import model_card
-    from dmd2.stages.networks import load_artifact_model
-    from dmd2.stages.pictures import save_png
-    from dmd2.stages.prompts import grid_columns
-
     made, evaluated, decided = (
         read_manifest(run, "run"),
         read_manifest(evaluation, "evaluation"),
@@ -42,6 +33,15 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
     inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
     if done := find_finished(out, "package", made.config, inputs):
         return done
+    import torch
+
+    from dmd2.image_grid import image_grid
+    from dmd2.model import load_network, save_network
+    from dmd2.model_card import model_card
+    from dmd2.stages.networks import load_artifact_model
+    from dmd2.stages.pictures import save_png
+    from dmd2.stages.prompts import grid_columns
+
     model = load_artifact_model(run, made)
     with draft_artifact(out, "package", made.config, inputs) as draft:
         save_network(draft.path, model, model.network.state_dict())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dmd2.config import Config
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
+from dmd2.stages.inputs import prompts_digest, read_captions, sample_digests
 
 if TYPE_CHECKING:
     import torch
@@ -24,19 +25,18 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
         out: Folder to write the pairs to.
         prompts: File of prompts to sample instead of the captions.
     """
+    samples, teacher_manifest = read_manifest(data, "shards", "latents"), read_manifest(teacher, "teacher")
+    inputs = sample_digests(samples) | {"teacher": teacher_manifest.digest} | prompts_digest(prompts)
+    if done := find_finished(out, "pairs", config, inputs):
+        return done
     from dmd2.data import latents
     from dmd2.data.loader import Shards
     from dmd2.data.pairs import write_pairs
     from dmd2.data.prompts import read_prompts
     from dmd2.data.shards import TRAIN
     from dmd2.parallel import ranks
-    from dmd2.stages.inputs import prompts_digest, read_captions, sample_digests
     from dmd2.stages.networks import load_on_device
 
-    samples, teacher_manifest = read_manifest(data, "shards", "latents"), read_manifest(teacher, "teacher")
-    inputs = sample_digests(samples) | {"teacher": teacher_manifest.digest} | prompts_digest(prompts)
-    if done := find_finished(out, "pairs", config, inputs):
-        return done
     model, settings = load_on_device(teacher, teacher_manifest, ranks.device()), config.pairs
     texts = (
         read_prompts(prompts) if prompts else read_captions(Shards(data, TRAIN, samples.kind), settings.count)

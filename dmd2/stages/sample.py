@@ -37,17 +37,17 @@ def sample(
         steps: Number of steps; 0 = all of the student's timesteps, or 30 of a teacher. A student may take fewer.
         guidance: Scale of the teacher's classifier-free guidance; a student has none.
     """
+    if count < 1:
+        raise Refused(f"count is {count}; draw at least one image")
+    if steps < 0:
+        raise Refused(f"steps is {steps}; give a positive number, or 0 for the usual one")
+    manifest = read_manifest(package, "package", "run", "teacher")
     from dmd2.image_grid import image_grid
     from dmd2.parallel import ranks
     from dmd2.stages.networks import load_on_device
     from dmd2.stages.output_file import local_output
     from dmd2.stages.pictures import save_png
 
-    if count < 1:
-        raise Refused(f"count is {count}; draw at least one image")
-    if steps < 0:
-        raise Refused(f"steps is {steps}; give a positive number, or 0 for the usual one")
-    manifest = read_manifest(package, "package", "run", "teacher")
     model = load_on_device(package, manifest, ranks.device())
     choices: list[Prompt] = [*prompts, *labels] or _default_prompts(model.config, manifest)
     conditions = list(itertools.islice(itertools.cycle(choices), count))

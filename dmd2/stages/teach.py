@@ -5,6 +5,7 @@ from __future__ import annotations
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
+from dmd2.stages.inputs import read_training_samples, sample_digests
 
 
 def teach(config: Config, data: str, out: str) -> Manifest:
@@ -14,15 +15,6 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         data: Folder of shards, or of latents if the network works on them (--family.vae_stride).
         out: Folder to write the teacher to.
     """
-    from dmd2.model import Model, save_network
-    from dmd2.models.family import make_family
-    from dmd2.parallel import ranks, sharding
-    from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
-    from dmd2.stages.inputs import read_training_samples, sample_digests
-    from dmd2.training import build
-    from dmd2.training.loop import LoopSettings, train
-    from dmd2.training.metrics_log import Throughput
-
     samples = read_training_samples(config, data)
     inputs = sample_digests(samples)
     if done := find_finished(out, "teacher", config, inputs):
@@ -31,6 +23,14 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         raise Refused(
             f"teach trains small teachers that need no text encoders; recipe {config.recipe!r} needs a teacher of kind {config.family.kind}: bring one with dmd2 resolve"
         )
+    from dmd2.model import Model, save_network
+    from dmd2.models.family import make_family
+    from dmd2.parallel import ranks, sharding
+    from dmd2.stages.distributed import batch_reader, draft_for_all_ranks, training_facts
+    from dmd2.training import build
+    from dmd2.training.loop import LoopSettings, train
+    from dmd2.training.metrics_log import Throughput
+
     world, settings = ranks.init_distributed(), config.teach
     with draft_for_all_ranks(world, out, "teacher", config, inputs) as draft:
         trainer = build.diffusion_trainer(config, world)
