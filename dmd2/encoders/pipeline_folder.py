@@ -1,8 +1,8 @@
-"""The networks that make latents: a VAE and, if captions are encoded too, the text encoders of its pipeline.
+"""The files of a diffusers pipeline: finding them, and loading single networks of it.
 
-They are read from a folder of a diffusers AutoencoderKL or of a pipeline: local, on a bucket, or a name on the hub.
-Only files that are named here are read, all of them data: configs, tokenizers, and weights as safetensors. A pickle,
-which can run code, is never opened.
+A pipeline, or a VAE alone, is given as a local folder, a folder on a bucket, or a name on the hub. Only the files named here
+are read, and all of them are data: configs, tokenizers, and weights as safetensors. A pickle, which can run code, is never
+opened.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DENOISER = {
     "scheduler/": ("scheduler_config.json",),
     "": ("model_index.json",),
 }
-"""Of a whole pipeline, what is neither VAE nor text encoder."""
+"""Files of a whole pipeline that belong neither to the VAE nor to a text encoder."""
 VAE_FILES = (CONFIG, VAE_WEIGHTS)
 TOKENIZER_FILES = (
     "vocab.json",
@@ -40,9 +40,9 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-"""Without either, a tokenizer would be made that knows no word."""
+"""A tokenizer needs the files of one of these; without them, transformers makes one with an empty vocabulary."""
 VAES = ("AutoencoderKL", "AutoencoderTiny")
-"""The second only makes images, quickly, of the latents of the first."""
+"""The second only decodes, quickly, the latents of the first."""
 TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """The text encoders of Stable Diffusion 1.5 and 2 (the first) and XL (both), by folder."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -50,45 +50,55 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class PipelineFiles:
-    """Files on this machine."""
+    """The files of a VAE or of a pipeline, on this machine."""
 
-    place: str
+    source: str
     """What the user gave."""
     vae: Path
-    texts: tuple[tuple[Path, Path], ...]
+    """Folder of the VAE."""
+    text_encoders: tuple[tuple[Path, Path], ...]
     """(encoder, tokenizer) folders."""
     files: dict[str, Path]
-    """By their name in a pipeline."""
+    """Path in a pipeline -> path here."""
 
     @property
     def digest(self) -> str:
-        """Of the content: the same for a VAE alone and for the same VAE in a pipeline, wherever it lies."""
+        """sha256 of the names and contents; the same for a VAE alone and for the same VAE in a pipeline."""
         return hashlib.sha256(
             json.dumps([(name, sha256(path)) for name, path in sorted(self.files.items())]).encode()
         ).hexdigest()
 
     def copy(self, folder: Path) -> None:
-        """Put the files into a pipeline folder: for whoever makes images of the latents later."""
+        """Copy the files into a folder, in the layout of a pipeline."""
         for name, path in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
 
 
-def find_pipeline(place: str, text: bool, whole: bool = False) -> PipelineFiles:
-    """The files of a VAE, with `text` of the text encoders beside it, and of a `whole` pipeline all that there is."""
+def find_pipeline(source: str, text: bool, whole: bool = False) -> PipelineFiles:
+    """Find the VAE in a folder of a VAE or a pipeline, and fetch what is not on this machine.
+
+    Args:
+        source: Local folder, gs:// address, or name on the hub, with `@revision` if another one than the default is wanted.
+        text: Find the text encoders too, which must be there.
+        whole: Find the U-Net, the scheduler and the index too.
+
+    Raises:
+        Refused: If something is missing, is of another class, or has weights in another format than safetensors.
+    """
     parts: dict[str, tuple[str, ...]] = {"vae/": VAE_FILES} | (DENOISER if whole else {"": VAE_FILES})
     for number in ("", "_2") if text else ():
         parts |= {f"text_encoder{number}/": (CONFIG, TEXT_WEIGHTS), f"tokenizer{number}/": TOKENIZER_FILES}
-    folder = _brought(place, [part + name for part, names in parts.items() for name in names])
+    folder = _fetch(source, [part + name for part, names in parts.items() for name in names])
     root = folder / "vae" if (folder / "vae" / CONFIG).is_file() else folder
     if not (root / CONFIG).is_file():
         raise Refused(
-            f"{place} is no VAE: it has neither {CONFIG} nor vae/{CONFIG}; give the folder of a diffusers AutoencoderKL, or of a pipeline with one"
+            f"{source} is no VAE: it has neither {CONFIG} nor vae/{CONFIG}; give the folder of a diffusers AutoencoderKL, or of a pipeline with one"
         )
-    _check(root, VAE_WEIGHTS, [read_config(root).get("_class_name")], *VAES)
+    _check_network(root, VAE_WEIGHTS, [read_config(root).get("_class_name")], *VAES)
     files = {f"vae/{name}": root / name for name in VAE_FILES}
     if whole:
-        files |= _denoiser(folder)
+        files |= _denoiser_files(folder)
     texts = tuple(
         (folder / part, folder / part.replace("text_encoder", "tokenizer"))
         for part in (TEXT_ENCODERS if text else ())
@@ -96,21 +106,22 @@ def find_pipeline(place: str, text: bool, whole: bool = False) -> PipelineFiles:
     )
     if text and (not texts or texts[0][0].name != "text_encoder"):
         raise Refused(
-            f"{place} has no text_encoder/{CONFIG}; --encode.text needs the folder of a whole pipeline"
+            f"{source} has no text_encoder/{CONFIG}; --encode.text needs the folder of a whole pipeline"
         )
     for encoder, tokenizer in texts:
-        _check(
+        _check_network(
             encoder, TEXT_WEIGHTS, read_config(encoder).get("architectures", []), TEXT_ENCODERS[encoder.name]
         )
-        here = [path for path in (*encoder.iterdir(), *tokenizer.glob("*")) if _read(path)]
+        here = [path for path in (*encoder.iterdir(), *tokenizer.glob("*")) if _is_read(path)]
         files |= {f"{path.parent.name}/{path.name}": path for path in here}
-    return PipelineFiles(place, root, texts, files)
+    return PipelineFiles(source, root, texts, files)
 
 
-def _denoiser(folder: Path) -> dict[str, Path]:
+def _denoiser_files(folder: Path) -> dict[str, Path]:
+    """The files of `DENOISER` in a pipeline folder; the scheduler and the index may be missing."""
     if not (folder / "unet" / CONFIG).is_file():
         raise Refused(f"{folder} has no unet/{CONFIG}; give the folder of a whole Stable Diffusion pipeline")
-    _check(
+    _check_network(
         folder / "unet",
         VAE_WEIGHTS,
         [read_config(folder / "unet").get("_class_name")],
@@ -120,29 +131,30 @@ def _denoiser(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def _read(path: Path) -> bool:
+def _is_read(path: Path) -> bool:
+    """Whether a file in the folder of a text encoder or tokenizer is one of those that are read."""
     return path.name in (CONFIG, TEXT_WEIGHTS, *TOKENIZER_FILES)
 
 
-def _brought(place: str, names: list[str]) -> Path:
-    """A folder of this machine with those of the files that there are."""
-    store = open_store(place)
+def _fetch(source: str, names: list[str]) -> Path:
+    """A folder on this machine with those of the files that exist."""
+    store = open_store(source)
     path = store.local_folder
     if not path:
         there = {name: version for name in names if (version := store.version(name))}
-        folder = cache() / "networks" / hashlib.sha256(json.dumps([place, there]).encode()).hexdigest()
+        folder = cache() / "networks" / hashlib.sha256(json.dumps([source, there]).encode()).hexdigest()
         for name in there:
             if not (folder / name).is_file():
                 store.download(name, folder / name)
         return folder
     if path.is_dir():
         return path
-    if path.exists() or not HUB_NAME.fullmatch(place):
-        raise Refused(f"{place} is no folder; give that of a VAE or a pipeline, gs://, or a name on the hub")
-    return _from_hub(place, names)
+    if path.exists() or not HUB_NAME.fullmatch(source):
+        raise Refused(f"{source} is no folder; give that of a VAE or a pipeline, gs://, or a name on the hub")
+    return _download_from_hub(source, names)
 
 
-def _from_hub(name: str, files: list[str]) -> Path:
+def _download_from_hub(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -155,6 +167,7 @@ def _from_hub(name: str, files: list[str]) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a network."""
     try:
         config = json.loads((folder / CONFIG).read_text())
     except ValueError:
@@ -164,10 +177,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check(folder: Path, weights: str, said: Sequence[str | None], *wanted: str) -> None:
-    if not {*wanted} & {*said}:
+def _check_network(folder: Path, weights: str, classes: Sequence[str | None], *wanted: str) -> None:
+    """Raise Refused if the folder holds a network of other classes than those wanted, or has no file of weights."""
+    if not {*wanted} & {*classes}:
         raise Refused(
-            f"{folder} holds a {' '.join(map(str, said)) or 'network of no name'}, not a {' or '.join(wanted)}"
+            f"{folder} holds a {' '.join(map(str, classes)) or 'network of no name'}, not a {' or '.join(wanted)}"
         )
     if not (folder / weights).is_file():
         raise Refused(
@@ -176,7 +190,7 @@ def _check(folder: Path, weights: str, said: Sequence[str | None], *wanted: str)
 
 
 def load_frozen(kind: Any, folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A network in which every weight comes from the file."""
+    """A frozen network in evaluation mode, in which every weight comes from the file `weights` of the folder."""
     settings: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     settings["torch_dtype" if weights == VAE_WEIGHTS else "dtype"] = dtype
     network, info = load_from_files(kind, folder, (CONFIG, weights), **settings)
@@ -186,7 +200,7 @@ def load_frozen(kind: Any, folder: Path, weights: str, device: torch.device, dty
 
 
 def load_from_files(kind: Any, folder: Path, names: Sequence[str], **settings: Any) -> Any:
-    """Load from these files alone: the libraries look for others too, adapters and pickles among them."""
+    """Load from these files of a folder alone: the libraries look for others too, adapters and pickles among them."""
     from safetensors import SafetensorError
 
     with tempfile.TemporaryDirectory() as clean:
@@ -195,14 +209,16 @@ def load_from_files(kind: Any, folder: Path, names: Sequence[str], **settings: A
         try:
             return kind.from_pretrained(clean, local_files_only=True, **settings)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            said = brief(error).replace(clean, str(folder))
-            raise Refused(f"{folder} cannot be loaded as a {kind.__name__}: {said}") from None
+            reason = brief(error).replace(clean, str(folder))
+            raise Refused(f"{folder} cannot be loaded as a {kind.__name__}: {reason}") from None
 
 
 @contextmanager
 def deterministic_encoding(device: torch.device) -> Iterator[None]:
-    """The same numbers every time. On a CPU they would depend on the number of threads: more processes are what makes
-    it faster there."""
+    """Inside the `with` block, encoding gives the same bits every time.
+
+    On a CPU they depend on the number of threads, so one is used; use more processes to encode faster there.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if device.type == "cpu" else threads)
     try:

@@ -1,4 +1,4 @@
-"""What the text encoders of a pipeline make of captions."""
+"""The text encoders of a Stable Diffusion pipeline: captions -> embeddings."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from dmd2.io.tensors import to_device
 
 
 class TextEmbeddings(NamedTuple):
+    """Embeddings of B captions, on the CPU, in the precision in which they are stored."""
+
     states: Tensor
     """float16 (B, tokens, width)."""
     pooled: Tensor | None
@@ -31,8 +33,11 @@ class TextEmbeddings(NamedTuple):
 
 
 class TextEncoders:
-    """What a pipeline makes of a caption: of one encoder the last hidden states, of two the last but one of each,
-    side by side, and the pooled projection of the second."""
+    """The tokenizers and text encoders of a pipeline.
+
+    With one encoder (SD1.5), a caption becomes its last hidden states. With two (SDXL), the hidden states before the last
+    layer of both, concatenated, and the pooled projection of the second.
+    """
 
     def __init__(self, pipeline: PipelineFiles, settings: EncodeConfig, device: torch.device) -> None:
         import transformers
@@ -40,25 +45,25 @@ class TextEncoders:
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.device, dtype = device, getattr(torch, settings.dtype)
         self.parts = []
-        for folder, words in pipeline.texts:
+        for folder, tokenizer_folder in pipeline.text_encoders:
             encoder = load_frozen(
                 getattr(transformers, TEXT_ENCODERS[folder.name]), folder, TEXT_WEIGHTS, device, dtype
             )
-            if not any(all((words / name).is_file() for name in names) for names in VOCABULARIES):
+            if not any(all((tokenizer_folder / name).is_file() for name in names) for names in VOCABULARIES):
                 raise Refused(
-                    f"{words} holds no CLIP tokenizer: it has neither tokenizer.json, nor vocab.json and merges.txt"
+                    f"{tokenizer_folder} holds no CLIP tokenizer: it has neither tokenizer.json, nor vocab.json and merges.txt"
                 )
-            tokenizer = load_from_files(transformers.CLIPTokenizer, words, TOKENIZER_FILES)
+            tokenizer = load_from_files(transformers.CLIPTokenizer, tokenizer_folder, TOKENIZER_FILES)
             self.parts.append((tokenizer, encoder))
 
     def embed_for_storage(self, texts: Sequence[str]) -> TextEmbeddings:
-        """As it is stored."""
+        """As `embed`, in float16 on the CPU."""
         states, pooled = self.embed(texts)
         return TextEmbeddings(states.half().cpu(), None if pooled is None else pooled.half().cpu())
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """float32 (B, tokens, width) and, if there are two encoders, (B, width) of the second, on the device."""
+        """Captions -> hidden states (B, tokens, width) and, with two encoders, pooled (B, width); float32, on the device."""
         states, pooled = [], None
         for tokenizer, encoder in self.parts:
             length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)

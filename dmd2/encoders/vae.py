@@ -1,4 +1,4 @@
-"""The VAE between images and latents."""
+"""The VAE that encodes images as latents and decodes latents to images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from dmd2.errors import Refused
 from dmd2.parallel import ranks
 
 MAX_DECODED_PIXELS = 8 * 256**2
-"""Pixels that a VAE makes in one call, but at least an image: one of 1024x1024 takes 4 GB in float32."""
+"""Pixels that are decoded in one call, but at least one image: an image of 1024x1024 takes 4 GB in float32."""
 
 
 class Vae:
-    """A VAE, with the shift and scale of its family."""
+    """A VAE, with the shift and scale between its latents z and the samples x of the diffusion model: x = (z - shift) * scale.
+
+    `stride` is the number of pixels per latent along each side.
+    """
 
     def __init__(self, pipeline: PipelineFiles, settings: EncodeConfig, device: torch.device) -> None:
         import diffusers
 
         kind = getattr(diffusers, read_config(pipeline.vae)["_class_name"])
         self.device, self.dtype = device, getattr(torch, settings.dtype)
-        self.place, self.network = (
-            pipeline.place,
+        self.source, self.network = (
+            pipeline.source,
             load_frozen(kind, pipeline.vae, VAE_WEIGHTS, device, self.dtype),
         )
         config = self.network.config
@@ -44,10 +47,14 @@ class Vae:
         self.stride = 2 ** (len(blocks) - 1)
 
     def moments_shape(self, image: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """(2, C, h, w) of the moments of an image of shape (C, H, W), which must fit."""
+        """Shape (2, c, h, w) of the moments of an image of shape (C, H, W).
+
+        Raises:
+            Refused: If the image does not fit, or the VAE can only decode.
+        """
         if type(self.network).__name__ != VAES[0]:
             raise Refused(
-                f"{self.place} holds an AutoencoderTiny, which is for looking at latents; encode with the VAE of the teacher"
+                f"{self.source} holds an AutoencoderTiny, which can only decode; encode with the VAE of the teacher"
             )
         channels, height, width = image
         if height % self.stride or width % self.stride:
@@ -60,8 +67,10 @@ class Vae:
 
     @torch.inference_mode()
     def moments(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> float16 (B, 2, c, h, w): mean and standard deviation of the posterior, as
-        (mean - shift) * scale and std * scale; grey is repeated."""
+        """Images, uint8 (B, C, H, W) -> the moments of their posterior, float16 (B, 2, c, h, w) on the CPU.
+
+        They are (mean - shift) * scale and std * scale. A grey image is repeated in all channels.
+        """
         pixels = images.to(self.device).float() / 127.5 - 1
         pixels = pixels.expand(-1, self.network.config.in_channels, -1, -1)
         with deterministic_encoding(self.device):
@@ -71,19 +80,19 @@ class Vae:
         return torch.stack((mean, std), 1).half().cpu()
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        """Latents (B, c, h, w), scaled and shifted as by `moments` -> float32 (B, C, H, W) in [-1, 1], with gradient."""
+        """Samples (B, c, h, w), scaled and shifted as by `moments` -> float32 (B, C, H, W) in [-1, 1], differentiable."""
         z = x.to(self.device, self.dtype) / self.scale + self.shift
         pixels: Tensor = self.network.decode(z).sample
         return pixels.float()
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
-        """Latents, as for `pixels` -> images, uint8 (B, C, H, W)."""
+        """Samples, as for `to_pixels` -> images, uint8 (B, C, H, W) on the CPU."""
         together = max(1, MAX_DECODED_PIXELS // (x.shape[-2] * x.shape[-1] * self.stride**2))
         parts = [self.to_pixels(part) * 127.5 + 128 for part in x.split(together)]
         return torch.cat([part.clamp(0, 255).to(torch.uint8).cpu() for part in parts])
 
 
 def load_vae(folder: Path | str) -> Vae:
-    """From a folder, a bucket or the hub; in float32, on the device of this process."""
+    """The VAE of a local folder, a bucket or the hub, in float32, on the device of this process."""
     return Vae(find_pipeline(str(folder), text=False), EncodeConfig(), ranks.device())
