@@ -26,12 +26,6 @@ from dmd2.io.store import Store
 
 MANIFEST = "manifest.json"
 """Written last: an artifact exists if and only if its manifest does."""
-STARTED_WITH = ".begun.json"
-"""Of an unfinished artifact: the configuration and inputs it was started with."""
-SECONDS = ".seconds"
-"""Of an unfinished artifact: the wall-clock time of earlier starts."""
-CONTENTS = ".contents.json"
-"""Of an unfinished artifact on a bucket: the list of its files, written after them."""
 RELEVANT_FIELDS: dict[str, tuple[str, ...]] = {
     "shards": ("seed", "family", "data"),
     "latents": ("encode",),

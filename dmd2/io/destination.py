@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Protocol
 
 from dmd2.errors import Refused
-from dmd2.io.artifact import (
-    CONTENTS,
-    MANIFEST,
-    SECONDS,
-    STARTED_WITH,
-    ArtifactFile,
-    Manifest,
-    check_file_name,
-)
-from dmd2.io.exchange import read_contents
+from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest, check_file_name
 from dmd2.io.local import LocalStore, write_text
 from dmd2.io.storage import download_files, upload_files
 from dmd2.io.store import Store
 
+STARTED_WITH = ".begun.json"
+"""Of an unfinished artifact: the configuration and inputs it was started with."""
+SECONDS = ".seconds"
+"""Of an unfinished artifact: the wall-clock time of earlier starts."""
+CONTENTS = ".contents.json"
+"""Of an unfinished artifact on a bucket: the list of its files, written after them."""
 LOCAL_ONLY = ".tars/"
 """Files of a draft that are not uploaded: intermediate files of LMDB tables."""
 
@@ -146,3 +143,12 @@ class RemoteDestination:
 
     def _finished_by_another(self) -> Refused:
         return Refused(f"{self.store.uri} was finished by another process meanwhile; this result is dropped")
+
+
+def read_contents(store: Store) -> list[str]:
+    """The names of the files of an unfinished artifact on a bucket; empty if there is none."""
+    try:
+        names: list[str] = json.loads(store.read(CONTENTS))
+    except FileNotFoundError:
+        return []
+    return names

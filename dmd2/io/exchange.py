@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dmd2.errors import Refused
-from dmd2.io.artifact import CONTENTS, MANIFEST, ArtifactFile, check_file_name
+from dmd2.io.artifact import MANIFEST, ArtifactFile, check_file_name
+from dmd2.io.destination import read_contents
 from dmd2.io.local import LocalStore, sha256
 from dmd2.io.storage import download_files
 from dmd2.io.store import CONCURRENT_REQUESTS, Store
@@ -92,12 +93,3 @@ class Exchange:
 
     def _receipts(self, folder: str) -> str:
         return f".given/{self.token}/{folder}/"
-
-
-def read_contents(store: Store) -> list[str]:
-    """The names of the files of an unfinished artifact on a bucket; empty if none was begun there."""
-    try:
-        names: list[str] = json.loads(store.read(CONTENTS))
-    except FileNotFoundError:
-        return []
-    return names

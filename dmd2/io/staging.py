@@ -21,16 +21,15 @@ from typing import Any
 
 from dmd2.config import Config
 from dmd2.errors import Interrupted, Refused
-from dmd2.io.artifact import (
+from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest, config_difference
+from dmd2.io.destination import (
     CONTENTS,
-    MANIFEST,
     SECONDS,
     STARTED_WITH,
-    ArtifactFile,
-    Manifest,
-    config_difference,
+    Destination,
+    LocalDestination,
+    RemoteDestination,
 )
-from dmd2.io.destination import Destination, LocalDestination, RemoteDestination
 from dmd2.io.exchange import Exchange
 from dmd2.io.local import LocalStore, file_lock, sha256
 from dmd2.io.storage import cache, open_store

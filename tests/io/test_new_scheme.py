@@ -15,7 +15,8 @@ import pytest
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.errors import Interrupted
-from dmd2.io.artifact import CONTENTS, STARTED_WITH, read_manifest
+from dmd2.io.artifact import read_manifest
+from dmd2.io.destination import CONTENTS, STARTED_WITH
 from dmd2.io.local import atomic_write
 from dmd2.io.storage import SCHEMES, cache, is_remote, open_store
 from dmd2.io.store import ObjectInfo

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.artifact import CONTENTS, MANIFEST, SECONDS, STARTED_WITH, open_artifact, read_manifest
+from dmd2.io.artifact import MANIFEST, open_artifact, read_manifest
+from dmd2.io.destination import CONTENTS, SECONDS, STARTED_WITH
 from dmd2.io.staging import Draft, draft_artifact
 from dmd2.io.storage import cache, open_store, upload_files
 from dmd2.training import checkpoint
