@@ -116,6 +116,21 @@ def test_in_json_progress_is_events(
     assert last["done"] == 6
 
 
+def test_on_a_terminal_a_bar_and_log_lines_share_the_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    log.configure("text")
+    with Progress("distill", 10, "steps") as progress:
+        logging.getLogger("dmd2.training").warning("an update is skipped")
+        progress.advance(10, "loss 0.5")
+    shown = capsys.readouterr().err
+    assert "WARNING" in shown
+    assert "an update is skipped" in shown
+    assert "10/10" in shown
+
+
 def test_an_uncaught_exception_is_one_json_object() -> None:
     program = "from dmd2 import log; log.configure('json'); 1 / 0"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
