@@ -21,7 +21,7 @@ def fetch_weights(settings: WeightsConfig, target: Path, option: str) -> None:
             with urllib.request.urlopen(settings.uri, timeout=60) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
         else:
-            shutil.copyfile(fetch_file(settings.uri.removeprefix("file://")), target)
+            shutil.copyfile(fetch_file(settings.uri), target)
     except OSError as error:
         raise Refused(
             f"the weights at {settings.uri} cannot be read ({error}); set {option}.uri to a copy of them"
