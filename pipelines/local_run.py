@@ -52,20 +52,20 @@ def run_local(
     """Run the distillation pipeline on this machine, one process per stage, without a cluster.
 
     Args:
-        root: Folder that receives everything the run makes.
-        source: `digits`, or the address of images in one of the layouts that `dmd2 shard` knows.
+        root: Folder of everything the run makes; the same root continues a run.
+        source: `digits`, or the address of images in a layout that `dmd2 shard` reads.
         teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         gate: Largest accepted score of the student as a multiple of the teacher's; 0 for the recipe's `gate.factor`.
-        destination: Folder of models; an accepted one is published there. Empty: it stays in the root.
-        gpus: GPUs of the distillation, one process on each; 0 for the CPU, -1 for those of this machine.
+        destination: Folder of models; an accepted package is published there as `<recipe>/<digest>`. Empty: it is not published.
+        gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU, -1 = all GPUs of this machine.
     """
     start = time.monotonic()
     root = root.resolve()
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(root / "kfp"))
     logging.getLogger().setLevel(logging.WARNING)
-    # The image is for a cluster; here the stages run without it, and without its resources.
+    # Stages run in this environment, without the container image and the resources of a cluster.
     warnings.filterwarnings("ignore", "You may be attem", RuntimeWarning)
     warnings.filterwarnings("ignore", ".*have no effect in the current local runner", UserWarning)
     with stage_status():

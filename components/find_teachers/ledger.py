@@ -114,8 +114,8 @@ class LedgerEntry(LedgerObject):
     @property
     def summary(self) -> str:
         """The state of the entry as a clause of a sentence."""
-        whose = f" by run {self.run}" if self.run else ""
-        return f"entry {self.work.key} of teacher {self.teacher} is {self.state}{whose}"
+        by_run = f" by run {self.run}" if self.run else ""
+        return f"entry {self.work.key} of teacher {self.teacher} is {self.state}{by_run}"
 
 
 class Reservation(LedgerObject):
@@ -347,7 +347,7 @@ class Ledger:
         def transition(entry: LedgerEntry | None) -> LedgerEntry:
             if not entry:
                 raise Refused(
-                    f"{self.store.uri}/{_entry_name(claim.key)} does not exist, so no run has a claim on it; was it removed?"
+                    f"{self.store.uri}/{_entry_name(claim.key)} is not there, so no run has a claim on it; was it removed?"
                 )
             return rule(entry)
 

@@ -93,9 +93,9 @@ class UploadedPipeline:
                 found = self._client.get_run(run)
         except FileNotFoundError:
             return RunState("gone", "the platform does not know the run any more: it was deleted")
-        said = f": {brief(Exception(found.error.message))}" if found.error and found.error.message else ""
+        message = f": {brief(Exception(found.error.message))}" if found.error and found.error.message else ""
         health = STATES.get(found.state, "alive")
-        return RunState(health, f"the run ended as {found.state}{said}" if health != "alive" else "")
+        return RunState(health, f"the run ended as {found.state}{message}" if health != "alive" else "")
 
     @cached_property
     def _client(self) -> Any:
@@ -144,16 +144,16 @@ def _api_errors(what: str) -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        said = brief(Exception(_message(error)))
+        message = brief(Exception(_message(error)))
         if error.status == 404:
-            raise FileNotFoundError(errno.ENOENT, f"not known to the platform ({said})", what) from None
+            raise FileNotFoundError(errno.ENOENT, f"not known to the platform ({message})", what) from None
         if error.status == 409:
-            raise FileExistsError(errno.EEXIST, f"there already ({said})", what) from None
+            raise FileExistsError(errno.EEXIST, f"there already ({message})", what) from None
         if error.status in (401, 403):
-            raise PermissionError(errno.EACCES, f"not allowed by the platform ({said})", what) from None
+            raise PermissionError(errno.EACCES, f"not allowed by the platform ({message})", what) from None
         if error.status == 400:
-            raise Refused(f"the platform refuses {what}: {said}") from None
-        raise OSError(errno.EIO, f"the platform does not answer as it should ({said})", what) from None
+            raise Refused(f"the platform refuses {what}: {message}") from None
+        raise OSError(errno.EIO, f"the platform does not answer as it should ({message})", what) from None
     except HTTPError as error:
         raise OSError(errno.EIO, f"the platform does not answer ({brief(error)})", what) from None
 

@@ -69,6 +69,6 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
             "images_real": len(holdout.image),
             "seed": settings.seed,
         }
-        shown = preview_prompts(config.family, Shards(data, HOLDOUT))
-        save_picture_grids(config, sets, holdout, shown, draft.path)
+        preview = preview_prompts(config.family, Shards(data, HOLDOUT))
+        save_picture_grids(config, sets, holdout, preview, draft.path)
     return read_manifest(out, "evaluation")
