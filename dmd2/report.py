@@ -40,7 +40,7 @@ class Panel:
 PANELS = (
     Panel("FID to training samples, at the checkpoints", SCORE),
     Panel("Learning rate", r".*/lr"),
-    Panel("Gradient norm at the samples, by term", r".*_gradient", log_scale=True),
+    Panel("L1 norm of the gradient at the samples, by term", r".*_(grad_l1|gradient)", log_scale=True),
     Panel("Gradient norm of the weights, before clipping", r".*/grad_norm", log_scale=True),
     Panel("Skipped updates", r".*/skipped"),
     Panel("Losses of the student", r"student/.*"),

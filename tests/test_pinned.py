@@ -90,13 +90,15 @@ SAMPLED = ("four steps", "one step")
 TABLE = ("data.format=lmdb",)
 METRICS = (
     "critic/dmd", "critic/gan", "critic/grad_norm", "critic/skipped",
-    "student/dmd", "student/dmd_gradient", "student/gan", "student/gan_gradient", "student/grad_norm", "student/regression",
+    "student/dmd", "student/dmd_grad_l1", "student/gan", "student/gan_grad_l1", "student/grad_norm", "student/regression",
     "student/skipped",
     "teacher/denoising", "teacher/grad_norm", "teacher/skipped",
 )  # fmt: skip
 """In the order in which their values are noted."""
 RATES = ("student/lr", "critic/lr", "teacher/lr")
 """Learning rates, which are not noted."""
+OLD_METRICS = {f"student/{term}_gradient": f"student/{term}_grad_l1" for term in ("dmd", "gan")}
+"""Names that version 0.1.0 wrote."""
 CLOCK = re.compile(r"time/\w+|samples_per_s|eta_s|peak_memory_gb|images_per_s|loader/wait_s")
 """Metrics that are never twice the same; the last two were written by version 0.1.0."""
 STEP = "step"
@@ -207,7 +209,8 @@ def _object(tensors: dict[str, torch.Tensor]) -> Tree:
 
 def log(folder: Path) -> Tree:
     """A list per line: the step, and the value of each of METRICS."""
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    read = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    lines = [{OLD_METRICS.get(name, name): value for name, value in line.items()} for line in read]
     names = {name for line in lines for name in line if not CLOCK.fullmatch(name)}
     assert names <= {STEP, *METRICS, *RATES}
     return [[line[STEP], *(line.get(name) for name in METRICS)] for line in lines]

@@ -27,7 +27,7 @@ from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
 from dmd2.plan.meter import Meter, norms_as_on_cuda
 from dmd2.training import build, networks
-from dmd2.training.activation import checkpointed
+from dmd2.training.activation import apply_activation_checkpointing
 from dmd2.training.networks import DistillNetworks
 from dmd2.training.optim import NETWORK
 from dmd2.training.terms import CriticPass, LossTerm, critic_passes
@@ -271,7 +271,7 @@ def activation_checkpointing(fake: FakeTrainer, how: str) -> Iterator[None]:
     units = [unit for network in changed for unit in sharding.innermost(fake.family.blocks(network))]
     before = [unit.__dict__.get("forward") for unit in units]
     for network in changed:
-        checkpointed(fake.family, network, how)
+        apply_activation_checkpointing(fake.family, network, how)
     yield
     for unit, forward in zip(units, before, strict=True):
         del unit.forward

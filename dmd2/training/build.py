@@ -20,7 +20,7 @@ from dmd2.parallel import ranks, sharding
 from dmd2.parallel.ranks import World
 from dmd2.rng import reseed
 from dmd2.training import losses, memory, networks
-from dmd2.training.activation import checkpointed, compiled
+from dmd2.training.activation import apply_activation_checkpointing, compile_units
 from dmd2.training.networks import DistillNetworks, Start
 from dmd2.training.optim import NETWORK, trainable
 from dmd2.training.rollout import BackwardSimulation, ContinuedRollouts, NoisedReal, Prompts, SampleStudent
@@ -84,10 +84,10 @@ def trainer(
     nets = networks.on_device(config, fam, teacher, world, mesh, start, resident)
     if engine.activation_checkpointing != "none":
         for network in (nets.student, nets.critic):
-            checkpointed(fam, network, engine.activation_checkpointing)
+            apply_activation_checkpointing(fam, network, engine.activation_checkpointing)
     if engine.compile:
         for network in dict.fromkeys(nets.named().values()):
-            compiled(fam, network)
+            compile_units(fam, network)
     if settings.regression:
         return _regression_trainer(config, settings.regression, fam, nets.student, world.device)
     terms, critic_modules = loss_terms(config, fam, nets, lambda make: _on_device(make, world, mesh))

@@ -1,7 +1,8 @@
-"""The objectives of DMD2, as functions of tensors.
+"""The losses of DMD2 as functions of tensors.
 
-No function here calls a network, draws a random number or reads a configuration. Samples are
-(B, C, H, W) in float32; logits are (B, ...); every loss is a scalar.
+No function here calls a network, draws a random number or reads a configuration. Samples x, x0 are (B, C, H, W) in float32,
+in the space of the family; logits are (B, ...), positive where the discriminator takes a sample for real; every loss is a
+scalar, a mean over all elements.
 """
 
 import torch
@@ -10,37 +11,37 @@ from torch import Tensor
 
 
 def distribution_matching(x: Tensor, x0_teacher: Tensor, x0_critic: Tensor) -> Tensor:
-    """Pull `x` along the difference of the two scores (DMD, Yin et al. 2024, eq. 7 and 8).
+    """The distribution-matching loss of samples x, whose gradient is the difference of the two scores.
 
-    The gradient of the result with respect to x is (x0_critic - x0_teacher) / w / x.numel(),
-    w being the mean absolute distance of each x to its teacher estimate.
+    DMD (Yin et al. 2024, arXiv 2311.18828), eq. 7 and 8: the gradient of the result with respect to x is
+    (x0_critic - x0_teacher) / w / x.numel(), where w (B, 1, 1, 1) = mean |x - x0_teacher| of each sample.
     """
     weight = (x - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
-    # Only a distance of zero is caught: a critic that diverged must be seen, not turned into zeros.
+    # Only a distance of zero is replaced: a critic that diverged must stay visible as nan or inf.
     gradient = (x0_critic - x0_teacher) / weight.clamp_min(torch.finfo(x.dtype).tiny)
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
 def denoising(out: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error in the network's own output space."""
+    """The mean squared error of a network output (B, C, H, W), in the parametrization of the family (eps, v, x0, flow, EDM)."""
     return F.mse_loss(out, target)
 
 
 def gan_student(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss: the student wants its samples to pass for real (DMD2, eq. 4)."""
+    """The non-saturating GAN loss of the student: -log sigmoid(logits) (DMD2, eq. 4)."""
     return F.softplus(-fake_logits).mean()
 
 
 def gan_critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The critic wants to tell real from generated (DMD2, eq. 4)."""
+    """The GAN loss of the discriminator (DMD2, eq. 4): `gan_fake` + `gan_real`."""
     return gan_fake(fake_logits) + gan_real(real_logits)
 
 
 def gan_fake(logits: Tensor) -> Tensor:
-    """The share of the generated samples in the critic's loss."""
+    """The discriminator's loss on fake samples: -log(1 - sigmoid(logits))."""
     return F.softplus(logits).mean()
 
 
 def gan_real(logits: Tensor) -> Tensor:
-    """The share of the real samples in the critic's loss."""
+    """The discriminator's loss on real samples: -log sigmoid(logits)."""
     return F.softplus(-logits).mean()

@@ -35,7 +35,7 @@ RENAMED = {"images_per_s": "samples_per_s", "loader/wait_s": "time/data_s"}
 """{name of a metric in the logs of version 0.1.0: its name now}."""
 MAX_CONSECUTIVE_SKIPS = 5
 """Number of skipped optimizer steps of one network, one after the other, that ends the run."""
-NOT_IN_NOTE = ("_gradient", "/grad_norm", f"/{SKIPPED}", "/lr", "_s")
+NOT_IN_NOTE = ("_grad_l1", "/grad_norm", f"/{SKIPPED}", "/lr", "_s")
 """Endings of metrics that are not shown beside the progress bar."""
 
 

@@ -99,7 +99,7 @@ class DMD2Trainer:
         losses = {term.name: weight * term.student_loss(leaf) for term in self.terms}
         gradients = {name: torch.autograd.grad(loss, leaf.x)[0] for name, loss in losses.items()}
         fake.x.backward(torch.stack(list(gradients.values())).sum(0))
-        norms = {f"student/{name}_gradient": gradient.abs().sum() for name, gradient in gradients.items()}
+        norms = {f"student/{name}_grad_l1": gradient.abs().sum() for name, gradient in gradients.items()}
         return norms | {f"student/{name}": loss.detach() for name, loss in losses.items()}
 
     def _accumulate_critic_gradient(

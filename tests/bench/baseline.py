@@ -1,9 +1,9 @@
-"""DMD2 played plainly, as the published loop is described: what the engine's speed is compared with.
+"""A plain implementation of the published DMD2 loop, with which the engine's speed is compared.
 
-The critic denoises, judges fakes and judges real samples in three passes; the student's loss is a surrogate whose gradient
-goes back through critic and student at once, while the critic is frozen; norms, updates and averages are taken tensor by
-tensor; tables are looked up whenever they are needed. The networks are the library's, and so is the order in which
-random numbers are drawn: in float32 both come to the same weights (`tests/bench/test_baseline.py`).
+The critic has three passes: denoising, discriminator on fake and on real samples. The student's gradient goes through the
+frozen critic and the student in one backward pass. Gradient norms, optimizer steps and EMAs are computed tensor by tensor,
+and noise tables are read at every use. The networks and the order of random draws are those of the library, so in float32
+both reach the same weights (`tests/bench/test_baseline.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dmd2.config import Config, EdmConfig, OptimizerConfig
 from dmd2.models.family import ModelFamily
 from dmd2.rng import draw_shared
 
-View = tuple[Tensor, Tensor, Tensor]
-"""x_t, its timestep, and the noise in it."""
+NoisedSamples = tuple[Tensor, Tensor, Tensor]
+"""(x_t, timestep, eps)."""
 
 
 @dataclass
 class Process:
-    """The family's noise levels and the reading of its network's output, looked up in the tables at every use."""
+    """The family's noise schedule and output parametrization, read from the tables at every use."""
 
     family: ModelFamily
 
@@ -43,7 +43,7 @@ class Process:
         return out
 
     def features(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """Of the bottleneck; what comes after it is not computed."""
+        """Bottleneck features, without computing the decoder."""
         features: Tensor = network(*self._inputs(x_t, timestep), cond, features_only=True)
         return features
 
@@ -60,7 +60,7 @@ class Process:
 
 @dataclass
 class Learner:
-    """Parameters, and what follows their gradient, one tensor after the other."""
+    """Parameters with AdamW, gradient clipping and EMAs, one tensor after the other."""
 
     parameters: list[nn.Parameter]
     settings: OptimizerConfig
@@ -71,8 +71,8 @@ class Learner:
         self.optimizer = self._optimizer(foreach=False, fused=False)
         self.emas = [[p.detach().clone() for p in self.parameters] for _ in self.settings.ema]
 
-    def follow(self, step: int) -> float:
-        """The norm of the gradient that was followed."""
+    def update(self, step: int) -> float:
+        """One optimizer step; returns the norm of the gradient before clipping."""
         norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
@@ -98,8 +98,8 @@ class Learner:
         s = self.settings
         if step < s.warmup_steps:
             return s.lr * (step + 1) / s.warmup_steps
-        share = (step - s.warmup_steps) / max(1, self.steps - s.warmup_steps)
-        return s.lr * (1 + share * (s.final_lr_ratio - 1))
+        fraction = (step - s.warmup_steps) / max(1, self.steps - s.warmup_steps)
+        return s.lr * (1 + fraction * (s.final_lr_ratio - 1))
 
 
 class Baseline:
@@ -125,21 +125,21 @@ class Baseline:
         for network in (self.teacher, self.student, self.critic):
             network.load_state_dict(teacher)
         self.teacher.requires_grad_(False)
-        self.judges = nn.ModuleDict({"network": self.critic})
+        self.critic_modules = nn.ModuleDict({"network": self.critic})
         if self.gan:
             self.head = family.head()
             self.head.load_state_dict(head)
-            self.judges["head"] = self.head
+            self.critic_modules["head"] = self.head
         self.students = self.learner(list(self.student.parameters()), settings.student, settings.steps)
-        self.critics = self.learner(list(self.judges.parameters()), settings.critic, settings.steps)
+        self.critics = self.learner(list(self.critic_modules.parameters()), settings.critic, settings.steps)
 
     def step(self, real: Batch, step: int) -> dict[str, float]:
         """Losses and norms."""
-        students_turn = step % self.settings.critic_updates == 0
-        with torch.set_grad_enabled(students_turn):
+        student_turn = step % self.settings.critic_updates == 0
+        with torch.set_grad_enabled(student_turn):
             x = self.rollout(real, step)
-        told = self._students_turn(x, real, step) if students_turn else {}
-        return told | self._critics_turn(x.detach(), real, step)
+        metrics = self._student_turn(x, real, step) if student_turn else {}
+        return metrics | self._critic_turn(x.detach(), real, step)
 
     def rollout(self, real: Batch, step: int) -> Tensor:
         """Steps of the student to one that is drawn, of which only the last has a gradient."""
@@ -152,39 +152,41 @@ class Baseline:
                 x_t = self.process.noised(x, real.rng.normal_like(x), self._all(following, real))
         return self._x0(self.student, x_t, self._all(timesteps[stop], real), real.cond)
 
-    def _students_turn(self, x: Tensor, real: Batch, step: int) -> dict[str, float]:
-        self.judges.requires_grad_(False)
+    def _student_turn(self, x: Tensor, real: Batch, step: int) -> dict[str, float]:
+        self.critic_modules.requires_grad_(False)
         losses = {"student/dmd": self._distribution_matching(x, real)}
         if self.gan:
-            x_t, timestep, _ = self._look(x, real, 0, self._gan_timesteps(self.gan.max_timestep_fraction))
-            logits = self._judged(x_t, timestep, real.cond)
+            x_t, timestep, _ = self._noised(
+                x, real, 0, self._num_gan_timesteps(self.gan.max_timestep_fraction)
+            )
+            logits = self._logits(x_t, timestep, real.cond)
             losses["student/gan"] = self.gan.student_weight * F.softplus(-logits).mean()
         _added(losses).backward()
-        norm = self.students.follow(step)
-        self.judges.requires_grad_(True)
-        self._forget()
+        norm = self.students.update(step)
+        self.critic_modules.requires_grad_(True)
+        self._zero_grad()
         return {name: loss.item() for name, loss in losses.items()} | {"student/grad_norm": norm}
 
-    def _critics_turn(self, x: Tensor, real: Batch, step: int) -> dict[str, float]:
-        views = {}
+    def _critic_turn(self, x: Tensor, real: Batch, step: int) -> dict[str, float]:
+        noised = {}
         if self.gan:
-            top = self._gan_timesteps(self.gan.max_timestep_fraction)
-            views = {"real": self._look(real.x, real, 0, top), "fake": self._look(x, real, 0, top)}
-        losses = {"critic/dmd": self._denoising(x, self._look(x, real, 0, self._timesteps), real.cond)}
+            top = self._num_gan_timesteps(self.gan.max_timestep_fraction)
+            noised = {"real": self._noised(real.x, real, 0, top), "fake": self._noised(x, real, 0, top)}
+        losses = {"critic/dmd": self._denoising(x, self._noised(x, real, 0, self._num_timesteps), real.cond)}
         if self.gan:
-            fake, of_real = self._both_judged(views["fake"], views["real"], real.cond)
-            both = F.softplus(fake).mean() + F.softplus(-of_real).mean()
+            fake_logits, real_logits = self._both_logits(noised["fake"], noised["real"], real.cond)
+            both = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
             losses["critic/gan"] = self.gan.critic_weight * both
         _added(losses).backward()
-        norm = self.critics.follow(step)
-        self._forget()
+        norm = self.critics.update(step)
+        self._zero_grad()
         return {name: loss.item() for name, loss in losses.items()} | {"critic/grad_norm": norm}
 
     def _distribution_matching(self, x: Tensor, real: Batch) -> Tensor:
-        low = int(self.matching.min_timestep_fraction * self._timesteps)
-        high = min(self._timesteps, int(self.matching.max_timestep_fraction * self._timesteps) + 1)
+        low = int(self.matching.min_timestep_fraction * self._num_timesteps)
+        high = min(self._num_timesteps, int(self.matching.max_timestep_fraction * self._num_timesteps) + 1)
         with torch.no_grad():
-            x_t, timestep, _ = self._look(x, real, low, high)
+            x_t, timestep, _ = self._noised(x, real, low, high)
             of_critic = self._x0(self.critic, x_t, timestep, real.cond)
             of_teacher = self._guided(x_t, timestep, real)
             distance = (x - of_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
@@ -195,19 +197,21 @@ class Baseline:
         scale = self.settings.guidance
         if scale == 1:
             return self._x0(self.teacher, x_t, timestep, real.cond)
-        without, shown = self._two_outs(x_t, timestep, real)
-        return self.process.x0(without + scale * (shown - without), x_t, timestep)
+        unconditional, conditional = self._unconditional_and_conditional(x_t, timestep, real)
+        return self.process.x0(unconditional + scale * (conditional - unconditional), x_t, timestep)
 
-    def _two_outs(self, x_t: Tensor, timestep: Tensor, real: Batch) -> tuple[Tensor, Tensor]:
+    def _unconditional_and_conditional(
+        self, x_t: Tensor, timestep: Tensor, real: Batch
+    ) -> tuple[Tensor, Tensor]:
         """Of the teacher, without a condition and with it, as a batch of twice the size."""
         cond = real.uncond.cat(real.cond)
         both = self.process.out(self.teacher, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), cond)
-        without, shown = both.chunk(2)
-        return without, shown
+        unconditional, conditional = both.chunk(2)
+        return unconditional, conditional
 
-    def _denoising(self, x: Tensor, view: View, cond: Conditioning) -> Tensor:
+    def _denoising(self, x: Tensor, noised: NoisedSamples, cond: Conditioning) -> Tensor:
         """EDM's weighted error of x0, or that of the noise."""
-        x_t, timestep, eps = view
+        x_t, timestep, eps = noised
         out = self.process.out(self.critic, x_t, timestep, cond)
         if self.sigma_data is None:
             return F.mse_loss(out, eps)
@@ -215,32 +219,34 @@ class Baseline:
         weight = sigma**-2 + self.sigma_data**-2
         return (weight * (self.process.x0(out, x_t, timestep) - x) ** 2).mean()
 
-    def _both_judged(self, fake: View, real: View, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        return self._judged(*fake[:2], cond), self._judged(*real[:2], cond)
+    def _both_logits(
+        self, fake: NoisedSamples, real: NoisedSamples, cond: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        return self._logits(*fake[:2], cond), self._logits(*real[:2], cond)
 
-    def _judged(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    def _logits(self, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         logits: Tensor = self.head(self.process.features(self.critic, x_t, timestep, cond))
         return logits
 
     def _x0(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         return self.process.x0(self.process.out(network, x_t, timestep, cond), x_t, timestep)
 
-    def _look(self, x: Tensor, sample: Batch, low: int, high: int) -> View:
+    def _noised(self, x: Tensor, sample: Batch, low: int, high: int) -> NoisedSamples:
         timestep = sample.rng.integers(low, high, x)
         eps = sample.rng.normal_like(x)
         return self.process.noised(x, eps, timestep), timestep, eps
 
     @property
-    def _timesteps(self) -> int:
+    def _num_timesteps(self) -> int:
         return len(self.family.diffusion)
 
-    def _gan_timesteps(self, share: float) -> int:
-        return max(1, round(share * self._timesteps))
+    def _num_gan_timesteps(self, fraction: float) -> int:
+        return max(1, round(fraction * self._num_timesteps))
 
     def _all(self, timestep: int, sample: Batch) -> Tensor:
         return torch.full((len(sample.x),), timestep, device=sample.x.device)
 
-    def _forget(self) -> None:
+    def _zero_grad(self) -> None:
         self.students.optimizer.zero_grad()
         self.critics.optimizer.zero_grad()
 

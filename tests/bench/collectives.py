@@ -1,9 +1,10 @@
-"""Messages between the processes of a step of SDXL, counted on the real shapes without the hardware.
+"""Collectives of a training step of SDXL, counted on the real shapes without the hardware.
 
-`python -m tests.bench.collectives`: a process group that sends nothing, tensors without data. The reference's scheme is
-its published one: every layer of 3,000 weights or more a unit of its own, gathered in float32 for every pass and let go
-after it, the two looks of the GAN apart. Both are counted by running the steps: a student's turn,
-the first of the critic's steps after it and a later one, with rollouts that stop after one and after two steps, whose mean is that of all stops.
+`python -m tests.bench.collectives` runs real steps with a fake process group on tensors without data. The reference's scheme
+is the published one: every layer with at least 3,000 weights is an FSDP unit, gathered in float32 for every pass and
+resharded after it, and the discriminator processes real and fake samples in two passes. Counted are a step of the student's
+turn, the first critic step after it and a later one, with rollouts that stop after one and after two steps; their mean is
+that over all stops.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from dmd2.training.trainer import DMD2Trainer
 OUT = Path("runs/bench/engine.json")
 MACHINE = 8
 SMALLEST = 3_000
-"""Weights from which on a layer is a unit in the reference's configuration of May 2024."""
+"""The smallest unit, in weights, in the reference's configuration of May 2024."""
 
 
-class Messages(TorchDispatchMode):
-    """Calls and bytes of collectives; of each, the size of the whole message."""
+class CollectiveCounter(TorchDispatchMode):
+    """Counts collectives and their bytes; a collective counts with the size of its whole tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -66,7 +67,7 @@ class Messages(TorchDispatchMode):
 
 
 class Meshed(World):
-    """A world whose mesh was made before tensors lost their data."""
+    """A world whose mesh was made outside FakeTensorMode, where meshes need real tensors."""
 
     def device_mesh(self, shards: int) -> DeviceMesh | None:
         return MESH[0]
@@ -76,7 +77,7 @@ MESH: list[DeviceMesh] = []
 
 
 def reference_units(network: nn.Module) -> list[nn.Module]:
-    """By size, from the leaves up: what has enough weights that are in no unit yet."""
+    """Size-based units, from the leaves up: every module with at least SMALLEST weights that are in no smaller unit."""
     found: list[nn.Module] = []
 
     def left(module: nn.Module) -> int:
@@ -93,7 +94,8 @@ def reference_units(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Fake tensors cannot be changed in place, so modules get new parameters."""
+    """While inside, tensors are fake and weights are not loaded. Fake tensors cannot be changed in place, so modules get new
+    parameters where torch would change them."""
 
     def replaced(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for part in module.modules():
@@ -124,7 +126,7 @@ def made(config: Config, family: Stable, world: World, reference: bool) -> DMD2T
         frozen = not any(p.requires_grad for p in network.parameters())
         dtype = torch.bfloat16 if frozen else torch.float32
         shard(network, reference_units(network), mesh, dtype, resident=False)
-        sharding.RESIDENT.add(network)  # so that gradients are added up once in a step, as there
+        sharding.RESIDENT.add(network)  # so that gradients are reduced once per step, as in the reference
 
     sharding.shard = in_float32
     try:
@@ -151,7 +153,7 @@ def discriminator_passes_apart(trainer: DMD2Trainer) -> list[CriticPass]:
 def counted(
     config: Config, family: Stable, world: World, reference: bool
 ) -> tuple[Counter[str], Counter[str]]:
-    """Calls and bytes of a mean step, by kind."""
+    """Calls and bytes of an average step by kind of collective."""
     calls: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     turns = config.distill.critic_updates
@@ -163,29 +165,29 @@ def counted(
                 text=torch.zeros(rows, 77, 2048), pooled=torch.zeros(rows, 1280), size=torch.ones(rows, 6)
             )
             sample = Batch(torch.zeros(rows, *family.shape), cond, cond)
-            trainer.step(sample, 0)  # what is only done once is not counted
+            trainer.step(sample, 0)  # the first step gathers more, once
             for stop in (1, 2):
                 setattr(rollout, "draw_shared", lambda *_, stop=stop: stop)  # noqa: B010
                 for step, share in ((0, 1 / turns), (1, 1 / turns), (2, 1 - 2 / turns)):
-                    messages = Messages()
-                    with messages:
+                    counter = CollectiveCounter()
+                    with counter:
                         trainer.step(sample, step)
-                    for kind in messages.calls:
-                        calls[kind] += messages.calls[kind] * share / 2  # type: ignore[assignment]
-                        sizes[kind] += messages.bytes[kind] * share / 2  # type: ignore[assignment]
+                    for kind in counter.calls:
+                        calls[kind] += counter.calls[kind] * share / 2  # type: ignore[assignment]
+                        sizes[kind] += counter.bytes[kind] * share / 2  # type: ignore[assignment]
     finally:
         setattr(rollout, "draw_shared", draw_shared)  # noqa: B010
     return calls, sizes
 
 
 def main(ranks: tuple[int, ...] = (8, 64), recipe: str = "sdxl-4step") -> None:
-    """Count, print, and add to runs/bench/engine.json.
+    """Count, print a table, and add to runs/bench/engine.json.
 
     Args:
-        ranks: Numbers of processes, 8 to a machine.
-        recipe: Which one.
+        ranks: World sizes, with 8 ranks per node.
+        recipe: Name of the recipe.
     """
-    table = Table(title=f"{recipe}: collectives of a mean step, on each process")
+    table = Table(title=f"{recipe}: collectives of an average step, per rank")
     for column in ("processes", "scheme", "calls", "GB", "by kind"):
         table.add_column(column, justify="left" if column in ("scheme", "by kind") else "right")
     figures: dict[str, dict[str, float]] = {"collective_calls_ratio": {}, "collective_bytes_ratio": {}}

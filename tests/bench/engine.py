@@ -1,16 +1,16 @@
-"""How fast a student learns: the engine against a plain implementation of the same algorithm.
+"""Speed of the engine, compared with a plain implementation of the same algorithm.
 
-Three networks: the digits of the demo, the emoji SDXL with its teacher's weights, and an ADM U-Net of 30 M parameters. A
-round is one whole update of the student, `critic_updates` steps, by each of the variants in turn, and what counts is
-the CPU time of the process: ratios taken within a round hold on a shared machine, where seconds do not. A process has
-one thread: two wait for each other in loops, oneDNN's bfloat16 kernels most of all, and on a busy machine the waiting would
-be counted as work. The fast mode is in bfloat16 where the processor has instructions for it, and in float32 elsewhere. Each switch is measured alone: those that are always on by adding them to the plain implementation,
-the others by turning them on in the engine.
+Three networks: the digits of the demo, the emoji SDXL with its teacher's weights, and an ADM U-Net of 30 M parameters. In a
+round, every variant makes one update of the student, which is `critic_updates` steps, and its process CPU time is taken:
+ratios within a round are reproducible on a shared machine, seconds are not. A process has one thread, because threads wait
+for each other in busy loops, which would count as CPU time. The fast mode is in bfloat16 where the processor has
+instructions for it, and in float32 elsewhere. Each optimization is measured alone: those that are always on by adding them
+to the plain implementation, the others by switching them on in the engine.
 
-Steps are also compared with what they are made of: every pass of a network, and the optimizer, run alone.
+The time of a step is also compared with the sum of its parts: each network pass, and the optimizer, run alone.
 
-Prints a table for each network, adds to runs/bench/engine.json. Draws of how far a rollout goes are the same for all
-variants of a round.
+Prints a table for each network and adds to runs/bench/engine.json. Rollouts stop at the same steps in all variants of a
+round.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from dmd2.training import build
 from dmd2.training.optim import NETWORK, Trainable
 from dmd2.training.terms import HEAD
 from dmd2.training.trainer import DMD2Trainer
-from tests.bench.baseline import Baseline, Learner, Process, View
+from tests.bench.baseline import Baseline, Learner, NoisedSamples, Process
 
 RESULT = Path("runs/bench/engine.json")
 TEACHER = Path("tests/emoji/pipeline")
@@ -67,13 +67,13 @@ MIDDLE = AdmConfig(
 
 @dataclass(frozen=True)
 class Net:
-    """What is trained, and on what."""
+    """A network, its recipe and its conditioning."""
 
     config: Config
     family: ModelFamily
     weights: dict[str, Tensor]
-    """The teacher's."""
-    shown: CondPair
+    """Of the teacher."""
+    conditioning: CondPair
 
     def real(self, rows: int) -> Tensor:
         return torch.randn(rows, *self.family.shape)
@@ -95,12 +95,12 @@ def emoji() -> Net:
     family = make_family(config.family, TEACHER)
     texts = [f"emoji number {row}" for row in range(config.distill.batch)]
     with torch.no_grad():
-        shown = family.condition(texts)
-    return Net(config, family, family.weights(TEACHER), shown)
+        conditioning = family.condition(texts)
+    return Net(config, family, family.weights(TEACHER), conditioning)
 
 
 def _random(config: Config) -> Net:
-    """Weights that have learnt nothing: speed does not depend on them, but for zeros."""
+    """Random weights without zeros: speed does not depend on the values of others."""
     family = make_family(config.family)
     torch.manual_seed(0)
     network = family.network()
@@ -115,7 +115,7 @@ NETS: dict[str, Callable[[], Net]] = {"edm-digits": digits, "sdxl-4step-emoji": 
 
 
 class OneKernel(Learner):
-    """AdamW in one kernel; norms and averages over lists of tensors."""
+    """Fused AdamW; gradient norms and EMAs over lists of tensors."""
 
     def _optimizer(self, **how: bool) -> torch.optim.Optimizer:
         return super()._optimizer(fused=True)
@@ -132,67 +132,71 @@ class Fused(Baseline):
     learner = OneKernel
 
 
-class Together(Baseline):
-    """Fake and real in one batch."""
+class OneDiscriminatorPass(Baseline):
+    """Fake and real samples in one batch."""
 
-    def _both_judged(self, fake: View, real: View, cond: Conditioning) -> tuple[Tensor, Tensor]:
+    def _both_logits(
+        self, fake: NoisedSamples, real: NoisedSamples, cond: Conditioning
+    ) -> tuple[Tensor, Tensor]:
         x_t, timestep = torch.cat([fake[0], real[0]]), torch.cat([fake[1], real[1]])
-        of_fake, of_real = self._judged(x_t, timestep, cond.cat(cond)).chunk(2)
+        of_fake, of_real = self._logits(x_t, timestep, cond.cat(cond)).chunk(2)
         return of_fake, of_real
 
 
 class TwoPasses(Baseline):
-    """Guidance by two passes of the teacher."""
+    """Classifier-free guidance by two passes of the teacher."""
 
-    def _two_outs(self, x_t: Tensor, timestep: Tensor, real: Batch) -> tuple[Tensor, Tensor]:
+    def _unconditional_and_conditional(
+        self, x_t: Tensor, timestep: Tensor, real: Batch
+    ) -> tuple[Tensor, Tensor]:
         out = partial(self.process.out, self.teacher, x_t, timestep)
         return out(real.uncond), out(real.cond)
 
 
-class ToTheEnd(Process):
+class WholePass(Process):
     def features(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         return Denoiser(network, self.family.diffusion).output_and_features(x_t, timestep, cond)[1]
 
 
-class NoExit(Baseline):
-    """Features of the bottleneck by a whole pass."""
+class NoEarlyExit(Baseline):
+    """Bottleneck features by a whole forward pass."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.process = ToTheEnd(self.family)
+        self.process = WholePass(self.family)
 
 
 PLAIN: dict[str, type[Baseline]] = {
     "baseline": Baseline,
-    "baseline, fused AdamW, norms and averages": Fused,
-    "baseline, real and fake in one batch": Together,
+    "baseline, fused AdamW, norms and EMAs": Fused,
+    "baseline, real and fake in one batch": OneDiscriminatorPass,
     "baseline, guidance by two passes": TwoPasses,
-    "baseline, features by a whole pass": NoExit,
+    "baseline, features by a whole pass": NoEarlyExit,
 }
 LOWER = {} if ranks.is_emulated(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
-"""The type of the fast mode: of a processor that has no instructions for bfloat16, float32."""
+"""The type of the fast mode: bfloat16, or float32 on a processor without bfloat16 instructions."""
 LESS: dict[str, Any] = {"reuse_denoising_pass": True, "continue_rollouts": True}
 SWITCHES: dict[str, dict[str, Any]] = {
     "parity": {},
     "parity, compile": {"compile": True},
     **({"parity, bfloat16": LOWER} if LOWER else {}),
-    "parity, shared view": {"reuse_denoising_pass": True},
-    "parity, every stop": {"continue_rollouts": True},
+    "parity, reused denoising pass": {"reuse_denoising_pass": True},
+    "parity, continued rollouts": {"continue_rollouts": True},
     "fast without compile": LESS | LOWER,
     "fast": LESS | LOWER | {"compile": True},
 }
 Step = Callable[[int], object]
-"""One turn of the loop, of a number."""
+"""(step) -> anything; makes one training step."""
 
 
 def main(quick: bool = False, only: tuple[str, ...] = tuple(NETS), rounds: int = 5, threads: int = 1) -> None:
-    """Measure.
+    """Measure all variants.
 
     Args:
-        quick: Two rounds, nothing compiled; written beside the result.
-        only: Networks.
-        rounds: Updates of the student that are timed, of each variant.
-        threads: Of the process; more than one only on a machine that nobody else uses.
+        quick: Two rounds without compilation; the result goes to a file of its own.
+        only: Names of networks.
+        rounds: Timed updates of the student, for each variant.
+        threads: Threads of the process; more than one only on a machine that is idle otherwise.
     """
     os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     path = RESULT.with_stem("engine-quick") if quick else RESULT
@@ -208,12 +212,12 @@ def main(quick: bool = False, only: tuple[str, ...] = tuple(NETS), rounds: int =
 def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:
     net = seeded(NETS[name](), rounds)
     variants = {label: plain(net, kind) for label, kind in PLAIN.items() if _differs(net, label)}
-    games: dict[str, DMD2Trainer] = {}
+    trainers: dict[str, DMD2Trainer] = {}
     for label, switches in SWITCHES.items():
         if _differs(net, label) and not (quick and switches.get("compile")):
-            games[label] = engine(net, switches)
-            variants[label] = partial(turn, net, games[label], net.real(net.config.distill.batch))
-    parts = Parts(net, games["parity"])
+            trainers[label] = engine(net, switches)
+            variants[label] = partial(turn, net, trainers[label], net.real(net.config.distill.batch))
+    parts = Parts(net, trainers["parity"])
     seconds: dict[str, list[float]] = {label: [] for label in variants}
     alone: dict[str, list[float]] = {label: [] for label in parts.calls}
     cycle = net.config.distill.critic_updates
@@ -229,7 +233,7 @@ def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:
 
 
 def seeded(net: Net, rounds: int) -> Net:
-    """With a seed whose rollouts are as long as they are on average."""
+    """The same with a seed whose rollouts have the expected mean length."""
     steps, timesteps = net.config.distill.critic_updates, len(net.config.distill.student_timesteps)
     span = range(steps, steps * (rounds + 1))
 
@@ -237,13 +241,13 @@ def seeded(net: Net, rounds: int) -> Net:
         return statistics.mean(draw_shared(seed, step, timesteps) for step in span)
 
     seed = next(seed for seed in count() if abs(mean(seed) - (timesteps - 1) / 2) < 0.05)
-    return Net(net.config.model_copy(update={"seed": seed}), net.family, net.weights, net.shown)
+    return Net(net.config.model_copy(update={"seed": seed}), net.family, net.weights, net.conditioning)
 
 
 def plain(net: Net, kind: type[Baseline]) -> Step:
     trainer = kind(net.config, net.family, net.weights, net.family.head().state_dict())
     x = net.real(net.config.distill.batch)
-    return lambda step: trainer.step(Batch(x, *net.shown), step)  # noise from torch's global generator
+    return lambda step: trainer.step(Batch(x, *net.conditioning), step)  # noise from torch's global generator
 
 
 def engine(net: Net, switches: dict[str, Any]) -> DMD2Trainer:
@@ -262,12 +266,12 @@ def engine(net: Net, switches: dict[str, Any]) -> DMD2Trainer:
 
 
 def turn(net: Net, trainer: DMD2Trainer, x: Tensor, step: int) -> object:
-    """With noise from a stream for each row, as in a run."""
-    return trainer.step(Batch(x, *net.shown, Rng.at(net.config.seed, step, range(len(x)), CPU)), step)
+    """One step, with random numbers addressed by row, as in a run."""
+    return trainer.step(Batch(x, *net.conditioning, Rng.at(net.config.seed, step, range(len(x)), CPU)), step)
 
 
 class Parts:
-    """What an update of the student is made of: calls of networks and of optimizers, each alone."""
+    """The network passes and optimizer steps of an update of the student, each run alone."""
 
     def __init__(self, net: Net, trainer: DMD2Trainer) -> None:
         batch, self.net = net.config.distill.batch, net
@@ -280,18 +284,18 @@ class Parts:
             trainer.critic.module[HEAD],
         )
         x, timestep = net.real(batch), torch.full((batch,), len(net.family.diffusion) // 2)
-        inputs = (*net.family.diffusion.network_input(x, timestep), net.shown.cond)
-        twice = (*(torch.cat([t, t]) for t in inputs[:2]), net.shown.cond.cat(net.shown.cond))
+        inputs = (*net.family.diffusion.network_input(x, timestep), net.conditioning.cond)
+        twice = (*(torch.cat([t, t]) for t in inputs[:2]), net.conditioning.cond.cat(net.conditioning.cond))
         guided = net.config.distill.guidance != 1
-        of_teacher = (*twice[:2], net.shown.cond.cat(net.shown.uncond)) if guided else inputs
+        of_teacher = (*twice[:2], net.conditioning.cond.cat(net.conditioning.uncond)) if guided else inputs
 
-        def judged(x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        def discriminate(x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
             logits: Tensor = head(critic(x, time, cond, features_only=True))
             return logits
 
         def at_samples() -> None:
             x = inputs[0].detach().requires_grad_()
-            torch.autograd.grad(judged(x, *inputs[1:]).sum(), x)
+            torch.autograd.grad(discriminate(x, *inputs[1:]).sum(), x)
 
         self.passes: dict[str, Callable[[], object]] = {
             "student, no gradient": partial(forward, student, inputs),
@@ -300,7 +304,7 @@ class Parts:
             "critic, no gradient": partial(forward, critic, inputs),
             "critic to the head, backward to the samples": at_samples,
             "critic to the head, twice the batch, both ways": partial(
-                both_ways, judged, twice, trainer.critic.module
+                both_ways, discriminate, twice, trainer.critic.module
             ),
             "critic, forward and backward": partial(both_ways, critic, inputs, trainer.critic.module),
         }
@@ -311,7 +315,7 @@ class Parts:
         self.calls = self.passes | self.optimizers
 
     def counts(self, number: int) -> dict[str, int]:
-        """How often a round of the engine in parity mode needs each."""
+        """How often a round of the engine in parity mode runs each part."""
         config = self.net.config
         updates, timesteps = config.distill.critic_updates, len(config.distill.student_timesteps)
         steps = range((number + 1) * updates, (number + 2) * updates)
@@ -345,7 +349,7 @@ def update(trainable: Trainable, gradients: list[Tensor]) -> None:
 
 
 def cpu_seconds(call: Callable[[], object], times: int = 3) -> float:
-    """Of one call."""
+    """CPU seconds of one call."""
     start = time.process_time()
     for _ in range(times):
         call()
@@ -406,7 +410,7 @@ def show(name: str, rows: dict[str, Any]) -> None:
             label, f"{line['cpu_s']:.2f}", f"{line['against_baseline']:.2f}", f"{line['against_parity']:.2f}"
         )
     console.print(table)
-    table = Table(title=f"{name}: what a parity step is made of, each alone")
+    table = Table(title=f"{name}: parts of a step in parity mode, each run alone")
     for column in ("", "CPU s", "times", "CPU s in an update"):
         table.add_column(column, justify="right" if column else "left")
     for label, line in rows["passes"].items():
@@ -424,11 +428,11 @@ def show(name: str, rows: dict[str, Any]) -> None:
 
 
 def _differs(net: Net, label: str) -> bool:
-    """Whether the variant is another one for this network."""
+    """Whether the variant differs from the others for this network."""
     distill = net.config.distill
     return not (
         (distill.guidance == 1 and "guidance" in label)
-        or (len(distill.student_timesteps) == 1 and label.endswith("every stop"))
+        or (len(distill.student_timesteps) == 1 and label.endswith("continued rollouts"))
     )
 
 

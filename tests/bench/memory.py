@@ -1,8 +1,8 @@
-"""One step of both trainables on a U-Net of the size of Stable Diffusion 1.5, on this machine: `make bench-memory`.
+"""Peak memory of a step of student and critic with a U-Net of the size of Stable Diffusion 1.5, on the CPU: `make bench-memory`.
 
-859.52 M random weights in bfloat16, shared by student, critic and teacher, an update of rank 64 on each of the first
-two, the GAN's head, one 512-pixel image, as the recipe has it otherwise. Prints seconds and peak memory, writes
-runs/bench/memory.json; fails above 20 GB.
+859.52 M random weights in bfloat16 shared by student, critic and teacher, a LoRA of rank 64 each for student and critic, the
+discriminator head, one 512-pixel image, and the other settings of the recipe. Prints seconds and peak memory, writes
+runs/bench/memory.json, and fails above 20 GB.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ LIMIT_GB = 20.0
 
 
 def main(small: bool = False) -> None:
-    """A step of both trainables.
+    """Measure one step.
 
     Args:
-        small: Of a U-Net an eighth as wide.
+        small: Use a U-Net with an eighth of the width.
     """
     config = shared()
     with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +49,8 @@ def main(small: bool = False) -> None:
     start = time.monotonic()
     text = torch.randn(1, 77, 768)
     sample = Batch(torch.randn(1, *family.shape), Conditioning(text=text), Conditioning(text=text * 0))
-    told = trainer.step(sample, 0)
-    assert all(value.isfinite() for value in told.values()), told
+    metrics = trainer.step(sample, 0)
+    assert all(value.isfinite() for value in metrics.values()), metrics
     figures = {
         "weights_m": round(sum(p.numel() for p in teacher.parameters()) / 1e6, 2),
         "learning_m": round(

@@ -1,7 +1,7 @@
-"""Peak memory of a GPU for SDXL, by mode, as `dmd2 plan` reckons it on the real shapes: `python -m tests.bench.peaks`.
+"""Predicted peak memory of a GPU for SDXL by mode, from the real shapes (`dmd2 plan`): `python -m tests.bench.peaks`.
 
-Eight processes on 80 GB at two samples at a time and at eight, and the low-rank recipe on one shared base with 24 GB. Prints a table, adds
-to runs/bench/engine.json. Measured on no GPU.
+Eight GPUs of 80 GB with micro-batches of two and of eight, and the LoRA recipe with a shared base on 24 GB. Prints a table and
+adds to runs/bench/engine.json. Nothing is measured on a GPU.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CASES = (
 
 
 def main() -> None:
-    table = Table(title="Peak memory of one of eight GPUs, GB")
-    for column in ("recipe", "GPU", "at a time", "mesh", "weights", "checkpointing", "GB", "fits"):
+    table = Table(title="Predicted peak memory of one of eight GPUs, GB")
+    for column in ("recipe", "GPU", "micro-batch", "mesh", "weights", "checkpointing", "GB", "fits"):
         table.add_column(column)
     figures: dict[str, float] = {}
     for recipe, gpu, rows in CASES:
@@ -39,7 +39,7 @@ def main() -> None:
         for alternative in made.alternatives:
             if alternative.mesh.shards == 8:
                 weights = "resident" if alternative.resident else "sharded"
-                figures[f"{recipe}, {rows} at a time, {weights}, {alternative.checkpointing}"] = round(
+                figures[f"{recipe}, micro-batch {rows}, {weights}, {alternative.checkpointing}"] = round(
                     alternative.gb, 1
                 )
                 row = (recipe, gpu, str(rows), str(alternative.mesh), weights, alternative.checkpointing)

@@ -1,10 +1,9 @@
-"""The memory that `dmd2 plan` predicts, against what steps really take on this machine: `python -m tests.bench.plan`.
+"""Compares the memory that `dmd2 plan` predicts with the memory that steps take on this machine: `python -m tests.bench.plan`.
 
-An EDM network in float32, a fresh process on the CPU. Predicted is what the plan says of one device. Measured is the most
-memory that is resident during the steps, less what was before the trainer was made and after another, small one had been
-played. By default the allocator is told to give back at once what is free, so that resident is what lives;
-`--no-returned` leaves it as it is, and what it keeps is measured too. Prints both, writes runs/bench/plan.json, and fails
-if they differ by more than a tenth.
+An EDM network in float32 on the CPU, in a fresh process. Predicted is the plan's memory of one device. Measured is the peak
+of the resident memory during the steps, minus the resident memory before the trainer was built and after a smaller trainer
+had made a step. By default the allocator returns free blocks to the system at once; with `--no-returned`, blocks that it
+keeps are measured too. Prints both, writes runs/bench/plan.json, and fails if they differ by more than a tenth.
 """
 
 from __future__ import annotations
@@ -29,25 +28,25 @@ from dmd2.training import build
 
 LIMIT = 0.10
 M_MMAP_THRESHOLD = -3
-"""Of malloc.h: from so many bytes on, a block is the system's own."""
+"""Constant of malloc.h: blocks of at least this size are mapped from the system."""
 SIZE = (
     "family.network.channels=64", "family.network.multipliers=1,2,4", "family.network.blocks=1",
     "family.network.attention=8", "family.network.image_channels=3", "family.network.patch=1",
 )  # fmt: skip
-"""Of 12.6 M weights, on 32x32 pixels in colour."""
+"""A network of 12.6 M weights on 32x32 pixels in colour."""
 
 
 def main(
     batch: int = 16, checkpointing: str = "none", steps: int = 1, gan: bool = True, returned: bool = True
 ) -> None:
-    """Some steps, of both trainables at the first.
+    """Measure steps; the first updates both student and critic.
 
     Args:
-        batch: Images.
+        batch: Images per step.
         checkpointing: none, selective or full.
-        steps: To play.
+        steps: Number of steps.
         gan: Whether there is a GAN term.
-        returned: Tell the allocator to give back to the system at once what is free; else it keeps some, as it likes.
+        returned: Let the allocator return free blocks to the system at once.
     """
     if returned:
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)
@@ -55,7 +54,7 @@ def main(
     parts = predicted(config)
     warm(config)
     before = resident_gb("VmRSS")
-    measured = play(config, steps) - before
+    measured = peak_of_steps(config, steps) - before
     total = sum(parts.values())
     figures = {
         "batch": batch,
@@ -79,24 +78,24 @@ def mid_size(batch: int, checkpointing: str, gan: bool) -> Config:
 
 
 def predicted(config: Config) -> dict[str, float]:
-    """In 1e9 bytes, by part."""
+    """Predicted memory by part, in 1e9 bytes."""
     fam = make_family(config.family)
     made = prediction.make_plan(config, fam, "l40s-48gb", MeshShape(1, 1, 1))
     return {name: size / hardware.GB for name, size in made.memory.items()}
 
 
 def warm(config: Config) -> None:
-    """Load what libraries load when they are first used, by a step of the recipe's own small network."""
+    """Let libraries load what they load at their first use, by a step of the recipe's own small network."""
     narrow = recipes.resolve(config.recipe, ["distill.batch=2"])
-    play(narrow, 1)
+    peak_of_steps(narrow, 1)
 
 
-def play(config: Config, steps: int) -> float:
-    """The most memory that was resident during the steps, in 1e9 bytes."""
+def peak_of_steps(config: Config, steps: int) -> float:
+    """Peak of the resident memory during the steps, in 1e9 bytes."""
     fam = make_family(config.family)
     trainer = build.trainer(config, fam, fam.network().state_dict(), ranks.World(torch.device("cpu")))
-    tidy()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    free_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     batch = config.distill.batch
     cond = Conditioning(label=torch.zeros(batch, dtype=torch.int64))
     real = Batch(torch.randn(batch, *fam.shape), cond, Conditioning())
@@ -104,18 +103,18 @@ def play(config: Config, steps: int) -> float:
         trainer.step(real, step)
     most = resident_gb("VmHWM")
     del trainer, real
-    tidy()
+    free_memory()
     return most
 
 
-def tidy() -> None:
-    """Give back to the system what is free."""
+def free_memory() -> None:
+    """Return free memory to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident_gb(field: str) -> float:
-    """Of this process, in 1e9 bytes; VmRSS is now, VmHWM at most."""
+    """Resident memory of this process in 1e9 bytes: VmRSS is the current, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
     return int(kilobytes) * 1024 / 1e9

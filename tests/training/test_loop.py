@@ -175,8 +175,8 @@ def test_the_log_tells_losses_gradients_speed_and_what_is_left(made: Path) -> No
     wanted = {
         "student/dmd",
         "student/gan",
-        "student/dmd_gradient",
-        "student/gan_gradient",
+        "student/dmd_grad_l1",
+        "student/gan_grad_l1",
         "critic/dmd",
         "critic/gan",
         "student/lr",
