@@ -71,7 +71,10 @@ def configure(format: str = "") -> None:
     for package in PACKAGES:
         logging.getLogger(package).setLevel(level)
     logging.captureWarnings(format == "json")
-    sys.excepthook = _log_uncaught if format == "json" else sys.__excepthook__
+    if format == "json":
+        sys.excepthook = _log_uncaught
+    elif sys.excepthook is _log_uncaught:
+        sys.excepthook = sys.__excepthook__
 
 
 def is_json() -> bool:

@@ -21,7 +21,7 @@ def make(out: Path, config: Config | None = None, text: str = "content") -> None
         draft.facts["count"] = 1
 
 
-def test_a_folder_tells_its_files_config_inputs_and_facts(tmp_path: Path, micro: Config) -> None:
+def test_a_manifest_has_files_config_inputs_and_facts(tmp_path: Path, micro: Config) -> None:
     make(tmp_path / "out", micro)
     manifest = read_manifest(tmp_path / "out", "shards")
     assert [file.path for file in manifest.files] == ["sub/file.txt"]
@@ -38,7 +38,7 @@ def test_equal_content_has_an_equal_digest(tmp_path: Path, micro: Config) -> Non
     assert one == two != three
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path) -> None:
     def fail() -> None:
         with draft_artifact(tmp_path / "out", "shards", None, {}) as draft:
             (draft.path / "half").write_text("x")
@@ -49,7 +49,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_resumable_failure_keeps_its_work_and_counts_its_seconds(tmp_path: Path, micro: Config) -> None:
+def test_a_resumable_failure_keeps_its_files_and_its_time(tmp_path: Path, micro: Config) -> None:
     for attempt in range(2):
         try:
             with draft_artifact(tmp_path / "out", "run", micro, {}, resumable=True) as draft:
@@ -64,7 +64,7 @@ def test_a_resumable_failure_keeps_its_work_and_counts_its_seconds(tmp_path: Pat
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_unfinished_work_of_another_config_is_not_continued(
+def test_a_draft_of_another_config_is_not_resumed(
     tmp_path: Path, micro: Config, refusal: Callable[..., str]
 ) -> None:
     def stop() -> None:
@@ -83,7 +83,7 @@ def test_unfinished_work_of_another_config_is_not_continued(
     assert "seed: 0 -> 7" in refusal(go_on)
 
 
-def test_what_is_no_finished_folder_of_the_kind_is_refused(
+def test_a_folder_that_is_no_artifact_of_the_kind_is_refused(
     tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     assert "does not exist" in refusal(lambda: read_manifest(tmp_path / "none", "run"))
@@ -97,16 +97,14 @@ def test_what_is_no_finished_folder_of_the_kind_is_refused(
     assert "not a manifest" in refusal(lambda: read_manifest(tmp_path / "out", "run"))
 
 
-def test_a_folder_with_other_things_in_it_is_not_overwritten(
-    tmp_path: Path, refusal: Callable[..., str]
-) -> None:
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path, refusal: Callable[..., str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     assert "exists and is not" in refusal(lambda: make(tmp_path / "out"))
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
 
-def test_finished_compares_inputs(tmp_path: Path) -> None:
+def test_an_artifact_of_other_inputs_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "out")
     assert find_finished(tmp_path / "out", "shards", None, {"a": "b"})
     with pytest.raises(Refused, match="other inputs"):
@@ -141,7 +139,7 @@ def test_two_processes_cannot_make_the_same_folder(tmp_path: Path, refusal: Call
     assert [file.path for file in read_manifest(tmp_path / "out", "shards").files] == ["file"]
 
 
-def test_what_a_killed_process_left_of_a_short_stage_is_dropped(tmp_path: Path) -> None:
+def test_the_files_of_a_killed_process_are_deleted_if_the_stage_is_not_resumable(tmp_path: Path) -> None:
     left = tmp_path / ".out.partial"
     (left / "sub").mkdir(parents=True)
     (left / "half").write_text("x")
@@ -149,9 +147,7 @@ def test_what_a_killed_process_left_of_a_short_stage_is_dropped(tmp_path: Path) 
     assert [file.path for file in read_manifest(tmp_path / "out", "shards").files] == ["sub/file.txt"]
 
 
-def test_a_resumable_failure_without_a_checkpoint_leaves_nothing_in_the_way(
-    tmp_path: Path, micro: Config
-) -> None:
+def test_after_a_failure_without_a_checkpoint_another_config_can_start(tmp_path: Path, micro: Config) -> None:
     with pytest.raises(RuntimeError), draft_artifact(tmp_path / "out", "run", micro, {}, resumable=True):
         raise RuntimeError
     with draft_artifact(tmp_path / "out", "run", micro.model_copy(update={"seed": 7}), {}, resumable=True):

@@ -1,4 +1,4 @@
-"""Files in a local folder, on a bucket and in a scheme of a test: one contract, kept by all; on the bucket also when it fails."""
+"""The contract of a store, for local folders, buckets and the scheme of a test; and buckets whose requests fail."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def behind(bucket: str, proxy: Proxy) -> Store:
-    """A store whose every request passes the proxy."""
+    """A store whose requests all pass through the proxy."""
     return open_store(f"{bucket}/folder")
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
-    """An object is large from here on: the least that a resumable upload can send at once."""
+    """Set the chunk size to the smallest one of resumable uploads, so that small files are transferred in chunks."""
     from google.cloud.storage import blob
 
     monkeypatch.setattr(gcs, "CHUNK_BYTES", 2**18)
@@ -53,7 +53,7 @@ def file(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_what_is_put_is_read_and_fetched(store: Store, tmp_path: Path) -> None:
+def test_an_uploaded_or_written_file_is_read_and_downloaded(store: Store, tmp_path: Path) -> None:
     store.upload(file(tmp_path / "a", b"from a file"), "sub/a")
     store.write("b", b"from memory")
     assert (store.read("sub/a"), store.read("b")) == (b"from a file", b"from memory")
@@ -69,7 +69,7 @@ def test_an_empty_file_is_a_file(store: Store, tmp_path: Path) -> None:
     assert [entry.size for entry in store.list_objects()] == [0]
 
 
-def test_many_are_put_under_their_names(store: Store, tmp_path: Path) -> None:
+def test_files_are_uploaded_under_their_names(store: Store, tmp_path: Path) -> None:
     wanted = [f"{folder}/{n}" for folder in "ab" for n in range(5)]
     for name in wanted:
         file(tmp_path / "many" / name, name.encode())
@@ -86,7 +86,7 @@ def test_a_listing_is_sorted_and_begins_with_the_prefix(store: Store) -> None:
     assert names(store, "nothing/") == []
 
 
-def test_a_listing_tells_which_files_changed(store: Store) -> None:
+def test_the_fingerprint_in_a_listing_changes_with_the_content(store: Store) -> None:
     store.write("same", b"1")
     store.write("changed", b"1")
     before = versions(store)
@@ -107,8 +107,8 @@ def test_another_folder_with_the_same_beginning_is_not_listed(bucket: str, tmp_p
         assert names(open_store(f"{root}/run")) == ["a"]
 
 
-def test_a_file_that_is_not_whole_is_not_listed(store: Store, tmp_path: Path) -> None:
-    """Look while it is being put, again and again."""
+def test_a_file_is_listed_only_when_it_is_complete(store: Store, tmp_path: Path) -> None:
+    """List the files repeatedly during an upload."""
     store.write("whole", b"old")
     path, seen = file(tmp_path / "large", os.urandom(2**21)), set()
     with ThreadPoolExecutor(1) as pool:
@@ -120,7 +120,7 @@ def test_a_file_that_is_not_whole_is_not_listed(store: Store, tmp_path: Path) ->
     assert seen <= {("whole", 3), ("whole", 2**21)}
 
 
-def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path) -> None:
+def test_the_partial_file_of_a_killed_writer_is_not_listed(tmp_path: Path) -> None:
     file(tmp_path / "folder" / "sub" / ".name.123.partial", b"half")
     assert names(open_store(tmp_path / "folder")) == []
 
@@ -144,7 +144,7 @@ def test_a_swap_that_expects_another_version_is_refused(store: Store) -> None:
     assert names(store) == ["another"]
 
 
-def test_eight_that_count_together_lose_nothing(store: Store) -> None:
+def test_eight_threads_that_increment_a_counter_lose_no_update(store: Store) -> None:
     def add_one(_: int) -> None:
         while True:
             version = store.version("count")
@@ -160,14 +160,14 @@ def test_eight_that_count_together_lose_nothing(store: Store) -> None:
     assert store.read("count") == b"32"
 
 
-def test_deleting_what_is_not_there_is_nothing(store: Store) -> None:
+def test_deleting_a_missing_file_is_no_error(store: Store) -> None:
     for name in ("a", "b", "c"):
         store.write(name, b"")
     store.delete(name for name in ("a", "none", "c"))
     assert names(store) == ["b"]
 
 
-def test_a_missing_file_is_named(store: Store, tmp_path: Path) -> None:
+def test_the_error_of_a_missing_file_has_its_address(store: Store, tmp_path: Path) -> None:
     for action in (lambda: store.read("none"), lambda: store.download("none", tmp_path / "copy")):
         with pytest.raises(FileNotFoundError) as caught:
             action()
@@ -175,7 +175,7 @@ def test_a_missing_file_is_named(store: Store, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*copy*"))
 
 
-def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
+def test_the_error_of_a_missing_bucket_has_its_address(bucket: str) -> None:
     with pytest.raises(FileNotFoundError, match="gs://no-such-bucket/folder/"):
         open_store("gs://no-such-bucket/folder").list_objects()
 
@@ -184,7 +184,7 @@ def test_an_address_without_a_bucket_is_refused(refusal: Callable[..., str]) -> 
     assert "names no bucket" in refusal(lambda: open_store("gs://"))
 
 
-def test_a_copy_is_fetched_once_per_version(bucket: str, proxy: Proxy) -> None:
+def test_a_file_is_downloaded_once_per_version(bucket: str, proxy: Proxy) -> None:
     store = open_store(bucket)
     store.write("a.npz", b"1")
     paths = [fetch_file(f"{bucket}/a.npz") for _ in range(3)]
@@ -210,9 +210,7 @@ FAULTS: list[Fault] = ["503", "drop", "lost", "cut"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_requests_that_fail_at_first_are_repeated(
-    behind: Store, proxy: Proxy, fault: Fault, tmp_path: Path
-) -> None:
+def test_failed_requests_are_retried(behind: Store, proxy: Proxy, fault: Fault, tmp_path: Path) -> None:
     proxy.fail(".*", fault, share=0.25)
     data = {f"{n}": os.urandom(1000 + n) for n in range(4)}
     for name, content in data.items():
@@ -230,7 +228,7 @@ def test_requests_that_fail_at_first_are_repeated(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_large_files_survive_the_same(
+def test_failed_requests_of_large_files_are_retried(
     behind: Store, proxy: Proxy, fault: Fault, small_pieces: int, tmp_path: Path
 ) -> None:
     # Of a piece that comes again, this server takes the bytes twice, which its checksum tells.
@@ -246,7 +244,7 @@ def test_large_files_survive_the_same(
 
 @pytest.mark.parametrize("size", [100, 2**18 + 100])
 @pytest.mark.parametrize("fault", ["flip", "short"])
-def test_what_was_changed_on_its_way_down_is_not_delivered(
+def test_a_download_that_was_corrupted_is_an_error_and_leaves_no_file(
     behind: Store, proxy: Proxy, fault: Fault, size: int, small_pieces: int, tmp_path: Path
 ) -> None:
     behind.write("a", os.urandom(size))
@@ -262,10 +260,10 @@ def test_what_was_changed_on_its_way_down_is_not_delivered(
     assert not list(tmp_path.glob("*copy*"))
 
 
-def test_what_was_changed_on_its_way_up_is_an_error_and_not_there(
+def test_an_upload_that_was_corrupted_is_an_error_and_leaves_no_object(
     behind: Store, proxy: Proxy, small_pieces: int, tmp_path: Path
 ) -> None:
-    """A small file goes up with its checksum, which the service compares; the server of the tests does not."""
+    """Only for a chunked upload: the checksum of a small one is compared by the service, but not by the test server."""
     path = file(tmp_path / "a", os.urandom(small_pieces + 100))
     proxy.fail(UPLOAD, "flip", after=1)  # the first request only opens what goes up in pieces
     with pytest.raises(OSError, match="does not answer as it should") as caught:
@@ -275,8 +273,8 @@ def test_what_was_changed_on_its_way_up_is_an_error_and_not_there(
     assert names(behind) == []
 
 
-def test_a_demanded_write_whose_answer_was_lost_is_known_as_ones_own(behind: Store, proxy: Proxy) -> None:
-    """The repetition finds the generation changed: by itself."""
+def test_a_swap_whose_answer_was_lost_succeeds(behind: Store, proxy: Proxy) -> None:
+    """The retry finds that the version has changed, and recognizes its own write."""
     proxy.fail(UPLOAD, "lost", times=1)
     first = behind.compare_and_swap("state", b"1", None)
     assert proxy.injected["lost"] == 1
@@ -285,7 +283,7 @@ def test_a_demanded_write_whose_answer_was_lost_is_known_as_ones_own(behind: Sto
         behind.compare_and_swap("state", b"1", None)
 
 
-def test_a_store_that_is_gone_is_one_error_that_names_the_object(
+def test_an_unreachable_bucket_is_an_error_with_the_address_of_the_object(
     bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DMD2_RETRY_S", "0.5")
@@ -302,7 +300,7 @@ def test_a_store_that_is_gone_is_one_error_that_names_the_object(
         assert (caught.value.errno, caught.value.filename) == (errno.EIO, f"{bucket}/folder/a")
 
 
-def test_a_store_that_is_gone_ends_a_command_with_one_sentence_and_74(
+def test_an_unreachable_bucket_ends_a_command_with_one_sentence_and_74(
     bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = tmp_path / "said"
@@ -320,7 +318,7 @@ def test_a_store_that_is_gone_ends_a_command_with_one_sentence_and_74(
     )
 
 
-def test_a_bucket_that_one_may_not_use_is_said_so(
+def test_a_bucket_without_permission_ends_a_command_with_advice_and_74(
     bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proxy.fail(".*", "403")
@@ -332,7 +330,7 @@ def test_a_bucket_that_one_may_not_use_is_said_so(
     assert "allow access to it" in capsys.readouterr().err
 
 
-def test_nothing_is_kept_of_a_copy_that_failed(behind: Store, proxy: Proxy) -> None:
+def test_a_failed_download_leaves_nothing_in_the_cache(behind: Store, proxy: Proxy) -> None:
     behind.write("a", b"content")
     proxy.fail(DOWNLOAD, "flip")
     with pytest.raises(OSError, match="does not answer"):

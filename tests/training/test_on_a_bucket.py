@@ -1,4 +1,4 @@
-"""Folders on a bucket: made, continued, fought over and read as if they were local, by machines that come and go."""
+"""Artifacts on a bucket: made, resumed by other machines, contended for, published, and read through the cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Node = Callable[[str], None]
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
-    """Be another machine from here on: nothing of the cache is known to it."""
+    """Continue as another machine, with an empty cache of its own."""
     return lambda name: monkeypatch.setenv("DMD2_CACHE", str(tmp_path / name))
 
 
@@ -89,7 +89,7 @@ def test_a_whole_run_with_nothing_but_a_bucket_is_the_run_with_folders(
 def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bits(
     micro: Config, made: Path, bucket: str, tmp_path: Path, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL, its disk gone, a checkpoint half sent. Then the same stage on another machine."""
+    """SIGKILL, the cache is deleted, a checkpoint is half uploaded. Then the same stage runs on another machine."""
     more = ("distill.steps=40", "distill.save_every=4")
     slow = micro.model_copy(update={"distill": micro.distill.model_copy(update={"steps": 40})})
     stages.distill(slow, str(made / "shards"), str(made / "teacher"), str(tmp_path / "whole"))
@@ -122,7 +122,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bi
 
 
 def sent(out: str) -> set[int]:
-    """The steps of the checkpoints that the contents of an unfinished run name."""
+    """The steps of the checkpoints in the list of files of an unfinished run."""
     try:
         named = json.loads(open_store(out).read(CONTENTS))
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def sent(out: str) -> set[int]:
 
 
 def save(draft: Draft, step: int) -> None:
-    """What stands for a checkpoint: two files, and a log beside it."""
+    """Write two files in the place of a checkpoint, and a log beside them."""
     folder = draft.path / "checkpoints" / f"{step:08d}"
     folder.mkdir(parents=True)
     for name in ("critic", MANIFEST):
@@ -156,7 +156,7 @@ def stopped(out: str, config: Config) -> None:
 def test_a_checkpoint_that_was_sent_by_half_is_not_used(
     micro: Config, bucket: str, proxy: Proxy, node: Node, monkeypatch: pytest.MonkeyPatch, let_pass: int
 ) -> None:
-    """The bucket fails at one of the requests of which sending consists."""
+    """The bucket fails at one of the requests of an upload."""
     out = f"{bucket}/run"
     monkeypatch.setenv("DMD2_RETRY_S", "0.2")
 
@@ -206,7 +206,7 @@ def test_time_is_counted_over_machines(micro: Config, bucket: str, node: Node) -
 def test_the_process_that_began_last_goes_on_and_the_one_before_gives_way(
     micro: Config, bucket: str, node: Node
 ) -> None:
-    """A machine that was thought to be lost comes back."""
+    """A machine that was believed lost comes back."""
     out = f"{bucket}/run"
 
     def come_back() -> None:
@@ -386,7 +386,7 @@ def machines(tmp_path: Path, names: str, *words: str) -> list[subprocess.Popen[s
 def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
     micro: Config, made: Path, bucket: str, tmp_path: Path
 ) -> None:
-    """Two machines are lost after a checkpoint; two others go on from it, and end as one process does."""
+    """Two machines are killed after a checkpoint. Two others resume from it, with the result of a single process."""
     run = f"{bucket}/run"
     places = ("--data", str(made / "shards"), "--teacher", str(made / "teacher"))
     words = ("distill", "edm-digits", *places, *flags((*MICRO, "engine.shards=2")))
