@@ -148,8 +148,17 @@ class Shards:
 
     def evenly_spaced(self, count: int) -> RawBatch:
         """`count` samples at even distances over the whole split (all samples if there are fewer), so that sorted data is covered evenly."""
+        return self.select(self._even_indices(count))
+
+    def evenly_spaced_batches(self, count: int, batch: int) -> Iterator[RawBatch]:
+        """The samples of `evenly_spaced(count)`, `batch` at a time."""
+        indices = self._even_indices(count)
+        for start in range(0, len(indices), batch):
+            yield self.select(indices[start : start + batch])
+
+    def _even_indices(self, count: int) -> np.ndarray:
         total = len(self)
-        return self.select(np.arange(min(count, total)) * total // min(count, total))
+        return np.arange(min(count, total)) * total // min(count, total)
 
     def select(self, places: Iterable[int]) -> RawBatch:
         """The samples at these indices of the whole split."""

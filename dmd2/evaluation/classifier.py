@@ -8,6 +8,8 @@ are comparable only between runs on the same data with the same seed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,15 +86,14 @@ def _deviation(network: Classifier, train: RawBatch, device: torch.device) -> Te
 
 
 @torch.no_grad()
-def accuracy(network: Classifier, test: RawBatch, device: torch.device) -> float:
-    """Share of the images that are classified correctly, 0 to 1."""
-    hits = [
-        (network.logits(rgb(test.image[rows]).float().to(device)).argmax(1).cpu() == test.label[rows])
-        .sum()
-        .item()
-        for rows in torch.arange(len(test.image)).split(BATCH)
-    ]
-    return sum(hits) / len(test.image)
+def accuracy(network: Classifier, batches: Iterable[RawBatch], device: torch.device) -> tuple[float, int]:
+    """(share of the images that are classified correctly, number of images)."""
+    correct = count = 0
+    for batch in batches:
+        classes = network.logits(rgb(batch.image).float().to(device)).argmax(1).cpu()
+        correct += int((classes == batch.label).sum())
+        count += len(classes)
+    return correct / count, count
 
 
 def rgb(images: Tensor) -> Tensor:

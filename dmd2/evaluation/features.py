@@ -15,8 +15,8 @@ from cleanfid.resize import build_resizer, make_resizer
 from torch import Tensor
 
 from dmd2.config import BestConfig, Config, EvaluateConfig, WeightsConfig
-from dmd2.data.loader import RawBatch, Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.loader import Shards
+from dmd2.data.shards import HOLDOUT, TRAIN
 from dmd2.evaluation import classifier, efficientnet
 from dmd2.evaluation.weights import fetch_weights
 from dmd2.io.local import sha256
@@ -44,11 +44,11 @@ class FeatureExtractor:
         return self.network(resized.to(self.device)).cpu().double()
 
 
-def load_extractor(config: Config, data: str, holdout: RawBatch, device: torch.device) -> FeatureExtractor:
+def load_extractor(config: Config, data: str, device: torch.device) -> FeatureExtractor:
     """The network that `evaluate.features` names. A classifier is fitted to the training shards in `data`, and its accuracy on the
     held-out images noted."""
     if config.evaluate.features == "classifier":
-        return _classifier(config, data, holdout, device)
+        return _classifier(config, data, device)
     return load_pretrained(config.evaluate, "evaluate", device)
 
 
@@ -61,14 +61,16 @@ def load_pretrained(
     return _inception(settings.inception, f"--{section}.inception", device)
 
 
-def _classifier(config: Config, data: str, holdout: RawBatch, device: torch.device) -> FeatureExtractor:
+def _classifier(config: Config, data: str, device: torch.device) -> FeatureExtractor:
     size = config.family.image[1]
     train = Shards(data, TRAIN).evenly_spaced(FIT_IMAGES)
     network = classifier.fit(train, config.family.classes, config.evaluate.seed, device)
+    holdout = Shards(data, HOLDOUT).evenly_spaced_batches(config.evaluate.images, classifier.BATCH)
+    accuracy, count = classifier.accuracy(network, holdout, device)
     facts = {
         "features": f"classifier fitted to {len(train.image)} training images, seed {config.evaluate.seed}",
-        "features_accuracy": classifier.accuracy(network, holdout, device),
-        "features_accuracy_images": len(holdout.image),
+        "features_accuracy": accuracy,
+        "features_accuracy_images": count,
     }
     return FeatureExtractor(network, _bicubic(size), facts, device)
 

@@ -1,23 +1,32 @@
-"""The sets of images that an evaluation scores: student and teacher at several numbers of steps, and real images."""
+"""The sets of images that an evaluation scores: student and teacher at several numbers of steps, and real images.
+
+Only a batch of images is in memory at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dmd2.config import Config, EvaluateConfig, FamilyConfig
-from dmd2.data.loader import RawBatch
-from dmd2.evaluation.scores import REAL, ImageSet
+from dmd2.data.loader import Shards
+from dmd2.data.shards import HOLDOUT, TRAIN
+from dmd2.evaluation.evaluator import BATCH, Evaluator, score_states
+from dmd2.evaluation.features import load_extractor
+from dmd2.evaluation.metrics import Metric
+from dmd2.evaluation.scores import REAL, ImageSet, MetricScores, score_facts
 from dmd2.image_grid import image_grid
 from dmd2.model import Model
 from dmd2.models.family import Prompt
 from dmd2.progress import Progress
 from dmd2.rng import seed_of_part
 from dmd2.stages.pictures import Sampler, sample_grid, save_png
-from dmd2.stages.prompts import grid_columns, prompts_of_images
+from dmd2.stages.prompts import grid_columns, preview_prompts, prompts_of_images, repeat_prompts
 
 Batches = Iterator[tuple[Tensor, Sequence[Prompt]]]
 """(images, prompts): uint8 (B, C, H, W), and what they were sampled for or are labelled with."""
@@ -65,16 +74,53 @@ def sampled_batches(title: str, sampler: Sampler, prompts: list[Prompt], setting
             progress.advance(len(batch))
 
 
-def real_batches(family: FamilyConfig, images: RawBatch) -> Batches:
-    """Real images with their classes or captions."""
-    yield images.image, prompts_of_images(family, images)
+def real_batches(family: FamilyConfig, shards: Shards, count: int) -> Batches:
+    """Real images with their classes or captions: `count` at even distances, or all if there are fewer."""
+    for batch in shards.evenly_spaced_batches(count, BATCH):
+        yield batch.image, prompts_of_images(family, batch)
 
 
-def save_picture_grids(
-    config: Config, sets: dict[str, SampledSet], holdout: RawBatch, prompts: list[Prompt], folder: Path
-) -> None:
-    """Save a picture grid of each set as `<name>.png`, and one of held-out images."""
+def score_sets(
+    config: Config,
+    data: str,
+    sets: Mapping[str, SampledSet],
+    selected: Sequence[Metric],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Score sampled sets and real training images against the held-out images in `data`; what the manifest says about it."""
+    settings, holdout = config.evaluate, Shards(data, HOLDOUT)
+    evaluator = Evaluator.load(selected, settings, lambda: load_extractor(config, data, device), device)
+    real_prompts: list[Prompt] = []
+    reference = evaluator.accumulate(
+        _record_prompts(real_batches(config.family, holdout, settings.images), real_prompts)
+    )
+    prompts = repeat_prompts(real_prompts, settings.images)
+    scores = {}
     for name, each in sets.items():
-        picture = sample_grid(config.family, each.sampler, prompts, config.evaluate.seed)
-        save_png(picture, folder / f"{name}.png")
-    save_png(image_grid(holdout.image[: len(prompts)], grid_columns(config.family)), folder / f"{REAL}.png")
+        batches = sampled_batches(each.description.title, each.sampler, prompts, settings)
+        scores[name] = score_states(evaluator.accumulate(batches), reference)
+    train = real_batches(config.family, Shards(data, TRAIN), settings.images)
+    scores[REAL] = score_states(evaluator.accumulate(train), reference)
+    by_metric = [
+        MetricScores.of(metric, {name: found[metric.name] for name, found in scores.items()})
+        for metric in selected
+    ]
+    facts = score_facts(by_metric, [each.description for each in sets.values()])
+    return facts | evaluator.facts | {"images_real": len(real_prompts)}
+
+
+def _record_prompts(batches: Batches, prompts: list[Prompt]) -> Batches:
+    """The same batches; their prompts are appended to the list."""
+    for images, batch in batches:
+        prompts += batch
+        yield images, batch
+
+
+def save_picture_grids(config: Config, data: str, sets: Mapping[str, SampledSet], folder: Path) -> None:
+    """Save a picture grid of each set as `<name>.png`, and one of held-out images, for the preview prompts."""
+    settings, holdout = config.evaluate, Shards(data, HOLDOUT)
+    prompts = preview_prompts(config.family, holdout)
+    for name, each in sets.items():
+        save_png(sample_grid(config.family, each.sampler, prompts, settings.seed), folder / f"{name}.png")
+    real = next(holdout.evenly_spaced_batches(settings.images, len(prompts))).image
+    save_png(image_grid(real, grid_columns(config.family)), folder / f"{REAL}.png")

@@ -32,7 +32,7 @@ from dmd2.evaluation.features import load_extractor
 from dmd2.io.local import write_text
 from dmd2.model import load_network
 from dmd2.stages.image_sets import real_batches, sampled_batches
-from dmd2.stages.prompts import prompts_of_images, repeat_prompts
+from dmd2.stages.prompts import repeat_prompts
 
 ROOT = Path("runs/bench/ablation")
 VARIANTS = {
@@ -73,12 +73,13 @@ def distill(variant: str, seed: int) -> None:
 def score(base: Config, shards: str, jobs: list[tuple[str, int]]) -> list[dict[str, Any]]:
     """FID of every student as `evaluate` takes it: the same features, classes, noise and held-out images."""
     device, settings = torch.device("cpu"), base.evaluate
-    holdout = Shards(shards, HOLDOUT).evenly_spaced(settings.images)
+    holdout = Shards(shards, HOLDOUT)
     evaluator = Evaluator.load(
-        metrics.select(["fid"]), settings, lambda: load_extractor(base, shards, holdout, device), device
+        metrics.select(["fid"]), settings, lambda: load_extractor(base, shards, device), device
     )
-    reference = evaluator.accumulate(real_batches(base.family, holdout))
-    classes = repeat_prompts(prompts_of_images(base.family, holdout), settings.images)
+    real = list(real_batches(base.family, holdout, settings.images))
+    reference = evaluator.accumulate(real)
+    classes = repeat_prompts([prompt for _, prompts in real for prompt in prompts], settings.images)
     rows = []
     for variant, seed in jobs:
         batches = sampled_batches(variant, load_network(_run(variant, seed)).sample, classes, settings)

@@ -35,7 +35,7 @@ from dmd2.io.local import write_text
 from dmd2.model import Model, load_network
 from dmd2.stages.image_sets import real_batches, sampled_batches
 from dmd2.stages.pictures import Sampler
-from dmd2.stages.prompts import prompts_of_images, repeat_prompts
+from dmd2.stages.prompts import repeat_prompts
 from tests.emoji.source import source
 
 ROOT, EMOJI = Path("runs/bench/sdxl"), Path("runs/emoji/source")
@@ -98,16 +98,16 @@ def stage(verb: str, recipe: str, out: str, **folders: str) -> float:
 
 def score(base: Config, only: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     settings = base.evaluate
-    holdout = Shards(str(ROOT / "shards"), HOLDOUT).evenly_spaced(settings.images)
-    device = torch.device("cpu")
+    device, holdout = torch.device("cpu"), Shards(str(ROOT / "shards"), HOLDOUT)
     evaluator = Evaluator.load(
         metrics.select(["fid"]),
         settings,
-        lambda: load_extractor(base, str(ROOT / "shards"), holdout, device),
+        lambda: load_extractor(base, str(ROOT / "shards"), device),
         device,
     )
-    reference = evaluator.accumulate(real_batches(base.family, holdout))
-    prompts = repeat_prompts(prompts_of_images(base.family, holdout), settings.images)
+    real = list(real_batches(base.family, holdout, settings.images))
+    reference = evaluator.accumulate(real)
+    prompts = repeat_prompts([prompt for _, batch in real for prompt in batch], settings.images)
     rows, pictures = [], {}
     for name, recipe, steps, sampler in samplers(base, only):
         batches = list(sampled_batches(name, sampler, prompts, settings))

@@ -21,7 +21,7 @@ from tests.evaluation.test_frechet import fid
 def test_the_classifier_learns_and_its_features_tell_noise_from_pictures(micro: Config, made: Path) -> None:
     device = torch.device("cpu")
     train, holdout = (Shards(made / "shards", split).evenly_spaced(100) for split in ("train", "holdout"))
-    features = load_extractor(micro, str(made / "shards"), holdout, device)
+    features = load_extractor(micro, str(made / "shards"), device)
     assert features.facts["features_accuracy"] > 0.6, "three classes, so chance is a third"
     assert features.facts["features_accuracy_images"] == 12
     real = features(holdout.image).numpy()
@@ -69,7 +69,7 @@ def test_inception_reads_its_weights_from_a_uri_through_clean_fid(
     """The real loading and resizing to 299 pixels; only the weights are a stand-in, for they cannot be had offline."""
     holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, f"{scheme}{weights}", sha256(weights))
-    features = load_extractor(config, str(made / "shards"), holdout, torch.device("cpu"))
+    features = load_extractor(config, str(made / "shards"), torch.device("cpu"))
     out = features(holdout.image)
     assert out.shape == (5, 2048)
     means = (classifier.rgb(holdout.image).double().mean((2, 3)).numpy() - 128) / 128
@@ -80,21 +80,15 @@ def test_inception_reads_its_weights_from_a_uri_through_clean_fid(
 
 
 def test_weights_with_another_digest_are_never_loaded(
-    micro: Config, made: Path, weights: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    micro: Config, weights: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(torch.jit, "load", lambda path: loaded.append(path))
-    holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, str(weights), "0" * 64)
-    assert "it was not loaded" in refusal(lambda: load_extractor(config, "", holdout, torch.device("cpu")))
+    assert "it was not loaded" in refusal(lambda: load_extractor(config, "", torch.device("cpu")))
     assert not loaded
 
 
-def test_weights_that_are_not_there_are_refused(
-    micro: Config, made: Path, refusal: Callable[..., str]
-) -> None:
-    holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
+def test_weights_that_are_not_there_are_refused(micro: Config, refusal: Callable[..., str]) -> None:
     config = inception(micro, "/nowhere/weights.pt", "0" * 64)
-    assert "evaluate.inception.uri" in refusal(
-        lambda: load_extractor(config, "", holdout, torch.device("cpu"))
-    )
+    assert "evaluate.inception.uri" in refusal(lambda: load_extractor(config, "", torch.device("cpu")))

@@ -106,6 +106,16 @@ def test_the_evaluation_scores_every_set_by_every_metric(facts: dict[str, Any]) 
     assert facts["precision_real"] > 0.5, "training images are like held-out images"
 
 
+def test_the_digest_of_an_evaluation_covers_its_scores(root: Path, made: Path) -> None:
+    """Pictures are the same whatever is computed of them; a gate must not take one evaluation for the other."""
+    one, other = (read_manifest(folder / "evaluation", "evaluation") for folder in (root, made))
+    pictures = [
+        {file.path: file.sha256 for file in made.files if file.path.endswith("png")} for made in (one, other)
+    ]
+    assert pictures[0] == pictures[1]
+    assert one.digest != other.digest
+
+
 def test_the_gate_compares_the_metric_in_its_direction(root: Path, facts: dict[str, Any]) -> None:
     gate = read_manifest(root / "gate", "gate").facts
     assert gate["decision"] == "accepted"
