@@ -1,4 +1,6 @@
-"""The EDM family: class-conditional ADM U-Nets, variance exploding noise (Karras et al. 2022), on pixels or latents."""
+"""The EDM family: class-conditional ADM U-Nets under variance exploding noise (Karras et al. 2022), on pixels or latents.
+
+An EDM network has no unconditional class, so there is no guidance."""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ WEIGHTS = "network.safetensors"
 
 
 class Edm:
-    """A `ModelFamily`. On latents, `vae/` in its folder decodes them."""
+    """Implements `ModelFamily`. With a network on latents, the folder contains the VAE in `vae/`."""
 
     files: ClassVar[tuple[str, ...]] = ("network.json", WEIGHTS, "vae/*")
     lora_targets: ClassVar[tuple[str, ...]] = ()
@@ -57,7 +59,7 @@ class Edm:
 
     @cached_property
     def features(self) -> tuple[int, ...]:
-        """(C, h, w) of the bottleneck, found by a pass without data."""
+        """(C, h, w) of the bottleneck features, from a forward pass on the meta device."""
         with torch.device("meta"):
             cond = Conditioning(label=torch.zeros(1, dtype=torch.int64))
             out = Adm(self.config.network)(
@@ -89,10 +91,9 @@ class Edm:
             raise Refused(
                 f"class {worst} is outside 0 to {classes - 1}, the classes of the network; shard again with --family.network.classes {worst + 1}"
             )
-        # An EDM network knows no class "none", so there is nothing to guide away from.
-        return Batch(self._x(batch.image, rng), Conditioning(label=batch.label), Conditioning(), rng)
+        return Batch(self._to_sample(batch.image, rng), Conditioning(label=batch.label), Conditioning(), rng)
 
-    def _x(self, image: Tensor, rng: Rng) -> Tensor:
+    def _to_sample(self, image: Tensor, rng: Rng) -> Tensor:
         if self.config.vae_stride:
             return sample_posterior(to_device(image, rng.device), rng.normal(*self.shape))
         return image.float() / 127.5 - 1
@@ -112,7 +113,7 @@ class Edm:
         classes = self.config.network.classes
         for prompt in prompts:
             if not isinstance(prompt, int):
-                raise Refused(f"{prompt!r} is no class; this network shows classes, given by number")
+                raise Refused(f"{prompt!r} is not a class number; this network is conditioned on classes")
             if not 0 <= prompt < classes:
                 raise Refused(f"class {prompt} is outside 0 to {classes - 1}, the classes of the network")
         return CondPair(Conditioning(label=torch.tensor(prompts)), Conditioning())
@@ -153,7 +154,7 @@ images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
 
     @classmethod
     def resolve(cls, config: EdmConfig, source: str, base: str, vae: str, scratch: Path) -> ForeignTeacher:
-        """From the pickle of NVIDIA's EDM."""
+        """From a pickle in the format of NVIDIA's EDM."""
         path = fetch_file(source)
         network, weights = read_edm_pickle(path)
         cls._check_network(network, config)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 (Rombach et al. 2022), and 2 of the same form: one text encoder, nothing else."""
+"""Stable Diffusion 1.5 (Rombach et al. 2022), and 2, which has the same form: one text encoder, no other conditioning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dmd2.models.stable import Stable
 
 
 class Sd15(Stable):
-    """A `ModelFamily`. Text: the last hidden states; uncond: those of an empty text."""
+    """Implements `ModelFamily`. `text`: the last hidden states; uncond: those of an empty text."""
 
     pipeline, embedding = "StableDiffusionPipeline", None
 

@@ -1,4 +1,4 @@
-"""SDXL (Podell et al. 2023): two text encoders, a pooled embedding, and the size of the image as conditions."""
+"""SDXL (Podell et al. 2023): conditioned on two text encoders, a pooled embedding and the size of the image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmd2.models.stable import Stable
 
 
 class Sdxl(Stable):
-    """A `ModelFamily`. Text: the last but one hidden states of both encoders, side by side; uncond: zeros."""
+    """Implements `ModelFamily`. `text`: hidden states before the last layer of both encoders, concatenated; uncond: zeros."""
 
     pipeline, embedding = "StableDiffusionXLPipeline", "text_time"
 

@@ -1,8 +1,8 @@
-"""What Stable Diffusion 1.5 and XL share: diffusers' U-Net, wrapped and not forked, under its scheduler's noise levels.
+"""What Stable Diffusion 1.5 and XL have in common: the U-Net of diffusers, wrapped, and the noise schedule of its scheduler.
 
-A family is made from a pipeline folder of diffusers: the U-Net's and the scheduler's configs decide the network and the
-process, the text encoders and the VAE are loaded when first asked for, and none of them ever learns. `published` has
-such folders, without weights, of the models that people know.
+A family is made from a pipeline folder of diffusers: the configs of the U-Net and the scheduler determine the network and the
+process. The text encoders and the VAE are loaded when they are first used, and are not trained. `published_pipeline` gives
+such folders, without weights, of the published models.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ PREDICTIONS: dict[str, Parametrization] = {
     "v_prediction": v_prediction,
     "sample": x0_prediction,
 }
-"""By the scheduler's `prediction_type`."""
+"""`prediction_type` of a scheduler -> parametrization."""
 SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
-"""Samplers of the variance preserving process with betas; those of flows and of EDM have other timesteps."""
+"""Schedulers of the variance preserving process with betas. Those of flow matching and EDM have other noise levels."""
 CLIP_TOKENS = 77
-"""Tokens of a text, as the CLIP text encoders take them."""
+"""Number of tokens that a CLIP text encoder takes."""
 SHORT_TRANSFORMER = 2
-"""A transformer of up to so many layers is one unit; of longer ones, each layer is."""
+"""A transformer of at most so many layers is one unit of sharding; in a longer one, each layer is a unit."""
 
 FROZEN = (
     "vae",
@@ -81,11 +81,11 @@ FROZEN = (
     "scheduler",
     "model_index.json",
 )
-"""What training does not change in a pipeline folder."""
+"""Files and folders of a pipeline that training does not change."""
 
 
 class Unet(nn.Module):
-    """A `Network`: (x (B, 4, h, w), time (B,), cond) -> out (B, 4, h, w), or the output of the mid block (B, C, s, s)."""
+    """Implements `Network`: (x (B, 4, h, w), time (B,), cond) -> out (B, 4, h, w), or the output of the mid block (B, C, s, s)."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -95,20 +95,20 @@ class Unet(nn.Module):
         dtype = self.unet.conv_in.weight.dtype
         inputs: dict[str, Any] = {
             "sample": x.to(dtype),
-            "timestep": time,  # stays in float32: bfloat16 knows no 999
+            "timestep": time,  # stays in float32: 999 has no bfloat16
             "encoder_hidden_states": cond["text"].to(dtype),
             "return_dict": False,
         }
         if "pooled" in cond:
             inputs["added_cond_kwargs"] = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"]}
         if features_only:
-            return _first_input(self.decoder_start, lambda: self.unet(**inputs))
+            return _run_until(self.decoder_start, lambda: self.unet(**inputs))
         out: Tensor = self.unet(**inputs)[0]
         return out
 
     @property
     def decoder_start(self) -> nn.Module:
-        """The module whose first input is the bottleneck features."""
+        """The first up block; its input is the output of the mid block."""
         return cast(nn.Module, self.unet.up_blocks[0])
 
 
@@ -117,13 +117,13 @@ class _BlockReached(Exception):
         self.value = value
 
 
-def _first_input(block: nn.Module, forward: Any) -> Tensor:
-    """What reaches a block, without computing it or anything after it: for the first up block, what the mid block made."""
+def _run_until(block: nn.Module, forward: Any) -> Tensor:
+    """The input of a block, by a forward pass that stops there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> NoReturn:
         raise _BlockReached(inputs["hidden_states"])
 
-    # First of all hooks, before one that would gather the weights of the block.
+    # Before all other hooks of the block: one of them would gather its weights.
     hook = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         forward()
@@ -135,12 +135,12 @@ def _first_input(block: nn.Module, forward: Any) -> Tensor:
 
 
 class Stable(ABC):
-    """A `ModelFamily`, but for what its kind says in the class variables and in `_conditioning`."""
+    """Implements `ModelFamily`, except for `_conditioning` and the class variables without a value."""
 
     pipeline: ClassVar[str]
-    """The pipeline of diffusers that such a folder is for."""
+    """Class name of the pipeline in diffusers."""
     embedding: ClassVar[str | None]
-    """The U-Net's `addition_embed_type`."""
+    """`addition_embed_type` that the U-Net must have."""
     files: ClassVar[tuple[str, ...]] = (
         "network.json",
         "unet/*",
@@ -150,7 +150,7 @@ class Stable(ABC):
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
     )  # fmt: skip
-    """Those of the published LoRA."""
+    """Those of the published LoRA of SDXL."""
 
     def __init__(self, config: StableConfig, folder: Path | None, vae: str) -> None:
         """`folder` is a pipeline of diffusers, by default the published one without weights; of its U-Net, only the config is
@@ -174,15 +174,15 @@ class Stable(ABC):
 
     @property
     def features(self) -> tuple[int, int, int]:
-        """(C, s, s) of what the mid block makes."""
+        """(C, s, s) of the output of the mid block."""
         widths = self.unet["block_out_channels"]
         side = self.shape[1] >> (len(widths) - 1)
         return widths[-1], side, side
 
     @property
     def manifest_facts(self) -> dict[str, Any]:
-        told = {"predicts": self.scheduler["prediction_type"], "scheduler": self.scheduler["_class_name"]}
-        return told | {"zero_terminal_snr": bool(self.diffusion.schedule.alpha[-1] == 0)}
+        facts = {"predicts": self.scheduler["prediction_type"], "scheduler": self.scheduler["_class_name"]}
+        return facts | {"zero_terminal_snr": bool(self.diffusion.schedule.alpha[-1] == 0)}
 
     @cached_property
     def text_encoders(self) -> TextEncoders:
@@ -194,7 +194,7 @@ class Stable(ABC):
 
     @cached_property
     def empty_text(self) -> tuple[Tensor, Tensor | None]:
-        """(1, L, D) and (1, P): what the text encoders make of an empty text."""
+        """The embeddings of an empty text: (1, L, D), and pooled (1, P) with two encoders."""
         return self.text_encoders.embed([""])
 
     def network(self) -> nn.Module:
@@ -235,12 +235,12 @@ class Stable(ABC):
     def condition(self, prompts: Sequence[Prompt]) -> CondPair:
         for prompt in prompts:
             if not isinstance(prompt, str):
-                raise Refused(f"{prompt!r} is no text; this network shows what texts say")
+                raise Refused(f"{prompt!r} is not a text; this network is conditioned on texts")
         return self._conditioning(*self.text_encoders.embed(cast(Sequence[str], prompts)))
 
     @abstractmethod
     def _conditioning(self, states: Tensor, pooled: Tensor | None) -> CondPair:
-        """What text encoders made of texts (B, L, D) and (B, P) -> what networks are told."""
+        """The conditioning from the embeddings of texts: hidden states (B, L, D), and pooled (B, P) with two encoders."""
 
     def placeholder_condition(self, rows: int) -> Conditioning:
         text = torch.zeros(rows, self._text_tokens(), self.unet["cross_attention_dim"])
@@ -250,7 +250,7 @@ class Stable(ABC):
         return Conditioning(text=text, pooled=torch.zeros(rows, pooled), size=torch.ones(rows, 6))
 
     def _text_tokens(self) -> int:
-        """Length of an encoded text; `CLIP_TOKENS` for a pipeline without text encoders."""
+        """Number of tokens of a text; `CLIP_TOKENS` if the pipeline folder has no text encoders."""
         path = self.folder / "text_encoder" / "config.json"
         return int(_json(path)["max_position_embeddings"]) if path.exists() else CLIP_TOKENS
 
@@ -282,7 +282,7 @@ class Stable(ABC):
         return out
 
     def _pipeline(self, diffusers: Any, network: nn.Module) -> Any:
-        """Diffusers' own, with the scheduler of the folder."""
+        """The pipeline of diffusers with this network and the scheduler of the folder, without text encoders."""
         parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         if self.embedding is None:
             parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
@@ -318,7 +318,7 @@ class Stable(ABC):
             self._write_sampler(folder)
 
     def _write_sampler(self, folder: Path) -> None:
-        """Diffusers' name for a student's chain of steps is LCM: denoise, noise again to the next timestep."""
+        """Write the scheduler that samples a student in diffusers: LCM's steps denoise and add noise of the next timestep, as ours."""
         kept = (
             "num_train_timesteps",
             "beta_start",
@@ -332,7 +332,7 @@ class Stable(ABC):
         }
         (folder / SCHEDULER).write_text(json.dumps(config, indent=1) + "\n")
         index = _json(folder / "model_index.json") | {"scheduler": ["diffusers", STUDENT_SCHEDULER]}
-        # Diffusers looks for all that is listed: of Stable Diffusion 1.5 also a safety checker, which is not brought along.
+        # Diffusers requires all components in the index; the safety checker of Stable Diffusion 1.5 is not part of the folder.
         gone = [n for n, part in index.items() if isinstance(part, list) and not (folder / n).is_dir()]
         index |= {name: [None, None] for name in gone}
         if "requires_safety_checker" in index:
@@ -359,44 +359,46 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
         if source.endswith((".safetensors", ".ckpt")):
             convert_single_file(fetch_file(source), local_path(base) if base else None, scratch / "pipeline")
             source = str(scratch / "pipeline")
-        networks = find_pipeline(source, text=True, whole=True)
+        pipeline = find_pipeline(source, text=True, whole=True)
         other = find_pipeline(vae, text=False) if vae else None
 
         def write(folder: Path) -> None:
-            networks.copy(folder)
+            pipeline.copy(folder)
             if other:
                 other.copy(folder)
 
-        return ForeignTeacher({"source": networks.digest} | ({"vae": other.digest} if other else {}), write)
+        return ForeignTeacher({"source": pipeline.digest} | ({"vae": other.digest} if other else {}), write)
 
     def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         base = {name.removeprefix("unet."): weight for name, weight in teacher.items()}
         return {f"unet.{name}": weight for name, weight in read_unet(path, base).items()}
 
     def _check(self) -> None:
-        """Refuse a network or a schedule that the formulas here are not of."""
-        unet, told = self.unet, f"the U-Net in {self.folder}"
+        """Raise Refused for a U-Net with inputs that are not supported."""
+        unet, name_in_errors = self.unet, f"the U-Net in {self.folder}"
         if unet.get("_class_name") != "UNet2DConditionModel":
-            raise Refused(f"{told} is a {unet.get('_class_name')}; only UNet2DConditionModel is known")
+            raise Refused(
+                f"{name_in_errors} is a {unet.get('_class_name')}; only UNet2DConditionModel is known"
+            )
         channels = unet.get("in_channels"), unet.get("out_channels")
         if channels != (4, 4):
             raise Refused(
-                f"{told} takes {channels[0]} channels and makes {channels[1]}; only 4 and 4 are known: inpainting, "
+                f"{name_in_errors} takes {channels[0]} channels and makes {channels[1]}; only 4 and 4 are known: inpainting, "
                 "depth and upscaling models need inputs that a student is not given"
             )
         if (kind := unet.get("addition_embed_type")) != self.embedding:
             raise Refused(
-                f"{told} has addition_embed_type {kind!r}, a {self.config.kind} network has {self.embedding!r}; use a recipe of its kind"
+                f"{name_in_errors} has addition_embed_type {kind!r}, a {self.config.kind} network has {self.embedding!r}; use a recipe of its kind"
             )
         for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
             if unet.get(name) is not None:
                 raise Refused(
-                    f"{told} has {name} {unet[name]!r}, an input that is not supported; use a base model"
+                    f"{name_in_errors} has {name} {unet[name]!r}, an input that is not supported; use a base model"
                 )
 
 
 def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's config with what it leaves to the defaults of its class, which differ."""
+    """A scheduler's config with the missing values filled in from the defaults of its class, which differ between classes."""
     import diffusers
 
     if (name := config.get("_class_name")) not in SCHEDULERS:
@@ -408,7 +410,7 @@ def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def noise_schedule(config: dict[str, Any]) -> Schedule:
-    """The noise levels that a scheduler's config describes, once it is `complete_scheduler_config`."""
+    """The noise schedule of a complete scheduler config (`complete_scheduler_config`)."""
     kind, form = config["prediction_type"], config["beta_schedule"]
     if kind not in PREDICTIONS:
         raise Refused(f"the teacher's prediction_type is {kind!r}; {near_miss(str(kind), list(PREDICTIONS))}")
@@ -433,7 +435,7 @@ def noise_schedule(config: dict[str, Any]) -> Schedule:
 
 
 def published_pipeline(name: str) -> Path:
-    """A pipeline folder without weights: `sd15` or `sdxl`, as they were published."""
+    """The pipeline folder of the published `sd15` or `sdxl`, with configs and without weights."""
     return Path(__file__).parent / "published" / name
 
 

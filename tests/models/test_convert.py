@@ -39,7 +39,7 @@ from dmd2.models.convert.edm_pickle import (
 )
 from dmd2.models.convert.lora_names import sgm_names
 from dmd2.models.convert.single_file import convert_single_file
-from dmd2.models.convert.student_weights import critic_weights, read_unet
+from dmd2.models.convert.student_weights import read_unet
 
 Refusal = Callable[[Callable[[], object]], str]
 Weights = dict[str, Tensor]
@@ -613,9 +613,7 @@ def test_a_student_is_read_with_any_prefix_and_in_its_precision(
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-def test_a_training_folder_holds_a_student_and_a_critic(
-    suffix: str, tmp_path: Path, refusal: Refusal
-) -> None:
+def test_the_student_of_a_training_folder_is_read(suffix: str, tmp_path: Path, refusal: Refusal) -> None:
     student, critic, teacher = (weights(unet(seed=seed)) for seed in range(3))
     guidance = prefixed(critic, "fake_unet.") | prefixed(teacher, "real_unet.")
     guidance |= {"cls_pred_branch.0.weight": torch.zeros(2), "alphas_cumprod": torch.zeros(3)}
@@ -626,10 +624,6 @@ def test_a_training_folder_holds_a_student_and_a_critic(
         write = torch.save if suffix == ".bin" else save_file
         write(tensors, tmp_path / f"{name}{suffix}")
     same(read_unet(tmp_path), student)
-    same(critic_weights(tmp_path), critic)
-    (tmp_path / f"{names[1]}{suffix}").unlink()
-    assert critic_weights(tmp_path) is None
-    assert critic_weights(tmp_path / f"{names[0]}{suffix}") is None
     (tmp_path / f"{names[0]}{suffix}").unlink()
     assert "a folder without pytorch_model.bin or model.safetensors" in refusal(lambda: read_unet(tmp_path))
 

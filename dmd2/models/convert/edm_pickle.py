@@ -1,8 +1,8 @@
-"""Networks of NVIDIA's EDM, read as tensors under our names. Nothing of what is read is ever run.
+"""Networks of NVIDIA's EDM, converted to the state dict of our `Adm`. Nothing in the files is executed.
 
-A teacher of EDM is a pickle that carries its own source code. Here it is a description: what it would build is looked
-up in a short table of names, an object becomes a record of what was said about it, and the records are then read as
-one reads a form. Whatever is left over or does not fit is named and refused.
+A teacher of EDM is a pickle that contains its own source code. Here the pickle is read as data: every name in it is looked up
+in a short table, every object becomes a `PickledObject` that records its class name, arguments and state, and the network's
+settings and tensors are read from these records. Anything unknown is refused by name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dmd2.models.convert.tensor_files import (
 )
 
 BUILDING = PLAIN_OPCODES | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_SET", "ADDITEMS"}
-"""Instructions of a pickle that make an object from a name; those that reach other registries are not among them."""
+"""Pickle instructions that are allowed: plain data, and making an object from a name; none that use other registries."""
 PERSISTENT, MODULES = (
     "torch_utils.persistence._reconstruct_persistent_obj",
     "torch.nn.modules.container.ModuleDict",
@@ -40,11 +40,11 @@ PERSISTENT, MODULES = (
 PARAMETER, TENSOR = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"
 STORAGE = "torch.storage._load_from_bytes"
 NUMPY = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-"""Recorded arguments of constructors are often NumPy's numbers; they are never looked at."""
+"""Recorded arguments of constructors are often NumPy numbers; they are not used."""
 
 
 class PickledObject:
-    """What a pickle says about an object: the name of its maker, the arguments, the state. It does nothing."""
+    """A pickled object as data: the name of the callable that would make it, its arguments, and its state."""
 
     name = ""
     args: tuple[Any, ...]
@@ -68,11 +68,11 @@ NAMES: dict[str, type] = {
     "builtins.set": set,
     "__builtin__.set": set,
 }
-"""The only names that mean something in a pickle, and what is made instead."""
+"""The only names that a pickle may contain -> what is made instead."""
 
 
 class RecordingUnpickler(pickle.Unpickler):
-    """Knows the names of the table, and imports nothing."""
+    """Resolves names by the table `NAMES` and imports nothing."""
 
     def find_class(self, module: str, name: str) -> type:
         full = f"{module}.{name}"
@@ -84,17 +84,19 @@ class RecordingUnpickler(pickle.Unpickler):
 
 
 class PickledModule(NamedTuple):
-    """A module of the pickled network."""
+    """One module of the pickled network."""
 
     prefix: str
-    """Of the names of its tensors: empty, or with a dot at the end."""
+    """Prefix of the names of its tensors: empty, or ending with a dot."""
     kind: str
+    """Name of its class, one of `KINDS`."""
     state: dict[str, Any]
+    """Its attributes."""
     own: dict[str, Tensor]
-    """Parameters and buffers."""
+    """Its own parameters and buffers, without those of its children."""
 
-    def rules(self) -> dict[str, object]:
-        """What the settings must be for the network to be an `Adm`."""
+    def required_settings(self) -> dict[str, object]:
+        """Attribute -> value that the module must have to compute the same function as our `Adm`."""
         width = self.state.get("out_channels", 0)
         match self.kind:
             case "EDMPrecond":
@@ -114,16 +116,17 @@ class PickledModule(NamedTuple):
 KINDS = (
     "EDMPrecond", "DhariwalUNet", "ModuleDict", "UNetBlock", "PositionalEmbedding", "GroupNorm", "Conv2d", "Linear",
 )  # fmt: skip
-PARTS = {
+BLOCK_LAYERS = {
     "norm0": "norm_in", "conv0": "conv_in", "affine": "affine", "norm1": "norm_out", "conv1": "conv_out",
     "skip": "skip", "norm2": "attention.norm", "qkv": "attention.qkv", "proj": "attention.project",
 }  # fmt: skip
-"""Layers of a block: EDM's names and ours."""
+"""EDM's name of each layer of a block -> ours."""
 
 
 def read_edm_pickle(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
-    """The class-conditional ADM network of a pickle in the format of NVIDIA's EDM, as
-    `edm-imagenet-64x64-cond-adm.pkl`: its size, and the weights of our `Adm` in float32.
+    """Read a class-conditional ADM network from a pickle in NVIDIA's format, such as `edm-imagenet-64x64-cond-adm.pkl`.
+
+    Returns its size, and the state dict of our `Adm` in float32.
 
     The file must hold an EDMPrecond with sigma_data 0.5 around a DhariwalUNet, under the key `ema`.
     """
@@ -133,15 +136,17 @@ def read_edm_pickle(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
             raise Refused("it has no key 'ema'; give a network as EDM's training saves it")
         modules = list(_modules(pickled["ema"]))
         for module in modules:
-            _check(module)
+            _check_settings(module)
         return from_edm_state_dict(
             {module.prefix + name: t for module in modules for name, t in module.own.items()}
         )
 
 
 def read_edm_student(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
-    """The same of a student of such a network in a training folder of DMD2's authors, or of its file alone. Names and
-    shapes are all that a state dict says, so nothing else can be checked."""
+    """The size and weights of a student of such a network, from a training folder of the DMD2 reference code or its file alone.
+
+    A state dict consists of names and tensors, so the settings of its modules cannot be checked.
+    """
     with name_file_in_errors(path):
         file = read_tensor_file(find_model_file(path, STUDENT) if path.is_dir() else path)
         with refuse_broken_file("state dict of an EDM network"):
@@ -149,7 +154,7 @@ def read_edm_student(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
 
 
 def from_edm_state_dict(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[str, Tensor]]:
-    """From a state dict with EDM's names (`model.enc.64x64_conv.weight`); each weight is used exactly once."""
+    """Convert a state dict with EDM's names (`model.enc.64x64_conv.weight`). Every weight must be used exactly once."""
     theirs = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     theirs.pop("map_augment.weight", None)  # describes augmentation in training; without any it adds zero
     for name in [name for name in theirs if name.endswith("resample_filter")]:
@@ -174,11 +179,11 @@ def from_edm_state_dict(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[
 
 
 def _read_pickle(path: Path) -> Any:
-    """What the pickle describes, looked through before any of it is followed."""
+    """The records of a pickle; its instructions are checked before the first of them is followed."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         for instruction, argument, _ in pickletools.genops(stream):
-            # A place in the memo far beyond the file's length only serves to use up memory.
+            # A memo index far beyond the length of the file would only use up memory.
             far = "PUT" in instruction.name and isinstance(argument, int) and argument > size
             if instruction.name not in BUILDING or far:
                 raise Refused(
@@ -189,7 +194,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _modules(root: object) -> Iterator[PickledModule]:
-    """Every module below, each once."""
+    """All modules of a pickled network, depth first. A module that occurs twice is refused."""
     rest, seen = [("", root)], set[int]()
     while rest:
         prefix, thing = rest.pop()
@@ -206,7 +211,7 @@ def _modules(root: object) -> Iterator[PickledModule]:
 
 
 def _class_and_state(thing: object, prefix: str) -> tuple[str, dict[str, Any]]:
-    """The class of a module, by its name, and its state."""
+    """The class name of a module and its state."""
     if isinstance(thing, PickledObject) and thing.name == MODULES:
         return "ModuleDict", thing.state
     if not isinstance(thing, PickledObject) or thing.name != PERSISTENT:
@@ -220,7 +225,7 @@ def _class_and_state(thing: object, prefix: str) -> tuple[str, dict[str, Any]]:
 
 
 def _rebuild_tensor(value: Any) -> Tensor:
-    """The tensor that a record of a tensor or a parameter describes."""
+    """The tensor that the record of a tensor or a parameter describes."""
     if value.name == PARAMETER:
         value = value.args[0]
     storage, offset, size, stride = value.args[:4]
@@ -228,12 +233,13 @@ def _rebuild_tensor(value: Any) -> Tensor:
         raise Refused(f"a weight is made by {value.name}, not as torch pickles a tensor")
     read = unpickle_tensors(io.BytesIO(storage.args[0]))
     whole = torch.empty(0, dtype=read.dtype).set_(read._untyped_storage)
-    return whole.as_strided(size, stride, offset)  # which refuses to reach beyond
+    return whole.as_strided(size, stride, offset)  # raises if it would reach beyond the storage
 
 
-def _check(module: PickledModule) -> None:
-    found = {name: module.state.get(name) for name in module.rules()}
-    for name, wanted in module.rules().items():
+def _check_settings(module: PickledModule) -> None:
+    """Raise Refused if a setting of the module is not as in `required_settings`."""
+    found = {name: module.state.get(name) for name in module.required_settings()}
+    for name, wanted in module.required_settings().items():
         if found[name] != wanted:
             raise Refused(
                 f"{module.prefix}{name} is {found[name]!r:.60}, and only networks in which it is {wanted!r} can be read"
@@ -241,7 +247,7 @@ def _check(module: PickledModule) -> None:
 
 
 def _infer_config(tensors: Mapping[str, Tensor]) -> AdmConfig:
-    """The numbers behind the names and shapes; what they say wrong shows when the shapes are compared."""
+    """The size of the network, from names and shapes. `from_edm_state_dict` compares all shapes with that size afterwards."""
     for name in ("map_layer0.weight", "map_label.weight"):
         if name not in tensors:
             raise Refused(f"it has no {name}; only class-conditional ADM networks can be read")
@@ -269,14 +275,14 @@ def _infer_config(tensors: Mapping[str, Tensor]) -> AdmConfig:
 
 
 def _our_names(config: AdmConfig) -> dict[str, str]:
-    """EDM's name of each weight the network may have, and ours."""
+    """EDM's name of each weight that a network of this size may have -> ours."""
     side = config.resolution
     layers = {
         "map_layer0": "time_in", "map_layer1": "time_out", "map_label": "label",
         f"enc.{side}x{side}_conv": "stem", "out_norm": "norm", "out_conv": "out",
     }  # fmt: skip
     for block, ours in _blocks(config):
-        layers |= {f"{block}.{part}": f"{ours}.{name}" for part, name in PARTS.items()}
+        layers |= {f"{block}.{part}": f"{ours}.{name}" for part, name in BLOCK_LAYERS.items()}
     names = {
         f"{theirs}.{leaf}": f"{ours}.{leaf}" for theirs, ours in layers.items() for leaf in ("weight", "bias")
     }
@@ -285,7 +291,7 @@ def _our_names(config: AdmConfig) -> dict[str, str]:
 
 
 def _blocks(config: AdmConfig) -> Iterator[tuple[str, str]]:
-    """EDM's name of each block and ours; theirs are named by side and number, ours are lists in the same order."""
+    """(EDM's name, our name) of each block. EDM names them by resolution and number; ours are lists in the same order."""
     sides = [config.resolution >> depth for depth in range(len(config.multipliers))]
     encoder = [[f"block{i}" for i in range(config.blocks)] for _ in sides]
     decoder = [["up"] + [f"block{i}" for i in range(config.blocks + 1)] for _ in sides]
@@ -301,8 +307,11 @@ def _blocks(config: AdmConfig) -> Iterator[tuple[str, str]]:
 
 
 def _our_layout(name: str, tensor: Tensor) -> Tensor:
-    """In float32; the channels of queries, keys and values, (head, channel, which) in EDM, as (which, head, channel),
-    and the matrix that takes a one-hot label, (width, classes), as a table of (classes, width)."""
+    """A weight in the layout of our `Adm`, in float32.
+
+    The rows of qkv are ordered (head, channel, q/k/v) in EDM and (q/k/v, head, channel) here. The label matrix (width, classes),
+    which EDM multiplies with a one-hot vector, is an embedding table (classes, width) here.
+    """
     if ".qkv." in name and len(tensor) % 3 == 0:
         tensor = tensor.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
     return (tensor.T if name == "label.weight" else tensor).float().contiguous()

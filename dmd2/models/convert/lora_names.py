@@ -1,4 +1,4 @@
-"""Names that the formats of LoRAs give to the layers of a U-Net of diffusers."""
+"""The names of a diffusers UNet's layers in the file formats of LoRAs: diffusers', peft's and kohya's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dmd2.errors import Refused
 
 LORA = re.compile(r"(.+?)[._]lora[._](down|up|A|B)(?:\.\w+)?\.weight")
-"""Kohya's, diffusers' older and peft's names of the two factors; peft's may carry the name of the adapter."""
+"""Names of the two factors of a layer in kohya's, diffusers' older and peft's format; peft's may contain the adapter's name."""
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
@@ -18,18 +18,18 @@ EDGES = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
-"""Layers of a UNet: diffusers' names and those of the first code for it (SGM's)."""
+"""Layers of a UNet outside the blocks: diffusers' name -> the name in SGM's code, which kohya's format uses."""
 
 
 def layer_and_factor(key: str) -> tuple[str, str]:
-    """The layer that a key of a LoRA names, and which it is of "down", "up" and "alpha"; "" if none of them."""
+    """The layer of a key of a LoRA, and which tensor of it: "down", "up" or "alpha"; "" if it is none of these."""
     if match := LORA.fullmatch(key):
         return _strip_lora_prefixes(match[1]), {"A": "down", "B": "up"}.get(match[2], match[2])
     return _strip_lora_prefixes(key.removesuffix(".alpha")), "alpha" if key.endswith(".alpha") else ""
 
 
 def _strip_lora_prefixes(module: str) -> str:
-    """The name of a LoRA's module without what the formats put around it."""
+    """The name of a layer without the prefixes and infixes of the formats."""
     module = module.removeprefix("base_model.model.").removeprefix("unet.")
     if ".processor." in module:  # how diffusers named them before it used peft
         module = module.replace(".processor.", ".")
@@ -38,8 +38,10 @@ def _strip_lora_prefixes(module: str) -> str:
 
 
 def weights_by_lora_name(base: Iterable[str]) -> dict[str, str]:
-    """Names that a LoRA may have for the layers of a UNet -> names of their weights. Kohya's put `_` for `.`, so they
-    are made from the names that there are, never taken apart."""
+    """All names that a LoRA may use for the layers of a UNet -> the names of their weights.
+
+    Kohya's names have `_` in place of `.`, which cannot be undone, so they are made from the names in `base`.
+    """
     names: dict[str, str] = {}
     for module, sgm in sgm_names(base).items():
         weight = f"{module}.weight"
@@ -50,17 +52,17 @@ def weights_by_lora_name(base: Iterable[str]) -> dict[str, str]:
 
 
 def sgm_names(base: Iterable[str]) -> dict[str, str]:
-    """Layers that have a weight in a UNet of diffusers -> their names in the code of SGM and CompVis."""
+    """Layers with a weight in a UNet of diffusers -> their names in the code of SGM and CompVis."""
     modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
     layers = 1 + max(
         [int(m[1]) for name in modules if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", name))] or [0]
     )
     attending = {match[1] for name in modules if (match := re.match(r"up_blocks\.(\d+)\.attentions", name))}
-    return {module: _sgm(module, layers, attending) for module in modules}
+    return {module: _sgm_name(module, layers, attending) for module in modules}
 
 
-def _sgm(module: str, layers: int, attending: set[str]) -> str:
-    """SGM counts a block's layers and its resampling through; a layer is (resnet, attention, upsampling)."""
+def _sgm_name(module: str, layers: int, attending: set[str]) -> str:
+    """SGM numbers the layers and the resampling of all blocks consecutively; each is a list (resnet, attention, upsampling)."""
     match = re.fullmatch(
         r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", module
     )

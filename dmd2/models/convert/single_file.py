@@ -1,4 +1,4 @@
-"""A whole model of SD1.5 or SDXL in one file, converted to a folder of diffusers by diffusers, and checked weight by weight."""
+"""A whole SD1.5 or SDXL model in a single file, converted to a pipeline folder by diffusers; the result is checked for completeness."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIPELINES = {
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
     "cond_stage_model.transformer.": "StableDiffusionPipeline",
 }
-"""By what only they have."""
+"""Prefix of names that only one kind of model has -> its pipeline in diffusers."""
 COMPONENTS = {
     "model.diffusion_model.": "unet", "first_stage_model.encoder.": "vae", "first_stage_model.decoder.": "vae",
     "first_stage_model.quant_conv.": "vae", "first_stage_model.post_quant_conv.": "vae",
@@ -27,15 +27,15 @@ COMPONENTS = {
     "conditioner.embedders.1.model.": "text_encoder_2",
 }  # fmt: skip
 LEFT_OUT = ("position_ids", "logit_scale")
-"""Values of CLIP that are no weights of a text encoder."""
+"""Ends of names of CLIP's tensors that are not weights of a text encoder."""
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 
 
 def convert_single_file(path: Path, config: Path | None, out: Path) -> None:
     """Write a checkpoint of SD1.5 or SDXL in one file, in the layout of CompVis or SGM, as a folder of diffusers.
 
-    Every weight of the file's networks is in the folder, and every weight of the folder's is from the file; they keep
-    their precision if it is one, and become float32 if there are several.
+    All weights of the file's networks are written, and all written weights come from the file. If the file has a single
+    precision it is kept; otherwise weights become float32.
 
     Args:
         path: A .safetensors file.
@@ -54,7 +54,7 @@ def convert_single_file(path: Path, config: Path | None, out: Path) -> None:
 
 
 def _convert(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -> Any:
-    """By diffusers, without its warnings: what they are about is checked afterwards."""
+    """The pipeline, loaded by diffusers with its warnings turned off; `_check_complete` checks what they would be about."""
     import diffusers
     import transformers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -86,7 +86,7 @@ def _convert(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -> 
 
 
 def _read_header(path: Path) -> tuple[dict[str, list[int]], torch.dtype]:
-    """Names and shapes, and the precision if there is one, else float32."""
+    """Name -> shape of all tensors, and the precision of the networks' weights if there is only one, otherwise float32."""
     if require_file(path).suffix != ".safetensors":
         raise Refused(
             f"it is no .safetensors file but {path.suffix!r}, and a pickle (.ckpt) can run code: convert it to safetensors where you trust it"
@@ -100,12 +100,13 @@ def _read_header(path: Path) -> tuple[dict[str, list[int]], torch.dtype]:
 
 
 def _component(name: str) -> str | None:
-    """The component of a pipeline that a weight is for."""
+    """The component of a pipeline that a weight belongs to; None for other tensors."""
     found = next((part for prefix, part in COMPONENTS.items() if name.startswith(prefix)), None)
     return None if name.endswith(LEFT_OUT) else found
 
 
 def _pipeline(shapes: Mapping[str, list[int]]) -> str:
+    """Class name of the pipeline in diffusers that the model belongs to."""
     kind = next((k for prefix, k in PIPELINES.items() if any(n.startswith(prefix) for n in shapes)), None)
     if kind is None or not any(name.startswith("model.diffusion_model.") for name in shapes):
         raise Refused(
@@ -115,7 +116,8 @@ def _pipeline(shapes: Mapping[str, list[int]]) -> str:
 
 
 def _check_config(folder: Path, kind: str) -> None:
-    """diffusers imports what a folder names, so it may name only its own classes and those of transformers."""
+    """Raise Refused unless the folder is a pipeline of this kind with classes of diffusers and transformers only, because diffusers
+    imports the classes that a folder names."""
     try:
         index = json.loads((folder / "model_index.json").read_text())
         parts = {name: part for name, part in index.items() if isinstance(part, list)}
@@ -135,7 +137,8 @@ def _check_config(folder: Path, kind: str) -> None:
 
 
 def _check_complete(pipeline: Any, shapes: Mapping[str, list[int]]) -> None:
-    """diffusers leaves out what it does not know, and leaves empty what it does not find."""
+    """Raise Refused if weights are missing or left over: diffusers ignores unknown names, and leaves missing weights on the meta
+    device."""
     for component in dict.fromkeys(COMPONENTS.values()):
         network = getattr(pipeline, component, None)
         weights: dict[str, Tensor] = network.state_dict() if network is not None else {}

@@ -1,5 +1,5 @@
-"""Students of SD and SDXL that others have published: whole U-Nets, LoRAs that are merged into a base, training folders
-of DMD2's authors. Whatever does not fit is named and refused."""
+"""Published students of SD and SDXL: whole U-Nets, LoRAs that are merged into a base, and training folders of the DMD2
+reference code. Anything that does not fit is refused by name."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from dmd2.models.convert.tensor_files import (
     refuse_broken_file,
 )
 
-STUDENT, GUIDANCE = ("pytorch_model.bin", "model.safetensors"), ("pytorch_model_1.bin", "model_1.safetensors")
-"""Models 0 and 1 of a training folder, as accelerate saves them."""
-WRAPPED = ("module.", "feedforward_model.")
-"""Prefixes that training leaves on the names of a student."""
-CRITIC = "fake_unet."
+STUDENT = ("pytorch_model.bin", "model.safetensors")
+"""The student's file in a training folder, as accelerate saves its first model."""
+WRAPPER_PREFIXES = ("module.", "feedforward_model.")
+"""Prefixes that wrappers of the training code leave on the names of a student's weights."""
 UNET = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
-"""What every UNet of SD and SDXL has in diffusers' naming."""
+"""Weights that every UNet of SD and SDXL has in diffusers' naming."""
 
 
 def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Weights of a diffusers UNet of SD or SDXL, in the precision they have in the file.
+    """Read the state dict of a diffusers UNet of SD or SDXL, in the precision of the file.
 
     Args:
         path: All weights (.safetensors; .bin, .pt or .pth, of which only tensors are read), a LoRA in kohya's or
-            diffusers' naming, or a training folder of DMD2's authors, whose student is read.
-        base: The UNet a LoRA is merged into; the others must agree with it in names and shapes, if it is given.
+            diffusers' naming, or a training folder of the DMD2 reference code, whose student is read.
+        base: The UNet into which a LoRA is merged. Whole weights must have its names and shapes, if it is given.
     """
     with name_file_in_errors(path):
         file = read_tensor_file(find_model_file(path, STUDENT) if path.is_dir() else path)
@@ -47,16 +46,8 @@ def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str,
         return _check_unet(strip_wrapper_prefixes(file.tensors), base)
 
 
-def critic_weights(path: Path) -> dict[str, Tensor] | None:
-    """Weights of the critic in a training folder of DMD2's authors, without the head; None if there is none."""
-    if not any((path / name).is_file() for name in GUIDANCE):
-        return None
-    with name_file_in_errors(path):
-        tensors = strip_wrapper_prefixes(read_tensor_file(find_model_file(path, GUIDANCE)).tensors)
-        return _check_unet({n.removeprefix(CRITIC): t for n, t in tensors.items() if n.startswith(CRITIC)})
-
-
 def find_model_file(folder: Path, names: Iterable[str]) -> Path:
+    """The first of these files that is in a training folder."""
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise Refused(
@@ -66,20 +57,20 @@ def find_model_file(folder: Path, names: Iterable[str]) -> Path:
 
 
 def strip_wrapper_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that all names share."""
-    for prefix in WRAPPED * 2:  # in any order
+    """The tensors without those of `WRAPPER_PREFIXES` that all names begin with."""
+    for prefix in WRAPPER_PREFIXES * 2:  # in any order
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def _check_unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors, if they are a UNet's and agree with the base."""
+    """The tensors, if they are those of a UNet and have the names and shapes of the base."""
     if missing := [name for name in UNET if name not in tensors]:
-        whole = any(name.startswith("model.diffusion_model.") for name in tensors)
+        single_file = any(name.startswith("model.diffusion_model.") for name in tensors)
         advice = (
             "it is a whole model in one file: import it as that"
-            if whole
+            if single_file
             else "give a UNet in diffusers' naming"
         )
         raise Refused(
@@ -91,6 +82,7 @@ def _check_unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = 
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Raise Refused for the first name that only one of them has, or that has another shape."""
     for name in sorted(tensors.keys() | base.keys()):
         found, wanted = (tuple(part[name].shape) if name in part else "missing" for part in (tensors, base))
         if found != wanted:
@@ -98,7 +90,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> 
 
 
 def _merge_lora(file: TensorFile, base: Mapping[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
-    """The base with weight + alpha / rank * up @ down in place of each weight that the LoRA knows."""
+    """The base, with weight + alpha / rank * up @ down in place of each weight for which the LoRA has factors."""
     if base is None:
         raise Refused("it is a LoRA, which changes a network and is none; give the base it was made from")
     default, names = _default_alpha(file, path), weights_by_lora_name(base)
@@ -119,8 +111,10 @@ def _merge_lora(file: TensorFile, base: Mapping[str, Tensor] | None, path: Path)
 
 
 def _add_factors(name: str, weight: Tensor, parts: Mapping[str, Tensor], default: float | None) -> Tensor:
-    """weight (out, in, ...) + alpha / rank * up (out, rank) @ down (rank, in, ...), in float32, for its rounding, and
-    back. Without any alpha it is the rank, which is how diffusers and kohya's code read it too."""
+    """weight (out, in, ...) + alpha / rank * up (out, rank) @ down (rank, in, ...), added in float32 and rounded once.
+
+    Without an alpha of its own or a default one, alpha is the rank, as in diffusers and kohya's code.
+    """
     if missing := [part for part in ("down", "up") if part not in parts]:
         raise Refused(f"the LoRA has no {missing[0]} factor for {name}; get the file again")
     up, down = parts["up"].float().flatten(1), parts["down"].float().flatten(1)
@@ -134,7 +128,7 @@ def _add_factors(name: str, weight: Tensor, parts: Mapping[str, Tensor], default
 
 
 def _default_alpha(file: TensorFile, path: Path) -> float | None:
-    """The alpha of all factors, if diffusers or peft has written it down beside them."""
+    """The alpha of all factors that have none of their own, from the settings that diffusers or peft saves; None without them."""
     config = path.with_name("adapter_config.json")
     text = file.metadata.get("lora_adapter_metadata")
     if text is None and path.stem == "adapter_model":
@@ -144,8 +138,8 @@ def _default_alpha(file: TensorFile, path: Path) -> float | None:
             )
         text = config.read_text()
     try:
-        said = json.loads(text or "{}")
-        settings = {name.removeprefix("unet."): value for name, value in said.items()}
+        saved = json.loads(text or "{}")
+        settings = {name.removeprefix("unet."): value for name, value in saved.items()}
     except (ValueError, AttributeError):
         raise Refused("it is a LoRA whose settings are not a JSON object; get the file again") from None
     for name in ("use_dora", "use_rslora", "alpha_pattern", "fan_in_fan_out"):

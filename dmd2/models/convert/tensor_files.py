@@ -1,4 +1,4 @@
-"""Files of tensors as others publish them: safetensors, and pickles of which only tensors are read. Nothing of a file is run."""
+"""Reading published files of tensors: safetensors, and pickles from which only tensors are read. No code in a file is run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from dmd2.errors import Refused, brief, near_miss
 
 
 class TensorFile(NamedTuple):
+    """The content of a file of tensors."""
+
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    """What the file says about itself."""
+    """The metadata of a safetensors file."""
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """All tensors of a file, left on the disk until they are used."""
+    """Read a .safetensors, .bin, .pt or .pth file of tensors; pages are read from the disk when a tensor is used."""
     if require_file(path).suffix not in READERS:
         raise Refused(
             f"it is no file of weights by its suffix {path.suffix!r}: {near_miss(path.suffix, list(READERS))}"
@@ -57,7 +59,7 @@ def _pickled(path: Path) -> TensorFile:
 
 
 def unpickle_tensors(source: Path | io.BytesIO, mmap: bool = False) -> Any:
-    """What torch reads of a pickle that holds nothing but tensors."""
+    """Read a pickle of torch that contains nothing but tensors and plain containers."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -71,6 +73,7 @@ READERS = {".safetensors": _safetensors} | dict.fromkeys((".bin", ".pt", ".pth")
 
 
 def require_file(path: Path) -> Path:
+    """The path, if it is a file."""
     if not path.is_file():
         raise Refused("it does not exist, or is no file; check the path")
     return path
@@ -78,7 +81,7 @@ def require_file(path: Path) -> Path:
 
 @contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Say which file it was."""
+    """Begin the message of a Refused that is raised inside with the path."""
     try:
         yield
     except Refused as error:
@@ -87,7 +90,7 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def refuse_broken_file(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside lies in a file that is broken or something else."""
+    """Turn errors raised inside into a Refused that says the file is not a (complete) file of the kind `what`."""
     try:
         yield
     except (Refused, FileNotFoundError, PermissionError):
