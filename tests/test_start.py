@@ -31,8 +31,8 @@ MODULES += sorted(
 )
 
 
-def slow_imports(*arguments: str) -> list[str]:
-    """Run Python in a new process -> `module, imported by module` for each slow library that it imports."""
+def slow_imports(*arguments: str, status: int = 0) -> list[str]:
+    """Run Python in a new process, which must end with `status` -> `module, imported by module` for each slow import."""
     process = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments],
         capture_output=True,
@@ -40,7 +40,7 @@ def slow_imports(*arguments: str) -> list[str]:
         check=False,
         cwd=ROOT,
     )
-    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.returncode == status, process.stderr[-2000:]
     return [f"{name}, imported by {importer}" for name, importer in imports(process.stderr) if name in SLOW]
 
 
@@ -88,6 +88,21 @@ def test_publish_imports_nothing_slow(micro: Config, tmp_path: Path) -> None:
         (draft.path / "README.md").write_text("a package")
     publish = ["publish", "--package", str(tmp_path / "package"), "--out", str(tmp_path / "models")]
     assert slow_imports("-m", "dmd2", *publish) == []
+
+
+def test_a_mistake_is_found_before_anything_slow_is_imported() -> None:
+    package = [
+        "package",
+        "--run",
+        "/nowhere",
+        "--evaluation",
+        "/nowhere",
+        "--gate",
+        "/nowhere",
+        "--out",
+        "/nowhere",
+    ]
+    assert slow_imports("-m", "dmd2", *package, status=64) == []
 
 
 def test_the_check_of_parameters_before_a_run_and_its_outcome_import_nothing_slow(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def normalization(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
-class Block(nn.Module):
+class InvertedResidual(nn.Module):
     """MBConv: expansion, depthwise convolution, projection; with a residual connection where the shapes agree."""
 
     def __init__(self, expansion: int, inputs: int, outputs: int, kernel: int, stride: int) -> None:
@@ -84,7 +84,9 @@ class EfficientNet(nn.Module):
         channels = 32
         for expansion, outputs, kernel, stride, count in STAGES:
             for index in range(count):
-                self.blocks.append(Block(expansion, channels, outputs, kernel, 1 if index else stride))
+                self.blocks.append(
+                    InvertedResidual(expansion, channels, outputs, kernel, 1 if index else stride)
+                )
                 channels = outputs
         self.conv_head = Convolution(channels, WIDTH, 1)
         self.bn1 = normalization(WIDTH)

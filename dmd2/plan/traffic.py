@@ -58,17 +58,17 @@ def update_rates(config: Config) -> dict[str, float]:
     )
 
 
-Unit = tuple[nn.Module, list[nn.Parameter]]
+ShardedUnit = tuple[nn.Module, list[nn.Parameter]]
 """A unit of sharding, and the weights that it gathers."""
 
 
-def shard_units(units: Sequence[nn.Module], network: nn.Module) -> list[Unit]:
+def shard_units(units: Sequence[nn.Module], network: nn.Module) -> list[ShardedUnit]:
     """The units of a network, and the network itself for the weights that no unit has.
 
     A frozen network is sharded whole; of a network with a LoRA, only the weights that learn are.
     """
     sharded = {p for p in network.parameters() if p.requires_grad} or set(network.parameters())
-    found: list[Unit] = []
+    found: list[ShardedUnit] = []
     for unit in (*units, network):
         mine = [p for p in unit.parameters() if p in sharded]
         sharded -= set(mine)
