@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: the weights mean what they meant to those who fitted them, and pictures are told apart."""
+"""EfficientNet-Lite0: the weights work as in the published network, and its features separate kinds of images."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def facts(root: Path) -> dict[str, Any]:
     return read_manifest(root / "evaluation", "evaluation").facts
 
 
-def shown(facts: dict[str, Any], name: str = "student") -> str:
+def score_text(facts: dict[str, Any], name: str = "student") -> str:
     """The score as people read it."""
     value, (low, high) = facts[f"precision_{name}"], facts["scores"][1]["intervals"][name]
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
@@ -120,7 +120,7 @@ def test_the_gate_compares_the_metric_in_its_direction(root: Path, facts: dict[s
     gate = read_manifest(root / "gate", "gate").facts
     assert gate["decision"] == "accepted"
     assert gate["reason"].startswith(
-        f"Improved precision of the student {shown(facts)} is at least the teacher's {shown(facts, 'teacher')} / 1e+06 = "
+        f"Improved precision of the student {score_text(facts)} is at least the teacher's {score_text(facts, 'teacher')} / 1e+06 = "
     )
 
 
@@ -131,7 +131,7 @@ def test_report_and_model_card_show_value_title_and_direction(root: Path, facts:
         for wanted in ("Improved precision (larger is better)", "FID (smaller is better)"):
             assert wanted in text
         for name in ("student", "teacher", "teacher_1step", "real"):
-            assert shown(facts, name) in text
+            assert score_text(facts, name) in text
     assert read_manifest(root / "package", "package").facts["precision_student"] == facts["precision_student"]
 
 
@@ -151,13 +151,13 @@ def test_summary_and_terminal_show_value_title_and_direction(
     show(summary)
     printed = capsys.readouterr().out
     assert "Improved precision (larger is better)" in printed
-    assert shown(facts, "teacher_1step") in printed
+    assert score_text(facts, "teacher_1step") in printed
 
 
 def test_the_outcome_of_a_run_has_the_scores(root: Path, facts: dict[str, Any]) -> None:
     page = write_outcome(str(root), "a", "SUCCEEDED", "")
     assert f"| student | 1 | 1 | {facts['fid_student']:.2f} | " in page
-    assert shown(facts) in page
+    assert score_text(facts) in page
     scores = json.loads((root / "outcome.json").read_text())["scores"]
     assert scores["precision"]["student"] == facts["precision_student"]
 

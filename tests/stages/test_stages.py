@@ -40,7 +40,7 @@ def packaged(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_evaluation_says_how_many_images_which_features_and_which_seed(made: Path) -> None:
+def test_an_evaluation_states_its_images_features_and_seed(made: Path) -> None:
     facts = read_manifest(made / "evaluation", "evaluation").facts
     assert (facts["images"], facts["images_real"], facts["seed"]) == (24, 12, 10)
     assert (facts["nfe_student"], facts["nfe_teacher"]) == (1, 5)
@@ -112,9 +112,9 @@ def test_a_rejected_run_is_not_packaged(
 ) -> None:
     strict = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e-9})})
     stages.gate(strict, str(made / "evaluation"), str(tmp_path / "gate"))
-    judged = paths(made, "run", "evaluation")
+    folders = paths(made, "run", "evaluation")
     assert "rejected this run" in refusal(
-        lambda: stages.package(**judged, gate=str(tmp_path / "gate"), out=str(tmp_path / "package"))
+        lambda: stages.package(**folders, gate=str(tmp_path / "gate"), out=str(tmp_path / "package"))
     )
     assert not (tmp_path / "package").exists()
 
@@ -136,16 +136,16 @@ def test_the_three_lines_of_the_model_card_work(packaged: Path, tmp_path: Path) 
     assert code
     lines = code[1].replace("path/of/this/folder", str(packaged)).strip()
     assert len(lines.splitlines()) == 3
-    shown = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", lines + "\nprint(images.shape, images.dtype)"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert shown.stdout.strip() == "torch.Size([3, 1, 8, 8]) torch.uint8"
+    assert printed.stdout.strip() == "torch.Size([3, 1, 8, 8]) torch.uint8"
 
 
-def test_the_model_card_tells_metrics_recipe_and_provenance(made: Path, packaged: Path) -> None:
+def test_the_model_card_shows_metrics_recipe_and_provenance(made: Path, packaged: Path) -> None:
     card = (packaged / "README.md").read_text()
     scores = read_manifest(made / "evaluation", "evaluation").facts
     for wanted in (
@@ -248,7 +248,7 @@ def test_guidance_that_cannot_be_followed_is_refused(
     assert words in sentence
 
 
-def test_a_student_takes_the_first_of_its_levels_and_no_more_than_it_has(
+def test_a_student_takes_its_first_timesteps_and_no_more_than_it_has(
     made: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     assert "steps is 2; this student was made for 1" in refusal(
@@ -333,7 +333,7 @@ def test_a_refused_teacher_can_be_trained_after_the_mistake_is_corrected(
     stages.teach(micro, str(made / "shards"), str(tmp_path / "teacher"))
 
 
-def test_a_student_is_not_judged_against_another_teacher(
+def test_a_student_is_not_evaluated_against_another_teacher(
     made: Path, micro: Config, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     other = micro.model_copy(update={"seed": 1})
