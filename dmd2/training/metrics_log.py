@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 SCORE = "checkpoint/fid"
 """Metric: Frechet distance between samples of the student and training samples, at a checkpoint."""
-RENAMED = {"images_per_s": "samples_per_s", "loader/wait_s": "time/data_s"}
+RENAMED = {
+    "images_per_s": "samples_per_s",
+    "loader/wait_s": "time/data_s",
+    "student/dmd_gradient": "student/dmd_grad_l1",
+    "student/gan_gradient": "student/gan_grad_l1",
+}
 """{name of a metric in the logs of version 0.1.0: its name now}."""
 MAX_CONSECUTIVE_SKIPS = 5
 """Number of skipped optimizer steps of one network, one after the other, that ends the run."""

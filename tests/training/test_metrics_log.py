@@ -54,4 +54,5 @@ def test_logs_of_an_earlier_version_are_read_under_todays_names() -> None:
     lines = read_metrics(PINNED / "stopped")
     assert lines
     assert all({"samples_per_s", "time/data_s", "critic/dmd"} <= line.keys() for line in lines)
-    assert not any({"images_per_s", "loader/wait_s"} & line.keys() for line in lines)
+    assert not any({"images_per_s", "loader/wait_s", "student/dmd_gradient"} & line.keys() for line in lines)
+    assert any("student/dmd_grad_l1" in line for line in lines)
