@@ -307,7 +307,7 @@ def test_a_plan_counts_it(config: Config) -> None:
     assert isinstance(plan, Plan)
     weights = sum(p.numel() for p in Toy(ToyConfig(), None, "").network().parameters())
     assert (plan.weights["teacher"], plan.weights["student"]) == (weights, weights)
-    assert plan.flops["teacher guidance"] > 0
+    assert min(plan.flops.values()) > 0
 
 
 def test_teachers_and_students_in_its_own_foreign_format_are_read(
