@@ -101,7 +101,7 @@ def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[...
 
 def _overview() -> str:
     verbs = "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
-    names = "\n".join(f"  {name:<33} {_first_line(make)}" for name, make in recipes.RECIPES.items())
+    names = "\n".join(f"  {name:<33} {_recipe_summary(make())}" for name, make in recipes.RECIPES.items())
     return f"""usage: dmd2 [--log-format {{text,json}}] VERB [RECIPE] --flags
 
 Distil a diffusion teacher into a one- or few-step student with DMD2. Each verb reads folders and writes one, local or gs://.
@@ -123,12 +123,20 @@ def _recipe_help(verb: str, stage: Callable[..., Any]) -> str:
     return f"usage: dmd2 {verb} RECIPE --flags\n\n{inspect.getdoc(stage)}\n\nrecipes (dmd2 {verb} RECIPE --help lists every flag):\n{names}"
 
 
-def _first_line(make: Callable[[], Config]) -> str:
-    config = make()
-    parts = [f"{len(config.distill.student_timesteps)} step", f"{config.family.image[1]} px"]
-    parts += ["DMD"] if config.distill.dmd else []
-    parts += [f"critic x{config.distill.critic_updates}"] + (["GAN"] if config.distill.gan else [])
-    return ", ".join(parts)
+def _recipe_summary(config: Config) -> str:
+    """Steps, image size and training techniques of a recipe, on one line."""
+    distill, steps = config.distill, len(config.distill.student_timesteps)
+    parts = [
+        "1 step" if steps == 1 else f"{steps} steps",
+        f"{config.family.image[1]} px",
+        "DMD" if distill.dmd else "",
+        "GAN" if distill.gan else "",
+        "regression" if distill.regression else "",
+        "" if distill.regression else f"critic x{distill.critic_updates}",
+        "noised real inputs" if distill.inputs == "noised-real" else "",
+        "" if not distill.lora else "LoRA student and critic" if distill.lora.shared_base else "LoRA student",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _facts_line(facts: dict[str, Any]) -> str:

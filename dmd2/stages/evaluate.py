@@ -21,7 +21,7 @@ def evaluate(config: Config, data: str, teacher: str, run: str, out: str) -> Man
         data: Folder of shards, with held-out images.
         teacher: Folder of the teacher.
         run: Folder of the distillation.
-        out: Folder to make.
+        out: Folder to write the evaluation to.
     """
     selected, settings = metrics.select(config.evaluate.metrics), config.evaluate
     original, made = read_manifest(teacher, "teacher"), read_manifest(run, "run")

@@ -14,7 +14,7 @@ def gate(config: Config, evaluation: str, out: str) -> Manifest:
 
     Args:
         evaluation: Folder of the evaluation.
-        out: Folder to make.
+        out: Folder to write the decision to.
     """
     evaluated = read_manifest(evaluation, "evaluation")
     inputs = {"evaluation": evaluated.digest}

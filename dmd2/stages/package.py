@@ -17,7 +17,7 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         run: Folder of the distillation.
         evaluation: Folder of its evaluation.
         gate: Folder of the gate that accepted it.
-        out: Folder to make.
+        out: Folder to write the package to.
     """
     made, evaluated, decided = (
         read_manifest(run, "run"),
