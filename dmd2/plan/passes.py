@@ -118,7 +118,7 @@ class FakeTrainer:
 
     @property
     def modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys([*self.nets.named().values(), *self.term_modules]))
+        return [*self.nets.named().values(), *self.term_modules]
 
 
 def fake_trainer(config: Config, fam: ModelFamily) -> FakeTrainer:
@@ -129,11 +129,11 @@ def fake_trainer(config: Config, fam: ModelFamily) -> FakeTrainer:
     fake = FakeTrainer(config, fam, nets, critic_modules, terms, FakeTensorMode(allow_non_fake_inputs=True))
     with fake.mode:
         replaced: dict[int, Tensor] = {}
-        for network in dict.fromkeys(nets.named().values()):
+        for network in nets.named().values():
             _replace_tensors(network, getattr(torch, config.distill.dtype), replaced)
         for module in fake.term_modules:
             _replace_tensors(module, torch.float32, replaced)
-    norms_as_on_cuda(*dict.fromkeys(nets.named().values()))
+    norms_as_on_cuda(*nets.named().values())
     return fake
 
 
@@ -194,12 +194,13 @@ def _forwards(fake: FakeTrainer, rows: int) -> dict[str, Callable[[], Backward]]
     """By pass what runs it forward, and returns what runs it backward."""
     cond = fake.family.placeholder_condition(rows)
     batch = Batch(torch.zeros(rows, *fake.family.shape), cond, cond)
-    student: dict[str, Callable[[], Backward]] = {STUDENT: lambda: _student(fake, batch)}
-    if fake.config.distill.regression:
-        return student
+    student: dict[str, Callable[[], Backward]] = {
+        ROLLOUT: partial(_rollout, fake, batch),
+        STUDENT: partial(_student, fake, batch),
+    }
     terms = {student_pass(term): partial(_student_loss, term, batch) for term in fake.terms}
     critic = {one.name: partial(_critic_losses, one, batch) for one in fake.critic_passes}
-    return {ROLLOUT: lambda: _rollout(fake, batch)} | student | terms | critic
+    return student | terms | critic
 
 
 def _student(fake: FakeTrainer, batch: Batch) -> Backward:
@@ -267,7 +268,7 @@ def _count_calls() -> Iterator[tuple[Counter[nn.Module], Counter[nn.Module]]]:
 @contextmanager
 def activation_checkpointing(fake: FakeTrainer, how: str) -> Iterator[None]:
     """While inside, student and critic recompute activations as engine.activation_checkpointing says."""
-    changed = list(dict.fromkeys((fake.nets.student, fake.nets.critic))) if how != "none" else []
+    changed = (fake.nets.student, fake.nets.critic) if how != "none" else ()
     units = [unit for network in changed for unit in sharding.innermost(fake.family.blocks(network))]
     before = [unit.__dict__.get("forward") for unit in units]
     for network in changed:

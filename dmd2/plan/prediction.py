@@ -204,7 +204,6 @@ def measure_all(fake: FakeTrainer) -> dict[str, MeasuredCosts]:
 
 def _weights(fake: FakeTrainer) -> dict[str, int]:
     """Numbers of weights by network, and of all that learn."""
-    named = fake.nets.named() | dict(fake.critic_modules.items())
-    left_out = {NETWORK} | ({"critic"} if fake.config.distill.regression else set())
-    counted = {name: memory.num_weights(module) for name, module in named.items() if name not in left_out}
+    added = {name: module for name, module in fake.critic_modules.items() if name != NETWORK}
+    counted = {name: memory.num_weights(module) for name, module in (fake.nets.named() | added).items()}
     return counted | {"learn": sum(trained_weights(fake).values())}

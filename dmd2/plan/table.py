@@ -10,6 +10,7 @@ from rich.table import Table
 from dmd2.plan.hardware import DISK_GB_S, EFFICIENCY, GB, KERNEL_S, LINK_EFFICIENCY, TERA, USABLE
 from dmd2.plan.prediction import Plan
 from dmd2.plan.published_scheme import SECONDS_PER_UNIT_CALL, PublishedScheme
+from dmd2.plan.traffic import update_rates
 
 
 def show(made: Plan, console: Console) -> None:
@@ -22,7 +23,7 @@ def _tables(made: Plan) -> Iterator[tuple[str, Table]]:
     config, mesh = made.config, made.mesh
     title = f"{config.recipe} on {mesh.gpus} x {made.gpu_name}, mesh {mesh} (replicas x shards)"
     yield _table(title, ("weights", "millions"), [(n, f"{v / 1e6:,.2f}") for n, v in made.weights.items()])
-    updates = 1 if config.distill.regression else config.distill.critic_updates
+    updates = round(1 / update_rates(config)["student"])
     work = [(n, _tflop(v), _tflop(v * updates)) for n, v in made.flops.items()]
     total = sum(made.flops.values())
     yield _table(

@@ -86,7 +86,7 @@ def trainer(
         for network in (nets.student, nets.critic):
             apply_activation_checkpointing(fam, network, engine.activation_checkpointing)
     if engine.compile:
-        for network in dict.fromkeys(nets.named().values()):
+        for network in nets.named().values():
             compile_units(fam, network)
     if settings.regression:
         return _regression_trainer(config, settings.regression, fam, nets.student, world.device)

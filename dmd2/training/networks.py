@@ -18,7 +18,7 @@ from dmd2.parallel.ranks import World
 
 @dataclass(frozen=True)
 class DistillNetworks:
-    """The diffusion networks of a distillation. The weights that learn have `requires_grad`."""
+    """The diffusion networks of a distillation. Weights that learn have `requires_grad`."""
 
     teacher: nn.Module
     student: nn.Module
@@ -26,7 +26,9 @@ class DistillNetworks:
     """The teacher where the recipe has no critic (regression)."""
 
     def named(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher, "student": self.student, "critic": self.critic}
+        """Each network once, by its role."""
+        critic = {} if self.critic is self.teacher else {"critic": self.critic}
+        return {"teacher": self.teacher, "student": self.student} | critic
 
 
 @dataclass(frozen=True)

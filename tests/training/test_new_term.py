@@ -35,7 +35,7 @@ from dmd2.training.terms import (
     noise_at_random_timestep,
 )
 from tests.conftest import make_trainer
-from tests.test_plan import counted, predicted
+from tests.plan.test_plan import counted, predicted
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse-kl": torch.ones_like,

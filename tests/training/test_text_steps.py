@@ -1,4 +1,4 @@
-"""Parity with the formulas of DMD2 for latent diffusion, written out here in float64; and parts of a batch."""
+"""Parity with the formulas of DMD2 for latent diffusion, written out here in float64; and micro-batches."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dmd2.training.terms import CriticPass, Losses
 from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
 
 PROCESS = Diffusion(scaled_linear_schedule(), eps_prediction)
-LEVELS = (0, 20, 249, 399, 499, 749, 980, 999)
+TIMESTEPS = (0, 20, 249, 399, 499, 749, 980, 999)
 ALPHA_BAR = (0.99915, 0.98131, 0.67543, 0.42609, 0.27767, 0.05662, 0.00584, 0.00466)
 
 
 class Toy(nn.Module):
-    """eps = weight * x + what is shown + time / 1000: enough for every input to matter."""
+    """eps = weight * x + label + time / 1000, so that the output depends on every input."""
 
     def __init__(self, weight: float = 0.7) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Toy(nn.Module):
         return self.weight * x + (cond["label"] + time / 1000).reshape(-1, 1, 1, 1)
 
 
-def shown(value: float, count: int) -> Conditioning:
+def conditioning(value: float, count: int) -> Conditioning:
     return Conditioning(label=torch.full((count,), value))
 
 
@@ -48,12 +48,12 @@ def x0(x_t: Tensor, eps: Tensor, timestep: int) -> Tensor:
     return (x_t.double() - (1 - alpha_bar).sqrt() * eps.double()) / alpha_bar.sqrt()
 
 
-@pytest.mark.parametrize(("timestep", "alpha_bar"), list(zip(LEVELS, ALPHA_BAR, strict=True)))
+@pytest.mark.parametrize(("timestep", "alpha_bar"), list(zip(TIMESTEPS, ALPHA_BAR, strict=True)))
 def test_the_noise_levels_are_the_published_ones(timestep: int, alpha_bar: float) -> None:
     assert round(PROCESS.schedule.alpha[timestep].item() ** 2, 5) == alpha_bar
 
 
-@pytest.mark.parametrize("timestep", LEVELS)
+@pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_x0_in_float32_is_that_in_float64(timestep: int) -> None:
     x_t, eps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     ours, exact = PROCESS.to_x0(eps, x_t, torch.tensor([timestep, timestep])), x0(x_t, eps, timestep)
@@ -64,7 +64,7 @@ def test_x0_in_float32_is_that_in_float64(timestep: int) -> None:
 @pytest.mark.parametrize("scale", [1.75, 6.0, 8.0])
 def test_guidance_on_x0_is_guidance_on_eps(scale: float) -> None:
     denoiser, x_t = Denoiser(Toy(), PROCESS), torch.randn(3, 4, 2, 2)
-    sample = Batch(x_t, shown(0.5, 3), shown(-0.25, 3))
+    sample = Batch(x_t, conditioning(0.5, 3), conditioning(-0.25, 3))
     timestep = torch.tensor([20, 499, 980])
     ours = classifier_free_guidance(denoiser, scale)(x_t, timestep, sample)
     conditional, uncond = (denoiser.output(x_t, timestep, c) for c in (sample.cond, sample.uncond))
@@ -83,14 +83,14 @@ def test_guidance_on_x0_is_guidance_on_eps(scale: float) -> None:
         (8, (999, 874, 749, 624, 499, 374, 249, 124)),
     ],
 )
-def test_steps_are_at_the_published_levels(count: int, timesteps: Timesteps) -> None:
+def test_steps_are_at_the_published_timesteps(count: int, timesteps: Timesteps) -> None:
     assert spaced_timesteps(count) == timesteps
 
 
 def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    student, timesteps, cond = Denoiser(Toy(), PROCESS), spaced_timesteps(4), shown(0.3, 2)
+    student, timesteps, cond = Denoiser(Toy(), PROCESS), spaced_timesteps(4), conditioning(0.3, 2)
     noises = [torch.randn(2, 4, 4, 4) for _ in range(4)]
 
     def between(rest: list[Tensor]) -> list[Tensor]:
@@ -101,18 +101,20 @@ def test_a_chain_of_four_steps_is_what_training_rolls_out_for_the_same_noises(
     between(noises[1:])
     chain = generate(student, noises[0], cond, timesteps, lambda x: torch.randn_like(x))
     x = noises[0]
-    told: list[Tensor] = []
+    predictions: list[Tensor] = []
     for index, timestep in enumerate(timesteps):  # by hand
         if index:
             alpha, sigma = PROCESS.schedule.alpha[timestep], PROCESS.schedule.sigma[timestep]
-            x = (alpha * told[-1] + sigma * noises[index]).float()
+            x = (alpha * predictions[-1] + sigma * noises[index]).float()
         eps = student.output(x, torch.tensor([timestep, timestep]), cond)
-        told.append(x0(x, eps, timestep))
-    torch.testing.assert_close(chain.double(), told[-1], rtol=1e-4, atol=1e-3)
+        predictions.append(x0(x, eps, timestep))
+    torch.testing.assert_close(chain.double(), predictions[-1], rtol=1e-4, atol=1e-3)
     for stop in range(4):
         drawn = iter(noises[1:])
         inputs = list(student_inputs(student, noises[0], cond, timesteps, lambda x, drawn=drawn: next(drawn)))  # type: ignore[misc]
-        torch.testing.assert_close(student(*inputs[stop], cond).double(), told[stop], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            student(*inputs[stop], cond).double(), predictions[stop], rtol=1e-4, atol=1e-3
+        )
     assert backward_simulation(student, noises[0], cond, timesteps, 0).requires_grad
 
 
@@ -134,16 +136,16 @@ def test_a_rollout_of_a_real_network_is_its_chain_up_to_the_step_where_it_stops(
     assert rolled.requires_grad
 
 
-def test_one_step_at_the_last_level_reads_pure_noise_by_that_level() -> None:
-    student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), shown(0.1, 2)
+def test_one_step_at_the_last_timestep_reads_pure_noise_with_its_coefficients() -> None:
+    student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), conditioning(0.1, 2)
     out = student.output(eps, torch.tensor([999, 999]), cond)
     torch.testing.assert_close(
         generate(student, eps, cond, (999,)).double(), x0(eps, out, 999), rtol=1e-5, atol=1e-4
     )
 
 
-def test_one_step_at_level_399_reads_pure_noise_by_that_level() -> None:
-    student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), shown(0.1, 2)
+def test_one_step_at_timestep_399_reads_pure_noise_with_its_coefficients() -> None:
+    student, eps, cond = Denoiser(Toy(), PROCESS), torch.randn(2, 4, 2, 2), conditioning(0.1, 2)
     out = student.output(eps, torch.tensor([399, 399]), cond)
     torch.testing.assert_close(
         generate(student, eps, cond, (399,)), (eps - 0.7576 * out) / 0.6528, rtol=1e-3, atol=1e-3
@@ -157,7 +159,10 @@ def test_noised_real_samples_are_the_other_input_and_the_noisiest_is_pure_noise(
             return super().forward(x, time, cond)
 
     torch.manual_seed(0)
-    network, real = Seen(), Batch(torch.full((400, 1, 2, 2), 50.0), shown(0, 400), shown(0, 400))
+    network, real = (
+        Seen(),
+        Batch(torch.full((400, 1, 2, 2), 50.0), conditioning(0, 400), conditioning(0, 400)),
+    )
     denoise_real(Denoiser(network, PROCESS), real, (999, 499))
     x, time = network.seen
     assert set(time.tolist()) == {999.0, 499.0}
@@ -169,7 +174,7 @@ def test_noised_real_samples_are_the_other_input_and_the_noisiest_is_pure_noise(
 
 
 class Pull:
-    """A term without chance: the student is drawn to 2, the critic's weight to the mean of what it is shown."""
+    """A term without random numbers: the loss of the student is the distance of its samples to 2."""
 
     name = "pull"
 
@@ -188,8 +193,8 @@ class Pull:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5])
-def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch: int) -> None:
-    def played(parts: int) -> list[Tensor]:
+def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(micro_batch: int) -> None:
+    def train(micro_batch: int) -> list[Tensor]:
         torch.manual_seed(0)
         student, critic = Toy(), nn.Linear(2, 2)
         trainables = [
@@ -197,34 +202,39 @@ def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch: int) -> None:
             for n, m in (("student", student), ("critic", critic))
         ]
 
-        def draw(real: Batch, step: int) -> Batch:
+        def sample(real: Batch, step: int) -> Batch:
             return replace(real, x=student(real.x, torch.zeros(len(real.x)), real.cond))
 
-        trainer = DMD2Trainer(trainables[0], trainables[1], [Pull(critic)], draw, 1, parts)
-        real = Batch(torch.randn(5, 1, 2, 2), shown(0.5, 5), shown(0, 5))
-        told = [trainer.step(real, step) for step in range(3)]
-        assert {"student/pull", "critic/pull"} < told[0].keys()
-        return [*student.parameters(), *critic.parameters(), told[2]["student/pull"], told[2]["critic/pull"]]
+        trainer = DMD2Trainer(trainables[0], trainables[1], [Pull(critic)], sample, 1, micro_batch)
+        real = Batch(torch.randn(5, 1, 2, 2), conditioning(0.5, 5), conditioning(0, 5))
+        metrics = [trainer.step(real, step) for step in range(3)]
+        assert {"student/pull", "critic/pull"} < metrics[0].keys()
+        return [
+            *student.parameters(),
+            *critic.parameters(),
+            metrics[2]["student/pull"],
+            metrics[2]["critic/pull"],
+        ]
 
-    for ours, whole in zip(played(micro_batch), played(0), strict=True):
+    for ours, whole in zip(train(micro_batch), train(0), strict=True):
         torch.testing.assert_close(ours, whole)
 
 
 class Matched:
-    """The losses of DMD, each sample under noise of its own that is known before."""
+    """The losses of DMD, with given noise and timestep for each sample."""
 
     name = "matched"
 
-    def __init__(self, teacher: Denoiser, critic: Denoiser, looks: dict[float, tuple[Tensor, int]]) -> None:
-        self.teacher, self.critic, self.looks = teacher, critic, looks
+    def __init__(self, teacher: Denoiser, critic: Denoiser, noises: dict[float, tuple[Tensor, int]]) -> None:
+        self.teacher, self.critic, self.noises = teacher, critic, noises
 
-    def look(self, fake: Batch) -> tuple[Tensor, Tensor]:
-        eps, timestep = zip(*(self.looks[label] for label in fake.cond["label"].tolist()), strict=True)
+    def noised(self, fake: Batch) -> tuple[Tensor, Tensor]:
+        eps, timestep = zip(*(self.noises[label] for label in fake.cond["label"].tolist()), strict=True)
         return PROCESS.add_noise(fake.x, torch.stack(eps), torch.tensor(timestep)), torch.tensor(timestep)
 
     def student_loss(self, fake: Batch) -> Tensor:
         with torch.no_grad():
-            x_t, timestep = self.look(fake)
+            x_t, timestep = self.noised(fake)
             teacher, critic = (net(x_t, timestep, fake.cond) for net in (self.teacher, self.critic))
         return losses.distribution_matching(fake.x, teacher, critic)
 
@@ -232,16 +242,16 @@ class Matched:
         return [CriticPass("matched", self._critic_losses, reaches_output=True)]
 
     def _critic_losses(self, fake: Batch, real: Batch) -> Losses:
-        x_t, timestep = self.look(fake)
+        x_t, timestep = self.noised(fake)
         out, target = self.critic.output(x_t, timestep, fake.cond), PROCESS.target(fake.x, x_t, timestep)
         return {self.name: losses.denoising(out, target)}
 
 
-def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> None:
+def test_dmd_in_micro_batches_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    looks = {label: (torch.randn(1, 2, 2), 200 + 150 * i) for i, label in enumerate(labels.tolist())}
-    real = Batch(torch.randn(4, 1, 2, 2), Conditioning(label=labels), shown(0, 4))
+    noises = {label: (torch.randn(1, 2, 2), 200 + 150 * i) for i, label in enumerate(labels.tolist())}
+    real = Batch(torch.randn(4, 1, 2, 2), Conditioning(label=labels), conditioning(0, 4))
 
     def gradients(micro_batch: int) -> list[Tensor]:
         networks = [Toy(weight) for weight in (0.7, 0.8, 0.9)]
@@ -251,11 +261,11 @@ def test_dmd_in_parts_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> 
             for n, m in zip(("student", "critic"), networks[:2], strict=True)
         )
 
-        def draw(part: Batch, step: int) -> Batch:
-            return replace(part, x=student(part.x, torch.full((len(part.x),), 499), part.cond))
+        def sample(real: Batch, step: int) -> Batch:
+            return replace(real, x=student(real.x, torch.full((len(real.x),), 499), real.cond))
 
         before = [network.weight.detach().clone() for network in networks]
-        DMD2Trainer(first, second, [Matched(teacher, critic, looks)], draw, 1, micro_batch).step(real, 0)
+        DMD2Trainer(first, second, [Matched(teacher, critic, noises)], sample, 1, micro_batch).step(real, 0)
         return [old - network.weight.detach() for old, network in zip(before, networks, strict=True)]
 
     (student, critic, teacher), whole = gradients(2), gradients(0)
@@ -276,30 +286,30 @@ def test_a_regression_learns_a_known_answer() -> None:
     network, timestep = Toy(), 399
     settings = OptimizerConfig(lr=2e-2, weight_decay=0)
     trainer = regression(optim.trainable("student", network, settings, 400), timestep, micro_batch=3)
-    cond = shown(-timestep / 1000, 8)  # takes away what the toy adds for the time
-    told = []
+    cond = conditioning(-timestep / 1000, 8)  # takes away what the toy adds for the time
+    metrics = []
     for step in range(400):
         eps = torch.randn(8, 1, 4, 4)
-        told.append(trainer.step(Batch(torch.stack((eps, eps / 2), 1), cond, cond), step))
+        metrics.append(trainer.step(Batch(torch.stack((eps, eps / 2), 1), cond, cond), step))
     alpha, sigma = PROCESS.schedule.alpha[timestep].item(), PROCESS.schedule.sigma[timestep].item()
     assert network.weight.item() == pytest.approx((1 - alpha / 2) / sigma, abs=1e-3)
-    assert told[-1]["student/regression"] < 1e-4 < told[0]["student/regression"]
+    assert metrics[-1]["student/regression"] < 1e-4 < metrics[0]["student/regression"]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_a_regression_in_parts_moves_as_on_the_whole_batch(micro_batch: int) -> None:
-    pairs = Batch(torch.randn(8, 2, 1, 2, 2), shown(0.1, 8), shown(0, 8))
+def test_a_regression_in_micro_batches_updates_as_on_the_whole_batch(micro_batch: int) -> None:
+    pairs = Batch(torch.randn(8, 2, 1, 2, 2), conditioning(0.1, 8), conditioning(0, 8))
 
-    def played(parts: int) -> tuple[Tensor, Tensor]:
+    def train(micro_batch: int) -> tuple[Tensor, Tensor]:
         network = Toy()
         optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
-        told = regression(Trainable("student", network, optimizer, lambda step: 0.1, 1e9), 399, parts).step(
-            pairs, 0
-        )
-        return network.weight.detach(), told["student/regression"]
+        metrics = regression(
+            Trainable("student", network, optimizer, lambda step: 0.1, 1e9), 399, micro_batch
+        ).step(pairs, 0)
+        return network.weight.detach(), metrics["student/regression"]
 
-    torch.testing.assert_close(played(micro_batch), played(0))
-    assert played(0)[0] != Toy().weight
+    torch.testing.assert_close(train(micro_batch), train(0))
+    assert train(0)[0] != Toy().weight
 
 
 def test_a_trainable_is_used_with_its_average_and_goes_on_with_its_weights() -> None:
@@ -332,5 +342,5 @@ def test_a_checkpoint_holds_what_learns_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("count", range(1, 33))
-def test_a_student_of_so_many_steps_has_so_many_levels(count: int) -> None:
+def test_a_student_of_so_many_steps_has_so_many_timesteps(count: int) -> None:
     assert len(spaced_timesteps(count)) == count

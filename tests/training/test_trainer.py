@@ -1,4 +1,4 @@
-"""The trainer: who moves when, and where it ends when the answer is known."""
+"""The DMD2 trainer: when student and critic are updated, and where it converges when the answer is known."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def real() -> Batch:
     return Batch(torch.rand(8, 1, 8, 8) * 2 - 1, Conditioning(label=torch.arange(8) % 3), Conditioning())
 
 
-def test_students_turn_comes_every_fifth_step_from_the_first(trainer: DMD2Trainer, real: Batch) -> None:
+def test_the_student_is_updated_every_fifth_step_from_the_first(trainer: DMD2Trainer, real: Batch) -> None:
     moved = []
     for step in range(11):
         before = weights(trainer.student.module)
@@ -53,7 +53,7 @@ def test_students_turn_comes_every_fifth_step_from_the_first(trainer: DMD2Traine
     assert [step for step, m in enumerate(moved) if m] == [0, 5, 10]
 
 
-def test_critic_moves_at_every_step(trainer: DMD2Trainer, real: Batch) -> None:
+def test_the_critic_is_updated_at_every_step(trainer: DMD2Trainer, real: Batch) -> None:
     for step in range(3):
         before = weights(trainer.critic.module)
         trainer.step(real, step)
@@ -88,7 +88,7 @@ def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_tra
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_type_without_instructions_is_told(
+def test_a_type_without_instructions_is_warned_about(
     native: bool, micro: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     can = {"architecture": "x86_64", "avx512_bf16": native, "amx_bf16": False}
@@ -98,11 +98,11 @@ def test_a_type_without_instructions_is_told(
     assert not caplog.messages
     lower = micro.distill.model_copy(update={"dtype": "bfloat16"})
     make_trainer(micro.model_copy(update={"distill": lower}), network)
-    told = "bfloat16 is emulated on this device, many times slower than float32: --distill.dtype float32"
-    assert (told in caplog.messages) is not native
+    warning = "bfloat16 is emulated on this device, many times slower than float32: --distill.dtype float32"
+    assert (warning in caplog.messages) is not native
 
 
-def test_students_turn_leaves_no_gradient_in_the_critic(
+def test_a_student_update_leaves_no_gradient_in_the_critic(
     trainer: DMD2Trainer, real: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -117,12 +117,12 @@ def test_students_turn_leaves_no_gradient_in_the_critic(
     assert all(gradient is None for gradient in seen[0])
 
 
-def test_critics_turn_leaves_no_gradient_in_the_student(trainer: DMD2Trainer, real: Batch) -> None:
+def test_a_critic_update_leaves_no_gradient_in_the_student(trainer: DMD2Trainer, real: Batch) -> None:
     trainer.step(real, 1)
     assert all(p.grad is None for p in trainer.student.module.parameters())
 
 
-def test_teacher_never_moves(micro: Config, real: Batch) -> None:
+def test_the_teacher_never_changes(micro: Config, real: Batch) -> None:
     trainer = make_trainer(micro, make_family(micro.family).network())
     teacher = teacher_of(trainer)
     before = weights(teacher)
@@ -194,13 +194,13 @@ def test_warm_up_is_linear_and_then_constant() -> None:
     assert [trainable.lr(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_a_final_share_is_reached_in_a_line_at_the_last_step() -> None:
+def test_the_final_learning_rate_is_reached_linearly_at_the_last_step() -> None:
     settings = OptimizerConfig(lr=1.0, warmup_steps=2, final_lr_ratio=0.5)
     trainable = optim.trainable("student", nn.Linear(1, 1), settings, 12)
     assert [trainable.lr(step) for step in (0, 1, 2, 7, 12)] == [0.5, 1.0, 1.0, 0.75, 0.5]
 
 
-def test_clipping_limits_what_adam_sees() -> None:
+def test_gradient_clipping_limits_the_gradient_that_adam_receives() -> None:
     trainable = optim.trainable(
         "student", nn.Linear(1, 1, bias=False), OptimizerConfig(lr=1e-3, max_grad_norm=10), 8
     )
