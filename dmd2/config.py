@@ -230,13 +230,15 @@ class EdmConfig(FamilyConfig):
                 f"distill.guidance is {distill.guidance}; an EDM network has no unconditional class, so only 1 is possible"
             )
         if distill.lora:
-            raise ValueError("distill.lora is set; the low-rank form is for sd15 and sdxl only")
+            raise ValueError("distill.lora is set; LoRA is not supported for the EDM family, leave it out")
         if distill.regression:
-            raise ValueError("distill.regression is set; the warm-up is for sd15 and sdxl only")
+            raise ValueError(
+                "distill.regression is set; the warm-up needs captions, which the EDM family does not use, leave it out"
+            )
         size = self.network.bottleneck
         if distill.gan and (size < 4 or size & (size - 1)):
             raise ValueError(
-                f"the bottleneck of family.network has {size}x{size} pixels; the GAN head needs 4, 8, 16, ..."
+                f"the bottleneck of family.network has {size}x{size} pixels; the discriminator head needs 4, 8, 16, ..."
             )
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ def test_target_is_the_inverse_of_to_x0(name: str, x0: torch.Tensor) -> None:
         ("flow", lambda alpha, sigma, x0, eps: eps - x0),
     ],
 )
-def test_target_is_the_papers_quantity(name: str, formula, x0: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+def test_target_is_the_quantity_that_the_paper_predicts(name: str, formula, x0: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
     diffusion = PROCESSES[name]
     eps = torch.randn_like(x0)
     alpha, sigma = (
@@ -69,7 +69,7 @@ def test_scaled_linear_alpha_bar_has_the_published_values() -> None:
     torch.testing.assert_close(alpha_bar.float(), published, rtol=0, atol=5.1e-6)
 
 
-def test_karras_levels_have_the_published_values() -> None:
+def test_karras_sigmas_have_the_published_values() -> None:
     sigma = karras_schedule().sigma
     for timestep, value in {0: 0.002, 20: 0.0032, 500: 2.53, 980: 72.05, 999: 80.0}.items():
         assert sigma[timestep].item() == pytest.approx(value, rel=2e-2 if timestep == 20 else 2e-3)

@@ -27,7 +27,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("steps", [2, 18])
-def test_heun_takes_two_calls_a_step_but_one_for_the_last(steps: int) -> None:
+def test_heun_makes_two_calls_per_step_and_one_for_the_last(steps: int) -> None:
     network = Counting(lambda x, time: x * 0)
     heun(Denoiser(network, Diffusion(karras_schedule(steps), x0_prediction)), torch.randn(4, 1, 2, 2), COND)
     assert network.calls == 2 * steps - 1
@@ -50,7 +50,7 @@ def test_heun_solves_a_gaussian_to_second_order() -> None:
     assert 3.5 < error(36) / error(72) < 4.5, "half the step, a quarter of the error"
 
 
-def test_few_step_generation_takes_one_call_a_level() -> None:
+def test_generate_makes_one_network_call_per_timestep() -> None:
     for timesteps in [(999,), (999, 499), (999, 749, 499, 249)]:
         network = Counting(lambda x, time: x * 0.1)
         generate(
@@ -63,7 +63,7 @@ def test_few_step_generation_takes_one_call_a_level() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
-def test_simulation_stops_at_the_drawn_step_with_gradient_only_there(stop: int) -> None:
+def test_backward_simulation_ends_at_the_given_step_with_a_gradient_of_that_step_only(stop: int) -> None:
     network = Counting(lambda x, time: x * 0.1)
     denoiser = Denoiser(network, Diffusion(scaled_linear_schedule(), x0_prediction))
     backward_simulation(denoiser, torch.randn(4, 1, 2, 2), COND, (999, 749, 499, 249), stop)
@@ -84,7 +84,7 @@ def test_training_rollout_equals_sampling_for_the_same_noise() -> None:
     )
 
 
-def test_guidance_extrapolates_from_the_unconditional() -> None:
+def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
     class ByLabel(nn.Module):
         def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
             return cond["label"].reshape(-1, 1, 1, 1) + x * 0

@@ -40,7 +40,7 @@ def test_imagenet64_head_has_the_published_size() -> None:
     assert sum(p.numel() for p in head.parameters()) == pytest.approx(18.9e6, rel=2e-3)
 
 
-def test_imagenet64_blocks_are_tens_and_disjoint(published: Adm) -> None:
+def test_imagenet64_has_tens_of_disjoint_blocks(published: Adm) -> None:
     blocks = make_family(recipes.get("edm-imagenet64").family).blocks(published)
     owned = [id(p) for block in blocks for p in block.parameters()]
     assert 20 <= len(blocks) <= 60
@@ -65,7 +65,7 @@ def test_a_fresh_network_outputs_zero_so_its_denoiser_is_the_skip(micro: Config)
     assert (out == 0).all()
 
 
-def test_label_and_level_change_the_output(micro: Config) -> None:
+def test_label_and_timestep_change_the_output(micro: Config) -> None:
     torch.manual_seed(0)
     network = Adm(adm(micro))
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_sinusoid_is_cosines_then_sines_of_geometric_frequencies() -> None:
 
 
 @pytest.mark.parametrize(("size", "ok"), [(4, True), (8, True), (32, True), (6, False), (2, False)])
-def test_head_halves_to_four_pixels_or_says_why_not(size: int, ok: bool) -> None:
+def test_head_accepts_four_times_a_power_of_two_pixels_only(size: int, ok: bool) -> None:
     if not ok:
         with pytest.raises(Refused, match=f"not {size}"):
             ConvHead(8, size)

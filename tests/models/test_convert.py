@@ -350,7 +350,7 @@ class Number:
         return scalar, (np.dtype("f8"), b"12345678")
 
 
-def test_numbers_of_an_older_numpy_are_no_obstacle(tmp_path: Path) -> None:
+def test_numbers_of_an_older_numpy_are_accepted(tmp_path: Path) -> None:
     net = network()
     object.__setattr__(net, "_init_kwargs", {"dropout": Number()})
     with called(numpy__core__multiarray=scalar):
@@ -648,7 +648,7 @@ def test_the_student_of_a_training_folder_is_read(suffix: str, tmp_path: Path, r
         ),
     ],
 )
-def test_what_is_no_such_unet_is_refused(
+def test_a_file_without_a_matching_unet_is_refused(
     change: Callable[[Weights], object], words: str, tmp_path: Path, refusal: Refusal
 ) -> None:
     base = weights(unet())
@@ -1115,7 +1115,7 @@ def test_a_checkpoint_as_a_pickle_is_refused_and_does_not_run(tmp_path: Path, re
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_configs_the_hub_is_asked_and_its_silence_is_one_sentence(
+def test_without_configs_the_hub_is_asked_and_its_failure_is_one_sentence(
     tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

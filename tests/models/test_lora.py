@@ -48,7 +48,7 @@ def tiny(pipeline: Path) -> tuple[Any, nn.Module, tuple[Any, ...]]:
     return family, network, (torch.randn(1, 4, 16, 16), torch.tensor([300.0]), cond)
 
 
-def test_tied_networks_have_the_same_tensors_and_their_own_modules(pipeline: Path) -> None:
+def test_networks_that_share_tensors_have_their_own_modules(pipeline: Path) -> None:
     _, base, _ = tiny(pipeline)
     other = share_tensors(base)
     pairs = list(zip(base.parameters(), other.parameters(), strict=True))
@@ -57,7 +57,7 @@ def test_tied_networks_have_the_same_tensors_and_their_own_modules(pipeline: Pat
 
 
 @torch.no_grad()
-def test_an_update_starts_as_nothing_and_touches_neither_base_nor_neighbour(pipeline: Path) -> None:
+def test_an_update_is_zero_at_first_and_changes_neither_the_base_nor_another_update(pipeline: Path) -> None:
     _, base, inputs = tiny(pipeline)
     before = base(*inputs)
     student, critic = (
@@ -135,7 +135,7 @@ def test_an_exported_update_is_read_by_diffusers_and_gives_the_same_output(
     assert (ours - before).abs().max() > 1e-2
 
 
-def test_what_learns_is_float32_on_a_base_of_bfloat16(pipeline: Path) -> None:
+def test_the_update_is_float32_on_a_bfloat16_base(pipeline: Path) -> None:
     _, base, _ = tiny(pipeline)
     student = add_low_rank_update(base.to(torch.bfloat16), Stable.lora_targets, SMALL)
     kinds = {p.requires_grad: p.dtype for p in student.parameters()}

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and XL: their real shapes without their memory, their process, and what they are told."""
+"""Stable Diffusion 1.5 and XL: their real shapes without their memory, their process, and their conditioning."""
 
 from __future__ import annotations
 
@@ -57,13 +57,6 @@ def family(kind: str, folder: Path | None = None) -> Stable:
     return made
 
 
-def told(fam: Stable, count: int) -> Conditioning:
-    text = torch.zeros(count, 77, fam.unet["cross_attention_dim"])
-    if fam.embedding is None:
-        return Conditioning(text=text)
-    return Conditioning(text=text, pooled=torch.zeros(count, 1280), size=torch.ones(count, 6))
-
-
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def real(request: pytest.FixtureRequest) -> tuple[str, Stable, nn.Module]:
     fam = family(request.param)
@@ -78,7 +71,7 @@ def test_the_networks_have_their_published_number_of_weights(real: tuple[str, St
     assert round(count / 1e6, 2) == {"sd15": 859.52, "sdxl": 2567.46}[kind]
 
 
-def test_tens_of_units_own_every_weight_once(real: tuple[str, Stable, nn.Module]) -> None:
+def test_every_weight_belongs_to_one_of_some_tens_of_blocks(real: tuple[str, Stable, nn.Module]) -> None:
     kind, fam, network = real
     owned: set[int] = set()
     sizes = []
@@ -100,7 +93,11 @@ def test_features_come_from_the_mid_block_at_the_cost_of_the_encoder(
     spent = []
     with torch.device("meta"):
         head = fam.head()
-        x, timestep, cond = torch.zeros(2, *fam.shape), torch.zeros(2, dtype=torch.int64), told(fam, 2)
+        x, timestep, cond = (
+            torch.zeros(2, *fam.shape),
+            torch.zeros(2, dtype=torch.int64),
+            fam.placeholder_condition(2),
+        )
         for act in (fam.denoiser(network).output, fam.denoiser(network).features):
             with FlopCounterMode(display=False) as counter:
                 out = act(x, timestep, cond)
@@ -132,7 +129,7 @@ def test_a_step_runs_at_the_real_shape_in_bfloat16(
         fam = family(config.family.kind)
         teacher = fam.network()
         trainer = fake_trainer(config, fam, teacher)
-        cond = told(fam, count)
+        cond = fam.placeholder_condition(count)
         for step in steps:
             trainer.step(Batch(torch.zeros(count, *fam.shape), cond, cond), step)
     for trainable in (trainer.student, trainer.critic):
@@ -254,14 +251,14 @@ def test_features_are_what_the_mid_block_returns_and_reach_the_weights_before_it
     assert torch.equal(fam.denoiser(network).output(x, LEVELS, cond), out)  # no hook is left behind
 
 
-def test_an_error_on_the_way_to_the_features_leaves_no_hook(small: tuple[Stable, Any, Conditioning]) -> None:
+def test_an_error_before_the_features_leaves_no_hook(small: tuple[Stable, Any, Conditioning]) -> None:
     fam, network, cond = small
     with pytest.raises(RuntimeError):
         fam.denoiser(network).features(torch.randn(2, 5, 16, 16), LEVELS, cond)
     assert not network.unet.up_blocks[0]._forward_pre_hooks
 
 
-def test_features_let_go_of_the_activations_they_passed(small: tuple[Stable, Any, Conditioning]) -> None:
+def test_features_free_the_activations_before_them(small: tuple[Stable, Any, Conditioning]) -> None:
     """At once: an exception that held its frames would keep them until the garbage collector comes."""
     fam, network, cond = small
     passed: list[weakref.ref[Tensor]] = []
@@ -278,23 +275,23 @@ def test_features_let_go_of_the_activations_they_passed(small: tuple[Stable, Any
 
 
 @pytest.mark.parametrize("recipe", ["sdxl-4step-emoji", "sdxl-4step-shared-emoji"])
-def test_activations_computed_again_give_the_very_same_step(recipe: str, pipeline: Path) -> None:
-    def played(checkpointing: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+def test_activation_checkpointing_gives_the_same_step_bit_for_bit(recipe: str, pipeline: Path) -> None:
+    def step_with(checkpointing: str) -> tuple[dict[str, Tensor], list[Tensor]]:
         fam, teacher = tiny("sdxl", pipeline)
         changes = ["distill.dtype=bfloat16", f"engine.activation_checkpointing={checkpointing}"]
         trainer = build.trainer(recipes.resolve(recipe, changes), fam, teacher.state_dict(), ALONE)
         assert isinstance(trainer, DMD2Trainer)
         torch.manual_seed(0)
-        told = trainer.step(Batch(torch.randn(2, *fam.shape), *fam.condition(["a red", "a blue"])), 0)
-        return told, [p.detach() for p in trainer.student.module.parameters() if p.requires_grad]
+        log = trainer.step(Batch(torch.randn(2, *fam.shape), *fam.condition(["a red", "a blue"])), 0)
+        return log, [p.detach() for p in trainer.student.module.parameters() if p.requires_grad]
 
-    kept = played("none")
-    for again in (played("full"), played("selective")):
+    kept = step_with("none")
+    for again in (step_with("full"), step_with("selective")):
         assert kept[0] == again[0]
         assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
 
 
-def test_nothing_is_zeros_for_sdxl_of_the_same_size(pipeline: Path) -> None:
+def test_uncond_of_sdxl_is_zeros_with_the_same_image_size(pipeline: Path) -> None:
     fam, _ = tiny("sdxl", pipeline)
     cond, uncond = fam.condition(["a red square"])
     assert cond["text"].shape == (1, 24, 160)
@@ -303,7 +300,7 @@ def test_nothing_is_zeros_for_sdxl_of_the_same_size(pipeline: Path) -> None:
     assert cond["size"].tolist() == uncond["size"].tolist() == [[32, 32, 0, 0, 32, 32]]
 
 
-def test_what_sdxl_is_told_is_what_diffusers_own_pipeline_tells_it(pipeline: Path) -> None:
+def test_the_conditioning_of_sdxl_is_that_of_diffusers_pipeline(pipeline: Path) -> None:
     fam, _ = tiny("sdxl", pipeline)
     cond, _ = fam.condition(["a red square", "a blue"])
     pipe = StableDiffusionXLPipeline.from_pretrained(pipeline)
@@ -312,11 +309,11 @@ def test_what_sdxl_is_told_is_what_diffusers_own_pipeline_tells_it(pipeline: Pat
     torch.testing.assert_close(cond["pooled"], pooled)
 
 
-def test_nothing_is_the_empty_text_for_sd15(stable15: Path) -> None:
+def test_uncond_of_sd15_is_the_empty_text(stable15: Path) -> None:
     fam, _ = tiny("sd15", stable15)
-    shown = fam.condition(["a red square", ""])
-    assert isinstance(shown, CondPair)
-    cond, uncond = shown
+    pair = fam.condition(["a red square", ""])
+    assert isinstance(pair, CondPair)
+    cond, uncond = pair
     torch.testing.assert_close(uncond["text"][0], cond["text"][1])
     torch.testing.assert_close(uncond["text"][1], cond["text"][1])
     assert not torch.equal(cond["text"][0], uncond["text"][0])
@@ -336,7 +333,7 @@ def test_the_teacher_of_sd15_is_sampled_by_diffusers_own_pipeline(stable15: Path
     "scheduler", [{}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}]
 )
 @pytest.mark.parametrize("timesteps", [(999,), (399,), (999, 499)])
-def test_a_student_of_sd15_in_stock_diffusers_draws_what_our_sampler_does(
+def test_a_student_of_sd15_in_diffusers_gives_the_images_of_our_sampler(
     timesteps: Timesteps, scheduler: dict[str, Any], stable15: Path, tmp_path: Path
 ) -> None:
     given, made = tmp_path / "given", tmp_path / "made"
@@ -374,10 +371,15 @@ BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("form", ["linear", "scaled_linear"])
 def test_noise_levels_are_those_of_diffusers(form: str, zero: bool) -> None:
-    told = {**BASE, "beta_schedule": form, "rescale_betas_zero_snr": zero, "prediction_type": "v_prediction"}
+    config = {
+        **BASE,
+        "beta_schedule": form,
+        "rescale_betas_zero_snr": zero,
+        "prediction_type": "v_prediction",
+    }
     make: Any = DDPMScheduler
-    theirs = make(**told).alphas_cumprod
-    ours = noise_schedule(complete_scheduler_config({"_class_name": "DDPMScheduler", **told}))
+    theirs = make(**config).alphas_cumprod
+    ours = noise_schedule(complete_scheduler_config({"_class_name": "DDPMScheduler", **config}))
     torch.testing.assert_close(ours.alpha.square().float(), theirs, atol=1e-6, rtol=0)
     assert (ours.alpha[-1] == 0) == zero
     torch.testing.assert_close(ours.alpha**2 + ours.sigma**2, torch.ones(1000, dtype=torch.float64))
@@ -393,17 +395,17 @@ def test_noise_levels_are_those_of_diffusers(form: str, zero: bool) -> None:
         ("sample", True),
     ],
 )
-def test_the_scheduler_of_the_folder_says_how_an_output_is_read(
+def test_the_scheduler_config_determines_the_parametrization(
     predicts: str, zero: bool, tmp_path: Path
 ) -> None:
     """As diffusers reads it, also where nothing is left of the signal."""
     shutil.copytree(published_pipeline("sdxl"), tmp_path / "p")
-    told = {"prediction_type": predicts, "rescale_betas_zero_snr": zero}
-    change(tmp_path / "p" / SCHEDULER, told)
+    settings = {"prediction_type": predicts, "rescale_betas_zero_snr": zero}
+    change(tmp_path / "p" / SCHEDULER, settings)
     fam = family("sdxl", tmp_path / "p")
     assert (fam.manifest_facts["predicts"], fam.manifest_facts["zero_terminal_snr"]) == (predicts, zero)
     make: Any = DDIMScheduler
-    scheduler = make(**BASE, beta_schedule="scaled_linear", clip_sample=False, **told)
+    scheduler = make(**BASE, beta_schedule="scaled_linear", clip_sample=False, **settings)
     scheduler.set_timesteps(1000)
     x_t, out = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
     for timestep in (0, 20, 399, 980, 999):
@@ -423,9 +425,7 @@ def test_the_scheduler_of_the_folder_says_how_an_output_is_read(
         ({"rescale_betas_zero_snr": True}, "must predict v"),
     ],
 )
-def test_a_schedule_that_is_not_understood_is_refused(
-    changed: dict[str, Any], said: str, refusal: Refusal
-) -> None:
+def test_an_unsupported_schedule_is_refused(changed: dict[str, Any], said: str, refusal: Refusal) -> None:
     config = {"_class_name": "DDIMScheduler", **BASE, "beta_schedule": "scaled_linear", **changed}
     assert said in refusal(lambda: noise_schedule(complete_scheduler_config(config)))
 
@@ -441,7 +441,7 @@ def test_a_schedule_that_is_not_understood_is_refused(
         ("sdxl", "sdxl", {"_class_name": "UNet2DModel"}, "is a UNet2DModel"),
     ],
 )
-def test_a_network_that_is_not_understood_is_refused(
+def test_an_unsupported_network_is_refused(
     kind: str, like: str, changed: dict[str, Any], said: str, tmp_path: Path, refusal: Refusal
 ) -> None:
     shutil.copytree(published_pipeline(like), tmp_path / "p")
@@ -484,7 +484,7 @@ def test_a_student_of_the_published_sd15_loads_without_the_safety_checker_its_te
     drawn(made, ["a red square"], torch.randn(1, *fam.shape), timesteps=[999], guidance_scale=0)
 
 
-def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
+def test_another_number_of_timesteps_and_features_without_a_head_are_refused(
     tmp_path: Path, refusal: Refusal
 ) -> None:
     shutil.copytree(published_pipeline("sd15"), tmp_path / "p")
@@ -495,7 +495,7 @@ def test_a_table_of_another_length_and_features_that_no_head_fits_are_refused(
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_what_a_config_leaves_out_is_the_default_of_its_own_class(name: str) -> None:
+def test_missing_values_of_a_scheduler_config_are_the_defaults_of_its_class(name: str) -> None:
     theirs = getattr(diffusers, name)()
     given = {"_class_name": name}
     ours = noise_schedule(complete_scheduler_config(given))
