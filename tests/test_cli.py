@@ -12,12 +12,13 @@ import pytest
 
 from dmd2 import recipes
 from dmd2.cli import VERBS, main, run
+from tests import warm
 from tests.conftest import flags
 
 
-def dmd2(*words: str) -> subprocess.CompletedProcess[str]:
+def dmd2(python: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "dmd2", *words],
+        [python, "-m", "dmd2", *words],
         capture_output=True,
         text=True,
         check=False,
@@ -90,7 +91,9 @@ def test_help_may_be_cut_short_by_its_reader() -> None:
 
 
 def test_a_mistake_ends_a_real_process_without_a_stack_trace() -> None:
-    ended = dmd2("distill", "edm-digits", "--data", "/nowhere", "--teacher", "t", "--out", "b")
+    ended = dmd2(
+        sys.executable, "distill", "edm-digits", "--data", "/nowhere", "--teacher", "t", "--out", "b"
+    )
     assert ended.returncode == 64
     assert (
         ended.stderr == "dmd2: /nowhere has no manifest.json, so it does not exist or was never finished; "
@@ -128,7 +131,7 @@ def test_help_lists_verbs_and_recipes(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_help_of_a_recipe_explains_every_field() -> None:
-    shown = dmd2("distill", "edm-digits", "--help")
+    shown = dmd2(warm.python(), "distill", "edm-digits", "--help")
     assert shown.returncode == 0
     for wanted in ("--distill.critic-updates", "two time-scale rule", "--data", "--teacher", "--seed"):
         assert wanted in shown.stdout

@@ -24,7 +24,7 @@ from tests.tiny_sdxl import SMALL
 
 TWO_STEPS = "distill.student_timesteps=999,499"
 CASES = {
-    "edm": ("edm-digits", (*MICRO, "distill.student.ema=0.9"), 20),
+    "edm": ("edm-digits", (*MICRO, "distill.student.ema=0.9"), 11),
     "parts": ("edm-digits", (*MICRO, "engine.micro_batch=1"), 6),
     "fast": (
         "edm-digits",

@@ -42,6 +42,7 @@ from dmd2.models.stable import (
     noise_schedule,
     published_pipeline,
 )
+from dmd2.parallel.ranks import World
 from dmd2.sampler import Timesteps, generate
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
@@ -160,10 +161,11 @@ def fake_trainer(config: Config, fam: Stable, teacher: nn.Module) -> DMD2Trainer
 def static_gb(recipe: str) -> dict[str, float]:
     """Weights, and of what learns gradients and Adam's two moments, in units of 1e9 bytes; each tensor once."""
     config = recipes.get(recipe)
-    with FakeTensorMode():
-        fam = family(config.family.kind)
-        teacher = fam.network()
-        trainer = fake_trainer(config, fam, teacher)
+    fam = family(config.family.kind)
+    with torch.device("meta"):
+        teacher = fam.network().state_dict()
+        trainer = build.trainer(config, fam, teacher, World(torch.device("meta")))
+    assert isinstance(trainer, DMD2Trainer)
     modules = (teacher_of(trainer), trainer.student.module, trainer.critic.module)
     tensors = {id(p): p for module in modules for p in module.parameters()}.values()
     held = sum(p.numel() * p.element_size() for p in tensors)

@@ -16,6 +16,7 @@ import yaml
 from dmd2.errors import Refused
 from pipelines import cluster
 from pipelines.__main__ import main
+from tests import warm
 from tests.pipelines.contract import offences
 from tests.pipelines.server import Answer, Record, Server
 
@@ -278,12 +279,37 @@ def test_a_token_goes_into_the_header_and_nowhere_else(
 
 
 def test_a_dry_run_talks_to_no_server_and_shows_the_run(server: Server, tell: Tell) -> None:
-    told = tell("submit", "--recipe", "sdxl-4step", "--dry-run")
+    told = tell("submit", "--recipe", "sdxl-4step", "--gpus", "0", "--dry-run")
     assert not server.seen
     assert "dmd2-distill, version " in told
     assert "  recipe         sdxl-4step\n" in told
     assert "not yet ready to be submitted: recipe 'sdxl-4step' needs" in told
+    assert "no plan without GPUs" in told
     assert "at 0 0 6 * * 1" in tell("schedule", *SCHEDULE, "--dry-run")
+    assert not server.seen
+
+
+def test_a_dry_run_tells_what_it_would_cost(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", warm.python())
+    main(
+        [
+            "submit",
+            "--recipe",
+            "edm-digits",
+            "--gpus",
+            "2",
+            "--price",
+            "0.5",
+            "--dry-run",
+            "--host",
+            server.url,
+        ]
+    )
+    told = capfd.readouterr().out
+    assert "GPU-hours" in told
+    assert "cost at 0.5" in told
     assert not server.seen
 
 

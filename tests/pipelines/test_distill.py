@@ -1,4 +1,7 @@
-"""The pipeline itself, through KFP's own local runner, one real process per stage; and its compiled form."""
+"""The pipeline itself, through KFP's own local runner, a process per stage; and its compiled form.
+
+The processes are warm (`tests/warm`), but for those of the run that is interrupted, and of one whole run among the slow tests.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +27,34 @@ from pipelines import readme
 from pipelines.__main__ import COMPILED, PIPELINES
 from pipelines.cluster import compile_pipeline
 from pipelines.local_run import run_local
+from tests import warm
 from tests.bucket import list_names, names_in_manifest
 from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
 
 
-@pytest.fixture
-def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+@pytest.fixture(params=["warm"])
+def run(
+    request: pytest.FixtureRequest, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
     """Run the pipeline on the micro recipe -> its root."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if request.param == "warm":
+        be_warm(monkeypatch)
 
     def call(*overrides: str, **parameters: Any) -> Path:
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
         root = tmp_path / "root"
         text = " ".join([*MICRO, *overrides])
         run_local(root, **({"source": str(pictures), "overrides": text} | parameters))
         return root
 
     return call
+
+
+def be_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter that KFP starts stages with, and torchrun its workers."""
+    monkeypatch.setattr(sys, "executable", warm.python())
+    monkeypatch.setenv("PYTHON_EXEC", warm.python())
 
 
 @pytest.fixture
@@ -67,6 +81,7 @@ STAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("run", ["warm", pytest.param("cold", marks=pytest.mark.slow)], indirect=True)
 def test_an_accepted_run_goes_from_images_on_a_bucket_to_a_published_package(
     run: Callable[..., Path], images: str, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,7 +290,9 @@ def test_nothing_is_cached_and_nothing_is_installed_at_run_time(compiled: dict[s
         assert "pip install" not in " ".join(executor["container"]["command"])
 
 
-def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(pictures: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a terminal does it: SIGINT to every process of the group, at some step of the distillation."""
     root = tmp_path / "root"
     overrides = " ".join((*MICRO, "gate.factor=1e9", "distill.steps=200", "distill.save_every=200"))
@@ -289,12 +306,13 @@ def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(pictures: Pa
     while process.poll() is None and not (unfinished / "metrics.jsonl").exists():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=600)
     assert process.returncode == 130, told
     assert "Traceback" not in told
     while not (saved := checkpoint.saved_steps(unfinished / "checkpoints")):
         time.sleep(0.05)
     assert 0 < saved[0] < 200
+    be_warm(monkeypatch)
     run_local(root, source=str(pictures), overrides=overrides)
     assert json.loads((root / "summary.json").read_text())["gate"] == "accepted"
     steps = [int(line["step"]) for line in read_metrics(root / "run")]

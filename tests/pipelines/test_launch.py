@@ -16,7 +16,7 @@ from components.distill.launch import JobSize, Torchrun, _child_processes
 from dmd2.io import artifact
 from dmd2.recipes import override_flags
 from dmd2.training import checkpoint
-from tests import conftest
+from tests import conftest, warm
 
 RUN = "import sys; from components.distill.launch import *; from dmd2.errors import one_sentence\n"
 RUN += "with one_sentence(): sys.exit(run_to_end(Torchrun(sys.argv[2:], JobSize(gpus=0, nodes=int(sys.argv[1])))))"
@@ -42,13 +42,12 @@ def words(made: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """A process that launches, in a group of its own."""
+    """A process that launches, in a group of its own. torchrun is a real one; before and behind it are warm processes."""
 
-    def call(*words: str, nodes: int = 1) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", RUN, str(nodes), *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    def call(*words: str, nodes: int = 1, python: str = "") -> subprocess.Popen[str]:
+        command = [python or warm.python(), "-c", RUN, str(nodes), *words]
         return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            command, env=warm.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
     return call
@@ -59,7 +58,7 @@ Words = Callable[..., "list[str]"]
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=600)
     return process.returncode, told
 
 
@@ -102,7 +101,7 @@ def test_a_wrong_input_ends_with_64_and_its_sentence(begun: Begun, words: Words)
 
 def test_a_wrong_input_of_several_processes_ends_with_64_too(words: Words) -> None:
     command = [sys.executable, "-m", "components.distill.launch", "2", *words("distill.steps=-1")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=warm.environment(), capture_output=True, text=True)
     assert done.returncode == 64, done.stderr
     assert "of 2 ended with 64" in done.stderr
 
@@ -116,7 +115,7 @@ def test_a_training_that_diverges_ends_with_76(begun: Begun, words: Words) -> No
 def test_a_worker_that_is_killed_ends_as_the_shell_says_it(
     begun: Begun, words: Words, tmp_path: Path
 ) -> None:
-    process = begun(*words("distill.steps=100000"))
+    process = begun(*words("distill.steps=100000"), python=sys.executable)
     playing(process, tmp_path)
     (torchrun,) = _child_processes(process.pid)
     (worker,) = _child_processes(torchrun)

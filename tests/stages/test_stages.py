@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,6 +24,7 @@ from dmd2.image_grid import image_grid
 from dmd2.io.artifact import read_manifest
 from dmd2.models.edm import Edm
 from dmd2.sampler import Noise
+from tests import warm
 from tests.conftest import with_adm
 
 
@@ -137,7 +137,7 @@ def test_the_three_lines_of_the_model_card_work(packaged: Path, tmp_path: Path) 
     lines = code[1].replace("path/of/this/folder", str(packaged)).strip()
     assert len(lines.splitlines()) == 3
     printed = subprocess.run(
-        [sys.executable, "-c", lines + "\nprint(images.shape, images.dtype)"],
+        [warm.python(), "-c", lines + "\nprint(images.shape, images.dtype)"],
         capture_output=True,
         text=True,
         check=True,

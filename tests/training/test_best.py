@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +26,11 @@ from dmd2.training import checkpoint
 from dmd2.training.metrics_log import SCORE, checkpoint_scores, read_metrics
 from dmd2.training.optim import Metrics
 from dmd2.training.trainer import DMD2Trainer
+from tests import warm
 from tests.conftest import ALONE, MICRO, flags
 from tests.evaluation.test_frechet import fid
-from tests.training.test_loop import ONE_THREAD, assert_same, distill, numbers
+from tests.training.test_loop import assert_same, distill, numbers
 from tests.training.test_on_a_bucket import machines
-from tests.training.test_processes import ENVIRONMENT, torchrun
 
 SCORED = (
     *MICRO,
@@ -124,8 +123,8 @@ stages.distill(Config.model_validate_json(sys.argv[1]), *sys.argv[2:])
 """
     config = recipes.resolve("edm-digits", WORSE)
     folders = [str(made / "shards"), str(made / "teacher"), str(tmp_path / "run")]
-    words = [sys.executable, "-c", code, config.model_dump_json(), *folders]
-    ended = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    words = [warm.python(), "-c", code, config.model_dump_json(), *folders]
+    ended = subprocess.run(words, env=warm.environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     unfinished = tmp_path / ".run.partial"
     assert checkpoint.saved_steps(unfinished / "checkpoints") == [4, 8]
@@ -143,8 +142,8 @@ def test_four_processes_select_the_same_checkpoint_as_one(
     folders = ["--data", str(made / "shards"), "--teacher", str(made / "teacher")]
     words = [*folders, "--out", str(tmp_path / "run"), *flags((*WORSE, "engine.weights=sharded"))]
     ended = subprocess.run(
-        torchrun(4, "-m", "dmd2", "distill", "edm-digits", *words),
-        env=ENVIRONMENT,
+        warm.torchrun(4, "-m", "dmd2", "distill", "edm-digits", *words),
+        env=warm.environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -173,7 +172,7 @@ def test_machines_that_share_nothing_but_a_bucket_take_the_best_from_there(
     for process in machines(
         tmp_path, "ab", "distill", "edm-digits", *folders, *flags((*WORSE, "engine.shards=2"))
     ):
-        said = process.communicate(timeout=300)[1]
+        said = process.communicate(timeout=600)[1]
         assert process.returncode == 0, said[-3000:]
     manifest = read_manifest(f"{bucket}/run", "run")
     assert manifest.facts["best_step"] == read_manifest(whole, "run").facts["best_step"]

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -28,6 +27,7 @@ from dmd2.io.staging import Draft, draft_artifact
 from dmd2.io.storage import cache, open_store, upload_files
 from dmd2.training import checkpoint
 from dmd2.training.trainer import DMD2Trainer
+from tests import warm
 from tests.bucket import DOWNLOAD, UPLOAD, Proxy, flip_bit, list_names, names_in_manifest, wait_until
 from tests.conftest import MICRO, flags
 
@@ -96,13 +96,16 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_and_ends_with_the_same_bi
     data, teacher = (copied(made / name, f"{bucket}/{name}") for name in ("shards", "teacher"))
     out = f"{bucket}/run"
     command = [
-        sys.executable, "-m", "dmd2", "distill", "edm-digits", "--data", data, "--teacher", teacher,
+        *warm.dmd2("distill", "edm-digits"), "--data", data, "--teacher", teacher,
         "--out", out, *flags((*MICRO, *more)),
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=warm.environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: process.poll() is not None or max(sent(out), default=0) >= 8)
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    said = process.communicate()[1]  # which ends when the last of its processes does
+    assert process.returncode == -signal.SIGKILL, said
     shutil.rmtree(cache())
     last = max(sent(out))
     open_store(out).write("checkpoints/00000039/student.safetensors", b"half of it")
@@ -363,21 +366,18 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(made: Path, bucket: str, p
 
 
 def machines(tmp_path: Path, names: str, *words: str) -> list[subprocess.Popen[str]]:
-    """The same command on several machines, each with a disk of its own."""
+    """The same command on several machines, each with a disk of its own and one process, as torchrun starts it there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    whole = [
-        f"--nnodes={len(names)}",
-        "--nproc-per-node=1",
-        "--master-addr=127.0.0.1",
-        f"--master-port={port}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    together = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(names)), "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *whole, f"--node-rank={rank}", "-m", "dmd2", *words],
-            env=environment | {"DMD2_CACHE": str(tmp_path / name)}, stderr=subprocess.PIPE, text=True,
+            warm.dmd2(*words), stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=warm.environment(**together, RANK=str(rank), DMD2_CACHE=str(tmp_path / name)),
         )
         for rank, name in enumerate(names)
     ]  # fmt: skip
@@ -398,7 +398,6 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
         )
     )
     for process in first:
-        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
         process.kill()
         process.communicate()
     told = json.loads(open_store(run).read(f"checkpoints/00000004/{MANIFEST}"))
@@ -407,7 +406,7 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
         f"checkpoints/00000004/{n}" for n in told["files"]
     }
     for process in machines(tmp_path, "cd", *words, "--out", run):
-        said = process.communicate(timeout=300)[1]
+        said = process.communicate(timeout=600)[1]
         assert process.returncode == 0, said[-3000:]
     assert list_names(run) == names_in_manifest(run), "nothing else is left there"
     assert read_manifest(run, "run").facts.keys() == read_manifest(made / "run", "run").facts.keys()
@@ -419,5 +418,5 @@ def test_machines_that_share_nothing_but_the_bucket_bring_their_own_files_there(
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-4)
 
     for process in machines(tmp_path, "ef", *words, "--out", str(tmp_path / "local")):
-        said = process.communicate(timeout=300)[1]
+        said = process.communicate(timeout=600)[1]
         assert process.returncode == 0, said[-3000:]  # both see this disk

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 
 from dmd2 import recipes, stages
-from dmd2.config import Config
 from dmd2.training import checkpoint
 from dmd2.training.metrics_log import METRICS, read_metrics, truncate_after
+from tests import warm
 from tests.conftest import ALONE, MICRO, flags
 from tests.training.test_loop import assert_same, numbers
 from tests.worker import WORLDS, played, resolved
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-
-
 GAMES = [(world, trainer) for world, games in WORLDS.items() for trainer in games]
+COLD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(warm.ROOT)}
+"""For what is about torchrun itself, its signals and its restarts."""
 
 
 def torchrun(processes: int, *words: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *words]
+    """A real one, whose children are the workers."""
+    return [sys.executable, *warm.torchrun(processes, *words)[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Path:
         (root / str(world)).mkdir()
         words = ["-m", "tests.worker", str(root / str(world)), str(pipeline)]
         ended = subprocess.run(
-            torchrun(world, *words), env=ENVIRONMENT, capture_output=True, text=True, check=False
+            warm.torchrun(world, *words), env=warm.environment(), capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, ended.stderr[-3000:]
     return root
@@ -87,8 +87,8 @@ def test_deterministic_mode_gives_the_same_bits_every_time(made: Path, tmp_path:
     for out in ("one", "two"):
         words = distilling(made, tmp_path / out, "engine.deterministic=True", "distill.steps=6")
         ended = subprocess.run(
-            torchrun(2, *words),
-            env=ENVIRONMENT | {"OMP_NUM_THREADS": "2"},
+            warm.torchrun(2, *words),
+            env=warm.environment(OMP_NUM_THREADS="2"),
             capture_output=True,
             text=True,
             check=False,
@@ -97,10 +97,8 @@ def test_deterministic_mode_gives_the_same_bits_every_time(made: Path, tmp_path:
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
-STEPS = 72
 LONG = (
     *MICRO,
-    f"distill.steps={STEPS}",
     "distill.save_every=3",
     "distill.log_every=1",
     "distill.student.ema=0.9",
@@ -124,14 +122,10 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def started(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-
-
-def test_processes_that_are_started_again_find_each_other_and_not_those_that_died() -> None:
-    again = 5
+@pytest.mark.parametrize("again", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_processes_that_are_started_again_find_each_other_and_not_those_that_died(again: int) -> None:
     words = torchrun(2, f"--max-restarts={again}", "-m", "tests.restarted", str(again))
-    done = subprocess.run(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    done = subprocess.run(words, env=COLD, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -145,7 +139,7 @@ def test_a_mistake_is_told_in_a_sentence_by_many_processes_too(made: Path, tmp_p
         str(tmp_path / "run"),
     ]
     command = torchrun(2, "-m", "dmd2", "distill", "edm-digits", *words)
-    done = subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=COLD, stderr=subprocess.PIPE, text=True, check=False)
     assert "a teacher folder is needed here" in done.stderr
     assert "[rank1]" not in done.stderr
     assert re.search(r"Root Cause.*exitcode +: 64", done.stderr, re.DOTALL)
@@ -155,9 +149,9 @@ def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(
     made: Path, tmp_path: Path
 ) -> None:
     log, unfinished = tmp_path / "stderr", tmp_path / ".run.partial"
-    words = torchrun(2, *distilling(made, tmp_path / "run", "engine.hang_timeout_s=20", "distill.steps=500"))
+    words = torchrun(2, *distilling(made, tmp_path / "run", "engine.hang_timeout_s=10", "distill.steps=500"))
     with log.open("w") as stderr:
-        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr, text=True)
+        process = subprocess.Popen(words, env=COLD, stderr=stderr, text=True)
     reached(process, unfinished, 1)
     waits, hangs = workers(process)
     os.kill(hangs, signal.SIGSTOP)
@@ -165,8 +159,8 @@ def test_processes_that_wait_for_one_that_hangs_write_their_stacks_and_end(
         assert process.poll() is None
         time.sleep(0.1)
     os.kill(hangs, signal.SIGCONT)  # so that torchrun can end it without waiting
-    assert process.wait(timeout=120) != 0
-    stacks = log.read_text().partition("Timeout (0:00:20)!")[2]
+    assert process.wait(timeout=600) != 0
+    stacks = log.read_text().partition("Timeout (0:00:10)!")[2]
     assert 'dmd2/training/loop.py", line' in stacks
     assert "in make_steps" in stacks
 
@@ -187,24 +181,46 @@ def started_again(process: subprocess.Popen[str], out: Path, lost: Sequence[int]
         time.sleep(0.05)
 
 
-def test_a_run_that_is_stopped_ten_times_on_other_numbers_of_processes_is_the_uninterrupted_one(
-    micro: Config, made: Path, tmp_path: Path
+FEW = [("term", 4, "sharded"), ("one", 2, "resident"), ("all", 2, "sharded")]
+"""How a run is stopped, how many processes it has then, and where their weights are."""
+
+
+def many() -> list[tuple[str, int, str]]:
+    draw = random.Random(5)
+    sizes = {"one": (2,), "all": (1, 2), "term": (1, 2, 4)}
+    order = ("term", "one", "all", "term", "all", "term", "one", "term", "all", "term")
+    return [(how, draw.choice(sizes[how]), draw.choice(("resident", "sharded"))) for how in order]
+
+
+@pytest.mark.parametrize(
+    ("stops", "steps", "environment"),
+    [(FEW, 24, warm.environment), pytest.param(many(), 72, COLD.copy, marks=pytest.mark.slow)],
+    ids=["three", "ten"],
+)
+def test_a_run_that_is_stopped_on_other_numbers_of_processes_is_the_uninterrupted_one(
+    stops: list[tuple[str, int, str]],
+    steps: int,
+    environment: Callable[[], dict[str, str]],
+    made: Path,
+    tmp_path: Path,
 ) -> None:
     """By SIGTERM, by SIGKILL of one, in whose place torchrun starts another by itself, and by SIGKILL of all."""
     whole, out, unfinished = tmp_path / "whole", tmp_path / "run", tmp_path / ".run.partial"
+    long = f"distill.steps={steps}"
     stages.distill(
-        recipes.resolve("edm-digits", LONG), str(made / "shards"), str(made / "teacher"), str(whole)
+        recipes.resolve("edm-digits", (*LONG, long)), str(made / "shards"), str(made / "teacher"), str(whole)
     )
     draw = random.Random(5)
-    for how in ("term", "one", "all", "term", "all", "term", "one", "term", "all", "term"):
-        size = {"one": 2, "all": draw.choice((1, 2)), "term": draw.choice((1, 2, 4))}[how]
-        weights = f"engine.weights={draw.choice(('resident', 'sharded'))}"
+    for how, size, weights in stops:
         saved = forgotten(unfinished)
-        process = started(torchrun(size, "--max-restarts=1", *distilling(made, out, weights)))
+        words = distilling(made, out, long, f"engine.weights={weights}")
+        process = subprocess.Popen(
+            torchrun(size, "--max-restarts=1", *words), env=environment(), stderr=subprocess.PIPE, text=True
+        )
         reached(process, unfinished, saved + draw.choice((1, 2, 3)))
         if how == "term":
             process.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=120)[1]
+            said = process.communicate(timeout=600)[1]
             assert process.returncode != 0
             assert "saved; the same command resumes" in said
             (stopped,) = checkpoint.saved_steps(unfinished / "checkpoints")[-1:]
@@ -220,8 +236,7 @@ def test_a_run_that_is_stopped_ten_times_on_other_numbers_of_processes_is_the_un
             os.kill(pid, signal.SIGKILL)
         process.communicate()
 
-    assert (
-        subprocess.run([sys.executable, *distilling(made, out)], env=ENVIRONMENT, check=False).returncode == 0
-    )
+    ended = subprocess.run([warm.python(), *distilling(made, out, long)], env=environment(), check=False)
+    assert ended.returncode == 0
     for mine, theirs in zip(numbers(out), numbers(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)

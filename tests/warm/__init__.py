@@ -60,3 +60,17 @@ def processor_s() -> float:
         return 0.0
     times = Path(f"/proc/{pid.read_text()}/stat").read_text().rpartition(")")[2].split()[11:15]
     return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For commands of the tests: one thread, as the tests themselves have it, and warm workers under torchrun."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python()} | more
+
+
+def dmd2(*words: str) -> list[str]:
+    return [python(), "-m", "dmd2", *words]
+
+
+def torchrun(processes: int, *words: str) -> list[str]:
+    """torchrun itself is warm as well, so its workers are not the children of the process that is started."""
+    return [python(), "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *words]
