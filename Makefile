@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 1000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sdxl teacher-emoji test test-oldest lock check format lint types compile manifests images images-lock images-push submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
+.PHONY: help demo demo-sdxl teacher-emoji test test-slow test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,7 +34,16 @@ $(EMOJI)/source: $(READY)
 JOBS ?= 2
 
 test: $(READY) ## Run the tests (JOBS=2 at a time, of a core each)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-slow: $(READY) ## Repeat what is random, with real processes only; build and run the small image (as root)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow
+
+test-images: $(READY) ## Build both images and run the stages in them (as root): 17 GB of disk
+	DMD2_TEST_DMD2=build $(BIN)/pytest -m slow tests/images
+
+test-durations: $(READY) ## Write what each file of tests takes to tests/durations.json, by which they are ordered
+	OMP_NUM_THREADS=1 $(BIN)/pytest --record-durations
 
 CORE = tests --ignore tests/pipelines --ignore tests/images --ignore tests/manifests
 

@@ -1,8 +1,7 @@
 """The images, built and run for real: without a network, without rights, on a root that can not be written.
 
-Needs podman and a base on this machine: DMD2_TEST_BASE names it, DMD2_TEST_WHEELS a folder with the wheels
-(images/README.md says how to make both). Building `dmd2` takes minutes and 17 GB of disk, so it is built only if
-DMD2_TEST_DMD2 says `build`, and else run if it is there.
+Slow tests. They need root and the tools of `base.py`, which makes a base and fetches the wheels once. `dmd2` takes many minutes
+and 17 GB of disk, so it is built only if DMD2_TEST_DMD2 says `build` (`make test-images`), and else run if it is there.
 """
 
 from __future__ import annotations
@@ -19,28 +18,27 @@ import pytest
 
 from images.__main__ import labels, version
 from images.pins import ROOT
+from tests.images import base
 
-BASE, WHEELS = os.environ.get("DMD2_TEST_BASE", ""), os.environ.get("DMD2_TEST_WHEELS", "")
+pytestmark = pytest.mark.slow
 Podman = Callable[..., subprocess.CompletedProcess[str]]
 RUNTIME = ["--runtime=runc"] if shutil.which("runc") else []
 ALONE = [
-    "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--security-opt=no-new-privileges",
+    "run", "--rm", "--cgroups=disabled", "--network=none", "--read-only", "--cap-drop=all", "--security-opt=no-new-privileges",
     "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _possible() -> None:
-    if not BASE:
-        pytest.skip("DMD2_TEST_BASE names no base to build on")
-    if not shutil.which("podman"):
-        pytest.skip("podman is not installed")
+    if why := base.missing():
+        pytest.skip(why)
 
 
 def built(image: str) -> str:
     """Build it, by the command that `make images` calls."""
-    command = [sys.executable, "-m", "images", "build", "--images", image, "--base", BASE]
-    command += ["--wheels", WHEELS] if WHEELS else []
+    command = [sys.executable, "-m", "images", "build", "--images", image, "--base", base.base()]
+    command += ["--wheels", str(base.wheels(image))]
     env = os.environ | {"BUILDAH_ISOLATION": "chroot"}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
@@ -116,7 +114,7 @@ def test_the_image_without_torch_has_no_rights_and_no_installer(launch: Podman) 
 def test_its_labels_say_what_it_is_and_of_what_it_was_made(launch: Podman) -> None:
     asked = ["podman", "inspect", "--format", "{{json .Config.Labels}}", f"dmd2-launch:{version()}"]
     found = json.loads(subprocess.run(asked, stdout=subprocess.PIPE, check=True).stdout)
-    assert labels("dmd2-launch", BASE).items() <= found.items()
+    assert labels("dmd2-launch", base.base()).items() <= found.items()
     assert found["org.opencontainers.image.licenses"] == "Apache-2.0"
 
 
@@ -156,6 +154,8 @@ def test_stages_run_in_the_image_with_torch(whole: Podman) -> None:
         said = whole("dmd2", verb, "edm-digits", *words)
         assert said.returncode == 0, said.stdout
     (written,) = whole(
-        "python3", "-c", f"from dmd2 import folders; print(folders.read('{out}/run', 'run').digest)"
+        "python3",
+        "-c",
+        f"from dmd2.io.artifact import read_manifest; print(read_manifest('{out}/run', 'run').digest)",
     ).stdout.split()
     assert len(written) == 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -27,9 +27,10 @@ from typing import Any
 IMPORTED = (
     "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.run", "torch.utils.data",
     "torch.utils.tensorboard", "torch.utils.flop_counter", "numpy", "scipy.linalg", "matplotlib.pyplot", "PIL.Image", "lmdb",
-    "webdataset", "google.cloud.storage", "accelerate", "diffusers", "transformers", "peft", "kfp", "kfp.dsl.executor_main",
-    "dmd2.stages", "dmd2.cli", "dmd2.training.build", "dmd2.model", "pipelines.__main__", "tests.worker",
+    "webdataset", "google.cloud.storage", "accelerate", "diffusers", "transformers", "peft",
+    "dmd2.stages", "dmd2.cli", "dmd2.training.build", "dmd2.model", "tests.worker",
 )  # fmt: skip
+WITH_KFP = ("kfp.dsl.executor_main", "pipelines.__main__")
 
 
 @dataclass
@@ -178,7 +179,7 @@ def _end(status: int) -> None:
 
 def main(path: Path, owner: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in IMPORTED:
+    for name in (*IMPORTED, *(WITH_KFP if importlib.util.find_spec("kfp") else ())):
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads; a fork would lose all but one"
