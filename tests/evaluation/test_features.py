@@ -34,7 +34,7 @@ def test_the_same_seed_gives_the_same_features(made: Path) -> None:
     one, two, other = (classifier.fit(train, 3, seed, torch.device("cpu")) for seed in (1, 1, 2))
     images = classifier.rgb(train.image[:4]).float()
     assert torch.equal(one(images), two(images))
-    assert not torch.equal(one(images), other(images))
+    assert (one(images) - other(images)).abs().mean() > 0.1 * one(images).std(), "another seed, other weights"
 
 
 class Stand(nn.Module):
