@@ -146,7 +146,7 @@ EXPORT = $(UV) export --quiet --frozen --all-extras --group build --no-emit-proj
 $(READY): $(LOCK) pyproject.toml images/build.lock
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r images/build.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r images/build.lock
 	@$(if $(filter uv.lock,$(LOCK)),$(EXPORT),cp $(LOCK) $(PINS))
 	@$(UV) pip sync $(INTO) $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode) $(PINS)
 	@$(UV) pip install $(INTO) --no-deps --editable .

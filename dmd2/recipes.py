@@ -332,6 +332,8 @@ def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **s
         if end.code:
             raise Refused(f"{program}: {_sentence(output.getvalue())}") from None
         raise
+    except ValueError as error:  # what a Config says of its own fields: not every tyro prints that
+        raise Refused(f"{program}: {error}") from None
 
 
 def _current_flag(flag: str) -> str:

@@ -57,6 +57,10 @@ def dmd2(python: str, *words: str) -> subprocess.CompletedProcess[str]:
             "'many'",
         ),
         (
+            ["distill", "edm-digits", "--data", "a", "--teacher", "t", "--out", "b", "--seed", "-1"],
+            "seed: Input should be greater than or equal to 0",
+        ),
+        (
             ["shard", "edm-digits", "--source", "/nowhere/at/all", "--out", "b"],
             "/nowhere/at/all does not exist",
         ),
