@@ -1,4 +1,4 @@
-"""A tiny SDXL, complete but for any learning, and captioned pictures for it: fixtures of several tests."""
+"""A tiny untrained SDXL pipeline and captioned pictures for it: fixtures of several tests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SMALL = (
     "distill.preview_every=6", "evaluate.images=6", "evaluate.teacher_steps=2", "evaluate.batch=6", "gate.factor=1e9",
     "pairs.count=10", "pairs.per_shard=4", "pairs.batch=2", "pairs.steps=2",
 )  # fmt: skip
-"""Overrides that make the emoji recipes a matter of seconds, with efficientnet's features of six images."""
+"""Overrides with which the emoji recipes take seconds; six images are evaluated with the features of EfficientNet."""
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole SDXL with random weights: 32 pixels, latents of 4x16x16."""
+    """An SDXL pipeline with random weights: images of 32 pixels, latents of 4x16x16."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -46,7 +46,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 captioned pictures."""
+    """30 captioned pictures of 32 pixels: squares in three colours."""
     folder, rng, lines = tmp_path_factory.mktemp("squares"), np.random.default_rng(0), []
     for index in range(30):
         name = list(COLOURS)[index % 3]
