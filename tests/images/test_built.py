@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 Podman = Callable[..., subprocess.CompletedProcess[str]]
 RUNTIME = ["--runtime=runc"] if shutil.which("runc") else []
 ALONE = [
-    "run", "--rm", "--cgroups=disabled", "--network=none", "--read-only", "--cap-drop=all", "--security-opt=no-new-privileges",
+    "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--security-opt=no-new-privileges",
     "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096",
 ]  # fmt: skip
 
