@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import uuid
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +26,7 @@ FOLDER, OWNER = "DMD2_TESTS_WARM", "DMD2_TESTS_OWNER"
 def announce() -> None:
     """Call this in the process that outlives all others of the session, before it starts them."""
     if FOLDER not in os.environ:
-        os.environ[FOLDER] = tempfile.mkdtemp(prefix="warm-")
+        os.environ[FOLDER] = f"{tempfile.gettempdir()}/warm-{uuid.uuid4().hex}"
         os.environ[OWNER] = str(os.getpid())
 
 
@@ -34,6 +35,7 @@ def python() -> str:
     """The path of the program. The first call of a session starts the server, which ends with the session."""
     folder = Path(os.environ[FOLDER])
     program, socket = folder / "python", folder / "socket"
+    folder.mkdir(mode=0o700, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
