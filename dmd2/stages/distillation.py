@@ -1,0 +1,134 @@
+"""The parts of a distillation between its inputs and its result: trainer, batches, previews, scores of checkpoints, the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+from dmd2.batch import Batch
+from dmd2.config import Config
+from dmd2.data.loader import Shards
+from dmd2.data.shards import TRAIN
+from dmd2.io.artifact import Manifest, open_artifact
+from dmd2.io.staging import Draft
+from dmd2.model import Model
+from dmd2.models.family import check_same_family
+from dmd2.parallel import sharding
+from dmd2.parallel.ranks import World
+from dmd2.plan.utilization import training_throughput
+from dmd2.stages.distributed import batch_reader, training_facts
+from dmd2.stages.networks import (
+    check_same_vae,
+    load_artifact_model,
+    save_student,
+    starting_weights,
+    student_model,
+)
+from dmd2.stages.pictures import preview_family, sample_grid
+from dmd2.stages.prompts import preview_prompts, prompt_sampler
+from dmd2.training import build
+from dmd2.training.loop import LoopSettings, ScoreFunction, load_best, train
+from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """One process's view of a distillation whose inputs were checked."""
+
+    config: Config
+    world: World
+    data: str
+    samples: Manifest
+    """Manifest of `data`."""
+    teacher: str
+    teacher_manifest: Manifest
+    prompts: str
+    model: Model
+    """The teacher; its weights are loaded on rank 0 only."""
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        world: World,
+        data: str,
+        samples: Manifest,
+        teacher: str,
+        teacher_manifest: Manifest,
+        prompts: str,
+    ) -> Self:
+        """Load the teacher, and refuse a teacher, VAE or batch size that does not fit the recipe and the processes."""
+        model = load_artifact_model(teacher, teacher_manifest, weights=world.is_main)
+        check_same_family(model.config, config.family)
+        check_same_vae(open_artifact(teacher, teacher_manifest, "vae/*"), samples, data)
+        world.local_rows(config.distill.batch)
+        return cls(config, world, data, samples, teacher, teacher_manifest, prompts, model)
+
+    def run(self, draft: Draft, start: str) -> None:
+        """Train from the newest checkpoint in the draft, or from the run `start` or the teacher, and save the student."""
+        settings = self.config.distill
+        loop_settings = LoopSettings(
+            settings.steps,
+            training_throughput(self.config, self.model.family, self.world),
+            settings.log_every,
+            settings.save_every,
+            settings.preview_every,
+            settings.keep_checkpoints,
+            self.config.engine.hang_timeout_s,
+        )
+        trainer = self._trainer(start)
+        student = replace(student_model(self.model, self.config), network=trainer.student.module)
+        draft.facts["prompts"] = preview_prompts(
+            self.config.family, Shards(self.data, TRAIN, self.samples.kind), self.prompts
+        )
+        preview = self._preview(student, trainer, draft)
+        score = self._score(student, trainer)
+        train("distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score)
+        if score:
+            draft.facts |= load_best(draft, trainer.student, self.world)
+        weights = sharding.gather_full_tensors(trainer.student.inference_weights(), self.world)
+        if self.world.is_main:
+            save_student(draft, self.config, student, weights, self.teacher, self.teacher_manifest)
+            draft.facts |= training_facts(trainer.student.module, settings.steps, settings.batch)
+
+    def _trainer(self, start: str) -> DMD2Trainer | RegressionTrainer:
+        draw_prompts = (
+            prompt_sampler(self.model.family, self.prompts, self.world.device) if self.prompts else None
+        )
+        weights = self.model.network.state_dict() if self.world.is_main else {}
+        started_from = starting_weights(start, weights=self.world.is_main)
+        return build.trainer(self.config, self.model.family, weights, self.world, started_from, draw_prompts)
+
+    def _batches(self) -> Callable[[int], Iterator[Batch]]:
+        settings, family = self.config.distill, self.model.family
+        read_batch = family.read_pairs if settings.regression else family.read
+        return batch_reader(self.config, self.data, settings.batch, self.world, self.samples.kind, read_batch)
+
+    def _preview(
+        self, student: Model, trainer: DMD2Trainer | RegressionTrainer, draft: Draft
+    ) -> Callable[[int], None]:
+        """Saves a grid of the student's samples after a step; all ranks take part in the sampling."""
+        folder = open_artifact(self.teacher, self.teacher_manifest)
+        previewed = replace(student, family=preview_family(self.config, self.model, folder))
+
+        def preview(step: int) -> None:
+            with trainer.student.swap_in_inference_weights():
+                picture = sample_grid(
+                    self.config.family, previewed.sample, draft.facts["prompts"], self.config.seed
+                )
+            if self.world.is_main:
+                (draft.path / "previews").mkdir(exist_ok=True)
+                picture.save(draft.path / "previews" / f"{step:08d}.png")
+
+        return preview
+
+    def _score(self, student: Model, trainer: DMD2Trainer | RegressionTrainer) -> ScoreFunction | None:
+        """Scores checkpoints against training samples, if the recipe keeps the best one."""
+        if not self.config.distill.best.images:
+            return None
+        from dmd2.stages.checkpoint_score import checkpoint_score  # slow to import
+
+        return checkpoint_score(
+            self.config, student, trainer.student, self.data, self.samples, self.prompts, self.world
+        )
