@@ -43,7 +43,9 @@ def test_the_committed_requirements_are_what_uv_lock_has_now(name: str) -> None:
 @pytest.mark.parametrize("name", PARTS)
 def test_every_package_is_pinned_and_has_hashes(name: str) -> None:
     entries = re.findall(r"^\S.*\n(?: .*\n)*", part(name).read_text(), flags=re.MULTILINE)
-    assert len(entries) == len(names(name))
+    pins = [Requirement(entry.split(" \\")[0]) for entry in entries]
+    installed = [pin.name for pin in pins if not pin.marker or pin.marker.evaluate()]
+    assert sorted(installed) == sorted(names(name))
     for entry in entries:
         assert re.match(r"[a-z0-9-]+==[\w.+]+ (; .*)?\\\n    --hash=sha256:[0-9a-f]{64}", entry), entry
 
