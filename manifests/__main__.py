@@ -1,6 +1,6 @@
 """`python -m manifests`: every overlay rendered to `runs/manifests/<overlay>.yaml`, for review and for `kubectl apply -f`.
 
-Kustomize does the work. All that is added here is the image, by the digest that `images.lock` has for it.
+Kustomize renders; the only addition here is the image, by its digest in `images.lock`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from images import pins
 
 ROOT = Path(__file__).parent
 PLACEHOLDER = "dmd2.invalid/dmd2:unset"
-"""Stands for the image in `base/runtime.yaml`. No registry has that name, so it can not be taken for a real one."""
+"""Placeholder for the image in `base/runtime.yaml`; no registry has that name."""
 
 
 def overlays(root: Path = ROOT) -> list[str]:
@@ -27,7 +27,7 @@ def overlays(root: Path = ROOT) -> list[str]:
 
 
 def render(overlay: str, root: Path = ROOT) -> str:
-    """What `kubectl apply -k` would send."""
+    """The objects that `kubectl apply -k` would send, as YAML."""
     if overlay not in overlays(root):
         raise Refused(f"{overlay!r} is no overlay; {near_miss(overlay, overlays(root))}")
     done = subprocess.run(
@@ -39,7 +39,7 @@ def render(overlay: str, root: Path = ROOT) -> str:
 
 
 def kubectl() -> str:
-    """The one that was installed with this Python, before any other."""
+    """Path of kubectl; the one installed with this Python is preferred."""
     found = shutil.which(
         "kubectl", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
@@ -49,7 +49,7 @@ def kubectl() -> str:
 
 
 def with_image(rendered: str, reference: str) -> str:
-    """The placeholder stays where the image was never pushed: a tag may be another image tomorrow."""
+    """Replace the placeholder by a reference with a digest. Without a digest the placeholder stays, because a tag can change."""
     return rendered.replace(PLACEHOLDER, reference) if "@sha256:" in reference else rendered
 
 
