@@ -261,7 +261,7 @@ def test_logs_come_from_the_pods_of_the_run(
         pod = {"metadata": metadata, "status": {"phase": phase}}
         server.pods.append((pod, f"first of {step} in {run}\nlast of {step}"))
     assert tell("logs", "--run", "r1") == (
-        "== x.begin.executor\nfirst of begin in r1\nlast of begin\n"
+        "== x.prepare-run.executor\nfirst of prepare-run in r1\nlast of prepare-run\n"
         "== x.distill.executor\nfirst of distill in r1\nlast of distill\n"
     )
     assert (
