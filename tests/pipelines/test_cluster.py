@@ -330,7 +330,7 @@ def test_a_schedule_that_could_find_nothing_is_refused(server: Server, tell: Tel
 
 
 def test_a_cron_of_five_fields_is_refused(server: Server, tell: Tell) -> None:
-    with pytest.raises(Refused, match="it has six fields"):
+    with pytest.raises(Refused, match="give six fields"):
         tell("schedule", *SCHEDULE, "--cron", "0 6 * * 1")
 
 
