@@ -65,9 +65,11 @@ def configure(format: str = "") -> None:
     level = _choose(os.environ.get(LEVEL) or ("INFO" if main else "WARNING"), LEVEL, SEVERITIES)
     os.environ[FORMAT] = format
     root = logging.getLogger()
-    for handler in _handlers():
-        root.removeHandler(handler)
-    root.addHandler(HANDLERS[format]())
+    for earlier in _handlers():
+        root.removeHandler(earlier)
+    handler = HANDLERS[format]()
+    handler.addFilter(_is_ours_or_a_warning)  # the root's own level may be INFO, as under KFP
+    root.addHandler(handler)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(level)
     logging.captureWarnings(format == "json")
@@ -75,6 +77,10 @@ def configure(format: str = "") -> None:
         sys.excepthook = _log_uncaught
     elif sys.excepthook is _log_uncaught:
         sys.excepthook = sys.__excepthook__
+
+
+def _is_ours_or_a_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in PACKAGES
 
 
 def is_json() -> bool:

@@ -22,7 +22,7 @@ def logging_of_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test configures logging for itself and leaves it as it was."""
     monkeypatch.setenv(log.FORMAT, "text")
     root, hook = logging.getLogger(), sys.excepthook
-    handlers, levels = list(root.handlers), {name: logging.getLogger(name).level for name in log.PACKAGES}
+    handlers, levels = list(root.handlers), {n: logging.getLogger(n).level for n in ("root", *log.PACKAGES)}
     yield
     root.handlers[:], sys.excepthook = handlers, hook
     logging.captureWarnings(False)
@@ -72,6 +72,7 @@ def test_the_environment_chooses_the_format_and_other_libraries_log_warnings_onl
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(log.FORMAT, "json")
+    logging.getLogger().setLevel(logging.INFO)  # as the executor of KFP does
     log.configure()
     for level in (logging.INFO, logging.WARNING):
         logging.getLogger("google.auth").log(level, "credentials")
