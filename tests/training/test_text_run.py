@@ -273,7 +273,7 @@ def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -
     [
         (lambda r: stages.teach(config(), str(r / "latents"), str(r / "x")), "bring one with dmd2 resolve"),
         (lambda r: stages.resolve(config(), str(r / "shards"), str(r / "x")), "is no VAE"),
-        (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), labels=(1,)), "is no text"),
+        (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), labels=(1,)), "is not a text"),
         (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), steps=5), "was made for 4"),
         (lambda r: stages.sample(str(r / "run"), str(r / "x.png"), guidance=2.0), "distilled into a student"),
         (lambda r: stages.sample(str(r / "teacher"), str(r / "x.png")), "give --prompts"),
