@@ -1,4 +1,4 @@
-"""How long tests take, in seconds of processor time, and the order that follows: the file that takes longest first.
+"""Recorded processor time of the test files, and the order of the tests: the file that takes longest first.
 
 `pytest --record-durations` shows them and writes `durations.json`. These are hooks of pytest, which `conftest.py` imports.
 """
@@ -18,11 +18,13 @@ from tests import warm
 
 PATH = Path(__file__).with_name("durations.json")
 SHOWN = 30
+UNKNOWN_S = 15.0
+"""Seconds that are assumed of a file without a recorded time."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    told = f"show the seconds of processor time of files and tests, and write those of files to {PATH.name}"
-    parser.addoption("--record-durations", action="store_true", help=told)
+    text = f"show the seconds of processor time of files and tests, and write those of files to {PATH.name}"
+    parser.addoption("--record-durations", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,9 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that two workers of pytest end at about the same time; before it, what is not known."""
+    """Sort by recorded time, the longest file first, so that two workers of pytest end at about the same time."""
     seconds: dict[str, float] = json.loads(PATH.read_text())
-    items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), float("inf")))
+    items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), UNKNOWN_S))
 
 
 def file_of(nodeid: str) -> str:
