@@ -289,7 +289,7 @@ def test_the_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "GPU-hours",
         "cost at 0.7",
         "selective",
-        "assumption",
+        "assumed",
     ):
         assert word in printed
 
