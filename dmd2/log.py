@@ -67,6 +67,8 @@ def configure(format: str = "") -> None:
     root = logging.getLogger()
     for earlier in _handlers():
         root.removeHandler(earlier)
+    for other in (h for h in root.handlers if type(h) is logging.StreamHandler):
+        other.addFilter(_is_of_others)  # as of KFP's executor, which would print each record a second time
     handler = HANDLERS[format]()
     handler.addFilter(_is_ours_or_a_warning)  # the root's own level may be INFO, as under KFP
     root.addHandler(handler)
@@ -79,8 +81,12 @@ def configure(format: str = "") -> None:
         sys.excepthook = sys.__excepthook__
 
 
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] not in PACKAGES
+
+
 def _is_ours_or_a_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in PACKAGES
+    return record.levelno >= logging.WARNING or not _is_of_others(record)
 
 
 def is_json() -> bool:

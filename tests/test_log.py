@@ -79,6 +79,17 @@ def test_the_environment_chooses_the_format_and_other_libraries_log_warnings_onl
     assert [event["severity"] for event in events(capsys.readouterr().err)] == ["WARNING"]
 
 
+def test_a_record_is_printed_once_beside_the_handler_of_kfps_executor(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    executor = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(executor)
+    log.configure("text")
+    logging.getLogger("dmd2.stages").info("encoding")
+    logging.getLogger("kfp").warning("of KFP")
+    assert capsys.readouterr().err.splitlines() == ["encoding", "of KFP", "warning: of KFP"]
+
+
 @pytest.mark.parametrize(("rank", "level", "logged"), [("0", "", 1), ("1", "", 0), ("1", "INFO", 1)])
 def test_only_the_main_process_logs_info_unless_asked(
     rank: str, level: str, logged: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
