@@ -74,6 +74,9 @@ def configure(format: str = "") -> None:
     root.addHandler(handler)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(level)
+    # google-auth hides all records of a "google" logger whose level is not set.
+    logging.getLogger("google").setLevel("WARNING")
+    logging.getLogger("google").propagate = True
     logging.captureWarnings(format == "json")
     if format == "json":
         sys.excepthook = _log_uncaught

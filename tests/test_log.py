@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
+import google.auth._helpers
 import pytest
 
 from dmd2 import log
@@ -22,7 +23,8 @@ def logging_of_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test configures logging for itself and leaves it as it was."""
     monkeypatch.setenv(log.FORMAT, "text")
     root, hook = logging.getLogger(), sys.excepthook
-    handlers, levels = list(root.handlers), {n: logging.getLogger(n).level for n in ("root", *log.PACKAGES)}
+    names = ("root", "google", *log.PACKAGES)
+    handlers, levels = list(root.handlers), {name: logging.getLogger(name).level for name in names}
     yield
     root.handlers[:], sys.excepthook = handlers, hook
     logging.captureWarnings(False)
@@ -77,6 +79,22 @@ def test_the_environment_chooses_the_format_and_other_libraries_log_warnings_onl
     for level in (logging.INFO, logging.WARNING):
         logging.getLogger("google.auth").log(level, "credentials")
     assert [event["severity"] for event in events(capsys.readouterr().err)] == ["WARNING"]
+
+
+def test_warnings_of_google_are_logged_where_its_library_hid_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(google.auth._helpers, "_LOGGING_INITIALIZED", False)
+    google_logger = logging.getLogger("google")
+    google_logger.setLevel(logging.NOTSET)
+    google.auth._helpers.is_logging_enabled(google_logger)
+    assert not google_logger.propagate
+    log.configure("text")
+    logging.getLogger("google.auth").warning("no project")
+    monkeypatch.setattr(google.auth._helpers, "_LOGGING_INITIALIZED", False)
+    google.auth._helpers.is_logging_enabled(google_logger)
+    logging.getLogger("google.auth").warning("no quota")
+    assert capsys.readouterr().err == "warning: no project\nwarning: no quota\n"
 
 
 def test_a_record_is_printed_once_beside_the_handler_of_kfps_executor(
