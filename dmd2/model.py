@@ -19,6 +19,7 @@ from dmd2.config import FamilyConfig, in_first_spelling
 from dmd2.errors import Refused
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.storage import local_path
+from dmd2.io.tensors import check_finite
 from dmd2.models.family import CondPair, ModelFamily, Prompt, make_family
 from dmd2.sampler import Timesteps, generate
 
@@ -40,7 +41,18 @@ class Model:
         """Sample the student: images of these classes or texts, uint8 (N, C, H, W).
 
         An image takes len(timesteps) network calls. `batch` is the number of images in a call; 0 = by their size. Equal seeds give
-        equal noise for any batch size and device."""
+        equal noise for any batch size and device.
+
+        Raises:
+            Refused: The network's output is not finite.
+        """
+        return self._decode_finite(self._student_samples(prompts, seed, batch))
+
+    def sample_unchecked(self, prompts: Sequence[Prompt], seed: int = 0) -> Tensor:
+        """`sample` for previews and scores during training, where a student that has diverged must not end one rank alone."""
+        return self.family.decode(self._student_samples(prompts, seed, batch=0))
+
+    def _student_samples(self, prompts: Sequence[Prompt], seed: int, batch: int) -> Tensor:
 
         def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
             first, *later = eps.unbind(1)
@@ -48,14 +60,13 @@ class Model:
             denoiser = self.family.denoiser(self.network)
             return generate(denoiser, first, cond.cond, self.timesteps, lambda x0: next(noise))
 
-        _, x0 = self._in_batches(sample_batch, prompts, seed, batch, noises=len(self.timesteps))
-        return self.family.decode(x0)
+        return self._in_batches(sample_batch, prompts, seed, batch, noises=len(self.timesteps))[1]
 
     def sample_teacher(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> Tensor:
         """Sample the family's many-step sampler: images, uint8 (N, C, H, W), from the noise that a one-step student gets for this seed."""
-        return self.family.decode(self.pairs(prompts, seed, steps, guidance, batch)[1])
+        return self._decode_finite(self.pairs(prompts, seed, steps, guidance, batch)[1])
 
     def pairs(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
@@ -91,6 +102,11 @@ class Model:
             samples.append(sample_batch(eps.to(device), CondPair(cond.to(device), uncond.to(device))).cpu())
             all_noise.append(eps)
         return torch.cat(all_noise), torch.cat(samples)
+
+    def _decode_finite(self, samples: Tensor) -> Tensor:
+        """Images of samples, which are refused if they are not finite: as uint8, NaN would be black."""
+        check_finite({"the samples": samples}, "the network's output")
+        return self.family.decode(samples)
 
 
 def load(folder: str | Path) -> Model:

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """A tokenizer needs the files of one of these; without them, transformers makes one with an empty vocabulary."""

@@ -54,6 +54,10 @@ class TextEncoders:
                     f"{tokenizer_folder} holds no CLIP tokenizer: it has neither tokenizer.json, nor vocab.json and merges.txt"
                 )
             tokenizer = load_from_files(transformers.CLIPTokenizer, tokenizer_folder, TOKENIZER_FILES)
+            if (tokens := 1 + max(tokenizer.get_vocab().values())) > (rows := encoder.config.vocab_size):
+                raise Refused(
+                    f"{tokenizer_folder} has {tokens} tokens, and the text encoder in {folder} has embeddings of {rows}; give the two that belong together"
+                )
             self.parts.append((tokenizer, encoder))
 
     def embed_for_storage(self, texts: Sequence[str]) -> TextEmbeddings:

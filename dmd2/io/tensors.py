@@ -43,6 +43,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise Refused if one of the tensors has a value that is infinite or NaN."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and (count := _not_finite(tensor)):
+            raise Refused(
+                f"{what} has {count} infinite or NaN values of {tensor.numel()} in {name!r:.150}; with them nothing can be "
+                "drawn, so get it again, or save it anew from a copy in float32"
+            )
+
+
+def _not_finite(tensor: Tensor) -> int:
+    values = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no isfinite
+    return values.numel() - int(values.isfinite().sum())
+
+
+def check_files_finite(folder: Path) -> None:
+    """`check_finite` for every safetensors file in a folder, one after the other."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        check_finite(load_tensors(path), str(path.relative_to(folder)))
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device. From the CPU to a GPU the copy is asynchronous, which needs pinned memory: the host does
     not wait for the work that is queued on the GPU."""

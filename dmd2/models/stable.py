@@ -157,7 +157,10 @@ class Stable(ABC):
         read here."""
         folder = folder or published_pipeline(config.kind)
         self.config, self.folder, self.vae_place = config, folder, vae or folder / "vae"
-        self.unet, self.scheduler = _json(folder / UNET), complete_scheduler_config(_json(folder / SCHEDULER))
+        self.unet, self.scheduler = (
+            read_json(folder / UNET),
+            complete_scheduler_config(read_json(folder / SCHEDULER)),
+        )
         self._check()
         self.diffusion = Diffusion(
             noise_schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]]
@@ -252,7 +255,7 @@ class Stable(ABC):
     def _text_tokens(self) -> int:
         """Number of tokens of a text; `CLIP_TOKENS` if the pipeline folder has no text encoders."""
         path = self.folder / "text_encoder" / "config.json"
-        return int(_json(path)["max_position_embeddings"]) if path.exists() else CLIP_TOKENS
+        return int(read_json(path)["max_position_embeddings"]) if path.exists() else CLIP_TOKENS
 
     def sample_teacher(
         self, network: nn.Module, eps: Tensor, pair: CondPair, steps: int, guidance: float
@@ -331,7 +334,7 @@ class Stable(ABC):
             k: self.scheduler[k] for k in kept if k in self.scheduler
         }
         (folder / SCHEDULER).write_text(json.dumps(config, indent=1) + "\n")
-        index = _json(folder / "model_index.json") | {"scheduler": ["diffusers", STUDENT_SCHEDULER]}
+        index = read_json(folder / "model_index.json") | {"scheduler": ["diffusers", STUDENT_SCHEDULER]}
         # Diffusers requires all components in the index; the safety checker of Stable Diffusion 1.5 is not part of the folder.
         gone = [n for n, part in index.items() if isinstance(part, list) and not (folder / n).is_dir()]
         index |= {name: [None, None] for name in gone}
@@ -439,7 +442,7 @@ def published_pipeline(name: str) -> Path:
     return Path(__file__).parent / "published" / name
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:

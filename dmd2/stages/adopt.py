@@ -37,6 +37,7 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     inputs = {"source": _content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}
     if done := find_finished(out, "run", config, inputs):
         return done
+    from dmd2.io.tensors import check_finite
     from dmd2.model import load_network, save_network
     from dmd2.models.family import check_same_family
     from dmd2.stages.networks import load_artifact_model, parameter_count, student_model
@@ -45,6 +46,7 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     model = load_artifact_model(teacher, read_manifest(teacher, "teacher"))
     check_same_family(model.config, config.family)
     weights = model.family.adopt(path, model.network.state_dict())
+    check_finite(weights, source)
     prompts = grid_classes(config.family) if config.family.prompts == "classes" else list(PREVIEW_PROMPTS)
     with draft_artifact(out, "run", config, inputs) as draft:
         save_network(draft.path, student_model(model, config), weights)

@@ -38,7 +38,9 @@ def checkpoint_score(
     with world.main_process_first():
         extract = features.load_pretrained(settings, "distill.best", world.device)
     train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
-    scorer = load_scorer(settings, extract, student.sample, train, student.family, prompts_for, world)
+    scorer = load_scorer(
+        settings, extract, student.sample_unchecked, train, student.family, prompts_for, world
+    )
 
     def score(report: Callable[[str], None]) -> float:
         with trainable.swap_in_inference_weights():

@@ -115,7 +115,7 @@ class Distillation:
         def preview(step: int) -> None:
             with trainer.student.swap_in_inference_weights():
                 picture = sample_grid(
-                    self.config.family, previewed.sample, draft.facts["prompts"], self.config.seed
+                    self.config.family, previewed.sample_unchecked, draft.facts["prompts"], self.config.seed
                 )
             if self.world.is_main:
                 (draft.path / "previews").mkdir(exist_ok=True)

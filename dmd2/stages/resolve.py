@@ -13,7 +13,8 @@ from dmd2.stages.teach import teach
 
 
 def resolve(config: Config, source: str, out: str, base: str = "", vae: str = "") -> Manifest:
-    """Convert a teacher from elsewhere into a teacher folder. No code in it is executed; unknown weights are refused.
+    """Convert a teacher from elsewhere into a teacher folder. No code in it is executed; unknown weights, and weights
+    that are not finite, are refused.
 
     Args:
         source: For sd15 and sdxl: a pipeline folder of diffusers with safetensors (local, gs://, or a name on the hub),
@@ -22,6 +23,7 @@ def resolve(config: Config, source: str, out: str, base: str = "", vae: str = ""
         base: For a single file: a pipeline folder of diffusers with the configs and tokenizers that belong to it.
         vae: Another VAE to use instead of the teacher's own, such as SDXL's fp16-fixed one.
     """
+    from dmd2.io.tensors import check_files_finite
     from dmd2.model import load_network, write_network_json
     from dmd2.models.family import family_class
     from dmd2.stages.networks import parameter_count
@@ -32,6 +34,7 @@ def resolve(config: Config, source: str, out: str, base: str = "", vae: str = ""
             return done
         with draft_artifact(out, "teacher", config, found.inputs) as draft:
             found.write(draft.path)
+            check_files_finite(draft.path)
             write_network_json(draft.path, config.family, ())
             teacher = load_network(draft.path)
             draft.facts |= {

@@ -635,7 +635,11 @@ def test_the_student_of_a_training_folder_is_read(suffix: str, tmp_path: Path, r
         (lambda w: w | {"x": {"y": 1}}, "'x' is a dict, not a tensor"),
         (lambda w: [1], "holds a list"),
         (lambda w: prefixed(w, "fake_unet."), "no conv_in.weight (fake_unet."),
-        (lambda w: prefixed(w, "model.diffusion_model."), "whole model in one file"),
+        (
+            lambda w: prefixed(w, "model.diffusion_model."),
+            "U-Net of SD or SDXL in diffusers' or the original naming",
+        ),
+        (lambda w: prefixed(w, "first_stage_model."), "whole model in one file"),
         (lambda w: adapted(unet()).state_dict(), "does not say the LoRA's alpha"),
         (
             lambda w: w | {"conv_in.weight": torch.zeros(2, 4)},
@@ -859,7 +863,18 @@ def test_a_lora_needs_its_base(tmp_path: Path, refusal: Refusal) -> None:
     )
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"alpha_pattern": {"x": 1}}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"alpha_pattern": {"x": 1}},
+        {"use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"peft_type": "LOHA"},
+        {"bias": "all"},
+    ],
+)
 def test_a_lora_of_another_kind_is_refused(
     settings: dict[str, Any], tmp_path: Path, refusal: Refusal
 ) -> None:

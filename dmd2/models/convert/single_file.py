@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dmd2.errors import Refused, brief
+from dmd2.errors import Refused, brief, near_miss
 from dmd2.models.convert.tensor_files import name_file_in_errors, refuse_broken_file, require_file
 
 PIPELINES = {
@@ -28,6 +28,18 @@ COMPONENTS = {
 }  # fmt: skip
 LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of names of CLIP's tensors that are not weights of a text encoder."""
+V_MARKER, ZTSNR_MARKER = "v_pred", "ztsnr"
+"""Empty tensors by which a file says that its U-Net predicts v, and that its schedule has zero terminal SNR."""
+EDM_PREFIX = "edm_"
+"""Start of names of tensors by which a file says that its U-Net has the process of EDM: edm_mean, edm_std, edm_vpred.sigma_max."""
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "ss_v_parameterization")
+"""Metadata that say what the U-Net predicts."""
+PREDICTION_NAMES = {
+    "epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon",
+    "v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "v_pred": "v_prediction",
+    "sample": "sample", "x0": "sample",
+}  # fmt: skip
+"""Values of modelspec's metadata -> `prediction_type` of diffusers."""
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 
 
@@ -44,13 +56,16 @@ def convert_single_file(path: Path, config: Path | None, out: Path) -> None:
         out: The folder.
     """
     with name_file_in_errors(path):
-        shapes, dtype = _read_header(path)
-        kind = _pipeline(shapes)
+        header = _read_header(path)
+        shapes, dtype = header.shapes, header.dtype
+        kind, process = _pipeline(shapes), read_process(header)
         if config is not None:
             _check_config(config, kind)
         pipeline = _convert(path, config, kind, dtype)
         _check_complete(pipeline, shapes)
+        scheduler = json.loads(pipeline.scheduler.to_json_string()) | process
         pipeline.save_pretrained(out)
+        (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
 
 
 def _convert(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -> Any:
@@ -85,8 +100,56 @@ def _convert(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -> 
         logging.set_verbosity(level)
 
 
-def _read_header(path: Path) -> tuple[dict[str, list[int]], torch.dtype]:
-    """Name -> shape of all tensors, and the precision of the networks' weights if there is only one, otherwise float32."""
+class Header(NamedTuple):
+    """What a safetensors file says of its content."""
+
+    shapes: dict[str, list[int]]
+    """Name -> shape of all tensors."""
+    dtype: torch.dtype
+    """The precision of the networks' weights if there is only one, otherwise float32."""
+    metadata: dict[str, str]
+
+
+def read_process(header: Header) -> dict[str, Any]:
+    """The settings of the scheduler that a file states: by marker keys, by modelspec's metadata, or by those of kohya's training.
+
+    Raises:
+        Refused: If the process is not known, or two statements contradict each other.
+    """
+    if edm := next((name for name in header.shapes if name.startswith(EDM_PREFIX)), None):
+        raise Refused(
+            f"its key {edm!r:.60} says that it follows the process of EDM, and SD and SDXL are read with noise, v or x0 prediction only; use a base model"
+        )
+    said = {_prediction(key, header.metadata[key]) for key in PREDICTION_KEYS if header.metadata.get(key)}
+    said |= {"v_prediction"} if V_MARKER in header.shapes else set()
+    if len(said) > 1:
+        raise Refused(
+            f"it says of itself that it predicts {' and '.join(sorted(said))}; correct its metadata ({', '.join(PREDICTION_KEYS)}) or its key {V_MARKER}"
+        )
+    found: dict[str, Any] = {"prediction_type": said.pop()} if said else {}
+    ztsnr = ZTSNR_MARKER in header.shapes
+    if ztsnr or _is_true(header.metadata.get("ss_zero_terminal_snr", "")):
+        found["rescale_betas_zero_snr"] = True
+    return found
+
+
+def _prediction(key: str, value: str) -> str:
+    """The `prediction_type` of diffusers for a value of the metadata."""
+    if key == "ss_v_parameterization":
+        return "v_prediction" if _is_true(value) else "epsilon"
+    if (known := PREDICTION_NAMES.get(value.strip().lower())) is None:
+        raise Refused(
+            f"its metadata say {key} = {value!r:.60}, which is not known; {near_miss(value, list(PREDICTION_NAMES))}"
+        )
+    return known
+
+
+def _is_true(value: str) -> bool:
+    return value.strip().lower() in ("true", "1")
+
+
+def _read_header(path: Path) -> Header:
+    """What a safetensors file says, without its weights."""
     if require_file(path).suffix != ".safetensors":
         raise Refused(
             f"it is no .safetensors file but {path.suffix!r}, and a pickle (.ckpt) can run code: convert it to safetensors where you trust it"
@@ -96,7 +159,8 @@ def _read_header(path: Path) -> tuple[dict[str, list[int]], torch.dtype]:
         used = [part for name, part in slices.items() if _component(name)]
         kinds = {part.get_dtype() for part in used} & {"F16", "BF16", "F32", "F64"}
         one = {"F16": torch.float16, "BF16": torch.bfloat16}.get(*kinds) if len(kinds) == 1 else None
-        return {name: part.get_shape() for name, part in slices.items()}, one or torch.float32
+        shapes = {name: part.get_shape() for name, part in slices.items()}
+        return Header(shapes, one or torch.float32, file.metadata() or {})
 
 
 def _component(name: str) -> str | None:
@@ -110,7 +174,8 @@ def _pipeline(shapes: Mapping[str, list[int]]) -> str:
     kind = next((k for prefix, k in PIPELINES.items() if any(n.startswith(prefix) for n in shapes)), None)
     if kind is None or not any(name.startswith("model.diffusion_model.") for name in shapes):
         raise Refused(
-            f"it is no whole model of SD1.5 or SDXL in one file ({next(iter(shapes), 'nothing')!r:.100} for one); give a UNet or a LoRA as that"
+            f"it is no whole model of SD1.5 or SDXL in one file ({next(iter(shapes), 'nothing')!r:.100} for one); a U-Net or a LoRA "
+            "alone is no teacher: `adopt` reads it, with the teacher it was made from"
         )
     return kind
 

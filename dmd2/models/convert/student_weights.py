@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from dmd2.errors import Refused
-from dmd2.models.convert.lora_names import LORA, layer_and_factor, weights_by_lora_name
+from dmd2.io.tensors import check_finite
+from dmd2.models.convert.lora_names import LORA, layer_and_factor, sgm_names, weights_by_lora_name
 from dmd2.models.convert.tensor_files import (
     TensorFile,
     name_file_in_errors,
@@ -22,8 +24,25 @@ STUDENT = ("pytorch_model.bin", "model.safetensors")
 """The student's file in a training folder, as accelerate saves its first model."""
 WRAPPER_PREFIXES = ("module.", "feedforward_model.")
 """Prefixes that wrappers of the training code leave on the names of a student's weights."""
+ORIGINAL_PREFIX = "model.diffusion_model."
+"""Prefix of the U-Net's names in files of CompVis and SGM."""
+WHOLE_MODEL = ("first_stage_model.", "cond_stage_model.", "conditioner.")
+"""Prefixes of the names of the VAE and the text encoders in such a file."""
 UNET = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
 """Weights that every UNet of SD and SDXL has in diffusers' naming."""
+
+
+UNSUPPORTED_LORA = (
+    "use_dora", "use_rslora", "use_qalora", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication",
+    "modules_to_save", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
+"""Settings of peft that are not supported if they are set."""
+KNOWN_LORA: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA", None),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+"""Settings of peft -> their supported values. PiSSA, OLoRA, LoftQ and CorDA take something away from the base at the start."""
 
 
 def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -40,10 +59,11 @@ def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str,
             raise Refused(
                 "it is a UNet with a LoRA beside its weights, and does not say the LoRA's alpha; give the LoRA's own file, or merge it first"
             )
+        check_finite(file.tensors, "it")
         if any(LORA.fullmatch(name) for name in file.tensors):
             with refuse_broken_file("LoRA"):
                 return _merge_lora(file, base, path)
-        return _check_unet(strip_wrapper_prefixes(file.tensors), base)
+        return _check_unet(from_original_names(strip_wrapper_prefixes(file.tensors), base), base)
 
 
 def find_model_file(folder: Path, names: Iterable[str]) -> Path:
@@ -64,14 +84,30 @@ def strip_wrapper_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def from_original_names(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """A U-Net alone in the naming of CompVis and SGM, as ComfyUI saves it, under diffusers' names; anything else as it is."""
+    bare = {name.removeprefix(ORIGINAL_PREFIX): tensor for name, tensor in tensors.items()}
+    if base is None or "input_blocks.0.0.weight" not in bare or len(bare) < len(tensors):
+        return tensors
+    if any(name.startswith(WHOLE_MODEL) for name in tensors):
+        return tensors
+    names = sgm_names(base)
+    known = {
+        f"{original}.{part}": f"{layer}.{part}"
+        for layer, original in names.items()
+        for part in ("weight", "bias")
+    }
+    return {known.get(name, name): tensor for name, tensor in bare.items()}
+
+
 def _check_unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The tensors, if they are those of a UNet and have the names and shapes of the base."""
     if missing := [name for name in UNET if name not in tensors]:
-        single_file = any(name.startswith("model.diffusion_model.") for name in tensors)
+        single_file = any(name.startswith(WHOLE_MODEL) for name in tensors)
         advice = (
-            "it is a whole model in one file: import it as that"
+            "it is a whole model in one file: `resolve` makes a teacher of it; to adopt it, save its U-Net alone"
             if single_file
-            else "give a UNet in diffusers' naming"
+            else "give a U-Net of SD or SDXL in diffusers' or the original naming, and the teacher it was made from"
         )
         raise Refused(
             f"it holds no UNet: it has no {missing[0]} ({', '.join(list(tensors)[:1]) or 'nothing':.100} for one); {advice}"
@@ -142,9 +178,20 @@ def _default_alpha(file: TensorFile, path: Path) -> float | None:
         settings = {name.removeprefix("unet."): value for name, value in saved.items()}
     except (ValueError, AttributeError):
         raise Refused("it is a LoRA whose settings are not a JSON object; get the file again") from None
-    for name in ("use_dora", "use_rslora", "alpha_pattern", "fan_in_fan_out"):
+    _check_lora_settings(settings)
+    return float(settings["lora_alpha"]) if "lora_alpha" in settings else None
+
+
+def _check_lora_settings(settings: Mapping[str, Any]) -> None:
+    """Raise Refused for settings of peft under which an update is more than alpha / rank * up @ down on the base."""
+    for name in UNSUPPORTED_LORA:
         if settings.get(name):
             raise Refused(
                 f"it is a LoRA with {name} = {settings[name]!r:.60}, which is not supported; merge it first"
             )
-    return float(settings["lora_alpha"]) if "lora_alpha" in settings else None
+    for name, known in KNOWN_LORA.items():
+        if name in settings and settings[name] not in known:
+            raise Refused(
+                f"it is a LoRA with {name} = {settings[name]!r:.60}, and only {', '.join(map(repr, known))} are supported: "
+                "other updates belong to a base that was changed before training, or are of another form; merge it with peft first"
+            )
