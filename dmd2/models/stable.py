@@ -67,6 +67,9 @@ SCHEDULERS = (
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
 """Schedulers of the variance preserving process with betas. Those of flow matching and EDM have other noise levels."""
+ZERO_SNR = "rescale_betas_zero_snr"
+PROCESS_SETTINGS = {"timestep_type": "discrete", "use_flow_sigmas": False, "snr_shift_scale": 1.0}
+"""Settings of schedulers that change the process -> the only value that is supported."""
 CLIP_TOKENS = 77
 """Number of tokens that a CLIP text encoder takes."""
 SHORT_TRANSFORMER = 2
@@ -157,10 +160,8 @@ class Stable(ABC):
         read here."""
         folder = folder or published_pipeline(config.kind)
         self.config, self.folder, self.vae_place = config, folder, vae or folder / "vae"
-        self.unet, self.scheduler = (
-            read_json(folder / UNET),
-            complete_scheduler_config(read_json(folder / SCHEDULER)),
-        )
+        self.unet = read_json(folder / UNET)
+        self.scheduler = complete_scheduler_config(read_json(folder / SCHEDULER))
         self._check()
         self.diffusion = Diffusion(
             noise_schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]]
@@ -367,6 +368,7 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
 
         def write(folder: Path) -> None:
             pipeline.copy(folder)
+            check_sampler(complete_scheduler_config(read_json(folder / SCHEDULER)))
             if other:
                 other.copy(folder)
 
@@ -408,8 +410,30 @@ def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
         raise Refused(
             f"the teacher's scheduler is {name!r}, of a process that is not known; {near_miss(str(name), list(SCHEDULERS))}"
         )
-    defaults = getattr(diffusers, str(name))().config
-    return {k: v for k, v in defaults.items() if not k.startswith("_")} | config
+    defaults = {k: v for k, v in getattr(diffusers, str(name))().config.items() if not k.startswith("_")}
+    whole = defaults | config
+    for setting, supported in PROCESS_SETTINGS.items():
+        if whole.get(setting, supported) != supported:
+            raise Refused(
+                f"the teacher's scheduler has {setting} = {whole[setting]!r:.60}, a process that is not supported; it must be {supported!r}"
+            )
+    return whole
+
+
+def check_sampler(config: dict[str, Any]) -> None:
+    """Raise Refused for a scheduler that does not follow its own settings, or cannot sample in one step, as the evaluation does."""
+    import diffusers
+
+    name = config["_class_name"]
+    if config.get(ZERO_SNR) and ZERO_SNR not in getattr(diffusers, name)().config:
+        raise Refused(
+            f"the teacher's scheduler has {ZERO_SNR}, which a {name} does not follow; name one that does in {SCHEDULER}, such as DDIMScheduler"
+        )
+    if name == "PNDMScheduler" and not config["skip_prk_steps"]:
+        raise Refused(
+            "the teacher's PNDMScheduler starts with Runge-Kutta steps (skip_prk_steps is false) and cannot take fewer than 4 "
+            f"steps, and the evaluation samples the teacher in one too; set skip_prk_steps to true in {SCHEDULER}, as Stable Diffusion does"
+        )
 
 
 def noise_schedule(config: dict[str, Any]) -> Schedule:

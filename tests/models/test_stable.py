@@ -38,6 +38,7 @@ from dmd2.models.stable import (
     SCHEDULERS,
     UNET,
     Stable,
+    check_sampler,
     complete_scheduler_config,
     noise_schedule,
     published_pipeline,
@@ -503,3 +504,20 @@ def test_missing_values_of_a_scheduler_config_are_the_defaults_of_its_class(name
     ours = noise_schedule(complete_scheduler_config(given))
     torch.testing.assert_close(ours.alpha.square().float(), theirs.alphas_cumprod, atol=1e-6, rtol=0)
     assert given == {"_class_name": name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": False}, "cannot take fewer than 4 steps"),
+        (
+            {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "rescale_betas_zero_snr": True},
+            "which a PNDMScheduler does not follow",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "must be 'discrete'"),
+    ],
+)
+def test_a_scheduler_that_cannot_sample_the_teacher_is_refused(
+    settings: dict[str, Any], words: str, refusal: Refusal
+) -> None:
+    assert words in refusal(lambda: check_sampler(complete_scheduler_config(settings)))
