@@ -19,7 +19,7 @@ from dmd2.config import FamilyConfig, in_first_spelling
 from dmd2.errors import Refused
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.storage import local_path
-from dmd2.io.tensors import check_finite
+from dmd2.io.tensors import num_not_finite
 from dmd2.models.family import CondPair, ModelFamily, Prompt, make_family
 from dmd2.sampler import Timesteps, generate
 
@@ -44,15 +44,20 @@ class Model:
         equal noise for any batch size and device.
 
         Raises:
-            Refused: The network's output is not finite.
+            Refused: The network's output has infinite or NaN values.
         """
-        return self._decode_finite(self._student_samples(prompts, seed, batch))
+        return self.family.decode(_require_finite(self._student_samples(prompts, seed, batch)))
 
     def sample_unchecked(self, prompts: Sequence[Prompt], seed: int = 0) -> Tensor:
-        """`sample` for previews and scores during training, where a student that has diverged must not end one rank alone."""
+        """Like `sample`, but values that are not finite are decoded too.
+
+        For previews and scores during training: there an error on one rank would leave the others waiting for it, and the
+        training loop itself stops a run that diverges.
+        """
         return self.family.decode(self._student_samples(prompts, seed, batch=0))
 
     def _student_samples(self, prompts: Sequence[Prompt], seed: int, batch: int) -> Tensor:
+        """The student's samples before the family's decoder, (N, C, H, W)."""
 
         def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
             first, *later = eps.unbind(1)
@@ -66,18 +71,18 @@ class Model:
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> Tensor:
         """Sample the family's many-step sampler: images, uint8 (N, C, H, W), from the noise that a one-step student gets for this seed."""
-        return self._decode_finite(self.pairs(prompts, seed, steps, guidance, batch)[1])
+        return self.family.decode(self.pairs(prompts, seed, steps, guidance, batch)[1])
 
     def pairs(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """(noise, the teacher's sample from it), each (N, C, H, W)."""
+        """(noise, the teacher's sample from it), each (N, C, H, W); refused if a sample is not finite."""
 
         def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
             return self.family.sample_teacher(self.network, eps[:, 0], cond, steps, guidance)
 
         eps, x0 = self._in_batches(sample_batch, prompts, seed, batch, noises=1)
-        return eps[:, 0], x0
+        return eps[:, 0], _require_finite(x0)
 
     def _in_batches(
         self,
@@ -103,10 +108,15 @@ class Model:
             all_noise.append(eps)
         return torch.cat(all_noise), torch.cat(samples)
 
-    def _decode_finite(self, samples: Tensor) -> Tensor:
-        """Images of samples, which are refused if they are not finite: as uint8, NaN would be black."""
-        check_finite({"the samples": samples}, "the network's output")
-        return self.family.decode(samples)
+
+def _require_finite(samples: Tensor) -> Tensor:
+    """The samples; refused if one of their values is not finite, which would become a black pixel."""
+    if count := num_not_finite(samples):
+        raise Refused(
+            f"the network's output has {count} infinite or NaN values of {samples.numel()}: its weights are damaged, or a run that "
+            "diverged left them; use an earlier checkpoint, or get the weights again"
+        )
+    return samples
 
 
 def load(folder: str | Path) -> Model:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,24 +44,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise Refused if one of the tensors has a value that is infinite or NaN."""
+    """Refuse weights that are infinite or NaN. `what` names the file in the message."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and (count := _not_finite(tensor)):
+        if count := num_not_finite(tensor):
             raise Refused(
-                f"{what} has {count} infinite or NaN values of {tensor.numel()} in {name!r:.150}; with them nothing can be "
-                "drawn, so get it again, or save it anew from a copy in float32"
+                f"{what} has {count} infinite or NaN values of {tensor.numel()} in {name!r:.150}, and a network with them draws "
+                "nothing; get it again, or save it anew from a copy in float32"
             )
 
 
-def _not_finite(tensor: Tensor) -> int:
-    values = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no isfinite
-    return values.numel() - int(values.isfinite().sum())
+def num_not_finite(tensor: Tensor) -> int:
+    """Number of values that are infinite or NaN."""
+    return int(tensor.numel() - tensor.isfinite().sum())
 
 
 def check_files_finite(folder: Path) -> None:
-    """`check_finite` for every safetensors file in a folder, one after the other."""
+    """Apply `check_finite` to all safetensors files in a folder; one tensor at a time is in memory."""
     for path in sorted(folder.rglob("*.safetensors")):
-        check_finite(load_tensors(path), str(path.relative_to(folder)))
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                check_finite({name: file.get_tensor(name)}, str(path.relative_to(folder)))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,8 +13,8 @@ from dmd2.models.stable import Stable, read_json
 
 
 class Sdxl(Stable):
-    """Implements `ModelFamily`. `text`: hidden states before the last layer of both encoders, concatenated; uncond: zeros, or
-    an empty text's if the pipeline says so."""
+    """Implements `ModelFamily`. `text`: hidden states before the last layer of both encoders, concatenated. Uncond: zeros, or
+    the embeddings of an empty text if the pipeline has `force_zeros_for_empty_prompt: false`."""
 
     pipeline, embedding = "StableDiffusionXLPipeline", "text_time"
 
@@ -24,19 +24,19 @@ class Sdxl(Stable):
         # Original size, corner of the crop, target size (ibid., sec. 2.2): the same for all, real or fake.
         size = torch.tensor([[side, side, 0, 0, side, side]], device=states.device).repeat(len(states), 1)
         cond = Conditioning(text=states, pooled=pooled, size=size)
-        if self.zero_uncond:
-            zeros = torch.zeros_like(states), torch.zeros_like(pooled)
-            return CondPair(cond, Conditioning(text=zeros[0], pooled=zeros[1], size=size))
+        empty, empty_pooled = self._uncond(states, pooled)
+        return CondPair(cond, Conditioning(text=empty, pooled=empty_pooled, size=size))
+
+    def _uncond(self, states: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and pooled embeddings of the unconditional pass, in the shapes of the given ones."""
+        if self._forces_zeros:
+            return torch.zeros_like(states), torch.zeros_like(pooled)
         empty, empty_pooled = self.empty_text
-        assert empty_pooled is not None
-        text, rest = (
-            empty.to(states.device).expand_as(states),
-            empty_pooled.to(pooled.device).expand_as(pooled),
-        )
-        return CondPair(cond, Conditioning(text=text, pooled=rest, size=size))
+        assert empty_pooled is not None  # SDXL has two text encoders
+        return empty.to(states).expand_as(states), empty_pooled.to(pooled).expand_as(pooled)
 
     @cached_property
-    def zero_uncond(self) -> bool:
-        """Whether uncond is zeros: `force_zeros_for_empty_prompt` of the pipeline, true by default."""
+    def _forces_zeros(self) -> bool:
+        """`force_zeros_for_empty_prompt` of the pipeline. The published folder, which has shapes only, has no index of a pipeline."""
         path = self.folder / "model_index.json"
         return bool(read_json(path).get("force_zeros_for_empty_prompt", True)) if path.is_file() else True

@@ -59,6 +59,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Te
         (("v_pred", "ztsnr"), None, "v_prediction", True),
         ((), {"modelspec.prediction_type": "v"}, "v_prediction", False),
         ((), {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+        (("v_pred",), {"ss_v_parameterization": "None"}, "v_prediction", False),
+        ((), {"modelspec.predict_key": "v"}, "v_prediction", False),
         ((), {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "v_prediction", True),
     ],
 )
@@ -83,7 +85,11 @@ def test_the_process_that_a_single_file_states_is_its_teachers(
     [
         (("edm_mean",), None, "follows the process of EDM"),
         (("v_pred",), {"modelspec.prediction_type": "epsilon"}, "predicts epsilon and v_prediction"),
-        ((), {"modelspec.prediction_type": "flow"}, "modelspec.prediction_type = 'flow', which is not known"),
+        (
+            (),
+            {"modelspec.prediction_type": "flow"},
+            "modelspec.prediction_type = 'flow', which is no known prediction type",
+        ),
     ],
 )
 def test_a_process_that_is_not_known_or_contradicts_itself_is_refused(

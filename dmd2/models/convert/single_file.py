@@ -33,13 +33,15 @@ V_MARKER, ZTSNR_MARKER = "v_pred", "ztsnr"
 EDM_PREFIX = "edm_"
 """Start of names of tensors by which a file says that its U-Net has the process of EDM: edm_mean, edm_std, edm_vpred.sigma_max."""
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "ss_v_parameterization")
-"""Metadata that say what the U-Net predicts."""
+"""Metadata that say what the U-Net predicts: of the Stability AI Model Spec, of ComfyUI, of kohya's trainer."""
+NOT_STATED = "None"
+"""The value that kohya's trainer writes for a setting that was not given."""
 PREDICTION_NAMES = {
     "epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon",
     "v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "v_pred": "v_prediction",
     "sample": "sample", "x0": "sample",
 }  # fmt: skip
-"""Values of modelspec's metadata -> `prediction_type` of diffusers."""
+"""Values of these metadata -> `prediction_type` of diffusers."""
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 
 
@@ -57,15 +59,13 @@ def convert_single_file(path: Path, config: Path | None, out: Path) -> None:
     """
     with name_file_in_errors(path):
         header = _read_header(path)
-        shapes, dtype = header.shapes, header.dtype
-        kind, process = _pipeline(shapes), read_process(header)
+        kind, process = _pipeline(header.shapes), _stated_process(header)
         if config is not None:
             _check_config(config, kind)
-        pipeline = _convert(path, config, kind, dtype)
-        _check_complete(pipeline, shapes)
-        scheduler = json.loads(pipeline.scheduler.to_json_string()) | process
+        pipeline = _convert(path, config, kind, header.dtype)
+        _check_complete(pipeline, header.shapes)
+        pipeline.scheduler.register_to_config(**process)
         pipeline.save_pretrained(out)
-        (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
 
 
 def _convert(path: Path, config: Path | None, kind: str, dtype: torch.dtype) -> Any:
@@ -110,36 +110,35 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_process(header: Header) -> dict[str, Any]:
-    """The settings of the scheduler that a file states: by marker keys, by modelspec's metadata, or by those of kohya's training.
-
-    Raises:
-        Refused: If the process is not known, or two statements contradict each other.
-    """
+def _stated_process(header: Header) -> dict[str, Any]:
+    """The scheduler's settings that a file states, in names of marker tensors or in metadata; refused if they are not supported
+    or contradict each other."""
     if edm := next((name for name in header.shapes if name.startswith(EDM_PREFIX)), None):
         raise Refused(
-            f"its key {edm!r:.60} says that it follows the process of EDM, and SD and SDXL are read with noise, v or x0 prediction only; use a base model"
+            f"its key {edm!r:.60} says that it follows the process of EDM, as Playground 2.5 and CosXL do, which is not supported; use a model that predicts noise, v or x0 at the timesteps of SDXL"
         )
-    said = {_prediction(key, header.metadata[key]) for key in PREDICTION_KEYS if header.metadata.get(key)}
-    said |= {"v_prediction"} if V_MARKER in header.shapes else set()
-    if len(said) > 1:
+    stated = {
+        key: value for key in PREDICTION_KEYS if (value := header.metadata.get(key, NOT_STATED)) != NOT_STATED
+    }
+    kinds = {_prediction_type(key, value) for key, value in stated.items()}
+    kinds |= {"v_prediction"} if V_MARKER in header.shapes else set()
+    if len(kinds) > 1:
         raise Refused(
-            f"it says of itself that it predicts {' and '.join(sorted(said))}; correct its metadata ({', '.join(PREDICTION_KEYS)}) or its key {V_MARKER}"
+            f"it says of itself that it predicts {' and '.join(sorted(kinds))}; correct its metadata ({', '.join(PREDICTION_KEYS)}) or its key {V_MARKER}"
         )
-    found: dict[str, Any] = {"prediction_type": said.pop()} if said else {}
-    ztsnr = ZTSNR_MARKER in header.shapes
-    if ztsnr or _is_true(header.metadata.get("ss_zero_terminal_snr", "")):
+    found: dict[str, Any] = {"prediction_type": kinds.pop()} if kinds else {}
+    if ZTSNR_MARKER in header.shapes or _is_true(header.metadata.get("ss_zero_terminal_snr", "")):
         found["rescale_betas_zero_snr"] = True
     return found
 
 
-def _prediction(key: str, value: str) -> str:
+def _prediction_type(key: str, value: str) -> str:
     """The `prediction_type` of diffusers for a value of the metadata."""
     if key == "ss_v_parameterization":
         return "v_prediction" if _is_true(value) else "epsilon"
     if (known := PREDICTION_NAMES.get(value.strip().lower())) is None:
         raise Refused(
-            f"its metadata say {key} = {value!r:.60}, which is not known; {near_miss(value, list(PREDICTION_NAMES))}"
+            f"its metadata have {key} = {value!r:.60}, which is no known prediction type; {near_miss(value, list(PREDICTION_NAMES))}"
         )
     return known
 
@@ -149,7 +148,7 @@ def _is_true(value: str) -> bool:
 
 
 def _read_header(path: Path) -> Header:
-    """What a safetensors file says, without its weights."""
+    """Read the header of a safetensors file; its weights are not read."""
     if require_file(path).suffix != ".safetensors":
         raise Refused(
             f"it is no .safetensors file but {path.suffix!r}, and a pickle (.ckpt) can run code: convert it to safetensors where you trust it"

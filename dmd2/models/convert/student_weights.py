@@ -30,8 +30,6 @@ WHOLE_MODEL = ("first_stage_model.", "cond_stage_model.", "conditioner.")
 """Prefixes of the names of the VAE and the text encoders in such a file."""
 UNET = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
 """Weights that every UNet of SD and SDXL has in diffusers' naming."""
-
-
 UNSUPPORTED_LORA = (
     "use_dora", "use_rslora", "use_qalora", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication",
     "modules_to_save", "trainable_token_indices", "target_parameters",
@@ -63,7 +61,7 @@ def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str,
         if any(LORA.fullmatch(name) for name in file.tensors):
             with refuse_broken_file("LoRA"):
                 return _merge_lora(file, base, path)
-        return _check_unet(from_original_names(strip_wrapper_prefixes(file.tensors), base), base)
+        return _check_unet(_from_original_names(strip_wrapper_prefixes(file.tensors), base), base)
 
 
 def find_model_file(folder: Path, names: Iterable[str]) -> Path:
@@ -84,17 +82,18 @@ def strip_wrapper_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def from_original_names(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """A U-Net alone in the naming of CompVis and SGM, as ComfyUI saves it, under diffusers' names; anything else as it is."""
+def _from_original_names(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Give diffusers' names to a U-Net in the naming of CompVis and SGM, as ComfyUI saves it without the other networks.
+
+    Other tensors, and those of a whole model, are returned as they are. `base`, in diffusers' naming, has all layers.
+    """
     bare = {name.removeprefix(ORIGINAL_PREFIX): tensor for name, tensor in tensors.items()}
-    if base is None or "input_blocks.0.0.weight" not in bare or len(bare) < len(tensors):
+    whole = any(name.startswith(WHOLE_MODEL) for name in tensors)
+    if base is None or whole or "input_blocks.0.0.weight" not in bare:
         return tensors
-    if any(name.startswith(WHOLE_MODEL) for name in tensors):
-        return tensors
-    names = sgm_names(base)
     known = {
         f"{original}.{part}": f"{layer}.{part}"
-        for layer, original in names.items()
+        for layer, original in sgm_names(base).items()
         for part in ("weight", "bias")
     }
     return {known.get(name, name): tensor for name, tensor in bare.items()}
@@ -103,10 +102,10 @@ def from_original_names(tensors: dict[str, Tensor], base: Mapping[str, Tensor] |
 def _check_unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The tensors, if they are those of a UNet and have the names and shapes of the base."""
     if missing := [name for name in UNET if name not in tensors]:
-        single_file = any(name.startswith(WHOLE_MODEL) for name in tensors)
+        whole = any(name.startswith(WHOLE_MODEL) for name in tensors)
         advice = (
             "it is a whole model in one file: `resolve` makes a teacher of it; to adopt it, save its U-Net alone"
-            if single_file
+            if whole
             else "give a U-Net of SD or SDXL in diffusers' or the original naming, and the teacher it was made from"
         )
         raise Refused(
@@ -183,7 +182,7 @@ def _default_alpha(file: TensorFile, path: Path) -> float | None:
 
 
 def _check_lora_settings(settings: Mapping[str, Any]) -> None:
-    """Raise Refused for settings of peft under which an update is more than alpha / rank * up @ down on the base."""
+    """Refuse settings of peft under which an update is not just alpha / rank * up @ down, added to the base."""
     for name in UNSUPPORTED_LORA:
         if settings.get(name):
             raise Refused(
