@@ -313,6 +313,9 @@ class DataConfig(Section):
     """Images whose longer side is more than this many times the shorter are left out; 0 = no limit."""
     drop_duplicates: bool = False
     """Leave out images whose files are equal to an earlier one; this reads every file a second time."""
+    max_megapixels: PositiveFloat = 64.0
+    """Images of more pixels (in millions) count as unreadable and are not decoded: a small file can hold a huge picture, and each
+    process needs up to 12 bytes per pixel."""
     max_broken: NonNegativeInt = 10
     """Number of unreadable files that are skipped and reported; with more, sharding fails."""
 

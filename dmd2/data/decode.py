@@ -1,12 +1,16 @@
-"""Decoding images and preparing them: upright, opaque, 8 bits per channel, square, of the network's resolution."""
+"""Decoding images and preparing them: upright, opaque, sRGB, 8 bits per channel, square, of the network's resolution."""
 
 from __future__ import annotations
 
 import io
+import warnings
+from collections import Counter
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from dmd2.data.colour import convert_to_srgb
 from dmd2.errors import Refused, near_miss
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -26,28 +30,61 @@ IMAGE_SUFFIXES = (
     ".webp",
 )
 """File name suffixes of images."""
+MAX_PIXELS = 64_000_000
+"""Default of the largest number of pixels that are decoded."""
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "lanczos", "box", "bilinear")}
 
 
-def decode_image(data: bytes) -> Image.Image:
+class Decode(Protocol):
+    """Turns the bytes of an image into an image of at most `max_pixels` pixels; others are refused before they are decoded."""
+
+    def __call__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image: ...
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file; of an animation, the first frame."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is `max_pixels`
+        file = Image.open(io.BytesIO(data), formats=FORMATS)
+    with file as image:
+        check_pixels(image.size, max_pixels)
         image.load()
     return image
 
 
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse an image that is too large, by its size in (width, height)."""
+    if size[0] * size[1] > max_pixels:
+        raise Refused(
+            f"the image has {size[0]} x {size[1]} pixels, more than {max_pixels / 1e6:g} million; scale it down, or "
+            "raise --data.max-megapixels"
+        )
+
+
 def prepare_image(
-    image: Image.Image, resolution: int, channels: int, filter: str = "bicubic", background: str = "white"
+    image: Image.Image,
+    resolution: int,
+    channels: int,
+    filter: str = "bicubic",
+    background: str = "white",
+    profiles: Counter[str] | None = None,
 ) -> Image.Image:
-    """Apply the EXIF orientation, put transparent pixels on `background`, convert to grey or RGB, crop the central square and
-    resize it with antialiasing.
+    """Apply the EXIF orientation, convert to sRGB by the colour profile, put transparent pixels on `background`, convert to grey or
+    RGB, crop the central square and resize it with antialiasing.
 
     FID is commonly taken on images resized with `bicubic`. A square image of the wanted size is not resampled.
+
+    Args:
+        profiles: Counts what was done with colour profiles, by reason.
     """
     if filter not in FILTERS:
         raise Refused(f"no filter is named {filter!r}: {near_miss(filter, list(FILTERS))}")
     mode = "L" if channels == 1 else "RGB"
-    image = _flatten_transparency(_to_8_bits(ImageOps.exif_transpose(image)), background)
+    image = _to_8_bits(ImageOps.exif_transpose(image))
+    image, done = convert_to_srgb(image)
+    if profiles is not None and done:
+        profiles[done] += 1
+    image = _flatten_transparency(image, background)
     image = image if image.mode == mode else image.convert(mode)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -67,9 +104,11 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if levels.min() < 0 or levels.max() > 65535:
         raise Refused("the pixels have more than 16 bits; save them with 8 or 16")
     grey = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if (key := image.info.get("transparency")) is None:
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))))
+    if (key := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8)))
+    if profile := image.info.get("icc_profile"):
+        grey.info["icc_profile"] = profile
+    return grey
 
 
 def _flatten_transparency(image: Image.Image, background: str) -> Image.Image:

@@ -86,6 +86,8 @@ class UnitResult(BaseModel):
     """Names of unreadable images, with the reason."""
     dropped: dict[str, int] = {}
     """Number of images left out by a filter, by reason."""
+    profiles: dict[str, int] = {}
+    """Number of images with a colour profile, by what was done with it."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,10 @@ def summarize(results: list[UnitResult], classes: int) -> dict[str, Any]:
     images: Counter[str] = Counter()
     histogram: Counter[int] = Counter()
     dropped: Counter[str] = Counter()
+    profiles: Counter[str] = Counter()
     for result in results:
         dropped.update(result.dropped)
+        profiles.update(result.profiles)
         for shard in result.shards:
             images[shard.split] += shard.images
             histogram.update(shard.histogram)
@@ -178,6 +182,7 @@ def summarize(results: list[UnitResult], classes: int) -> dict[str, Any]:
         "histogram": [histogram[label] for label in range(classes)],
         "broken": [name for result in results for name in result.broken],
         "dropped": dict(sorted(dropped.items())),
+        "colour_profiles": dict(sorted(profiles.items())),
     }
 
 
@@ -224,20 +229,21 @@ def _write_table(split: str, shards: list[ShardInfo], config: Config, draft: Dra
 
 def write_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
     """Write the shards of a unit, then its result file."""
-    result, held_out = UnitResult(), 0
+    result, held_out, profiles = UnitResult(), 0, Counter[str]()
+    data, max_pixels = job.data, int(job.data.max_megapixels * 1e6)
     writers = {split: SplitWriter(split, unit.number, job) for split in (TRAIN, HOLDOUT)}
     duplicates = job.duplicates.get(unit.number, frozenset())
     try:
         for index, record in enumerate(unit.records()):
             try:
-                data = record.read()
-                count(1, len(data))
-                image = record.decode(data)
-                if reason := "duplicate" if index in duplicates else _rejection_reason(image, job.data):
+                file = record.read()
+                count(1, len(file))
+                image = record.decode(file, max_pixels)
+                if reason := "duplicate" if index in duplicates else _rejection_reason(image, data):
                     result.dropped[reason] = result.dropped.get(reason, 0) + 1
                     continue
                 png = _encode_png(
-                    prepare_image(image, job.resolution, job.channels, job.data.filter, job.data.background)
+                    prepare_image(image, job.resolution, job.channels, data.filter, data.background, profiles)
                 )
             except Exception as error:  # the decoders raise anything on a broken file
                 if _is_system_error(error):
@@ -253,6 +259,7 @@ def write_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
         for writer in writers.values():
             writer.discard()
     result.shards += [shard for writer in writers.values() for shard in writer.shards]
+    result.profiles = dict(profiles)
     text = result.model_dump_json()
     job.store.write(f"{RESULTS}/{unit.number:06d}.json", text.encode())
     return text

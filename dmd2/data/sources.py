@@ -35,7 +35,7 @@ from dmd2.data.archives import (
     read_zip_member,
     refuse_broken,
 )  # fmt: skip
-from dmd2.data.decode import IMAGE_SUFFIXES, decode_image
+from dmd2.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, Decode, check_pixels, decode_image
 from dmd2.data.listing import Listing, archives_ending, find_one, list_files, matching, with_siblings
 from dmd2.errors import Refused
 from dmd2.io.storage import fetch_file, join_uri
@@ -63,7 +63,7 @@ class SourceImage:
     """Returns the encoded file, or raw pixels; exact duplicates have the same bytes."""
     text: str = ""
     """Caption."""
-    decode: Callable[[bytes], Image.Image] = decode_image
+    decode: Decode = decode_image
 
 
 @dataclass(frozen=True)
@@ -433,7 +433,8 @@ def _pixel_bytes(images: Pixels, index: int) -> bytes:
     return images[index].tobytes()
 
 
-def _image_of_pixels(data: bytes, shape: tuple[int, ...]) -> Image.Image:
+def _image_of_pixels(data: bytes, max_pixels: int = MAX_PIXELS, *, shape: tuple[int, ...]) -> Image.Image:
+    check_pixels((shape[1], shape[0]), max_pixels)
     return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
 
 
