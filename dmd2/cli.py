@@ -71,7 +71,8 @@ def run(arguments: Sequence[str]) -> None:
         config = recipes.get(rest[0])
         program, rest = f"{program} {rest[0]}", rest[1:]
     result = stage(**recipes.parse(_arguments(stage, config), rest, program))
-    print(f"{verb}: {_facts_line(result.facts)}" if hasattr(result, "facts") else result)
+    said = f"{verb}: {_facts_line(result.facts)}" if hasattr(result, "facts") else str(result)
+    print(log.printable(said))
 
 
 def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[..., dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 import tyro
 from PIL import ImageColor
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from dmd2.log import without_secrets
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -423,10 +426,18 @@ class GanConfig(Section):
     same noise and timestep, which saves one forward pass per step."""
 
 
+def _without_password(uri: str) -> str:
+    if without_secrets(uri) != uri:
+        raise ValueError(
+            "the address holds a password or a token, which every manifest would show; copy the file and give its path"
+        )
+    return uri
+
+
 class WeightsConfig(Section):
     """A file of weights of a feature network, with its digest."""
 
-    uri: str
+    uri: Annotated[str, AfterValidator(_without_password)]
     """Local path, gs:// or https: address of the file."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
     """The sha256 of the file, or its first 8 or more hex digits; a file with another digest is not loaded."""

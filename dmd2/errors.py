@@ -91,5 +91,6 @@ def _exit(message: str, status: int) -> NoReturn:
         logger.error(message, extra={"exit_status": status})
     else:
         with suppress(BrokenPipeError):
-            print(f"dmd2: {message}", file=sys.stderr, flush=True)
+            line = log.printable(message).replace("\n", "\\n")
+            print(f"dmd2: {line}", file=sys.stderr, flush=True)
     raise SystemExit(status)

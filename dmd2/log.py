@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -26,12 +27,44 @@ FORMAT, LEVEL = "DMD2_LOG_FORMAT", "DMD2_LOG_LEVEL"
 PACKAGES = ("dmd2", "components", "pipelines")
 SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 """Levels of logging, and severities of Cloud Logging, by the same names."""
+UNPRINTABLE = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+"""Characters that would steer a terminal, hide or reverse text, or that no file in UTF-8 can hold."""
+SECRETS = re.compile(
+    r"(?<=://)[^/\s?#]+(?=@)|(?<=[?&])(?P<name>(?i:(?:[a-z_-]*[_-])?(?:token|signature|password|secret|key|sig))=)[^&\s#]*"
+)
+"""User and password in an address, and parameters of signed addresses."""
 STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """Fields that every record has. All other ones were given as `extra`."""
 
 
+def without_secrets(value: Any) -> Any:
+    """The value with the secrets of addresses removed from all of its texts. JSON escapes control characters itself."""
+    if isinstance(value, str):
+        return _remove_secrets(value)
+    if isinstance(value, dict):
+        return {key: without_secrets(each) for key, each in value.items()}
+    return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes (a tab and a new line stay), and without the secrets of addresses: names of
+    files and fields come from anywhere."""
+    return _remove_secrets(UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text))
+
+
+class PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class TextHandler(logging.Handler):
     """Lines for people: by rich on a terminal, plain elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(PrintableFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr.isatty():
@@ -45,7 +78,7 @@ class JsonHandler(logging.Handler):
     """One JSON object per record and line, in the fields of Cloud Logging's structured logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _write_line(json.dumps(event(record), default=str))
+        _write_line(json.dumps(without_secrets(event(record)), default=str))
 
 
 HANDLERS: dict[str, type[TextHandler | JsonHandler]] = {"text": TextHandler, "json": JsonHandler}
@@ -123,7 +156,13 @@ def console() -> Console:
 def _rich_handler() -> logging.Handler:
     from rich.logging import RichHandler
 
-    return RichHandler(console=console(), show_time=False, show_path=False)
+    handler = RichHandler(console=console(), show_time=False, show_path=False)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    return handler
+
+
+def _remove_secrets(text: str) -> str:
+    return SECRETS.sub(lambda found: f"{found['name'] or ''}***", text)
 
 
 def _handlers() -> list[TextHandler | JsonHandler]:

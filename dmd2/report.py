@@ -65,9 +65,10 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
     config = manifests["run"].config
     assert config is not None
     gate = manifests["gate"].facts
+    decision = escape(str(gate["decision"]))
     parts = [
         f"<h1>{escape(config.recipe)}</h1>",
-        f'<p class="{gate["decision"]}"><b>{gate["decision"].capitalize()}</b>: {escape(gate["reason"])}.</p>',
+        f'<p class="{decision}"><b>{decision.capitalize()}</b>: {escape(str(gate["reason"]))}.</p>',
         "<h2>Quality</h2>",
         _scores(manifests["evaluation"]),
         _pictures(manifests["evaluation"], evaluation),

@@ -13,7 +13,7 @@ from typing import Any
 import google.auth._helpers
 import pytest
 
-from dmd2 import log
+from dmd2 import log, recipes
 from dmd2.errors import Refused, one_sentence
 from dmd2.progress import Progress
 
@@ -177,3 +177,52 @@ def test_importing_what_logs_imports_nothing_slow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+CONTROLS = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202egnp.exe\r"
+ADDRESS = "https://me:pass@word@host/x?X-Goog-Signature=abc123&alt=media&access_token=t0ken"
+
+
+def test_names_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("text")
+    logging.getLogger("dmd2.x").warning("read %s", CONTROLS)
+    assert capsys.readouterr().err == (
+        "warning: read a\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202egnp.exe\\r\n"
+    )
+    with pytest.raises(SystemExit), one_sentence():
+        raise Refused(f"{CONTROLS}\ndmd2: all is well")
+    assert capsys.readouterr().err == (
+        "dmd2: a\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202egnp.exe\\r\\ndmd2: all is well\n"
+    )
+
+
+def test_names_in_any_script_are_printed_as_they_are() -> None:
+    for text in (
+        "Käse.png",
+        "猫/🐈‍⬛.jpg",
+        "a\tb\nc",
+        "gs://bucket/me@x.org/a.png",
+        "x?monkey=1",
+        "{'a': '@'}",
+    ):
+        assert log.printable(text) == text
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_secrets_of_an_address_are_not_logged(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(format)
+    logging.getLogger("dmd2.x").warning("read %s", ADDRESS, extra={"uri": ADDRESS, "all": [ADDRESS]})
+    with pytest.raises(SystemExit), one_sentence():
+        raise Refused(f"{ADDRESS} does not exist")
+    said = capsys.readouterr().err
+    assert "https://***@host/x?X-Goog-Signature=***&alt=media&access_token=***" in said
+    for secret in ("word", "pass", "abc123", "t0ken"):
+        assert secret not in said
+
+
+def test_an_address_with_a_password_is_no_setting(refusal: Callable[[Callable[[], object]], str]) -> None:
+    sentence = refusal(
+        lambda: recipes.resolve("edm-digits", (f"evaluate.inception.uri={ADDRESS.partition('?')[0]}",))
+    )
+    assert "holds a password" in sentence
+    assert "pass@word" not in log.printable(sentence)

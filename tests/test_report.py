@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dmd2.report import panel_metrics
+from dmd2.io.artifact import Manifest, read_manifest
+from dmd2.report import panel_metrics, write_report
 from dmd2.training.metrics_log import read_metrics
 
 PINNED = Path(__file__).parent / "pinned"
@@ -51,3 +53,38 @@ def test_a_current_log_has_all_its_curves(made: Path) -> None:
     assert "Other metrics" not in found
     assert {"student/lr", "critic/lr"} <= {*found["Learning rate"]}
     assert "Time of a mean step by phase, in seconds" in found
+
+
+def test_nothing_of_a_manifest_becomes_a_part_of_the_page(made: Path, tmp_path: Path) -> None:
+    folders = {
+        "shards": "shards",
+        "teacher": "teacher",
+        "run": "run",
+        "evaluation": "evaluation",
+        "gate": "gate",
+    }
+    manifests = {kind: read_manifest(made / name, kind) for kind, name in folders.items()}
+    manifests = {kind: manifest.model_copy(update=poisoned(manifest)) for kind, manifest in manifests.items()}
+    write_report(tmp_path / "report.html", manifests, made / "run", made / "evaluation")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert '" onload' not in page
+    assert "&lt;script" in page
+
+
+def poisoned(manifest: Manifest) -> dict[str, Any]:
+    """The texts of a manifest that nothing computes with, each with a script."""
+    script = '"><script>alert(1)</script><b class="" onload="'
+
+    def poison(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: poison(each, key) for key, each in value.items()}
+        if isinstance(value, list):
+            return [poison(each, name) for each in value]
+        computed = {"name", "format", "better", "file", "split"}
+        return value + script if isinstance(value, str) and name not in computed else value
+
+    return {
+        "facts": poison(manifest.facts),
+        "versions": {name + script: script for name in manifest.versions},
+    }

@@ -10,10 +10,12 @@ import io
 import json
 import pickle
 import pickletools
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dmd2.data.archives import open_parquet
 from dmd2.errors import Refused, brief, near_miss
 from dmd2.io.storage import fetch_file
 
@@ -53,7 +55,7 @@ def read_prompts(address: str) -> list[str]:
     for index, prompt in enumerate(found):
         if not isinstance(prompt, str):
             raise Refused(
-                f"{address}: prompt {index} is {prompt!r:.60}, a {type(prompt).__name__}; all must be strings"
+                f"{address}: prompt {index} is {reprlib.repr(prompt)}, a {type(prompt).__name__}; all must be strings"
             )
     prompts = [prompt for prompt in found if prompt.strip()]
     if not prompts:
@@ -90,20 +92,10 @@ def _jsonl(path: Path, address: str, column: str) -> Iterator[Any]:
 
 
 def _parquet(path: Path, address: str, column: str) -> Iterator[Any]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            name = _find_column(file.schema_arrow.names, column, address)
-            for batch in file.iter_batches(columns=[name], use_threads=False):
-                yield from batch.column(0).to_pylist()
-    except (ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError | IsADirectoryError):
-            raise
-        raise Refused(
-            f"{address} is no Parquet file, or not all of it ({brief(error)}); copy it again"
-        ) from None
+    with open_parquet(address) as file:
+        name = _find_column(file.schema_arrow.names, column, address)
+        for batch in file.iter_batches(columns=[name], use_threads=False):
+            yield from batch.column(0).to_pylist()
 
 
 def _pickle(path: Path, address: str, column: str) -> Sequence[Any]:

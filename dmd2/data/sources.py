@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import posixpath
+import reprlib
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,11 +23,13 @@ import numpy as np
 from PIL import Image
 
 from dmd2.data.archives import (
+    ZIP_ERRORS,
     Pixels,
     grouped_samples,
     idx_array,
     is_hidden,
     members,
+    npz_array,
     open_parquet,
     open_tar,
     open_zip,
@@ -196,15 +198,12 @@ def edm(listing: Listing) -> Source:
     if name.endswith(".zip"):
         uri = listing.uri(name)
         read = partial(read_zip_member, uri)
-        with refuse_broken(uri, "zip file", zipfile.BadZipFile):
-            names = [n for n in open_zip(uri, os.getpid()).namelist() if not is_hidden(n)]
+        names = [n for n in open_zip(uri, os.getpid()).namelist() if not is_hidden(n)]
     if "dataset.json" not in names:
         raise Refused(
             f"{uri} has no dataset.json; make it with EDM's dataset_tool.py, or choose another layout"
         )
-    with refuse_broken(
-        f"{uri}/dataset.json", "list of labels", ValueError, KeyError, TypeError, zipfile.BadZipFile
-    ):
+    with refuse_broken(f"{uri}/dataset.json", "list of labels", ValueError, KeyError, TypeError):
         pairs = json.loads(read("dataset.json"))["labels"] or []
         labels = {str(file): label for file, label in pairs}
     images = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES))
@@ -217,17 +216,18 @@ def npz(listing: Listing) -> Source:
     """Arrays in an npz file: images uint8 (N, H, W[, C]), and labels (N,) if there are classes."""
     uri = listing.uri(find_one(listing, r".*\.npz", "npz file"))
     path = fetch_file(uri)
-    with refuse_broken(uri, "npz file of plain arrays", ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+    with refuse_broken(uri, "npz file of plain arrays", *ZIP_ERRORS, TypeError, OverflowError, MemoryError):
         if not zipfile.is_zipfile(path):
             raise Refused(f"{uri} is no npz file, or not all of it; write it with numpy.savez")
-        with np.load(path, allow_pickle=False) as file:
-            name = next((name for name in ARRAYS if name in file), None)
+        with zipfile.ZipFile(path) as file:
+            there = [name.removesuffix(".npy") for name in file.namelist()]
+            name = next((name for name in ARRAYS if name in there), None)
             if name is None:
                 raise Refused(
-                    f"{uri} has arrays {', '.join(file.files)}; name the images one of {', '.join(ARRAYS)}"
+                    f"{uri} has arrays {', '.join(there)}; name the images one of {', '.join(ARRAYS)}"
                 )
-            images = file[name]
-            labels = file.get(ARRAYS[name])
+            images = npz_array(file, uri, name)
+            labels = npz_array(file, uri, ARRAYS[name]) if ARRAYS[name] in there else None
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise Refused(
             f"{uri}: {ARRAYS[name]} is {labels.dtype} {labels.shape}; give one whole number per image"
@@ -260,6 +260,8 @@ def parquet(listing: Listing) -> Source:
     with open_parquet(files[0]) as first:
         columns = _find_columns(first.schema_arrow, files[0])
         names = _huggingface_features(first.schema_arrow).get(columns.label or "", {}).get("names")
+        if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"its names of classes are {reprlib.repr(names)}")
     labels: dict[Label, int] = {None: 0}
     if names:
         labels = {index: index for index in range(len(names))}
@@ -333,7 +335,7 @@ def _match_file(file: str, files: dict[str, list[str]], where: str) -> str:
 
 def _check_caption(text: object, where: str) -> str:
     if not isinstance(text, str):
-        raise Refused(f"{where} has {text!r:.60} for a caption; give a string")
+        raise Refused(f"{where} has {reprlib.repr(text)} for a caption; give a string")
     return text
 
 
@@ -363,7 +365,7 @@ def _classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
     first: dict[Label, str] = {}
     for where, label in found:
         if not isinstance(label, Label):
-            raise Refused(f"{where} has label {label!r:.60}; give a number or a name")
+            raise Refused(f"{where} has label {reprlib.repr(label)}; give a number or a name")
         first.setdefault(label, where)
     if first.keys() <= {None}:
         return {None: 0}
@@ -399,7 +401,7 @@ def _class_of_label(labels: dict[Label, int], label: Label, where: str) -> int:
             f"{where} has no label, though there are {len(labels)} classes; label all images or none"
         )
     known = "its source has no labels" if None in labels else f"there are {len(labels)} classes"
-    raise Refused(f"{where} has label {label!r:.60}, but {known}; correct the label")
+    raise Refused(f"{where} has label {reprlib.repr(label)}, but {known}; correct the label")
 
 
 def _source_of_arrays(where: str, images: Pixels, labels: list[int] | None, fingerprint: str) -> Source:
@@ -477,7 +479,7 @@ def _web_records(uri: str, labels: dict[Label, int]) -> Iterator[SourceImage]:
                 else json.loads(files.get("json", b"{}")).get("caption")
             )
             text = "" if text is None else _check_caption(text, key)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             yield _broken_image(key, "its caption is not UTF-8 or JSON")
             continue
         if len(found) == 1:

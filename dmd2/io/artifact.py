@@ -16,13 +16,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.local import atomic_write, sha256
 from dmd2.io.storage import cache, join_uri, open_store
 from dmd2.io.store import Store
+from dmd2.log import UNPRINTABLE
 
 MANIFEST = "manifest.json"
 """Written last: an artifact exists if and only if its manifest does."""
@@ -45,11 +46,18 @@ def check_file_name(name: str) -> str:
     """Return the name of a file in a folder.
 
     Raises:
-        ValueError: It would lead out of the folder, or is no relative name with forward slashes.
+        ValueError: It would lead out of the folder, is no relative name with forward slashes, or has control characters.
     """
-    if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"{name!r} is no name of a file in a folder")
+    parts = name.split("/")
+    if "\\" in name or any(part in ("", ".", "..") or len(part.encode()) > MAX_NAME for part in parts):
+        raise ValueError(f"{name[:80]!r} is no name of a file in a folder")
+    if UNPRINTABLE.search(name) or "\n" in name or "\t" in name:
+        raise ValueError(f"{name[:80]!r} has control characters, which no file of an artifact has")
     return name
+
+
+MAX_NAME = 255
+"""Bytes of one component of a path."""
 
 
 class ArtifactFile(BaseModel):
@@ -58,7 +66,7 @@ class ArtifactFile(BaseModel):
     model_config = ConfigDict(frozen=True)
     path: Annotated[str, AfterValidator(check_file_name)]
     """Relative to the folder, with forward slashes."""
-    size: int
+    size: NonNegativeInt
     """Bytes."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -172,3 +172,28 @@ def test_a_manifest_names_nothing_outside_its_folder(
     manifest["files"][0]["path"] = name
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
     assert "no name of a file in a folder" in refusal(lambda: read_manifest(tmp_path / "out", "shards"))
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "a\nb", "a\tb", "a\x1b[2Jb", "a\u202eb", "../a", "/a", "a//b", "a\\b", "x" * 256]
+)
+def test_a_name_that_is_no_plain_name_of_a_file_is_refused(
+    name: str, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    make(tmp_path / "out")
+    path = tmp_path / "out" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"][0]["path"] = name
+    path.write_text(json.dumps(manifest))
+    sentence = refusal(lambda: read_manifest(tmp_path / "out", "shards"))
+    assert "is not a manifest of this version: files.0.path" in sentence
+    assert sentence.isprintable()
+
+
+def test_a_manifest_that_is_nested_without_end_is_refused(
+    tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    make(tmp_path / "out")
+    for deep in ("[" * 200_000 + "]" * 200_000, '{"facts":' * 200_000 + "}" * 200_000, "\0" * 100, "NaN"):
+        (tmp_path / "out" / MANIFEST).write_text(deep)
+        assert "is not a manifest" in refusal(lambda: read_manifest(tmp_path / "out", "shards"))
