@@ -218,18 +218,9 @@ def open_parquet(uri: str) -> Iterator[Any]:
     path = fetch_file(uri)
     broken = ArrowException, OSError, ValueError, AttributeError, TypeError, KeyError, OverflowError
     with refuse_broken(uri, "Parquet file", *broken), ParquetFile(path) as file:
-        _check_chunks(file.metadata, uri, os.stat(path).st_size)
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        check_inflation(uri, os.stat(path).st_size, sum(group.total_byte_size for group in groups))
         yield file
-
-
-def _check_chunks(metadata: Any, uri: str, length: int) -> None:
-    """Refuse column chunks that claim to be larger than the file, or that inflate too much."""
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(number)
-            if not 0 <= chunk.total_compressed_size <= length:
-                raise ValueError(f"a column claims {chunk.total_compressed_size:,} bytes")
-            check_inflation(uri, chunk.total_compressed_size, chunk.total_uncompressed_size)
 
 
 def idx_array(uri: str, dimensions: int) -> Pixels:
