@@ -101,6 +101,8 @@ def _scores(evaluation: Manifest) -> str:
         f"{facts['images']} images each against {facts['images_real']} held-out real ones. "
         f"Features: {facts['features']}{accuracy}. Seed {facts['seed']}."
     )
+    if cut := facts.get("prompts_cut"):
+        note += f" {cut} of {facts['prompts']} prompts are longer than the text encoder's window, which does not see the end of them."
     head, rows = score_table(facts)
     table = _table([escape(cell) for cell in head], [[escape(cell) for cell in row] for row in rows])
     return f"{table}<p>{escape(note)}</p>"

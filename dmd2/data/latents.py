@@ -9,6 +9,7 @@ have no result file yet.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -36,6 +37,8 @@ from dmd2.io.artifact import ArtifactFile
 from dmd2.io.staging import Draft
 from dmd2.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 NAMES = {"npy": "latents", "emb": "embeddings", "pool": "pooled", "txt": "captions"}
 """Contents of the members of a sample, by suffix."""
 TAR_BLOCK, NPY_HEADER = 512, 128
@@ -52,6 +55,8 @@ class EncodedShard(BaseModel):
     bytes: dict[str, int]
     """Total bytes of all samples, by suffix."""
     seconds: float
+    captions_cut: int = 0
+    """Number of captions that are longer than the window of the text encoder."""
 
 
 def sample_posterior(moments: Tensor, eps: Tensor) -> Tensor:
@@ -125,6 +130,25 @@ class LatentEncoder:
                 f"{NAMES[suffix]} of image {keys[int(finite.int().argmin())]} are not finite in float16, computed in {dtype}: {advice}"
             )
 
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """Number of captions that are longer than the window of the text encoder."""
+        if not self.texts:
+            return 0
+        cut = self.texts.cut_texts(texts)
+        return sum(text in cut for text in texts)
+
+    def _captions_cut(self, results: list[EncodedShard], images: int) -> dict[str, int]:
+        """The fact about captions that were cut off, which is logged too; none without text encoders."""
+        if not self.texts:
+            return {}
+        count = sum(result.captions_cut for result in results)
+        if count:
+            logger.warning(
+                f"{count} of {images} captions are longer than the {self.texts.window} tokens of the text encoder, "
+                "which does not see the end of them; shorten them, or accept it"
+            )
+        return {"captions_cut": count}
+
     def facts(self, pipeline: PipelineFiles, results: list[EncodedShard]) -> dict[str, Any]:
         """Facts for the manifest, except the list of shards."""
         count = sum(result.shard.images for result in results)
@@ -143,6 +167,7 @@ class LatentEncoder:
             "bytes": sum(result.shard.size for result in results),
             "bytes_of": kinds,
             "bytes_per_image": {kind: round(size / count, 1) for kind, size in kinds.items()},
+            **self._captions_cut(results, count),
             "images_per_s": round(count / max(1e-9, sum(result.seconds for result in results)), 2),
         }
 
@@ -177,11 +202,13 @@ def _encode_shard(
 ) -> EncodedShard:
     """Write the latents of one shard, then its result file."""
     start, spent, keys = time.monotonic(), Counter[str](), encoder.shards.keys(number)
+    cut = 0
     shard = ShardInfo(file=f"{TRAIN}-{number:06d}.tar", split=TRAIN)
     writer = ShardWriter(shard.file, draft.path, draft.store)
     try:
         for batch in _batches(number, encoder):
             named = keys[shard.images : shard.images + len(batch.label)]
+            cut += encoder.count_cut(batch.text)
             for key, sample in zip(named, encoder.encode_batch(batch, named), strict=True):
                 writer.add(key, sample)
                 spent.update({suffix: len(data) for suffix, data in sample.items() if suffix in NAMES})
@@ -191,7 +218,8 @@ def _encode_shard(
         shard = shard.model_copy(update=writer.close())
     finally:
         writer.discard()
-    result = EncodedShard(shard=shard, bytes=dict(spent), seconds=round(time.monotonic() - start, 3))
+    seconds = round(time.monotonic() - start, 3)
+    result = EncodedShard(shard=shard, bytes=dict(spent), seconds=seconds, captions_cut=cut)
     draft.store.write(f"{RESULTS}/{number:06d}.json", result.model_dump_json().encode())
     return result
 

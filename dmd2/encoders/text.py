@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +33,38 @@ class TextEmbeddings(NamedTuple):
     """float16 (B, tokens, width)."""
     pooled: Tensor | None
     """float16 (B, width), if there are two encoders."""
+
+
+@dataclass
+class CutTexts:
+    """The texts that are longer than the window of a text encoder, whose end it does not see."""
+
+    texts: set[str] = field(default_factory=set)
+    window: int = 0
+    """Tokens that the shortest of the encoders takes, with those of start and end."""
+
+    def describe(self, of: int, what: str) -> str:
+        """A sentence about them; empty if there are none."""
+        if not self.texts:
+            return ""
+        return (
+            f"{len(self.texts)} of {of} {what} are longer than the {self.window} tokens of the text encoder, which does "
+            f"not see the end of them, for example of {min(self.texts)[:60]!r}; shorten them"
+        )
+
+
+_counts: ContextVar[CutTexts | None] = ContextVar("cut_texts", default=None)
+
+
+@contextmanager
+def count_cut_texts() -> Iterator[CutTexts]:
+    """Collect the texts that are cut off by any text encoder inside of the context."""
+    found = CutTexts()
+    token = _counts.set(found)
+    try:
+        yield found
+    finally:
+        _counts.reset(token)
 
 
 class TextEncoders:
@@ -60,6 +95,23 @@ class TextEncoders:
                 )
             self.parts.append((tokenizer, encoder))
 
+    @property
+    def window(self) -> int:
+        """Tokens that all of the encoders take."""
+        return min(_window(tokenizer, encoder) for tokenizer, encoder in self.parts)
+
+    def cut_texts(self, texts: Sequence[str]) -> set[str]:
+        """Those of the texts that are longer than the window of an encoder."""
+        found: set[str] = set()
+        for tokenizer, encoder in self.parts:
+            tokens = tokenizer(list(texts), truncation=False, verbose=False).input_ids
+            found |= {
+                text
+                for text, each in zip(texts, tokens, strict=True)
+                if len(each) > _window(tokenizer, encoder)
+            }
+        return found
+
     def embed_for_storage(self, texts: Sequence[str]) -> TextEmbeddings:
         """As `embed`, in float16 on the CPU."""
         states, pooled = self.embed(texts)
@@ -68,9 +120,12 @@ class TextEncoders:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Captions -> hidden states (B, tokens, width) and, with two encoders, pooled (B, width); float32, on the device."""
+        if cut := _counts.get():
+            cut.texts |= self.cut_texts(texts)
+            cut.window = self.window
         states, pooled = [], None
         for tokenizer, encoder in self.parts:
-            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            length = _window(tokenizer, encoder)
             settings = {"padding": "max_length", "truncation": True, "max_length": length}
             tokens = tokenizer(list(texts), return_tensors="pt", **settings).input_ids
             with deterministic_encoding(self.device):
@@ -78,3 +133,7 @@ class TextEncoders:
             states.append(out.hidden_states[-2] if len(self.parts) > 1 else out.last_hidden_state)
             pooled = out.text_embeds.float() if "text_embeds" in out else None
         return torch.cat(states, -1).float(), pooled
+
+
+def _window(tokenizer: Any, encoder: Any) -> int:
+    return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)

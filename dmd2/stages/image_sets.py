@@ -5,6 +5,7 @@ Only a batch of images is in memory at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from dmd2.config import Config, EvaluateConfig, FamilyConfig
 from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT, TRAIN
+from dmd2.encoders.text import count_cut_texts
 from dmd2.evaluation.evaluator import BATCH, Evaluator, score_states
 from dmd2.evaluation.features import load_extractor
 from dmd2.evaluation.metrics import Metric
@@ -27,6 +29,8 @@ from dmd2.progress import Progress
 from dmd2.rng import seed_of_part
 from dmd2.stages.pictures import Sampler, sample_grid, save_png
 from dmd2.stages.prompts import grid_columns, preview_prompts, prompts_of_images, repeat_prompts
+
+logger = logging.getLogger(__name__)
 
 Batches = Iterator[tuple[Tensor, Sequence[Prompt]]]
 """(images, prompts): uint8 (B, C, H, W), and what they were sampled for or are labelled with."""
@@ -96,9 +100,12 @@ def score_sets(
     )
     prompts = repeat_prompts(real_prompts, settings.images)
     scores = {}
-    for name, each in sets.items():
-        batches = sampled_batches(each.description.title, each.sampler, prompts, settings)
-        scores[name] = score_states(evaluator.accumulate(batches), reference)
+    with count_cut_texts() as cut:
+        for name, each in sets.items():
+            batches = sampled_batches(each.description.title, each.sampler, prompts, settings)
+            scores[name] = score_states(evaluator.accumulate(batches), reference)
+    if said := cut.describe(len(set(prompts)), "prompts"):
+        logger.warning(said)
     train = real_batches(config.family, Shards(data, TRAIN), settings.images)
     scores[REAL] = score_states(evaluator.accumulate(train), reference)
     by_metric = [
@@ -106,7 +113,10 @@ def score_sets(
         for metric in selected
     ]
     facts = score_facts(by_metric, [each.description for each in sets.values()])
-    return facts | evaluator.facts | {"images_real": len(real_prompts)}
+    counts = {"images_real": len(real_prompts)}
+    if config.family.prompts != "classes":
+        counts |= {"prompts": len(set(prompts)), "prompts_cut": len(cut.texts)}
+    return facts | evaluator.facts | counts
 
 
 def _record_prompts(batches: Batches, prompts: list[Prompt]) -> Batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from dmd2.io.artifact import Manifest, read_manifest
 if TYPE_CHECKING:
     from dmd2.model import Model
     from dmd2.models.family import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 def sample(
@@ -42,6 +45,7 @@ def sample(
     if steps < 0:
         raise Refused(f"steps is {steps}; give a positive number, or 0 for the usual one")
     manifest = read_manifest(package, "package", "run", "teacher")
+    from dmd2.encoders.text import count_cut_texts
     from dmd2.image_grid import image_grid
     from dmd2.parallel import ranks
     from dmd2.stages.networks import load_on_device
@@ -51,12 +55,15 @@ def sample(
     model = load_on_device(package, manifest, ranks.device())
     choices: list[Prompt] = [*prompts, *labels] or _default_prompts(model.config, manifest)
     conditions = list(itertools.islice(itertools.cycle(choices), count))
-    if manifest.kind == "teacher":
-        images = model.sample_teacher(conditions, seed, steps or 30, guidance)
-    else:
-        if guidance != 1:
-            raise Refused(f"guidance is {guidance}; it is distilled into a student, so leave it out")
-        images = replace(model, timesteps=_first_timesteps(model, steps)).sample(conditions, seed)
+    with count_cut_texts() as cut:
+        if manifest.kind == "teacher":
+            images = model.sample_teacher(conditions, seed, steps or 30, guidance)
+        else:
+            if guidance != 1:
+                raise Refused(f"guidance is {guidance}; it is distilled into a student, so leave it out")
+            images = replace(model, timesteps=_first_timesteps(model, steps)).sample(conditions, seed)
+    if said := cut.describe(len(set(conditions)), "prompts"):
+        logger.warning(said)
     with local_output(out) as path:
         save_png(image_grid(images, min(len(choices), 10)), path)
     return out

@@ -482,6 +482,23 @@ def embeddings(folder: Path) -> tuple[list[str], torch.Tensor, torch.Tensor | No
     )
 
 
+def test_captions_longer_than_the_window_are_counted_and_told(
+    config: Config, shards: Path, pipeline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = transformers.CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    words.model_max_length = 6
+    words.save_pretrained(pipeline / "tokenizer")
+    made = stages.encode(with_encode(config, text=True), str(shards), str(pipeline), str(tmp_path / "out"))
+    texts, _, _ = embeddings(tmp_path / "out")
+    cut = sum(len(words(text, verbose=False).input_ids) > 6 for text in texts)
+    assert 0 < cut < len(texts)
+    assert made.facts["captions_cut"] == cut
+    (said,) = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
+    assert f"{cut} of {len(texts)} captions are longer than the 6 tokens of the text encoder" in said
+    plain = stages.encode(config, str(shards), str(pipeline), str(tmp_path / "plain"))
+    assert "captions_cut" not in plain.facts
+
+
 def test_captions_are_embedded_as_stable_diffusion_does_it(
     config: Config, shards: Path, pipeline: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -434,3 +436,36 @@ def test_a_report_of_an_adopted_student_has_no_curves_and_is_written(root: Path,
     out = str(tmp_path / "report.html")
     stages.report(folders["shards"], folders["teacher"], run, evaluation, gate, out)
     assert "student in 1 step" in Path(out).read_text()
+
+
+def test_prompts_longer_than_the_window_are_counted_and_told(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "a red square " * 40
+    for folder in ("teacher", "package"):
+        caplog.clear()
+        stages.sample(str(root / folder), str(tmp_path / "a.png"), 2, prompts=(long, "a red square"), steps=1)
+        (said,) = [record.getMessage() for record in caplog.records if "prompts" in record.getMessage()]
+        assert "1 of 2 prompts are longer than the" in said
+        assert "'a red square a red" in said
+    caplog.clear()
+    stages.sample(str(root / "package"), str(tmp_path / "a.png"), 2, prompts=("a red square",), steps=1)
+    assert "prompts" not in caplog.text
+
+
+def test_an_evaluation_counts_the_captions_that_were_cut(
+    root: Path, squares: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read_manifest(root / "evaluation", "evaluation").facts["prompts_cut"] == 0
+    source, config_ = tmp_path / "source", config()
+    shutil.copytree(squares, source)
+    lines = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
+    texts = [json.dumps(line | {"text": f"{line['text']} " * 40}) for line in lines]
+    (source / "metadata.jsonl").write_text("\n".join(texts))
+    shards, latents, run, out = (str(tmp_path / name) for name in ("shards", "latents", "run", "evaluation"))
+    stages.shard(config_, str(source), shards, workers=1)
+    stages.encode(config_, shards, str(root / "teacher"), latents)
+    stages.distill(config_, latents, str(root / "teacher"), run)
+    facts = stages.evaluate(config_, shards, str(root / "teacher"), run, out).facts
+    assert facts["prompts_cut"] == facts["prompts"] > 0
+    assert f"{facts['prompts']} of {facts['prompts']} prompts are longer" in caplog.text
