@@ -25,8 +25,8 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         workers: Number of processes; 0 = one per core.
         part: `i/n`: only the i-th of n parts, counted from 0; empty = all.
     """
+    from dmd2.data.layouts import open_source
     from dmd2.data.shards import register_shards, summarize, write_shards
-    from dmd2.data.sources import open_source
 
     images, share = open_source(source), _parse_part(part)
     inputs = {"source": images.fingerprint}

@@ -30,8 +30,8 @@ from rich.table import Table
 from dmd2 import recipes, stages
 from dmd2.config import Config, LoaderConfig
 from dmd2.data.decode import prepare_image
+from dmd2.data.layouts import open_source
 from dmd2.data.loader import DataLoader, Shards
-from dmd2.data.sources import open_source
 from dmd2.io import artifact, staging
 from dmd2.io.local import write_text
 from tests.emoji import source as emoji

@@ -33,8 +33,8 @@ from PIL import Image
 
 from dmd2.config import Config
 from dmd2.data.archives import open_zip
+from dmd2.data.layouts import open_source
 from dmd2.data.prompts import read_prompts
-from dmd2.data.sources import open_source
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, read_manifest
 from dmd2.io.staging import draft_artifact

@@ -25,8 +25,9 @@ from PIL import Image
 
 from dmd2 import recipes, stages
 from dmd2.data.decode import decode_image
+from dmd2.data.layouts import open_source
 from dmd2.data.prompts import read_prompts
-from dmd2.data.sources import SourceImage, open_source
+from dmd2.data.sources import SourceImage
 from tests.conftest import MICRO
 
 Refusal = Callable[[Callable[[], object]], str]

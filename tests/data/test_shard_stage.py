@@ -16,9 +16,10 @@ from PIL import Image
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.data.decode import prepare_image
+from dmd2.data.layouts import open_source
+from dmd2.data.layouts.arrays import digits
 from dmd2.data.loader import Shards
 from dmd2.data.shards import write_shards
-from dmd2.data.sources import digits, open_source
 from dmd2.errors import Refused
 from dmd2.io.artifact import read_manifest
 from dmd2.io.staging import draft_artifact

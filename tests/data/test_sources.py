@@ -20,7 +20,9 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 from dmd2.data.decode import prepare_image
-from dmd2.data.sources import Source, SourceImage, digits, open_source
+from dmd2.data.layouts import open_source
+from dmd2.data.layouts.arrays import digits
+from dmd2.data.sources import Source, SourceImage
 from dmd2.io.storage import open_store
 
 LABELS = [index // 4 for index in range(12)]

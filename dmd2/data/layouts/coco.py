@@ -1,0 +1,53 @@
+"""Images and a JSON file of captions, as COCO has them."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+
+from dmd2.data.archives import (
+    refuse_broken,
+)
+from dmd2.data.listing import Listing, find_one, with_siblings
+from dmd2.data.sources import (
+    ListedImage,
+    Source,
+    check_caption,
+    source_of_listing,
+)
+from dmd2.errors import Refused
+
+PATTERN_COCO = r"(.*/)?captions[^/]*\.json"
+
+
+def coco(listing: Listing) -> Source:
+    """Images and a JSON file of captions; of several captions of an image, the one with the smallest id is used."""
+    name = find_one(listing, PATTERN_COCO, "captions file (annotations/captions_*.json)")
+    listing, name = with_siblings(listing, name)
+    uri = listing.uri(name)
+    with refuse_broken(uri, "captions file of COCO", ValueError, KeyError, TypeError, AttributeError):
+        notes = json.loads(listing.store.read(name))
+        captions: dict[int, str] = {}
+        for note in sorted(notes["annotations"], key=lambda note: note["id"]):
+            captions.setdefault(note["image_id"], note["caption"])
+        wanted = [(str(image["file_name"]), captions.get(image["id"])) for image in notes["images"]]
+    files: dict[str, list[str]] = {}
+    for entry in listing.entries:
+        files.setdefault(posixpath.basename(entry.name), []).append(entry.name)
+    rows = [
+        ListedImage(_match_file(file, files, uri), None, check_caption(text, f"{uri}: {file}"))
+        for file, text in wanted
+    ]
+    return source_of_listing(listing, sorted(rows, key=lambda row: row.name), listing.store.read)
+
+
+def _match_file(file: str, files: dict[str, list[str]], where: str) -> str:
+    """The name of the image that an entry of a captions file refers to."""
+    same = files.get(posixpath.basename(file), [])
+    found = [name for name in same if f"/{name}".endswith(f"/{file}")]
+    if len(found) != 1:
+        state = "is not there" if not found else f"is there {len(found)} times"
+        raise Refused(
+            f"{where} names {file}, which {state}; keep the folder of exactly those images beside it"
+        )
+    return found[0]

@@ -1,0 +1,118 @@
+"""Parquet files with a column of images, as on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from dmd2.data.archives import (
+    open_parquet,
+)
+from dmd2.data.captions import TEXT
+from dmd2.data.listing import Listing, archives_ending
+from dmd2.data.sources import (
+    Archive,
+    Label,
+    Source,
+    SourceImage,
+    broken_image,
+    check_caption,
+    class_names,
+    class_of_label,
+    classes_of_labels,
+    loaded_image,
+)
+from dmd2.errors import Refused
+
+BATCH = 32
+"""Rows of a Parquet file in memory at a time."""
+IMAGE, LABEL = ("image", "img"), ("label",)
+"""Names of columns; the first one present is used."""
+
+
+class ParquetColumns(NamedTuple):
+    image: str
+    label: str | None
+    text: str | None
+
+    def present(self) -> list[str]:
+        return [name for name in self if name]
+
+
+def parquet(listing: Listing) -> Source:
+    """Parquet files with a column of images (bytes, or a struct with bytes), and captions and labels if any."""
+    files = [listing.uri(name) for name in archives_ending(listing, ".parquet")]
+    with open_parquet(files[0]) as first:
+        columns = _find_columns(first.schema_arrow, files[0])
+        names = _huggingface_features(first.schema_arrow).get(columns.label or "", {}).get("names")
+        if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"its names of classes are {reprlib.repr(names)}")
+    labels: dict[Label, int] = {None: 0}
+    if names:
+        labels = {index: index for index in range(len(names))}
+    elif columns.label:
+        labels = classes_of_labels(pair for uri in files for pair in _distinct_labels(uri, columns.label))
+    count = sum(map(_row_count, files)) if listing.store.local_folder else None
+    archives = [Archive(uri, partial(_parquet_records, uri, columns, labels)) for uri in files]
+    return Source(names or class_names(labels), listing.fingerprint, archives=archives, count=count)
+
+
+def _huggingface_features(schema: Any) -> dict[str, Any]:
+    """The features that the `datasets` library stores in the schema's metadata."""
+    note = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    return {name: f for name, f in note.get("info", {}).get("features", {}).items() if isinstance(f, dict)}
+
+
+def _find_columns(schema: Any, where: str) -> ParquetColumns:
+    image, label, text = (
+        next((n for n in names if n in schema.names), None) for names in (IMAGE, LABEL, TEXT)
+    )
+    if image is None:
+        raise Refused(
+            f"{where} has columns {', '.join(schema.names)}; name that of the images {' or '.join(IMAGE)}"
+        )
+    classes = [
+        name
+        for name, feature in _huggingface_features(schema).items()
+        if feature.get("_type") == "ClassLabel"
+    ]
+    if classes and label is None:
+        raise Refused(
+            f"{where} has classes ({', '.join(classes)}), but no column label; rename the one that is meant"
+        )
+    return ParquetColumns(image, label, text)
+
+
+def _distinct_labels(uri: str, column: str) -> Iterator[tuple[str, Any]]:
+    with open_parquet(uri) as file:
+        if column not in file.schema_arrow.names:
+            raise Refused(
+                f"{uri} has no column {column}, though other files have; add it, or remove it everywhere"
+            )
+        for batch in file.iter_batches(2**16, columns=[column], use_threads=False):
+            yield from ((uri, label) for label in batch.column(0).unique().to_pylist())
+
+
+def _row_count(uri: str) -> int:
+    with open_parquet(uri) as file:
+        return file.metadata.num_rows
+
+
+def _parquet_records(uri: str, columns: ParquetColumns, labels: dict[Label, int]) -> Iterator[SourceImage]:
+    with open_parquet(uri) as file:
+        if missing := set(columns.present()) - set(file.schema_arrow.names):
+            raise Refused(f"{uri} has no column {min(missing)}, though other files have; add it")
+        batches = file.iter_batches(BATCH, columns=columns.present(), use_threads=False)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            name = f"{uri}:{number}"
+            label = class_of_label(labels, row[columns.label] if columns.label else None, name)
+            image, text = row[columns.image], row[columns.text] if columns.text else None
+            data = image.get("bytes") if isinstance(image, dict) else image
+            if isinstance(data, bytes):
+                yield loaded_image(name, label, data, "" if text is None else check_caption(text, name))
+            else:
+                yield broken_image(name, "it has no bytes of an image")
