@@ -55,7 +55,8 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 def num_not_finite(tensor: Tensor) -> int:
     """Number of values that are infinite or NaN."""
-    values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no `isfinite` for 8-bit floats
+    # torch has no `isfinite` for 8-bit floats.
+    values = tensor.float() if tensor.element_size() == 1 else tensor
     return int(values.numel() - values.isfinite().sum())
 
 
