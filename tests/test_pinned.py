@@ -24,6 +24,8 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -434,13 +436,33 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     pinned("run that went on", run_of(root / "run") | {"digests": digests, "sample": picture(Path(out))})
 
 
+WARMUP_100 = {"distill.student.warmup_steps": 100}
+TEACHER_50 = {"evaluate.teacher_steps": 50}
+MENDED: dict[str, dict[str, Any]] = {
+    "edm-imagenet64": {"distill.dtype": "bfloat16"},
+    "edm-imagenet64-no-gan": {"distill.dtype": "bfloat16", "distill.steps": 405_500},
+    "sd15-1step-gan": {"distill.steps": 2_000, "distill.critic.warmup_steps": 100} | WARMUP_100,
+    "sdxl-1step-warmup": WARMUP_100 | TEACHER_50,
+    **dict.fromkeys(
+        ("sdxl-4step", "sdxl-4step-noised-real", "sdxl-4step-lora", "sdxl-4step-lora-noised-real", "sdxl-4step-shared",
+         "sdxl-2step", "sdxl-8step", "sdxl-1step"),
+        TEACHER_50,
+    ),
+}  # fmt: skip
+"""Recipe -> its values today where version 0.1.0 had others than the published run."""
 MANIFESTS = json.loads(gzip.decompress((HERE / "recipes.json.gz").read_bytes()))
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_of_an_earlier_version_says_what_the_recipe_says_now(name: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFESTS[name]))
-    assert read_manifest(tmp_path, "gate").config == recipes.get(name)
+    then = read_manifest(tmp_path, "gate").config
+    assert then
+    values = then.model_dump()
+    for field, today in MENDED.get(name, {}).items():
+        *sections, last = field.split(".")
+        reduce(getitem, sections, values)[last] = today
+    assert Config.model_validate(values) == recipes.get(name)
 
 
 # Students that are told by text.
