@@ -23,6 +23,7 @@ import torch
 from dmd2.errors import Refused, brief
 from dmd2.io.local import sha256
 from dmd2.io.storage import cache, open_store
+from dmd2.io.tensors import convert_file
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
 DENOISER = {
@@ -46,6 +47,8 @@ VAES = ("AutoencoderKL", "AutoencoderTiny")
 """The second only decodes, quickly, the latents of the first."""
 TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """The text encoders of Stable Diffusion 1.5 and 2 (the first) and XL (both), by folder."""
+DTYPE_SETTINGS = ("dtype", "torch_dtype")
+"""Settings in the config of a network that name its precision: of transformers 5, and before."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -176,6 +179,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise Refused(f"{folder / CONFIG} is not JSON, or not the config of a network; get the folder again")
     return config
+
+
+def copy_as_float32(path: Path, target: Path) -> None:
+    """Copy a file of a pipeline; weights become float32, and the config of a network says so.
+
+    A transformers network is loaded in the precision that its config names, a diffusers network in float32.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        convert_file(path, target, torch.float32)
+        return
+    shutil.copyfile(path, target)
+    if path.name == CONFIG:
+        config = read_config(path.parent)
+        changed = config | {name: "float32" for name in DTYPE_SETTINGS if name in config}
+        if changed != config:
+            target.write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _check_network(folder: Path, weights: str, classes: Sequence[str | None], *wanted: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from dmd2.errors import Refused
 os.umask(UMASK := os.umask(0))
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; OSError if it cannot be written."""
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, metadata)
         path.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
     except SafetensorError as error:
         raise write_error(error, path) from error
@@ -41,6 +42,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise Refused(
             f"{path} cannot be read as safetensors ({error}); remove it to use the one before, or start anew"
         ) from None
+
+
+def convert_file(path: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy a safetensors file with its floating-point tensors in another precision. If they have it, the bytes are copied."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    if all(t.dtype == dtype for t in tensors.values() if t.is_floating_point()):
+        shutil.copyfile(path, target)
+        return
+    save_tensors(
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}, target, metadata
+    )
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

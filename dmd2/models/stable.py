@@ -8,7 +8,6 @@ such folders, without weights, of the published models.
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -38,7 +37,7 @@ from dmd2.diffusion import (
     v_prediction,
     x0_prediction,
 )
-from dmd2.encoders.pipeline_folder import find_pipeline
+from dmd2.encoders.pipeline_folder import copy_as_float32, find_pipeline
 from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused, near_miss
@@ -314,10 +313,10 @@ class Stable(ABC):
     def save(self, weights: dict[str, Tensor], folder: Path, timesteps: Timesteps) -> None:
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder)
-            if path.is_file() and name.parts[0] in (*FROZEN, "unet") and str(name) != WEIGHTS:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
-        save_tensors({name.removeprefix("unet."): value for name, value in weights.items()}, folder / WEIGHTS)
+            if path.is_file() and (name.parts[0] in FROZEN or str(name) == UNET):
+                copy_as_float32(path, folder / name)
+        unet = {name.removeprefix("unet."): value.float() for name, value in weights.items()}
+        save_tensors(unet, folder / WEIGHTS)
         if timesteps:
             self._write_sampler(folder)
 
@@ -331,7 +330,9 @@ class Stable(ABC):
             "prediction_type",
             "rescale_betas_zero_snr",
         )
-        config = {"_class_name": STUDENT_SCHEDULER} | {
+        # Without effect on a call with timesteps; without them diffusers warns of a call as the model card's.
+        quiet = {"steps_offset": 1, "original_inference_steps": len(self.diffusion)}
+        config = {"_class_name": STUDENT_SCHEDULER, **quiet} | {
             k: self.scheduler[k] for k in kept if k in self.scheduler
         }
         (folder / SCHEDULER).write_text(json.dumps(config, indent=1) + "\n")
