@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,21 @@ class Conditioning(Mapping[str, Tensor]):
         return Conditioning(**{name: torch.cat((tensor, other[name])) for name, tensor in self.items()})
 
 
+class CondPair(NamedTuple):
+    """The conditioning of a batch of samples."""
+
+    cond: Conditioning
+    uncond: Conditioning
+    """Its unconditional counterpart for guidance; empty for a network that is always conditioned."""
+
+    def to(self, device: torch.device) -> CondPair:
+        return CondPair(self.cond.to(device), self.uncond.to(device))
+
+    def rows(self, rows: slice) -> CondPair:
+        """The conditioning of these samples."""
+        return CondPair(self.cond.rows(rows), self.uncond.rows(rows))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clean samples x0 and their conditioning, B rows each."""
@@ -62,12 +78,25 @@ class Batch:
     """The unconditional counterpart of `cond`, for guidance."""
     rng: Rng = field(default_factory=Rng)
     """The random numbers of these rows."""
+    of_fakes: CondPair | None = None
+    """What the fake samples of the step are conditioned on; None = the conditioning of the real samples."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(to_device(self.x, device), self.cond.to(device), self.uncond.to(device), self.rng)
+        cond, uncond = CondPair(self.cond, self.uncond).to(device)
+        of_fakes = self.of_fakes and self.of_fakes.to(device)
+        return Batch(to_device(self.x, device), cond, uncond, self.rng, of_fakes)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of `size` rows, the last one possibly shorter; `size` 0 gives the whole batch as one."""
         starts = range(0, len(self.x), size or len(self.x))
         rows = [slice(start, start + (size or len(self.x))) for start in starts]
-        return [Batch(self.x[r], self.cond.rows(r), self.uncond.rows(r), self.rng[r]) for r in rows]
+        return [self._rows(part) for part in rows]
+
+    def for_fakes(self) -> Batch:
+        """The batch with the conditioning of the fake samples."""
+        return self if self.of_fakes is None else replace(self, **self.of_fakes._asdict(), of_fakes=None)
+
+    def _rows(self, rows: slice) -> Batch:
+        cond, uncond = CondPair(self.cond, self.uncond).rows(rows)
+        of_fakes = self.of_fakes and self.of_fakes.rows(rows)
+        return Batch(self.x[rows], cond, uncond, self.rng[rows], of_fakes)

@@ -541,6 +541,12 @@ class DistillConfig(Section):
     inputs: Literal["rollout", "noised-real"] = "rollout"
     """Inputs of a student of several steps while it is trained: `rollout`, samples of its own earlier steps (backward simulation,
     DMD2 sec. 4.5), or `noised-real`, real samples noised to one of its timesteps."""
+    fake_prompts: Literal["batch", "independent", "list"] = "batch"
+    """Classes or texts that rollouts are conditioned on: `batch`, those of the real samples of the step; `independent`, classes drawn
+    uniformly, or the captions of other real samples; `list`, those of a file, which must then be given as `--prompts`. Where a file is
+    given it is drawn from in any case."""
+    first_stage: str = "teacher"
+    """Recipe whose run student and critic start from, which must then be given as `--start`; `teacher` = none is needed."""
     continue_rollouts: bool = False
     """Between two student updates, continue one rollout by one student step per critic update and train the critic on the
     sample of every step: 1 network call per sample instead of (steps + 1) / 2 on average."""
@@ -585,6 +591,10 @@ class DistillConfig(Section):
         if self.regression and self.best.images:
             raise ValueError(
                 "best.images is set, but a regression sees no training samples to compare with; set it to 0"
+            )
+        if self.fake_prompts != "batch" and (self.regression or self.inputs == "noised-real"):
+            raise ValueError(
+                f"fake_prompts is {self.fake_prompts!r}, but a regression and noised real inputs have prompts of their own; set it to batch"
             )
         if self.continue_rollouts and (self.inputs != "rollout" or len(self.student_timesteps) < 2):
             raise ValueError(

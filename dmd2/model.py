@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dmd2.batch import CondPair
 from dmd2.config import FamilyConfig, in_first_spelling
 from dmd2.errors import Refused
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.storage import local_path
 from dmd2.io.tensors import num_not_finite
-from dmd2.models.family import CondPair, ModelFamily, Prompt, make_family
+from dmd2.models.family import ModelFamily, Prompt, make_family
 from dmd2.sampler import Timesteps, generate
 
 ELEMENTS = 2**20

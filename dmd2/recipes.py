@@ -76,6 +76,7 @@ def edm_digits() -> Config:
             student=OptimizerConfig(lr=4e-4, warmup_steps=20, final_lr_ratio=0.05, ema=(0.98,)),
             critic=OptimizerConfig(lr=4e-4, warmup_steps=20, final_lr_ratio=0.05),
             gan=GanConfig(student_weight=3e-2, critic_weight=3e-2),
+            fake_prompts="independent",
         ),
         evaluate=EvaluateConfig(features="classifier", images=2000),
     )
@@ -85,7 +86,8 @@ def edm_digits_longer() -> Config:
     """The second stage of edm-digits-no-gan, as edm-imagenet64-longer is of edm-imagenet64-no-gan: a GAN, a quarter of the rate."""
     optimizer = OptimizerConfig(lr=1e-4, warmup_steps=20, final_lr_ratio=0.05)
     student = optimizer.model_copy(update={"ema": (0.98,)})
-    return _with(edm_digits(), "edm-digits-longer", steps=800, student=student, critic=optimizer)
+    changes = {"steps": 800, "student": student, "critic": optimizer, "first_stage": "edm-digits-no-gan"}
+    return _with(edm_digits(), "edm-digits-longer", **changes)
 
 
 def edm_imagenet64() -> Config:
@@ -104,6 +106,7 @@ def edm_imagenet64() -> Config:
             student=optimizer,
             critic=optimizer,
             gan=GanConfig(student_weight=3e-3, critic_weight=1e-2),
+            fake_prompts="independent",
             preview_every=1000,
             save_every=5000,
         ),
@@ -118,7 +121,12 @@ def edm_imagenet64_no_gan() -> Config:
 def edm_imagenet64_longer() -> Config:
     """The second stage of edm-imagenet64-no-gan, started from its run, with the GAN at a quarter of the rate: FID 1.28 in the paper."""
     optimizer = OptimizerConfig(lr=5e-7, warmup_steps=500)
-    changes = {"steps": 140_000, "student": optimizer, "critic": optimizer}
+    changes = {
+        "steps": 140_000,
+        "student": optimizer,
+        "critic": optimizer,
+        "first_stage": "edm-imagenet64-no-gan",
+    }
     return _with(edm_imagenet64(), "edm-imagenet64-longer", **changes)
 
 
@@ -139,6 +147,7 @@ def sd15_1step() -> Config:
             critic_updates=10,
             student_timesteps=spaced_timesteps(1),
             guidance=1.75,
+            fake_prompts="list",
             preview_every=1000,
             save_every=1000,
         ),
@@ -151,7 +160,8 @@ def sd15_1step_gan() -> Config:
     """One step, Stable Diffusion 1.5, second stage with the GAN, started from the first: FID 8.35 in the paper."""
     optimizer = OptimizerConfig(lr=5e-7, warmup_steps=100)
     gan = GanConfig(student_weight=1e-3, critic_weight=1e-2)
-    return _with(sd15_1step(), "sd15-1step-gan", steps=2_000, student=optimizer, critic=optimizer, gan=gan)
+    changes = {"student": optimizer, "critic": optimizer, "gan": gan, "first_stage": "sd15-1step"}
+    return _with(sd15_1step(), "sd15-1step-gan", steps=2_000, **changes)
 
 
 def sdxl_4step() -> Config:
@@ -171,6 +181,7 @@ def sdxl_4step() -> Config:
             student_timesteps=spaced_timesteps(4),
             guidance=8.0,
             gan=GanConfig(student_weight=5e-3, critic_weight=1e-2),
+            fake_prompts="independent",
             preview_every=500,
             save_every=500,
         ),
@@ -200,6 +211,7 @@ def sdxl_1step_warmup() -> Config:
         "student_timesteps": (399,),
         "dmd": None,
         "gan": None,
+        "fake_prompts": "batch",
         "regression": RegressionConfig(decoder="madebyollin/taesdxl"),
     }
     warmup = _with(sdxl_4step(), "sdxl-1step-warmup", **changes)
@@ -208,7 +220,8 @@ def sdxl_1step_warmup() -> Config:
 
 def sdxl_1step() -> Config:
     """One step, SDXL, at timestep 399, started from the regression warm-up: FID 19.01 in the paper."""
-    return _with(sdxl_4step(), "sdxl-1step", steps=24_000, student_timesteps=(399,))
+    changes = {"steps": 24_000, "student_timesteps": (399,), "fake_prompts": "list"}
+    return _with(sdxl_4step(), "sdxl-1step", first_stage="sdxl-1step-warmup", **changes)
 
 
 def steps(config: Config, count: int, name: str) -> Config:
@@ -218,11 +231,14 @@ def steps(config: Config, count: int, name: str) -> Config:
 
 def from_real(config: Config) -> Config:
     """The recipe without backward simulation: the student's inputs are noised real samples (ablation, table 4)."""
-    return _with(config, config.recipe + "-noised-real", inputs="noised-real")
+    return _with(config, config.recipe + "-noised-real", inputs="noised-real", fake_prompts="batch")
 
 
 def emoji(config: Config, **changes: Any) -> Config:
-    """An SDXL recipe at the size of the emoji teacher (64 pixels, 4 M parameters): a quarter of an hour on two CPU cores."""
+    """An SDXL recipe at the size of the emoji teacher (64 pixels, 4 M parameters): a quarter of an hour on two CPU cores.
+
+    Prompts are the captions of the emoji where the recipe has a list of prompts."""
+    first, prompts = config.distill.first_stage, config.distill.fake_prompts
     lora = config.distill.lora is not None
     rate = 1.5e-3 if lora else 2e-4
     settings = {
@@ -237,6 +253,8 @@ def emoji(config: Config, **changes: Any) -> Config:
         ),
         "guidance": 3.0,
         "gan": config.distill.gan and GanConfig(student_weight=3e-2, critic_weight=3e-2),
+        "fake_prompts": "independent" if prompts == "list" else prompts,
+        "first_stage": first if first == "teacher" else f"{first}-emoji",
         "preview_every": 200,
         "save_every": 200,
     }
@@ -307,6 +325,17 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "sdxl-1step-warmup-emoji": emoji_warmup,
     "sdxl-1step-emoji": lambda: emoji(sdxl_1step()),
 }
+
+
+def needs(config: Config) -> list[str]:
+    """What the distillation of a recipe needs beside data and teacher, each with its flag."""
+    settings = config.distill
+    found = {
+        f"a run of {settings.first_stage} (--start)": settings.first_stage != "teacher",
+        "pairs, made by dmd2 pairs (--data)": settings.regression is not None,
+        "a file of prompts (--prompts)": settings.fake_prompts == "list",
+    }
+    return [need for need, needed in found.items() if needed]
 
 
 def get(name: str) -> Config:

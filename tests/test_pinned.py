@@ -62,7 +62,7 @@ TINY = (
     "data.images_per_shard=4", "loader.shuffle_block=2",
     "teach.steps=4", "teach.batch=8", "teach.log_every=2", "teach.save_every=2",
     "distill.steps=8", "distill.batch=8", "distill.log_every=2", "distill.preview_every=8", "distill.save_every=4",
-    "distill.critic_updates=3", "distill.student.ema=0.9",
+    "distill.critic_updates=3", "distill.student.ema=0.9", "distill.fake_prompts=batch",
     "evaluate.images=12", "evaluate.teacher_steps=3", "evaluate.batch=8", "gate.factor=1e9",
 )  # fmt: skip
 """Of a one-step student of 8x8 pixels, which learns from DMD and GAN."""
@@ -76,7 +76,7 @@ IN_PARTS = (
 TEXT = (
     "family.resolution=32", "family.vae_stride=2", "data.holdout=6", "data.images_per_shard=10", "loader.shuffle_block=2",
     "distill.steps=3", "distill.batch=4", "distill.dtype=float32", "engine.micro_batch=2", "distill.log_every=1",
-    "distill.save_every=3", "distill.preview_every=3", "distill.critic_updates=2",
+    "distill.save_every=3", "distill.preview_every=3", "distill.critic_updates=2", "distill.fake_prompts=batch",
     "pairs.count=6", "pairs.per_shard=4", "pairs.batch=2", "pairs.steps=2",
 )  # fmt: skip
 """Of students that are told by text, at 32x32 pixels."""
@@ -436,20 +436,31 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     pinned("run that went on", run_of(root / "run") | {"digests": digests, "sample": picture(Path(out))})
 
 
-WARMUP_100 = {"distill.student.warmup_steps": 100}
-TEACHER_50 = {"evaluate.teacher_steps": 50}
+def _mended(name: str) -> dict[str, Any]:
+    """Fields of a recipe that version 0.1.0 had otherwise than the published run, or not at all -> their values today."""
+    full, sdxl = not name.endswith("-emoji"), name.startswith("sdxl")
+    found: dict[str, Any] = {}
+    if not ("noised-real" in name or "warmup" in name):
+        from_list = name in ("sd15-1step", "sd15-1step-gan", "sdxl-1step")
+        found["distill.fake_prompts"] = "list" if from_list else "independent"
+    if full and sdxl:
+        found["evaluate.teacher_steps"] = 50
+    return found | MENDED.get(name, {})
+
+
 MENDED: dict[str, dict[str, Any]] = {
     "edm-imagenet64": {"distill.dtype": "bfloat16"},
     "edm-imagenet64-no-gan": {"distill.dtype": "bfloat16", "distill.steps": 405_500},
-    "sd15-1step-gan": {"distill.steps": 2_000, "distill.critic.warmup_steps": 100} | WARMUP_100,
-    "sdxl-1step-warmup": WARMUP_100 | TEACHER_50,
-    **dict.fromkeys(
-        ("sdxl-4step", "sdxl-4step-noised-real", "sdxl-4step-lora", "sdxl-4step-lora-noised-real", "sdxl-4step-shared",
-         "sdxl-2step", "sdxl-8step", "sdxl-1step"),
-        TEACHER_50,
-    ),
-}  # fmt: skip
-"""Recipe -> its values today where version 0.1.0 had others than the published run."""
+    "sd15-1step-gan": {
+        "distill.steps": 2_000,
+        "distill.student.warmup_steps": 100,
+        "distill.critic.warmup_steps": 100,
+        "distill.first_stage": "sd15-1step",
+    },
+    "sdxl-1step-warmup": {"distill.student.warmup_steps": 100},
+    "sdxl-1step": {"distill.first_stage": "sdxl-1step-warmup"},
+    "sdxl-1step-emoji": {"distill.first_stage": "sdxl-1step-warmup-emoji"},
+}
 MANIFESTS = json.loads(gzip.decompress((HERE / "recipes.json.gz").read_bytes()))
 
 
@@ -459,7 +470,7 @@ def test_a_manifest_of_an_earlier_version_says_what_the_recipe_says_now(name: st
     then = read_manifest(tmp_path, "gate").config
     assert then
     values = then.model_dump()
-    for field, today in MENDED.get(name, {}).items():
+    for field, today in _mended(name).items():
         *sections, last = field.split(".")
         reduce(getitem, sections, values)[last] = today
     assert Config.model_validate(values) == recipes.get(name)

@@ -15,6 +15,10 @@ def check_parameters(
 ) -> Config:
     """The Config of the run; raises Refused for parameters that a later stage would refuse."""
     config = recipes.resolve(recipe, overrides.split())
+    if needs := recipes.needs(config):
+        raise Refused(
+            f"recipe {recipe!r} needs {' and '.join(needs)}, which this pipeline cannot give; run its stages with dmd2, or override distill.first_stage or distill.fake_prompts"
+        )
     JobSize(nodes, gpus).check()
     metrics.select(config.evaluate.metrics)
     if destination:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from dmd2.batch import Batch, Conditioning
+from dmd2.batch import Batch, Conditioning, CondPair
 from dmd2.config import AdmConfig, EdmConfig
 from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
@@ -26,7 +26,7 @@ from dmd2.io.storage import fetch_file
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.adm import Adm
 from dmd2.models.convert.edm_pickle import read_edm_pickle, read_edm_student
-from dmd2.models.family import CondPair, ForeignTeacher, Prompt, check_same_family
+from dmd2.models.family import ForeignTeacher, Prompt, check_same_family
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps, heun

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
-from dmd2.batch import Batch, Conditioning
+from dmd2.batch import Batch, Conditioning, CondPair
 from dmd2.config import FAMILIES, FamilyConfig
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
@@ -24,14 +24,6 @@ from dmd2.sampler import Timesteps
 
 Prompt = int | str
 """What a sample is conditioned on: a class, or a text (`FamilyConfig.prompts`)."""
-
-
-class CondPair(NamedTuple):
-    """The conditioning of a batch of samples."""
-
-    cond: Conditioning
-    uncond: Conditioning
-    """Its unconditional counterpart for guidance; empty for a network that is always conditioned."""
 
 
 class ForeignTeacher(NamedTuple):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dmd2.batch import Conditioning
-from dmd2.models.family import CondPair
+from dmd2.batch import Conditioning, CondPair
 from dmd2.models.stable import Stable
 
 

@@ -7,8 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dmd2.batch import Conditioning
-from dmd2.models.family import CondPair
+from dmd2.batch import Conditioning, CondPair
 from dmd2.models.stable import Stable, read_json
 
 

@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from dmd2.batch import Batch, Conditioning
+from dmd2.batch import Batch, Conditioning, CondPair
 from dmd2.config import EncodeConfig, StableConfig
 from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
@@ -45,7 +45,7 @@ from dmd2.io.storage import fetch_file, local_path
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.convert.single_file import convert_single_file
 from dmd2.models.convert.student_weights import read_unet
-from dmd2.models.family import CondPair, ForeignTeacher, Prompt
+from dmd2.models.family import ForeignTeacher, Prompt
 from dmd2.models.heads import ConvHead
 from dmd2.parallel import ranks
 from dmd2.rng import Rng

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dmd2.config import Config
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
-from dmd2.stages.inputs import prompts_digest, read_training_samples, sample_digests
+from dmd2.stages.inputs import (
+    check_prompts,
+    check_start,
+    prompts_digest,
+    read_training_samples,
+    sample_digests,
+)
 
 
 def distill(
@@ -23,6 +29,8 @@ def distill(
         start: Run to start from instead of the teacher: its student, and its critic if it had one.
         prompts: File of prompts to sample instead of those of the data.
     """
+    check_start(config, start)
+    check_prompts(config, prompts)
     from dmd2.parallel import ranks
     from dmd2.stages.distillation import Distillation
     from dmd2.stages.distributed import draft_for_all_ranks

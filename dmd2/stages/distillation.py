@@ -26,7 +26,7 @@ from dmd2.stages.networks import (
     student_model,
 )
 from dmd2.stages.pictures import preview_family, sample_grid
-from dmd2.stages.prompts import preview_prompts, prompt_sampler
+from dmd2.stages.prompts import preview_prompts, with_fake_prompts
 from dmd2.training import build
 from dmd2.training.loop import LoopSettings, ScoreFunction, load_best, train
 from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
@@ -93,17 +93,17 @@ class Distillation:
             draft.facts |= training_facts(trainer.student.module, settings.steps, settings.batch)
 
     def _trainer(self, start: str) -> DMD2Trainer | RegressionTrainer:
-        draw_prompts = (
-            prompt_sampler(self.model.family, self.prompts, self.world.device) if self.prompts else None
-        )
         weights = self.model.network.state_dict() if self.world.is_main else {}
         started_from = starting_weights(start, weights=self.world.is_main)
-        return build.trainer(self.config, self.model.family, weights, self.world, started_from, draw_prompts)
+        return build.trainer(self.config, self.model.family, weights, self.world, started_from)
 
     def _batches(self) -> Callable[[int], Iterator[Batch]]:
         settings, family = self.config.distill, self.model.family
         read_batch = family.read_pairs if settings.regression else family.read
-        return batch_reader(self.config, self.data, settings.batch, self.world, self.samples.kind, read_batch)
+        batches = batch_reader(
+            self.config, self.data, settings.batch, self.world, self.samples.kind, read_batch
+        )
+        return with_fake_prompts(batches, self.config, family, self.prompts, self.world.device)
 
     def _preview(
         self, student: Model, trainer: DMD2Trainer | RegressionTrainer, draft: Draft

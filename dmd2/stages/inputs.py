@@ -20,6 +20,29 @@ def read_training_samples(config: Config, data: str) -> Manifest:
     return read_manifest(data, "latents" if config.family.vae_stride else "shards")
 
 
+def check_start(config: Config, start: str) -> None:
+    """Raise Refused if the recipe starts from a run of another, and none is given."""
+    if (first := config.distill.first_stage) != "teacher" and not start:
+        raise Refused(
+            f"recipe {config.recipe!r} starts from a run of {first}; give it as --start, or set --distill.first-stage teacher"
+        )
+
+
+def check_prompts(config: Config, prompts: str) -> None:
+    """Raise Refused if a file of prompts is missing, or given to a recipe that cannot use it."""
+    settings = config.distill
+    if settings.fake_prompts == "list" and not prompts:
+        raise Refused(
+            f"recipe {config.recipe!r} draws the prompts of fake samples from a list; give a file as --prompts, or set --distill.fake-prompts independent to use the captions of the data"
+        )
+    if prompts and config.family.prompts == "classes":
+        raise Refused("prompts are given, but this network is conditioned on classes; leave out --prompts")
+    if prompts and (settings.regression or settings.inputs == "noised-real"):
+        raise Refused(
+            "prompts are given, but this recipe learns from samples with captions of their own; leave out --prompts"
+        )
+
+
 def sample_digests(samples: Manifest) -> dict[str, str]:
     """{kind: digest} of the samples and, for latents, of the shards they were encoded from."""
     return {samples.kind: samples.digest} | {k: v for k, v in samples.inputs.items() if k == "shards"}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from dmd2.config import FamilyConfig
+from dmd2.batch import Batch, CondPair
+from dmd2.config import Config, FamilyConfig
 from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.prompts import read_prompts
-from dmd2.models.family import CondPair, ModelFamily, Prompt
-from dmd2.rng import Rng
+from dmd2.models.family import ModelFamily, Prompt
 from dmd2.stages.inputs import read_captions
-from dmd2.training.rollout import Prompts
 
+Batches = Callable[[int], Iterator[Batch]]
+"""(first step) -> the batches from that step on."""
 SMALL = 64
 """Images of at most this many pixels along a side are shown in grids of 8 rows of 10; larger ones in 2 rows of 4."""
 
@@ -52,15 +54,36 @@ def repeat_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     return list(itertools.islice(itertools.cycle(prompts), count))
 
 
-def prompt_sampler(family: ModelFamily, prompts: str, device: torch.device) -> Prompts:
-    """A function that draws one prompt of a file for each row and returns their conditioning on `device`."""
-    texts = read_prompts(prompts)
+def with_fake_prompts(
+    batches: Batches, config: Config, family: ModelFamily, prompts: str, device: torch.device
+) -> Batches:
+    """The batches with what their fake samples are conditioned on (`distill.fake_prompts`): prompts of a file, uniform classes,
+    captions of the next batch, or nothing of their own. A row's prompt does not depend on the number of processes."""
+    if prompts:
+        return _with_drawn_prompts(batches, family, read_prompts(prompts), device)
+    if config.distill.fake_prompts == "batch":
+        return batches
+    if config.family.prompts == "classes":
+        return _with_drawn_prompts(batches, family, range(config.family.classes), device)
+    return _with_captions_of_next_batch(batches)
 
-    def draw(rng: Rng) -> CondPair:
-        cond, uncond = family.condition([texts[i] for i in rng.indices(len(texts))])
-        return CondPair(cond.to(device), uncond.to(device))
 
-    return draw
+def _with_drawn_prompts(
+    batches: Batches, family: ModelFamily, choices: Sequence[Prompt], device: torch.device
+) -> Batches:
+    def draw(batch: Batch) -> Batch:
+        drawn = [choices[index] for index in batch.rng.indices(len(choices))]
+        return replace(batch, of_fakes=family.condition(drawn).to(device))
+
+    return lambda first: map(draw, batches(first))
+
+
+def _with_captions_of_next_batch(batches: Batches) -> Batches:
+    """The samples of the next batch are drawn independently of this one's, and are read and encoded anyway."""
+    return lambda first: (
+        replace(batch, of_fakes=CondPair(following.cond, following.uncond))
+        for batch, following in itertools.pairwise(batches(first))
+    )
 
 
 def rows_of_prompts(texts: Sequence[str], rows: range) -> list[Prompt]:

@@ -23,7 +23,7 @@ from dmd2.training import losses, memory, networks
 from dmd2.training.activation import apply_activation_checkpointing, compile_units
 from dmd2.training.networks import DistillNetworks, Start
 from dmd2.training.optim import NETWORK, trainable
-from dmd2.training.rollout import BackwardSimulation, ContinuedRollouts, NoisedReal, Prompts, SampleStudent
+from dmd2.training.rollout import BackwardSimulation, ContinuedRollouts, NoisedReal, SampleStudent
 from dmd2.training.terms import (
     HEAD,
     Adversarial,
@@ -63,19 +63,13 @@ def trainer(
     teacher: Mapping[str, Tensor],
     world: World,
     start: Start | None = None,
-    prompts: Prompts | None = None,
 ) -> DMD2Trainer | RegressionTrainer:
     """The trainer of a distillation: DMD2, or the regression that warms up a one-step student.
 
     `teacher` are the teacher's weights, and `start` those of an earlier run, on the main process; other processes give none,
-    and no process holds more than one whole float32 copy. `prompts` draws the conditioning of the fake samples; without it
-    they have that of the real samples of the step. Raises Refused for combinations that no trainer supports.
+    and no process holds more than one whole float32 copy. Raises Refused for combinations that no trainer supports.
     """
     settings, engine = config.distill, config.engine
-    if prompts and (settings.regression or settings.inputs == "noised-real"):
-        raise Refused(
-            "prompts are given, but this recipe learns from samples with captions of their own; leave out --prompts"
-        )
     reseed(config.seed)
     set_deterministic(engine.deterministic)
     _warn_if_emulated(settings.dtype, world)
@@ -95,7 +89,7 @@ def trainer(
         trainable("student", nets.student, settings.student, settings.steps),
         trainable("critic", critic_modules, settings.critic, settings.steps),
         terms,
-        sample_student(config, Denoiser(nets.student, fam.diffusion, _dtype(config)), prompts),
+        sample_student(config, Denoiser(nets.student, fam.diffusion, _dtype(config))),
         settings.critic_updates,
         engine.micro_batch,
         continues_rollouts=settings.continue_rollouts,
@@ -233,14 +227,14 @@ def _image_distance(
     return lambda x, x_teacher: compare(pixels(x), pixels(x_teacher))
 
 
-def sample_student(config: c.Config, student: Denoiser, prompts: Prompts | None = None) -> SampleStudent:
+def sample_student(config: c.Config, student: Denoiser) -> SampleStudent:
     """How the recipe makes fake samples."""
     settings, timesteps = config.distill, config.distill.student_timesteps
     if settings.inputs == "noised-real":
         return NoisedReal(student, timesteps)
     if settings.continue_rollouts:
-        return ContinuedRollouts(student, timesteps, settings.critic_updates, config.seed, prompts)
-    return BackwardSimulation(student, timesteps, config.seed, prompts)
+        return ContinuedRollouts(student, timesteps, settings.critic_updates, config.seed)
+    return BackwardSimulation(student, timesteps, config.seed)
 
 
 def set_deterministic(on: bool) -> None:

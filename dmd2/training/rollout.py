@@ -7,7 +7,6 @@ at which a rollout stops is drawn from (seed, step) and is the same on all ranks
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,12 +14,8 @@ import torch
 
 from dmd2.batch import Batch
 from dmd2.denoiser import Denoiser
-from dmd2.models.family import CondPair
-from dmd2.rng import Rng, draw_shared
+from dmd2.rng import draw_shared
 from dmd2.sampler import Timesteps, backward_simulation, denoise_real
-
-Prompts = Callable[[Rng], CondPair]
-"""Draws the conditioning of fake samples, one prompt for each row."""
 
 
 class SampleStudent(Protocol):
@@ -43,10 +38,9 @@ class BackwardSimulation:
     student: Denoiser
     timesteps: Timesteps
     seed: int
-    prompts: Prompts | None = None
 
     def __call__(self, real: Batch, step: int) -> Batch:
-        return _simulated(self.student, real, self.timesteps, self.stop(step), self.prompts)
+        return _simulated(self.student, real, self.timesteps, self.stop(step))
 
     def stop(self, step: int) -> int:
         return draw_shared(self.seed, step, len(self.timesteps))
@@ -67,7 +61,6 @@ class ContinuedRollouts:
     timesteps: Timesteps
     critic_updates: int
     seed: int
-    prompts: Prompts | None = None
     turn: int = -1
     """Step of the last student turn."""
     unfinished: deque[Batch] = field(default_factory=deque)
@@ -83,7 +76,7 @@ class ContinuedRollouts:
         if previous and stop:
             fake = self._continued(previous, real, stop)
         else:
-            fake = _simulated(self.student, real, self.timesteps, 0 if previous else stop, self.prompts)
+            fake = _simulated(self.student, real, self.timesteps, 0 if previous else stop)
         self.unfinished.append(replace(fake, x=fake.x.detach()))
         return fake
 
@@ -119,10 +112,7 @@ class NoisedReal:
         return 1
 
 
-def _simulated(
-    student: Denoiser, real: Batch, timesteps: Timesteps, stop: int, prompts: Prompts | None
-) -> Batch:
-    """Rollouts from pure noise with the conditioning of `real`, or that of drawn prompts."""
-    batch = real if prompts is None else replace(real, **prompts(real.rng)._asdict())
-    noise = real.rng.normal_like
+def _simulated(student: Denoiser, real: Batch, timesteps: Timesteps, stop: int) -> Batch:
+    """Rollouts from pure noise with the conditioning that the batch has for fake samples."""
+    batch, noise = real.for_fakes(), real.rng.normal_like
     return replace(batch, x=backward_simulation(student, noise(real.x), batch.cond, timesteps, stop, noise))

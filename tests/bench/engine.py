@@ -35,11 +35,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dmd2 import recipes
-from dmd2.batch import Batch, Conditioning
+from dmd2.batch import Batch, Conditioning, CondPair
 from dmd2.config import AdmConfig, Config
 from dmd2.denoiser import Denoiser
 from dmd2.io.local import write_text
-from dmd2.models.family import CondPair, ModelFamily, make_family
+from dmd2.models.family import ModelFamily, make_family
 from dmd2.parallel import ranks
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, draw_shared

@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor, nn
 
 from dmd2 import cli, recipes, stages
-from dmd2.batch import Batch, Conditioning
+from dmd2.batch import Batch, Conditioning, CondPair
 from dmd2.config import Config, DistillConfig, FamilyConfig, GanConfig, register_family
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
@@ -29,7 +29,7 @@ from dmd2.io.local import sha256
 from dmd2.io.tensors import load_tensors, save_tensors
 from dmd2.model import load, load_network
 from dmd2.models.edm import Edm
-from dmd2.models.family import CondPair, ForeignTeacher, ModelFamily, Prompt, make_family
+from dmd2.models.family import ForeignTeacher, ModelFamily, Prompt, make_family
 from dmd2.models.sd15 import Sd15
 from dmd2.models.sdxl import Sdxl
 from dmd2.plan.prediction import Plan

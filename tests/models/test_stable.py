@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
 from dmd2 import recipes
-from dmd2.batch import Batch, Conditioning
+from dmd2.batch import Batch, Conditioning, CondPair
 from dmd2.config import Config, StableConfig
 from dmd2.model import load_network
-from dmd2.models.family import CondPair, make_family
+from dmd2.models.family import make_family
 from dmd2.models.stable import (
     SCHEDULER,
     SCHEDULERS,

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.prepare_run.parameters import check_parameters
 from components.run_folder import run_folder
 from dmd2.io import artifact, storage
 from dmd2.recipes import RECIPES
@@ -163,6 +164,22 @@ def test_a_wrong_parameter_is_refused_before_any_stage(
     told = capfd.readouterr()
     assert "recipe 'sdxl-4step' needs a teacher" in told.out + told.err
     assert tasks(tmp_path / "root") == {"prepare-run", "finish-run"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ("sdxl-1step", "a run of sdxl-1step-warmup (--start) and a file of prompts (--prompts)"),
+        ("sdxl-1step-warmup", "pairs, made by dmd2 pairs"),
+        ("sd15-1step", "a file of prompts"),
+        ("edm-digits-longer", "a run of edm-digits-no-gan (--start)"),
+    ],
+)
+def test_a_recipe_that_needs_more_than_the_pipeline_gives_is_refused_before_any_stage(
+    recipe: str, sentence: str, refusal: Callable[..., str]
+) -> None:
+    said = refusal(lambda: check_parameters("gs://b/images", "gs://b/teacher", recipe, "", "", 1, 1))
+    assert sentence in said
 
 
 def test_a_run_without_a_root_lies_beside_its_artifacts(refusal: Callable[..., str]) -> None:

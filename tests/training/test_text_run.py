@@ -283,7 +283,7 @@ def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -
         (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", "family.vae_stride=4"), "vae_stride is 2, not 4"),
         (lambda r: distilled(r, r / "x", "sdxl-4step-lora-emoji", start=str(r / "run")), "leave out --start"),
         (lambda r: distilled(r, r / "x", "sdxl-1step-warmup-emoji"), "a pairs folder is needed"),
-        (lambda r: distilled(r, r / "x", "sdxl-4step-noised-real-emoji", prompts=__file__[:-2] + "txt"), "does not exist"),
+        (lambda r: distilled(r, r / "x", "sdxl-4step-emoji", prompts=__file__[:-2] + "txt"), "does not exist"),
         (lambda r: stages.sample(str(r / "teacher"), str(r / "x.png"), prompts=("a",), guidance=0.5), "guides above 1"),
     ],
 )  # fmt: skip
