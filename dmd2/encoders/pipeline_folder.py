@@ -12,17 +12,20 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from dmd2.encoders.weight_files import VARIANTS, candidates, index_name, weight_files
 from dmd2.errors import Refused, brief
 from dmd2.io.local import sha256
 from dmd2.io.storage import cache, open_store
+from dmd2.io.store import Store
 from dmd2.io.tensors import convert_file
 
 CONFIG, VAE_WEIGHTS, TEXT_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -99,8 +102,8 @@ def find_pipeline(source: str, text: bool, whole: bool = False) -> PipelineFiles
         raise Refused(
             f"{source} is no VAE: it has neither {CONFIG} nor vae/{CONFIG}; give the folder of a diffusers AutoencoderKL, or of a pipeline with one"
         )
-    _check_network(root, VAE_WEIGHTS, [read_config(root).get("_class_name")], *VAES)
-    files = {f"vae/{name}": root / name for name in VAE_FILES}
+    _check_network(root, *VAES)
+    files = _network_files("vae/", root, VAE_WEIGHTS)
     if whole:
         files |= _denoiser_files(folder)
     texts = tuple(
@@ -113,11 +116,9 @@ def find_pipeline(source: str, text: bool, whole: bool = False) -> PipelineFiles
             f"{source} has no text_encoder/{CONFIG}; --encode.text needs the folder of a whole pipeline"
         )
     for encoder, tokenizer in texts:
-        _check_network(
-            encoder, TEXT_WEIGHTS, read_config(encoder).get("architectures", []), TEXT_ENCODERS[encoder.name]
-        )
-        here = [path for path in (*encoder.iterdir(), *tokenizer.glob("*")) if _is_read(path)]
-        files |= {f"{path.parent.name}/{path.name}": path for path in here}
+        _check_network(encoder, TEXT_ENCODERS[encoder.name])
+        files |= _network_files(f"{encoder.name}/", encoder, TEXT_WEIGHTS)
+        files |= {f"{tokenizer.name}/{name}": path for name, path in tokenizer_files(tokenizer).items()}
     return PipelineFiles(source, root, texts, files)
 
 
@@ -125,37 +126,72 @@ def _denoiser_files(folder: Path) -> dict[str, Path]:
     """The files of `DENOISER` in a pipeline folder; the scheduler and the index may be missing."""
     if not (folder / "unet" / CONFIG).is_file():
         raise Refused(f"{folder} has no unet/{CONFIG}; give the folder of a whole Stable Diffusion pipeline")
-    _check_network(
-        folder / "unet",
-        VAE_WEIGHTS,
-        [read_config(folder / "unet").get("_class_name")],
-        "UNet2DConditionModel",
-    )
-    names = [part + name for part, of_part in DENOISER.items() for name in of_part]
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    _check_network(folder / "unet", "UNet2DConditionModel")
+    names = [part + name for part, of_part in DENOISER.items() if part != "unet/" for name in of_part]
+    there = {name: folder / name for name in names if (folder / name).is_file()}
+    return there | _network_files("unet/", folder / "unet", VAE_WEIGHTS)
 
 
-def _is_read(path: Path) -> bool:
-    """Whether a file in the folder of a text encoder or tokenizer is one of those that are read."""
-    return path.name in (CONFIG, TEXT_WEIGHTS, *TOKENIZER_FILES)
+def _network_files(part: str, folder: Path, weights: str) -> dict[str, Path]:
+    """Path in a pipeline -> path here, of the config and the weights of a network."""
+    files = {CONFIG: folder / CONFIG} | weight_files(folder, weights)
+    return {f"{part}{name}": path for name, path in files.items()}
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Those of `TOKENIZER_FILES` that are in a folder."""
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def _fetch(source: str, names: list[str]) -> Path:
-    """A folder on this machine with those of the files that exist."""
+    """A folder on this machine with those of the files that exist; weights under any of their names."""
     store = open_store(source)
     path = store.local_folder
     if not path:
-        there = {name: version for name in names if (version := store.version(name))}
-        folder = cache() / "networks" / hashlib.sha256(json.dumps([source, there]).encode()).hexdigest()
-        for name in there:
-            if not (folder / name).is_file():
-                store.download(name, folder / name)
-        return folder
+        return _fetch_weights(_bucket_copy(source, store, names), names)
     if path.is_dir():
         return path
     if path.exists() or not HUB_NAME.fullmatch(source):
         raise Refused(f"{source} is no folder; give that of a VAE or a pipeline, gs://, or a name on the hub")
-    return _download_from_hub(source, names)
+    return _fetch_weights(partial(_download_from_hub, source), names)
+
+
+def _fetch_weights(fetch: Callable[[list[str]], Path], names: list[str]) -> Path:
+    """Fetch the files by a function that returns the folder it copies to; of weights, the first variant that exists."""
+    weights = [PurePosixPath(name) for name in names if name.endswith(".safetensors")]
+    indices = [
+        str(path.with_name(index_name(path.name, variant))) for path in weights for variant in VARIANTS
+    ]
+    folder = fetch([name for name in names if not name.endswith(".safetensors")] + indices)
+    for path in weights:
+        if (folder / path.with_name(CONFIG)).is_file():
+            _fetch_first(fetch, folder, path)
+    return folder
+
+
+def _fetch_first(fetch: Callable[[list[str]], Path], folder: Path, path: PurePosixPath) -> None:
+    """Fetch the weights of one network under the first of their names that exists."""
+    for names in candidates(folder / path.parent, path.name):
+        fetch([str(path.with_name(name)) for name in names])
+        if all((folder / path.with_name(name)).is_file() for name in names):
+            return
+
+
+def _bucket_copy(source: str, store: Store, names: list[str]) -> Callable[[list[str]], Path]:
+    """A function that downloads files, if they exist, to a folder of the cache that belongs to the present content of the bucket."""
+    starts = {
+        f"{part}/" if part else file.split(".")[0] for part, _, file in (n.rpartition("/") for n in names)
+    }
+    there = {o.name: o.fingerprint for start in sorted(starts) for o in store.list_objects(start)}
+    folder = cache() / "networks" / hashlib.sha256(json.dumps([source, there]).encode()).hexdigest()
+
+    def fetch(files: list[str]) -> Path:
+        for name in files:
+            if name in there and not (folder / name).is_file():
+                store.download(name, folder / name)
+        return folder
+
+    return fetch
 
 
 def _download_from_hub(name: str, files: list[str]) -> Path:
@@ -196,37 +232,43 @@ def copy_as_float32(path: Path, target: Path) -> None:
         changed = config | {name: "float32" for name in DTYPE_SETTINGS if name in config}
         if changed != config:
             target.write_text(json.dumps(changed, indent=2) + "\n")
+    elif path.name.endswith(index_name("")):  # its metadata are the size in bytes, which changes
+        target.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": {}}, indent=2) + "\n")
 
 
-def _check_network(folder: Path, weights: str, classes: Sequence[str | None], *wanted: str) -> None:
-    """Raise Refused if the folder holds a network of other classes than those wanted, or has no file of weights."""
-    if not {*wanted} & {*classes}:
+def _check_network(folder: Path, *wanted: str) -> None:
+    """Raise Refused if the folder holds a network of other classes than those wanted, or one with quantized weights."""
+    config = read_config(folder)
+    classes = config.get("architectures") or [config.get("_class_name")]
+    if not {*wanted} & {*map(str, classes)}:
         raise Refused(
-            f"{folder} holds a {' '.join(map(str, classes)) or 'network of no name'}, not a {' or '.join(wanted)}"
+            f"{folder} holds a {' '.join(map(str, classes)):.200}, not a {' or '.join(wanted)}; give a pipeline of Stable Diffusion 1.5, 2 or XL"
         )
-    if not (folder / weights).is_file():
+    if quantized := config.get("quantization_config"):
         raise Refused(
-            f"{folder} has no {weights}; weights in other formats are not read, since a pickle (.bin) can run code: convert them to safetensors"
+            f"{folder} holds quantized weights (quantization_config: {quantized!r:.100}), which are not read; give the network in float32, "
+            "float16 or bfloat16"
         )
 
 
 def load_frozen(kind: Any, folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen network in evaluation mode, in which every weight comes from the file `weights` of the folder."""
+    """A frozen network in evaluation mode, in which every weight comes from the files of the folder (`weight_files`)."""
     settings: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     settings["torch_dtype" if weights == VAE_WEIGHTS else "dtype"] = dtype
-    network, info = load_from_files(kind, folder, (CONFIG, weights), **settings)
+    network, info = load_from_files(kind, folder, _network_files("", folder, weights), **settings)
     if missing := sorted(map(str, info["missing_keys"])):
         raise Refused(f"{folder} lacks {len(missing)} weights of a {kind.__name__}, {missing[0]} for one")
     return network.to(device).eval().requires_grad_(False)
 
 
-def load_from_files(kind: Any, folder: Path, names: Sequence[str], **settings: Any) -> Any:
-    """Load from these files of a folder alone: the libraries look for others too, adapters and pickles among them."""
+def load_from_files(kind: Any, folder: Path, files: Mapping[str, Path], **settings: Any) -> Any:
+    """Load from these files of a folder, by their names, alone: the libraries look for others too, adapters and pickles among
+    them."""
     from safetensors import SafetensorError
 
     with tempfile.TemporaryDirectory() as clean:
-        for path in (folder / name for name in names if (folder / name).is_file()):
-            (Path(clean) / path.name).symlink_to(path.resolve())
+        for name, path in files.items():
+            (Path(clean) / name).symlink_to(path.resolve())
         try:
             return kind.from_pretrained(clean, local_files_only=True, **settings)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -15,12 +15,12 @@ from dmd2.config import EncodeConfig
 from dmd2.encoders.pipeline_folder import (
     TEXT_ENCODERS,
     TEXT_WEIGHTS,
-    TOKENIZER_FILES,
     VOCABULARIES,
     PipelineFiles,
     deterministic_encoding,
     load_from_files,
     load_frozen,
+    tokenizer_files,
 )
 from dmd2.errors import Refused
 from dmd2.io.tensors import to_device
@@ -88,7 +88,9 @@ class TextEncoders:
                 raise Refused(
                     f"{tokenizer_folder} holds no CLIP tokenizer: it has neither tokenizer.json, nor vocab.json and merges.txt"
                 )
-            tokenizer = load_from_files(transformers.CLIPTokenizer, tokenizer_folder, TOKENIZER_FILES)
+            tokenizer = load_from_files(
+                transformers.CLIPTokenizer, tokenizer_folder, tokenizer_files(tokenizer_folder)
+            )
             if (tokens := 1 + max(tokenizer.get_vocab().values())) > (rows := encoder.config.vocab_size):
                 raise Refused(
                     f"{tokenizer_folder} has {tokens} tokens, and the text encoder in {folder} has embeddings of {rows}; give the two that belong together"

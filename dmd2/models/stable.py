@@ -37,12 +37,13 @@ from dmd2.diffusion import (
     v_prediction,
     x0_prediction,
 )
-from dmd2.encoders.pipeline_folder import copy_as_float32, find_pipeline
+from dmd2.encoders.pipeline_folder import VAE_WEIGHTS, copy_as_float32, find_pipeline
 from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae, load_vae
+from dmd2.encoders.weight_files import load_weights
 from dmd2.errors import Refused, near_miss
 from dmd2.io.storage import fetch_file, local_path
-from dmd2.io.tensors import load_tensors, save_tensors, to_device
+from dmd2.io.tensors import save_tensors, to_device
 from dmd2.models.convert.single_file import convert_single_file
 from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import ForeignTeacher, Prompt
@@ -53,7 +54,7 @@ from dmd2.sampler import Timesteps
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 STUDENT_SCHEDULER = "LCMScheduler"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = f"unet/{VAE_WEIGHTS}"
 PREDICTIONS: dict[str, Parametrization] = {
     "epsilon": eps_prediction,
     "v_prediction": v_prediction,
@@ -345,7 +346,10 @@ class Stable(ABC):
         (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
-        return {f"unet.{name}": value.float() for name, value in load_tensors(folder / WEIGHTS).items()}
+        return {
+            f"unet.{name}": value.float()
+            for name, value in load_weights(folder / "unet", VAE_WEIGHTS).items()
+        }
 
     def usage(self, timesteps: Timesteps) -> str:
         return f"""With diffusers alone:
@@ -368,10 +372,14 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
         other = find_pipeline(vae, text=False) if vae else None
 
         def write(folder: Path) -> None:
+            """Copy the files, and load the encoders once, which refuses what a later stage could not use."""
             pipeline.copy(folder)
             check_sampler(complete_scheduler_config(read_json(folder / SCHEDULER)))
             if other:
                 other.copy(folder)
+            cpu = torch.device("cpu")
+            Vae(other or pipeline, EncodeConfig(), cpu)
+            TextEncoders(pipeline, EncodeConfig(), cpu)
 
         return ForeignTeacher({"source": pipeline.digest} | ({"vae": other.digest} if other else {}), write)
 

@@ -379,7 +379,7 @@ def named(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (only_a_pickle, "a pickle (.bin) can run code: convert them to safetensors"),
+        (only_a_pickle, "a pickle, which can run code and is not read; convert them to safetensors"),
         (half, "lacks 1 weights of a AutoencoderKL, encoder.conv_in.weight for one"),
         (lambda folder: named(folder, "UNet2DConditionModel"), "holds a UNet2DConditionModel, not a AutoencoderKL"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
@@ -557,7 +557,7 @@ def test_a_vae_in_a_pipeline_is_the_vae_alone(vae: Path, pipeline: Path) -> None
             lambda folder: (folder / "text_encoder" / "model.safetensors").rename(
                 folder / "text_encoder" / "pytorch_model.bin"
             ),
-            "has no model.safetensors",
+            "has its weights in pytorch_model.bin, a pickle",
         ),
         (
             lambda folder: clip("CLIPTextModelWithProjection", 8, folder / "text_encoder"),

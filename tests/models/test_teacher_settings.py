@@ -205,7 +205,18 @@ def test_a_tokenizer_with_more_words_than_its_encoder_has_embeddings_is_refused(
     teacher: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     write_old_tokenizer(teacher / "tokenizer", "<my-cat>")
-    stages.resolve(CONFIG, str(teacher), str(tmp_path / "out"))
-    family = load_network(tmp_path / "out").family
-    assert isinstance(family, Sdxl)
-    assert "tokens, and the text encoder in" in refusal(lambda: family.text_encoders)
+    sentence = refusal(lambda: stages.resolve(CONFIG, str(teacher), str(tmp_path / "out")))
+    assert f"{teacher / 'tokenizer'} has" in sentence
+    assert "tokens, and the text encoder in" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_encoders_that_cannot_be_loaded_are_refused_when_the_teacher_is_resolved(
+    teacher: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    path = teacher / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["text_projection.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    sentence = refusal(lambda: stages.resolve(CONFIG, str(teacher), str(tmp_path / "out")))
+    assert "lacks 1 weights of a CLIPTextModelWithProjection" in sentence

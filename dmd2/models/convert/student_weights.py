@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dmd2.encoders.pipeline_folder import TEXT_WEIGHTS, VAE_WEIGHTS
+from dmd2.encoders.weight_files import has_weights, load_weights
 from dmd2.errors import Refused
 from dmd2.io.tensors import check_finite
 from dmd2.models.convert.lora_names import LORA, layer_and_factor, sgm_names, weights_by_lora_name
@@ -48,11 +50,12 @@ def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str,
 
     Args:
         path: All weights (.safetensors; .bin, .pt or .pth, of which only tensors are read), a LoRA in kohya's or
-            diffusers' naming, or a training folder of the DMD2 reference code, whose student is read.
+            diffusers' naming, a folder of diffusers (a U-Net or a pipeline), or a training folder of the DMD2 reference
+            code, whose student is read.
         base: The UNet into which a LoRA is merged. Whole weights must have its names and shapes, if it is given.
     """
     with name_file_in_errors(path):
-        file = read_tensor_file(find_model_file(path, STUDENT) if path.is_dir() else path)
+        file = _read_folder(path) if path.is_dir() else read_tensor_file(path)
         if any(".base_layer." in name for name in file.tensors):
             raise Refused(
                 "it is a UNet with a LoRA beside its weights, and does not say the LoRA's alpha; give the LoRA's own file, or merge it first"
@@ -62,6 +65,16 @@ def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str,
             with refuse_broken_file("LoRA"):
                 return _merge_lora(file, base, path)
         return _check_unet(_from_original_names(strip_wrapper_prefixes(file.tensors), base), base)
+
+
+def _read_folder(path: Path) -> TensorFile:
+    """The U-Net in a folder of diffusers, or the student in a training folder."""
+    if all(not (path / name).is_file() for name in STUDENT):
+        for folder in (path, path / "unet"):
+            for name in (VAE_WEIGHTS, TEXT_WEIGHTS):
+                if has_weights(folder, name):
+                    return TensorFile(load_weights(folder, name), {})
+    return read_tensor_file(find_model_file(path, STUDENT))
 
 
 def find_model_file(folder: Path, names: Iterable[str]) -> Path:
