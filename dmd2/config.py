@@ -371,8 +371,8 @@ class OptimizerConfig(Section):
     """Learning rate at the last step as a fraction of `lr`; after the warm-up it decays linearly to it. 1 = constant."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
-    max_grad_norm: PositiveFloat = 10.0
-    """Gradient clipping: largest global norm of the gradients."""
+    max_grad_norm: NonNegativeFloat = 10.0
+    """Gradient clipping: largest global norm of the gradients; 0 = no clipping."""
     ema: tuple[Fraction, ...] = ()
     """Decay per update of each exponential moving average (EMA) of the weights. The last EMA is the result; without any, the
     weights themselves are."""
@@ -490,7 +490,8 @@ class RegressionConfig(Section):
     """Warm-up of a one-step student on the teacher's ODE pairs (DMD2, sec. 4.5 and appendix on SDXL)."""
 
     metric: Literal["lpips", "mse"] = "lpips"
-    """Distance of two images: `lpips`, or the mean squared error of pixels."""
+    """Distance of two images: `lpips`, with average pooling as in the reference, or the mean squared error of pixels. It is computed in
+    the precision of the networks (`distill.dtype`)."""
     vgg: WeightsConfig = WeightsConfig(
         uri="https://download.pytorch.org/models/vgg16-397923af.pth", sha256="397923af"
     )
@@ -641,7 +642,7 @@ class PairsConfig(Section):
     batch: PositiveInt = 8
     """Number of pairs that are sampled at once."""
     steps: Annotated[int, Field(ge=2)] = 50
-    """Number of steps of the teacher's sampler."""
+    """Number of steps of the solver: Euler's method with trailing spacing, from the noisiest timestep on; EDM: Heun's method."""
     guidance: NonNegativeFloat = 8.0
     """Scale of the teacher's classifier-free guidance; 1 = none."""
     per_shard: PositiveInt = 1000
@@ -709,6 +710,20 @@ def current_name(path: str) -> str:
         fields = [s.model_fields[words[-1]] for s in sections if words[-1] in s.model_fields]
         sections = [section for field in fields for section in _sections_of(field.annotation)]
     return ".".join(words)
+
+
+def is_text(path: str) -> bool:
+    """Whether a field of Config holds any text, such as `distill.regression.decoder`."""
+    *sections, last = path.split(".")
+    there: list[type[Section]] = [Config]
+    for word in sections:
+        there = [
+            s
+            for part in there
+            if word in part.model_fields
+            for s in _sections_of(part.model_fields[word].annotation)
+        ]
+    return any(part.model_fields[last].annotation is str for part in there if last in part.model_fields)
 
 
 def _sections_of(annotation: Any) -> list[type[Section]]:

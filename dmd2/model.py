@@ -72,15 +72,20 @@ class Model:
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> Tensor:
         """Sample the family's many-step sampler: images, uint8 (N, C, H, W), from the noise that a one-step student gets for this seed."""
-        return self.family.decode(self.pairs(prompts, seed, steps, guidance, batch)[1])
+
+        def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
+            return self.family.sample_teacher(self.network, eps[:, 0], cond, steps, guidance)
+
+        _, samples = self._in_batches(sample_batch, prompts, seed, batch, noises=1)
+        return self.family.decode(_require_finite(samples))
 
     def pairs(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """(noise, the teacher's sample from it), each (N, C, H, W); refused if a sample is not finite."""
+        """(noise, the teacher's ODE solution from it), each (N, C, H, W); refused if a sample is not finite."""
 
         def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
-            return self.family.sample_teacher(self.network, eps[:, 0], cond, steps, guidance)
+            return self.family.solve_ode(self.network, eps[:, 0], cond, steps, guidance)
 
         eps, x0 = self._in_batches(sample_batch, prompts, seed, batch, noises=1)
         return eps[:, 0], _require_finite(x0)

@@ -28,6 +28,7 @@ from dmd2.config import (
     StableConfig,
     TeachConfig,
     current_name,
+    is_text,
 )
 from dmd2.errors import Refused, near_miss
 
@@ -207,7 +208,9 @@ def sdxl_1step_warmup() -> Config:
     changes = {
         "steps": 2_000,
         "batch": 256,
-        "student": OptimizerConfig(lr=1e-5, warmup_steps=100),
+        "student": OptimizerConfig(
+            lr=1e-5, warmup_steps=100, max_grad_norm=0
+        ),  # the reference does not clip here
         "student_timesteps": (399,),
         "dmd": None,
         "gan": None,
@@ -351,7 +354,7 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def override_flags(overrides: Sequence[str]) -> list[str]:
-    """Overrides as flags of the command line: ["ema=0.9,0.99"] -> ["--ema", "0.9", "0.99"]."""
+    """Overrides as flags of the command line: ["ema=0.9,0.99"] -> ["--ema", "0.9", "0.99"]. Texts are taken as they are."""
     flags: list[str] = []
     for override in overrides:
         field, separator, value = override.partition("=")
@@ -359,7 +362,9 @@ def override_flags(overrides: Sequence[str]) -> list[str]:
             raise Refused(
                 f"override {override!r} must have the form field=value, for example distill.steps=100"
             )
-        flags += ["--" + field.strip(), *value.replace(",", " ").split()]
+        name = field.strip()
+        values = [value] if is_text(current_name(name.replace("-", "_"))) else value.replace(",", " ").split()
+        flags += [f"--{name}", *values]
     return flags
 
 

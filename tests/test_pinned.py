@@ -457,7 +457,7 @@ MENDED: dict[str, dict[str, Any]] = {
         "distill.critic.warmup_steps": 100,
         "distill.first_stage": "sd15-1step",
     },
-    "sdxl-1step-warmup": {"distill.student.warmup_steps": 100},
+    "sdxl-1step-warmup": {"distill.student.warmup_steps": 100, "distill.student.max_grad_norm": 0},
     "sdxl-1step": {"distill.first_stage": "sdxl-1step-warmup"},
     "sdxl-1step-emoji": {"distill.first_stage": "sdxl-1step-warmup-emoji"},
 }

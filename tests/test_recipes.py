@@ -82,6 +82,31 @@ def test_the_longer_run_is_the_one_with_the_gan_at_a_quarter_of_the_rate(kind: s
     assert longer.model_dump(exclude=rest) == full.model_dump(exclude=rest)
 
 
+def test_the_warm_up_of_sdxl_is_as_published() -> None:
+    """LPIPS behind the tiny VAE, in bfloat16, without gradient clipping; pairs of 50 guided steps."""
+    made = recipes.get("sdxl-1step-warmup")
+    assert made.distill.regression
+    assert (made.distill.regression.metric, made.distill.regression.decoder) == (
+        "lpips",
+        "madebyollin/taesdxl",
+    )
+    assert (made.distill.dtype, made.distill.student.max_grad_norm) == ("bfloat16", 0)
+    assert (made.distill.student.lr, made.distill.batch, made.distill.student_timesteps) == (
+        1e-5,
+        256,
+        (399,),
+    )
+    assert (made.pairs.count, made.pairs.steps, made.pairs.guidance) == (10_000, 50, 8.0)
+
+
+def test_an_empty_text_is_an_override_of_a_text() -> None:
+    """An empty decoder of the regression is the teacher's VAE."""
+    made = recipes.resolve("sdxl-1step-warmup", ["distill.regression.decoder="])
+    assert made.distill.regression
+    assert made.distill.regression.decoder == ""
+    assert recipes.resolve("edm-digits", ["distill.student.ema="]).distill.student.ema == ()
+
+
 def test_variants_differ_from_their_recipe_in_what_their_name_says() -> None:
     full, no_gan, no_ttur = (recipes.get(f"edm-digits{suffix}") for suffix in ("", "-no-gan", "-no-ttur"))
     assert (full.distill.gan is not None, full.distill.critic_updates) == (True, 5)
@@ -172,4 +197,5 @@ def test_overrides_become_flags(refusal: Callable[..., str]) -> None:
     assert recipes.override_flags(["distill.steps=5", "family.network.multipliers=1,2"]) == [
         "--distill.steps", "5", "--family.network.multipliers", "1", "2"
     ]  # fmt: skip
+    assert recipes.override_flags(["data.background=rgb(1, 2, 3)"]) == ["--data.background", "rgb(1, 2, 3)"]
     assert "must have the form field=value" in refusal(lambda: recipes.override_flags(["seed"]))

@@ -1,5 +1,6 @@
 """LPIPS (Zhang et al. 2018), a differentiable perceptual distance of images. For the regression warm-up.
 
+As in DMD2's reference, average pooling takes the place of VGG's max pooling, whose gradient reaches one pixel in four.
 The package `lpips` contains its own linear weights, but lets torchvision download and unpickle those of VGG. Here the VGG file is
 fetched, compared with its digest, and read as tensors only.
 """
@@ -35,7 +36,15 @@ def lpips(settings: WeightsConfig, device: torch.device) -> Callable[[Tensor, Te
     with tempfile.TemporaryDirectory() as folder:
         fetch_weights(settings, Path(folder) / "vgg16.pth", "--distill.regression.vgg")
         _load_vgg(network.net, Path(folder) / "vgg16.pth", settings.uri)
+    _pool_by_average(network.net)
     return mean_distance(network.to(device))
+
+
+def _pool_by_average(vgg: nn.Module) -> None:
+    for part in vgg.children():
+        for name, layer in part.named_children():
+            if isinstance(layer, nn.MaxPool2d):
+                part.register_module(name, nn.AvgPool2d(layer.kernel_size, layer.stride))
 
 
 def _load_vgg(vgg: nn.Module, path: Path, name: str) -> None:

@@ -130,6 +130,11 @@ class Edm:
             )
         return heun(Denoiser(network, self._process(steps)), eps, pair.cond)
 
+    def solve_ode(
+        self, network: nn.Module, eps: Tensor, pair: CondPair, steps: int, guidance: float
+    ) -> Tensor:
+        return self.sample_teacher(network, eps, pair, steps, guidance)
+
     def teacher_calls(self, steps: int, guidance: float) -> int:
         return 2 * steps - 1
 

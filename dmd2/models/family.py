@@ -113,6 +113,16 @@ class ModelFamily(Protocol):
             Refused: For a guidance scale that the network cannot follow.
         """
 
+    def solve_ode(
+        self, network: nn.Module, eps: Tensor, pair: CondPair, steps: int, guidance: float
+    ) -> Tensor:
+        """Samples (B, C, H, W) of the teacher's probability flow ODE, from pure noise eps (B, C, H, W) at the noisiest timestep of the
+        process, where a student starts.
+
+        Raises:
+            Refused: As `sample_teacher`.
+        """
+
     def teacher_calls(self, steps: int, guidance: float) -> int:
         """Number of network calls per image of `sample_teacher`."""
 

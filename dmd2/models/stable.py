@@ -70,6 +70,8 @@ SCHEDULERS = (
 ZERO_SNR = "rescale_betas_zero_snr"
 PROCESS_SETTINGS = {"timestep_type": "discrete", "use_flow_sigmas": False, "snr_shift_scale": 1.0}
 """Settings of schedulers that change the process -> the only value that is supported."""
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", ZERO_SNR)
+"""Settings of a scheduler that are the process itself; the others are how it is sampled."""
 CLIP_TOKENS = 77
 """Number of tokens that a CLIP text encoder takes."""
 SHORT_TRANSFORMER = 2
@@ -263,6 +265,22 @@ class Stable(ABC):
     ) -> Tensor:
         import diffusers
 
+        kind = getattr(diffusers, self.scheduler["_class_name"])
+        return self._sample(network, kind.from_config(self.scheduler), eps, pair, steps, guidance)
+
+    def solve_ode(
+        self, network: nn.Module, eps: Tensor, pair: CondPair, steps: int, guidance: float
+    ) -> Tensor:
+        from diffusers import EulerDiscreteScheduler
+
+        make: Any = EulerDiscreteScheduler
+        scheduler = make(**self._process_settings(), timestep_spacing="trailing")
+        return self._sample(network, scheduler, eps, pair, steps, guidance)
+
+    def _sample(
+        self, network: nn.Module, scheduler: Any, eps: Tensor, pair: CondPair, steps: int, guidance: float
+    ) -> Tensor:
+        """Samples by the pipeline of diffusers with this scheduler."""
         if guidance < 1:
             raise Refused(f"guidance is {guidance}; diffusers guides above 1 only, and 1 is none")
         cond, uncond = pair
@@ -271,7 +289,7 @@ class Stable(ABC):
             if "pooled" in cond
             else {}
         )
-        pipe = self._pipeline(diffusers, network)
+        pipe = self._pipeline(network, scheduler)
         out: Tensor = pipe(
             prompt_embeds=cond["text"],
             negative_prompt_embeds=uncond["text"],
@@ -285,17 +303,18 @@ class Stable(ABC):
         ).images
         return out
 
-    def _pipeline(self, diffusers: Any, network: nn.Module) -> Any:
-        """The pipeline of diffusers with this network and the scheduler of the folder, without text encoders."""
+    def _pipeline(self, network: nn.Module, scheduler: Any) -> Any:
+        """The pipeline of diffusers with this network and scheduler, without text encoders."""
+        import diffusers
+
         parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         if self.embedding is None:
             parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
             parts["requires_safety_checker"] = False
-        kind = getattr(diffusers, self.scheduler["_class_name"])
         pipe = getattr(diffusers, self.pipeline)(
             vae=self.vae.network,
             unet=cast(Unet, network).unet,
-            scheduler=kind.from_config(self.scheduler),
+            scheduler=scheduler,
             **parts,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -323,19 +342,9 @@ class Stable(ABC):
 
     def _write_sampler(self, folder: Path) -> None:
         """Write the scheduler that samples a student in diffusers: LCM's steps denoise and add noise of the next timestep, as ours."""
-        kept = (
-            "num_train_timesteps",
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "prediction_type",
-            "rescale_betas_zero_snr",
-        )
         # Without effect on a call with timesteps; without them diffusers warns of a call as the model card's.
         quiet = {"steps_offset": 1, "original_inference_steps": len(self.diffusion)}
-        config = {"_class_name": STUDENT_SCHEDULER, **quiet} | {
-            k: self.scheduler[k] for k in kept if k in self.scheduler
-        }
+        config = {"_class_name": STUDENT_SCHEDULER, **quiet} | self._process_settings()
         (folder / SCHEDULER).write_text(json.dumps(config, indent=1) + "\n")
         index = read_json(folder / "model_index.json") | {"scheduler": ["diffusers", STUDENT_SCHEDULER]}
         # Diffusers requires all components in the index; the safety checker of Stable Diffusion 1.5 is not part of the folder.
@@ -344,6 +353,10 @@ class Stable(ABC):
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
         (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+    def _process_settings(self) -> dict[str, Any]:
+        """The settings of the scheduler that say what the network was trained for, which all schedulers understand."""
+        return {name: self.scheduler[name] for name in PROCESS if name in self.scheduler}
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return {

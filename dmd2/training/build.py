@@ -208,13 +208,13 @@ def _regression_trainer(
         trainable("student", student, settings.student, settings.steps),
         Denoiser(student, fam.diffusion, _dtype(config)),
         settings.student_timesteps[0],
-        _image_distance(regression, fam, device),
+        _image_distance(regression, fam, device, _dtype(config)),
         config.engine.micro_batch,
     )
 
 
 def _image_distance(
-    settings: c.RegressionConfig, fam: ModelFamily, device: torch.device
+    settings: c.RegressionConfig, fam: ModelFamily, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(samples of the student, samples of the teacher), both (B, C, H, W) -> the distance of their decoded images, a scalar."""
     if settings.metric == "lpips":
@@ -224,7 +224,12 @@ def _image_distance(
     else:
         compare = losses.denoising
     pixels = load_vae(settings.decoder).to_pixels if settings.decoder else fam.to_pixels
-    return lambda x, x_teacher: compare(pixels(x), pixels(x_teacher))
+
+    def distance(x: Tensor, x_teacher: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return compare(pixels(x), pixels(x_teacher)).float()
+
+    return distance
 
 
 def sample_student(config: c.Config, student: Denoiser) -> SampleStudent:

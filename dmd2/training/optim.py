@@ -99,14 +99,15 @@ class Trainable:
             sharding.set_gradient_sync(module, last_micro_batch and (last_pass or name != NETWORK))
 
     def update(self, step: int) -> Metrics:
-        """Clip the gradients to `max_grad_norm`, make an optimizer step, update the EMAs, and clear the gradients.
+        """Clip the gradients to `max_grad_norm` (0 = do not), make an optimizer step, update the EMAs, and clear the gradients.
 
         If the gradient norm is not finite, the optimizer skips the step on the device: the host does not wait to know.
         """
         sharding.reshard(self.module)
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = sharding.global_norm([p.grad for p in parameters if p.grad is not None])
-        nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm, foreach=True)
+        if self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm, foreach=True)
         skipped = (~norm.isfinite()).float()
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused optimizers, as set by GradScaler
         lr = self.lr(step)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from lpips import LPIPS
+from torch import nn
 from torchvision.models import vgg16
 
 from dmd2.config import WeightsConfig
@@ -59,6 +61,37 @@ def test_a_file_that_would_run_something_or_is_another_one_is_refused_and_does_n
     assert not (tmp_path / "ran").exists()
     assert "distill.regression.vgg.sha256" in refusal(lambda: loaded(published, "0" * 8))
     assert "--distill.regression.vgg.uri" in refusal(lambda: loaded(tmp_path / "nothing", "0" * 8))
+
+
+def test_it_pools_by_average_as_the_reference_does(published: Path, distance: Distance) -> None:
+    """The same sum of squared differences of normalised features (Zhang et al. 2018, eq. 1), on a VGG with average pooling."""
+    layers: list[nn.Module] = list(vgg16().features)
+    weights = torch.load(published, weights_only=True)
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Conv2d):
+            layer.load_state_dict({key: weights[f"features.{index}.{key}"] for key in ("weight", "bias")})
+        layers[index] = nn.AvgPool2d(2, 2) if isinstance(layer, nn.MaxPool2d) else layer
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    linear = LPIPS(net="vgg", verbose=False, pnet_rand=True)
+    a, b = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    x, y, found = *((image / 2 + 0.5 - mean) / std for image in (a, b)), torch.zeros(())
+    for index, layer in enumerate(layers[:30]):
+        x, y = layer(x).clone(), layer(y).clone()
+        if index in (3, 8, 15, 22, 29):
+            difference = (x / x.norm(dim=1, keepdim=True) - y / y.norm(dim=1, keepdim=True)) ** 2
+            found = found + linear.lins[(3, 8, 15, 22, 29).index(index)](difference).mean()
+    torch.testing.assert_close(distance(a, b), found, rtol=1e-3, atol=1e-6)
+
+
+def test_it_can_be_computed_in_bfloat16(distance: Distance) -> None:
+    a, b = (torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    exact = distance(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distance(a.requires_grad_(), b)
+    found.float().backward()
+    assert found.item() == pytest.approx(exact.item(), rel=0.05)
+    assert a.grad is not None
+    assert a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("side", [16, 64])

@@ -323,6 +323,22 @@ def test_uncond_of_sd15_is_the_empty_text(stable15: Path) -> None:
     assert set(cond) == set(uncond) == {"text"}
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_pairs_begin_at_the_noisiest_timestep_where_the_student_does(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Euler's method with trailing spacing: 999, ..., and sigma 14.6, whatever spacing the folder's scheduler has."""
+    fam, network = tiny(kind, request.getfixturevalue("stable15" if kind == "sd15" else "pipeline"))
+    called: list[float] = []
+    unet = network.unet
+    unet.register_forward_pre_hook(lambda _, args, __: called.append(float(args[1])), with_kwargs=True)
+    with torch.no_grad():
+        fam.solve_ode(network, torch.randn(1, *fam.shape), fam.condition(["a red square"]), 50, 3.0)
+    assert called == [999 - 20 * step for step in range(50)]
+    schedule = fam.diffusion.schedule
+    assert float(schedule.sigma[-1] / schedule.alpha[-1]) == pytest.approx(14.6, abs=0.02)
+
+
 def test_the_teacher_of_sd15_is_sampled_by_diffusers_own_pipeline(stable15: Path) -> None:
     fam, network = tiny("sd15", stable15)
     prompts, eps = ["a red square", "a blue"], torch.randn(2, *fam.shape)

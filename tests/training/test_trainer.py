@@ -213,6 +213,15 @@ def test_gradient_clipping_limits_the_gradient_that_adam_receives() -> None:
     assert state["exp_avg"].norm().item() == pytest.approx(0.1 * 10, rel=1e-4)
 
 
+def test_without_clipping_adam_receives_the_whole_gradient() -> None:
+    settings = OptimizerConfig(lr=1e-3, max_grad_norm=0)
+    trainable = optim.trainable("student", nn.Linear(1, 1, bias=False), settings, 8)
+    (trainable.module(torch.full((1, 1), 1e4)).sum()).backward()
+    trainable.update(0)
+    state = next(iter(trainable.optimizer.state.values()))
+    assert state["exp_avg"].norm().item() == pytest.approx(0.1 * 1e4, rel=1e-4)
+
+
 def test_average_follows_the_closed_form() -> None:
     """Constant weights w after a start at 0: shadow = (1 - prod decays) w, decays (1+n)/(10+n) up to the limit."""
     network = nn.Linear(1, 1, bias=False)
