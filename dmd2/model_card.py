@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from dmd2.evaluation.scores import markdown_table, score_table
 from dmd2.io.artifact import Manifest
@@ -53,6 +54,19 @@ Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 {json.dumps(config.model_dump(mode="json", include={"recipe", "seed", "family", "distill"}), indent=1)}
 ```
 """
+
+
+def forms_table(forms: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    """The student in the file formats of other programs, as Markdown; empty without any. `forms`: file -> how to use it;
+    `sizes`: file -> bytes."""
+    rows = [f"| `{name}` | {sizes[name] / 1e6:,.1f} MB | {use} |" for name, use in forms.items()]
+    return (
+        "\n".join(
+            ["\n\nThe same student for other programs:\n", "| file | size | use |", "|---|--:|---|", *rows]
+        )
+        if rows
+        else ""
+    )
 
 
 def best_checkpoint(run: Manifest) -> str:

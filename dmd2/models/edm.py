@@ -149,6 +149,9 @@ class Edm:
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return load_tensors(folder / WEIGHTS)
 
+    def write_forms(self, folder: Path) -> dict[str, str]:
+        return {}
+
     def usage(self, timesteps: Timesteps) -> str:
         labels = ", ".join(str(label) for label in range(min(3, self.config.classes)))
         return f"""```python

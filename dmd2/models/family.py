@@ -138,6 +138,13 @@ class ModelFamily(Protocol):
     def weights(self, folder: Path) -> dict[str, Tensor]:
         """The state dict that `save` wrote there, in float32."""
 
+    def write_forms(self, folder: Path) -> dict[str, str]:
+        """Write a student that `save` wrote to a folder in the file formats of other programs too.
+
+        Returns:
+            File, relative to the folder, of each form beside the folder itself -> how to use it, in Markdown for the model card.
+        """
+
     def usage(self, timesteps: Timesteps) -> str:
         """How a user samples a saved student, as Markdown for the model card."""
 

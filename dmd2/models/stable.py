@@ -43,7 +43,8 @@ from dmd2.encoders.vae import Vae, load_vae
 from dmd2.encoders.weight_files import load_weights
 from dmd2.errors import Refused, near_miss
 from dmd2.io.storage import fetch_file, local_path
-from dmd2.io.tensors import save_tensors, to_device
+from dmd2.io.tensors import load_tensors, save_tensors, to_device
+from dmd2.models.convert.lora_names import to_kohya
 from dmd2.models.convert.single_file import convert_single_file
 from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import ForeignTeacher, Prompt
@@ -55,6 +56,13 @@ from dmd2.sampler import Timesteps
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 STUDENT_SCHEDULER = "LCMScheduler"
 WEIGHTS = f"unet/{VAE_WEIGHTS}"
+LORA, KOHYA_LORA = "lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"
+LORA_USAGE = (
+    'diffusers, with the teacher: `pipe.load_lora_weights("path/of/this/folder/{}")`, then this scheduler'
+)
+KOHYA_USAGE = (
+    "ComfyUI, A1111 and Forge, with the teacher's checkpoint: as a LoRA of strength 1, CFG 1, sampler LCM"
+)
 PREDICTIONS: dict[str, Parametrization] = {
     "epsilon": eps_prediction,
     "v_prediction": v_prediction,
@@ -363,6 +371,14 @@ class Stable(ABC):
             f"unet.{name}": value.float()
             for name, value in load_weights(folder / "unet", VAE_WEIGHTS).items()
         }
+
+    def write_forms(self, folder: Path) -> dict[str, str]:
+        if not (update := folder / LORA).is_file():
+            return {}
+        with torch.device("meta"):
+            names = [name.removeprefix("unet.") for name in self.network().state_dict()]
+        save_tensors(to_kohya(load_tensors(update), names), folder / KOHYA_LORA, {"format": "pt"})
+        return {LORA: LORA_USAGE.format(LORA), KOHYA_LORA: KOHYA_USAGE}
 
     def usage(self, timesteps: Timesteps) -> str:
         return f"""With diffusers alone:

@@ -37,7 +37,7 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
 
     from dmd2.image_grid import image_grid
     from dmd2.model import load_network, save_network
-    from dmd2.model_card import model_card
+    from dmd2.model_card import forms_table, model_card
     from dmd2.stages.networks import load_artifact_model
     from dmd2.stages.pictures import save_png
     from dmd2.stages.prompts import grid_columns
@@ -47,7 +47,9 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         save_network(draft.path, model, model.network.state_dict())
         if made.config and made.config.distill.lora and not made.facts.get("adopted"):
             shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
-        usage = model.family.usage(model.timesteps)
+        forms = model.family.write_forms(draft.path)
+        sizes = {name: (draft.path / name).stat().st_size for name in forms}
+        usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
         (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage))
         prompts = made.facts["prompts"]
         images = model.sample(prompts, seed=0)

@@ -213,6 +213,9 @@ class Toy:
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return load_tensors(folder / "toy.safetensors")
 
+    def write_forms(self, folder: Path) -> dict[str, str]:
+        return {}
+
     def usage(self, timesteps: Timesteps) -> str:
         return f"A toy of {len(timesteps)} steps: `load(folder).sample([0, 1, 2])`"
 

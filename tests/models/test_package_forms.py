@@ -17,7 +17,15 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dmd2 import recipes, stages
+from dmd2.config import LoraConfig, StableConfig
+from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, load_network, save_network
+from dmd2.models.convert.lora_names import to_kohya
+from dmd2.models.convert.student_weights import read_unet
+from dmd2.models.family import make_family
+from dmd2.models.lora import add_low_rank_update, export_low_rank_update, merge_low_rank_update
+from dmd2.models.stable import KOHYA_LORA, LORA, Stable
+from tests.models.test_convert import sgm
 from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 from tests.tiny_sdxl import SMALL
 
@@ -103,3 +111,93 @@ def test_a_precision_that_only_the_config_of_an_encoder_names_does_not_count(
     package = save_package(student, tmp_path / "package")
     assert json.loads((package / "text_encoder" / "config.json").read_text()) == config | {name: "float32"}
     same_image(PIPELINES[kind].from_pretrained(package), student)
+
+
+# Low-rank students.
+
+
+def with_update(student: Model, package: Path) -> Model:
+    """Save a random low-rank update in a package -> the student with it merged."""
+    settings = LoraConfig(rank=4, alpha=2)
+    base = {name: tensor.clone() for name, tensor in student.network.state_dict().items()}
+    network = add_low_rank_update(student.network, Stable.lora_targets, settings)
+    update = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    update = {name: torch.randn_like(p) / 8 for name, p in update.items()}
+    (package / "lora").mkdir()
+    save_tensors(export_low_rank_update(update, settings), package / LORA)
+    plain = student.family.network()
+    plain.load_state_dict(merge_low_rank_update(base, update, settings))
+    return replace(student, network=plain.requires_grad_(False))
+
+
+@pytest.fixture
+def low_rank(kind: str, source: Path, tmp_path: Path) -> tuple[Path, Model, Path]:
+    """A low-rank student in all of its forms, the student with its update, and a folder with its teacher."""
+    base = student_of(kind, source, tmp_path)
+    package = save_package(base, tmp_path / "package")
+    teacher = Path(shutil.copytree(package, tmp_path / "base"))
+    student = with_update(base, package)
+    assert list(base.family.write_forms(package)) == [LORA, KOHYA_LORA]
+    return package, student, teacher
+
+
+@pytest.mark.parametrize("name", [LORA, KOHYA_LORA])
+def test_diffusers_draws_the_students_image_with_either_file_of_its_update(
+    name: str, kind: str, low_rank: tuple[Path, Model, Path]
+) -> None:
+    package, student, teacher = low_rank
+    pipe = PIPELINES[kind].from_pretrained(teacher)
+    plain = image(pipe)
+    pipe.load_lora_weights(package / name)
+    same_image(pipe, student)
+    assert (image(pipe) - plain).abs().max() > 5
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    merged = {name.removeprefix("unet."): w for name, w in student.network.state_dict().items()}
+    torch.testing.assert_close(pipe.unet.state_dict(), merged, atol=1e-6, rtol=1e-5)
+
+
+def test_every_layer_of_the_update_has_the_name_that_kohyas_trainer_gives_it(
+    kind: str, low_rank: tuple[Path, Model, Path]
+) -> None:
+    """ComfyUI knows a layer by the name of its weight in the original checkpoint, and by that in diffusers."""
+    package, _, teacher = low_rank
+    peft, kohya = load_file(package / LORA), load_file(package / KOHYA_LORA)
+    layers = {name.split(".")[0] for name in kohya}
+    assert len(layers) == len(peft) / 2 == len(kohya) / 3
+    for layer in layers:
+        assert kohya[f"{layer}.alpha"].item() == len(kohya[f"{layer}.lora_down.weight"]) == 4
+    unet = PIPELINES[kind].from_pretrained(teacher).unet
+    original = {name.removeprefix("model.diffusion_model.") for name in sgm(unet)}
+    known = original if kind == "sdxl" else unet.state_dict().keys()
+    assert layers <= {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}" for name in known}
+
+
+@pytest.mark.parametrize("name", [LORA, KOHYA_LORA])
+def test_the_update_is_adopted_from_either_file(name: str, low_rank: tuple[Path, Model, Path]) -> None:
+    package, student, teacher = low_rank
+    base = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    merged = {name.removeprefix("unet."): weight for name, weight in student.network.state_dict().items()}
+    torch.testing.assert_close(read_unet(package / name, base), merged, atol=1e-6, rtol=1e-5)
+
+
+def test_the_update_of_sdxl_has_the_layer_names_of_its_published_one() -> None:
+    """Names in files that kohya's trainer wrote for SDXL, at its real shape."""
+    family = make_family(StableConfig(kind="sdxl", resolution=1024))
+    with torch.device("meta"):
+        network = add_low_rank_update(family.network(), Stable.lora_targets, LoraConfig())
+        names = [name.removeprefix("unet.") for name in family.network().state_dict()]
+    update = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    layers = {name.split(".")[0] for name in to_kohya(export_low_rank_update(update, LoraConfig()), names)}
+    assert len(layers) == 788
+    assert layers >= {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_8_1_transformer_blocks_9_ff_net_0_proj",
+        "lora_unet_middle_block_1_proj_in",
+        "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_out_0",
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_middle_block_0_emb_layers_1",
+        "lora_unet_output_blocks_8_0_skip_connection",
+        "lora_unet_input_blocks_1_0_in_layers_2",
+    }

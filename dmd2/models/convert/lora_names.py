@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
 
 from dmd2.errors import Refused
 
@@ -19,6 +22,8 @@ EDGES = {
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 """Layers of a UNet outside the blocks: diffusers' name -> the name in SGM's code, which kohya's format uses."""
+SDXL_LAYER = "add_embedding.linear_1"
+"""A layer that a UNet of SDXL has and one of SD has not."""
 
 
 def layer_and_factor(key: str) -> tuple[str, str]:
@@ -49,6 +54,27 @@ def weights_by_lora_name(base: Iterable[str]) -> dict[str, str]:
             if names.setdefault(name, weight) != weight:
                 raise Refused(f"{weight} and {names[name]} of the base are both {name} in a LoRA")
     return names
+
+
+def to_kohya(update: Mapping[str, Tensor], base: Iterable[str]) -> dict[str, Tensor]:
+    """A low-rank update as `export_low_rank_update` writes it -> the same in the format of kohya's trainer.
+
+    The trainer names the layers of SDXL as SGM does, and those of SD as diffusers does; ComfyUI, A1111 and Forge read both.
+    alpha is the rank: a factor of 1, because `update` has its own multiplied in.
+
+    Args:
+        base: Names of all weights of the UNet, in diffusers' naming.
+    """
+    names = sgm_names(base)
+    sdxl = SDXL_LAYER in names
+    found: dict[str, Tensor] = {}
+    for key, tensor in update.items():
+        layer, factor = layer_and_factor(key)
+        name = f"lora_unet_{(names[layer] if sdxl else layer).replace('.', '_')}"
+        found[f"{name}.lora_{factor}.weight"] = tensor
+        if factor == "down":
+            found[f"{name}.alpha"] = torch.tensor(float(len(tensor)))
+    return found
 
 
 def sgm_names(base: Iterable[str]) -> dict[str, str]:
