@@ -555,6 +555,7 @@ class DistillConfig(Section):
     guidance: NonNegativeFloat = 1.0
     """Scale of the teacher's classifier-free guidance; 1 = none."""
     dmd: DmdConfig | None = DmdConfig()
+    """None = the GAN alone: the teacher is not asked, and the critic still learns to denoise the student's samples."""
     gan: GanConfig | None = None
     extra_terms: Annotated[dict[str, dict[str, bool | int | float | str]], tyro.conf.Fixed] = {}
     """Further loss terms: the name of a row of `training.build.TERMS` -> its settings, which are checked when the trainer is

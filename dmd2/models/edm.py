@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning, CondPair
-from dmd2.config import AdmConfig, EdmConfig
+from dmd2.config import AdmConfig, EdmConfig, LoraConfig
 from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
@@ -25,8 +25,8 @@ from dmd2.io.local import sha256
 from dmd2.io.storage import fetch_file
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.adm import Adm
-from dmd2.models.convert.edm_pickle import read_edm_pickle, read_edm_student
-from dmd2.models.family import ForeignTeacher, Prompt, check_same_family
+from dmd2.models.convert.edm_pickle import read_edm_critic, read_edm_pickle, read_edm_student
+from dmd2.models.family import AdoptedWeights, ForeignTeacher, Prompt, check_same_family
 from dmd2.models.heads import ConvHead
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps, heun
@@ -172,10 +172,13 @@ images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)
 
         return ForeignTeacher({"source": sha256(path)}, write)
 
-    def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        network, weights = read_edm_student(path)
-        self._check_network(network, self.config)
-        return weights
+    def adopt(self, path: Path, teacher: Mapping[str, Tensor], lora: LoraConfig | None) -> AdoptedWeights:
+        found = [read_edm_student(path), read_edm_critic(path)]
+        for network, _ in filter(None, found):
+            self._check_network(network, self.config)
+        student, critic = (each and each[1] for each in found)
+        assert student is not None
+        return AdoptedWeights(student, critic)
 
     @staticmethod
     def _check_network(network: AdmConfig, config: EdmConfig) -> None:

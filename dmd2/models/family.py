@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning, CondPair
-from dmd2.config import FAMILIES, FamilyConfig
+from dmd2.config import FAMILIES, FamilyConfig, LoraConfig
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion
@@ -33,6 +33,14 @@ class ForeignTeacher(NamedTuple):
     """Name -> sha256 digest of each thing it consists of: `source`, and `vae` if another one is used."""
     write: Callable[[Path], None]
     """Write it to an empty folder, in the layout that `ModelFamily.weights` reads."""
+
+
+class AdoptedWeights(NamedTuple):
+    """State dicts of networks that were distilled by other software."""
+
+    student: dict[str, Tensor]
+    critic: dict[str, Tensor] | None
+    """None if the source has none."""
 
 
 class ModelFamily(Protocol):
@@ -163,12 +171,13 @@ class ModelFamily(Protocol):
             Refused: If it is not understood completely, or does not fit the config.
         """
 
-    def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of a student that was distilled by other software.
+    def adopt(self, path: Path, teacher: Mapping[str, Tensor], lora: LoraConfig | None) -> AdoptedWeights:
+        """A student that was distilled by other software, and its critic where the source has one.
 
         Args:
-            path: File or folder of its weights.
+            path: File or folder of the weights.
             teacher: State dict of the teacher it was distilled from, into which a low-rank update is merged.
+            lora: Rank and alpha of a low-rank update whose source does not say them.
 
         Raises:
             Refused: If it does not fit the network.

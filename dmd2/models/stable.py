@@ -24,7 +24,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning, CondPair
-from dmd2.config import EncodeConfig, StableConfig
+from dmd2.config import EncodeConfig, LoraConfig, StableConfig
 from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
@@ -46,8 +46,8 @@ from dmd2.io.storage import fetch_file, local_path
 from dmd2.io.tensors import load_tensors, save_tensors, to_device
 from dmd2.models.convert.lora_names import to_kohya
 from dmd2.models.convert.single_file import convert_single_file
-from dmd2.models.convert.student_weights import read_unet
-from dmd2.models.family import ForeignTeacher, Prompt
+from dmd2.models.convert.student_weights import read_critic, read_unet
+from dmd2.models.family import AdoptedWeights, ForeignTeacher, Prompt
 from dmd2.models.heads import ConvHead
 from dmd2.parallel import ranks
 from dmd2.rng import Rng
@@ -412,9 +412,10 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
 
         return ForeignTeacher({"source": pipeline.digest} | ({"vae": other.digest} if other else {}), write)
 
-    def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adopt(self, path: Path, teacher: Mapping[str, Tensor], lora: LoraConfig | None) -> AdoptedWeights:
         base = {name.removeprefix("unet."): weight for name, weight in teacher.items()}
-        return {f"unet.{name}": weight for name, weight in read_unet(path, base).items()}
+        student, critic = read_unet(path, base, lora), read_critic(path, base)
+        return AdoptedWeights(_inside_wrapper(student), None if critic is None else _inside_wrapper(critic))
 
     def _check(self) -> None:
         """Raise Refused for a U-Net with inputs that are not supported."""
@@ -438,6 +439,11 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
                 raise Refused(
                     f"{name_in_errors} has {name} {unet[name]!r}, an input that is not supported; use a base model"
                 )
+
+
+def _inside_wrapper(unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a diffusers U-Net with the names it has in `Unet`."""
+    return {f"unet.{name}": weight for name, weight in unet.items()}
 
 
 def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
 
     Args:
         source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a LoRA in kohya's or diffusers'
-            naming, a U-Net or pipeline folder of diffusers, or a training folder of the DMD2 reference code.
+            naming, a U-Net or pipeline folder of diffusers, or a training folder of the DMD2 reference code, whose critic is
+            taken too. A training folder of a LoRA does not say its alpha, which is that of the recipe (--distill.lora.alpha).
         teacher: Folder of the teacher it was distilled from.
         out: Folder to write the run to.
     """
@@ -37,23 +38,26 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     inputs = {"source": _content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}
     if done := find_finished(out, "run", config, inputs):
         return done
-    from dmd2.io.tensors import check_finite
+    from dmd2.io.tensors import check_finite, save_tensors
     from dmd2.model import load_network, save_network
     from dmd2.models.family import check_same_family
-    from dmd2.stages.networks import load_artifact_model, parameter_count, student_model
+    from dmd2.stages.networks import CRITIC, load_artifact_model, parameter_count, student_model
     from dmd2.stages.prompts import grid_classes
 
     model = load_artifact_model(teacher, read_manifest(teacher, "teacher"))
     check_same_family(model.config, config.family)
-    weights = model.family.adopt(path, model.network.state_dict())
-    check_finite(weights, source)
+    adopted = model.family.adopt(path, model.network.state_dict(), config.distill.lora)
+    check_finite(adopted.student, source)
     prompts = grid_classes(config.family) if config.family.prompts == "classes" else list(PREVIEW_PROMPTS)
     with draft_artifact(out, "run", config, inputs) as draft:
-        save_network(draft.path, student_model(model, config), weights)
+        save_network(draft.path, student_model(model, config), adopted.student)
+        if adopted.critic:
+            save_tensors(adopted.critic, draft.path / CRITIC)
         load_network(draft.path)
         draft.facts |= {
             "parameters": parameter_count(model.network),
             "adopted": source,
+            "critic": adopted.critic is not None,
             "prompts": prompts,
         }
     return read_manifest(out, "run")

@@ -16,11 +16,14 @@ from dmd2.encoders.pipeline_folder import find_pipeline
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, open_artifact, read_manifest
 from dmd2.io.staging import Draft
-from dmd2.io.tensors import save_tensors
+from dmd2.io.tensors import load_tensors, save_tensors
 from dmd2.model import Model, load_network, read_network_json, save_network
 from dmd2.models.family import family_class
 from dmd2.training import checkpoint
 from dmd2.training.networks import Start
+
+CRITIC = "critic.safetensors"
+"""The critic of an adopted run, in full; other runs have it in their checkpoints."""
 
 
 def load_artifact_model(folder: str, manifest: Manifest, weights: bool = True) -> Model:
@@ -45,7 +48,7 @@ def student_model(teacher: Model, config: Config) -> Model:
 
 
 def starting_weights(run: str, weights: bool) -> Start | None:
-    """The student of another run and, if that run saved one, its critic without the discriminator head.
+    """The student of another run and, if that run has one, its critic without the discriminator head.
 
     Returns None without a run. `weights=False` is for ranks that receive their weights from rank 0: they read nothing.
     """
@@ -53,6 +56,9 @@ def starting_weights(run: str, weights: bool) -> Start | None:
         return Start({}) if run else None
     manifest = read_manifest(run, "run")
     student = load_artifact_model(run, manifest).network.state_dict()
+    if any(file.path == CRITIC for file in manifest.files):
+        critic = load_tensors(open_artifact(run, manifest, CRITIC) / CRITIC)
+        return Start(student, {name: weight.float() for name, weight in critic.items()})
     saved = sorted({f.path.rpartition("/")[0] for f in manifest.files if f.path.startswith("checkpoints/")})
     if not saved or not manifest.config or manifest.config.distill.lora:
         return Start(student)

@@ -27,6 +27,7 @@ from dmd2.training.rollout import BackwardSimulation, ContinuedRollouts, NoisedR
 from dmd2.training.terms import (
     HEAD,
     Adversarial,
+    CriticDenoising,
     DistributionMatching,
     LossTerm,
     TeacherPrediction,
@@ -111,7 +112,13 @@ def loss_terms(
     inputs = TermInputs(fam, teacher, critic, place, nn.ModuleDict({NETWORK: nets.critic}))
     settings = config.distill.term_settings()
     terms = [_kind(name).make(inputs, _checked(name, values)) for name, values in settings.items()]
-    if inputs.feature_losses and not any(isinstance(term, DistributionMatching) for term in terms):
+    if config.distill.gan and not any(one.reaches_output for one in critic_passes(terms)):
+        terms.append(
+            CriticDenoising(critic, inputs.feature_losses)
+        )  # the features of a critic that knows the fakes
+    if inputs.feature_losses and not any(
+        isinstance(term, DistributionMatching | CriticDenoising) for term in terms
+    ):
         raise Refused(
             f"{', '.join(inputs.feature_losses)} reuses the denoising pass of the critic, and no term has one; turn "
             "distill.gan.reuse_denoising_pass off, or distill.dmd on"

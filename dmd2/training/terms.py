@@ -93,6 +93,35 @@ class TermKind(NamedTuple):
     """(inputs, settings) -> the term."""
 
 
+class CriticDenoising:
+    """The critic learns to denoise the student's samples; the student learns nothing from it. For a GAN without DMD."""
+
+    def __init__(
+        self, critic: Denoiser, feature_losses: Mapping[str, FeatureLoss], name: str = "denoising"
+    ) -> None:
+        """`feature_losses` are losses of other terms on the features of this pass."""
+        self.critic = critic
+        self.feature_losses = feature_losses
+        self.name = name
+
+    def student_loss(self, fake: Batch) -> Tensor:
+        return 0 * fake.x.sum()
+
+    def critic_passes(self) -> list[CriticPass]:
+        return [CriticPass(f"critic loss {self.name}", self._losses, reaches_output=True)]
+
+    def _losses(self, fake: Batch, real: Batch) -> Losses:
+        """The denoising loss on the student's samples (DMD2, sec. 3), and the feature losses of other terms."""
+        diffusion = self.critic.diffusion
+        x_t, timestep = noise_at_random_timestep(fake, diffusion, 0, len(diffusion))
+        target = diffusion.target(fake.x, x_t, timestep)
+        if not self.feature_losses:
+            return {self.name: losses.denoising(self.critic.output(x_t, timestep, fake.cond), target)}
+        out, features = self.critic.output_and_features(x_t, timestep, fake.cond)
+        others = {name: loss(features) for name, loss in self.feature_losses.items()}
+        return {self.name: losses.denoising(out, target)} | others
+
+
 class DistributionMatching:
     """DMD: the critic learns the score of the student's samples; the student follows the difference of the scores."""
 
@@ -110,7 +139,7 @@ class DistributionMatching:
         self.teacher = teacher
         self.critic = critic
         self.timesteps = timesteps
-        self.feature_losses = {} if feature_losses is None else feature_losses
+        self.denoising = CriticDenoising(critic, {} if feature_losses is None else feature_losses, self.name)
 
     def student_loss(self, fake: Batch) -> Tensor:
         """The distribution-matching loss (DMD, Yin et al. 2024, eq. 7 and 8)."""
@@ -121,18 +150,7 @@ class DistributionMatching:
         return losses.distribution_matching(fake.x, x0_teacher, x0_critic)
 
     def critic_passes(self) -> list[CriticPass]:
-        return [CriticPass(f"critic loss {self.name}", self._denoising_losses, reaches_output=True)]
-
-    def _denoising_losses(self, fake: Batch, real: Batch) -> Losses:
-        """The denoising loss on the student's samples (DMD2, sec. 3), and the feature losses of other terms."""
-        diffusion = self.critic.diffusion
-        x_t, timestep = noise_at_random_timestep(fake, diffusion, 0, len(diffusion))
-        target = diffusion.target(fake.x, x_t, timestep)
-        if not self.feature_losses:
-            return {self.name: losses.denoising(self.critic.output(x_t, timestep, fake.cond), target)}
-        out, features = self.critic.output_and_features(x_t, timestep, fake.cond)
-        others = {name: loss(features) for name, loss in self.feature_losses.items()}
-        return {self.name: losses.denoising(out, target)} | others
+        return self.denoising.critic_passes()
 
 
 class Adversarial:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dmd2 import recipes
 from dmd2.batch import Conditioning
+from dmd2.config import LoraConfig
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, edm_preconditioning, karras_schedule
 from dmd2.models.adm import Adm
@@ -39,7 +40,7 @@ from dmd2.models.convert.edm_pickle import (
 )
 from dmd2.models.convert.lora_names import sgm_names
 from dmd2.models.convert.single_file import convert_single_file
-from dmd2.models.convert.student_weights import read_unet
+from dmd2.models.convert.student_weights import read_critic, read_unet
 
 Refusal = Callable[[Callable[[], object]], str]
 Weights = dict[str, Tensor]
@@ -624,6 +625,8 @@ def test_the_student_of_a_training_folder_is_read(suffix: str, tmp_path: Path, r
         write = torch.save if suffix == ".bin" else save_file
         write(tensors, tmp_path / f"{name}{suffix}")
     same(read_unet(tmp_path), student)
+    same(read_critic(tmp_path, weights(unet(seed=4))), critic)
+    assert read_critic(tmp_path / f"{names[0]}{suffix}", student) is None
     (tmp_path / f"{names[0]}{suffix}").unlink()
     assert "a folder without pytorch_model.bin or model.safetensors" in refusal(lambda: read_unet(tmp_path))
 
@@ -773,6 +776,19 @@ def test_a_lora_is_merged_as_peft_merges_it(naming: str, xl: bool, tmp_path: Pat
         torch.testing.assert_close(found, base | merged, rtol=1e-5, atol=1e-6)
         assert sum(not torch.equal(found[name], base[name]) for name in base) == len(merged)
     same(base, before)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "module.feedforward_model."])
+def test_a_training_folder_of_a_lora_is_merged_with_the_alpha_of_the_recipe(
+    prefix: str, tmp_path: Path, refusal: Refusal
+) -> None:
+    trained, base = weights(adapted(unet())), weights(unet(seed=4))
+    assert any(".base_layer." in name for name in trained)
+    torch.save(prefixed(trained, prefix), tmp_path / "pytorch_model.bin")
+    found = read_unet(tmp_path, base, LoraConfig(rank=RANK, alpha=ALPHA))
+    torch.testing.assert_close(found, weights(unet()) | fused(), rtol=1e-5, atol=1e-6)
+    assert "does not say the LoRA's alpha" in refusal(lambda: read_unet(tmp_path, base))
+    assert "has rank 3, the recipe's has 64" in refusal(lambda: read_unet(tmp_path, base, LoraConfig()))
 
 
 def test_a_merged_student_gives_the_same_output_as_the_adapter(tmp_path: Path) -> None:

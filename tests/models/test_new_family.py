@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dmd2 import cli, recipes, stages
 from dmd2.batch import Batch, Conditioning, CondPair
-from dmd2.config import Config, DistillConfig, FamilyConfig, GanConfig, register_family
+from dmd2.config import Config, DistillConfig, FamilyConfig, GanConfig, LoraConfig, register_family
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, flow_prediction, flow_schedule
@@ -29,7 +29,7 @@ from dmd2.io.local import sha256
 from dmd2.io.tensors import load_tensors, save_tensors
 from dmd2.model import load, load_network
 from dmd2.models.edm import Edm
-from dmd2.models.family import ForeignTeacher, ModelFamily, Prompt, make_family
+from dmd2.models.family import AdoptedWeights, ForeignTeacher, ModelFamily, Prompt, make_family
 from dmd2.models.sd15 import Sd15
 from dmd2.models.sdxl import Sdxl
 from dmd2.plan.prediction import Plan
@@ -226,8 +226,8 @@ class Toy:
             {"source": sha256(path)}, lambda folder: cls(config, None, "").save(_ours(path), folder, ())
         )
 
-    def adopt(self, path: Path, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _ours(path)
+    def adopt(self, path: Path, teacher: Mapping[str, Tensor], lora: LoraConfig | None) -> AdoptedWeights:
+        return AdoptedWeights(_ours(path), None)
 
 
 def _ours(path: Path) -> dict[str, Tensor]:

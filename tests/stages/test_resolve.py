@@ -13,6 +13,7 @@ from dmd2.config import Config, EdmConfig
 from dmd2.io.artifact import read_manifest
 from dmd2.model import load_network
 from dmd2.models.convert.edm_pickle import read_edm_pickle
+from dmd2.stages.networks import starting_weights
 from tests.models.test_convert import edm, network
 
 
@@ -49,7 +50,18 @@ def test_a_published_training_folder_becomes_a_run(pickled: Path, tmp_path: Path
     stages.resolve(config, str(pickled), str(tmp_path / "teacher"))
     (tmp_path / "training").mkdir()
     torch.save(network().state_dict(), tmp_path / "training" / "pytorch_model.bin")
+    critic = {f"module.fake_unet.{name}": weight + 1 for name, weight in network().state_dict().items()}
+    critic |= {f"module.{name}": torch.zeros(2) for name in ("real_unet.x", "cls_pred_branch.0.weight")}
+    resampling = {n: t for n, t in network().state_dict().items() if n.endswith("resample_filter")}
+    critic |= {f"module.fake_unet.{name}": weight for name, weight in resampling.items()}
+    torch.save(critic, tmp_path / "training" / "pytorch_model_1.bin")
     stages.adopt(config, str(tmp_path / "training"), str(tmp_path / "teacher"), str(tmp_path / "run"))
     student = load_network(tmp_path / "run")
     assert student.timesteps == (999,)
     assert student.sample([0, 1, 2], seed=0).shape == (3, 3, 16, 16)
+    start = starting_weights(str(tmp_path / "run"), weights=True)
+    assert start
+    assert start.critic
+    for name, weight in student.network.state_dict().items():
+        assert torch.equal(start.student[name], weight)
+        assert torch.equal(start.critic[name], weight + 1), name

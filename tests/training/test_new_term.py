@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dmd2 import stages
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig, DmdConfig, GanConfig
+from dmd2.data.loader import RawBatch
 from dmd2.errors import Refused
 from dmd2.io.artifact import read_manifest
 from dmd2.models.family import make_family
@@ -188,11 +189,21 @@ def test_a_built_in_term_is_set_in_its_own_section(micro: Config) -> None:
         with_distill(micro, extra_terms={"gan": {"student_weight": 1.0, "critic_weight": 1.0}})
 
 
-def test_a_discriminator_cannot_reuse_a_denoising_pass_that_does_not_exist(
-    micro: Config, refusal: Callable[..., str]
-) -> None:
+@pytest.mark.parametrize("reuse", [False, True])
+def test_with_the_gan_alone_the_critic_still_denoises(micro: Config, reuse: bool) -> None:
     assert micro.distill.gan
-    gan = micro.distill.gan.model_copy(update={"reuse_denoising_pass": True})
-    config = with_distill(micro, gan=gan, dmd=None)
-    network = make_family(config.family).network()
-    assert "turn distill.gan.reuse_denoising_pass off" in refusal(lambda: make_trainer(config, network))
+    gan = micro.distill.gan.model_copy(update={"reuse_denoising_pass": reuse})
+    both, alone = with_distill(micro, gan=gan), with_distill(micro, gan=gan, dmd=None)
+    teacher = make_family(micro.family).network()
+    batch = make_family(micro.family).read(
+        RawBatch(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0]), ("",) * 4),
+        Rng.at(0, 0, range(4), torch.device("cpu")),
+    )
+    trainer = make_trainer(alone, teacher)
+    passes = [[one.reaches_output for one in make_trainer(made, teacher).passes] for made in (both, alone)]
+    assert passes[0] == passes[1]
+    found = trainer.step(batch, 0)
+    assert found["critic/denoising"] > 0
+    assert found["student/denoising_grad_l1"] == 0
+    assert found["student/gan_grad_l1"] > 0
+    assert not any("dmd" in name for name in found)

@@ -22,7 +22,12 @@ from dmd2.config import AdmConfig
 from dmd2.data.prompts import PLAIN_OPCODES
 from dmd2.errors import Refused, brief
 from dmd2.models.adm import MAX_PERIOD, Adm
-from dmd2.models.convert.student_weights import STUDENT, find_model_file, strip_wrapper_prefixes
+from dmd2.models.convert.student_weights import (
+    STUDENT,
+    critic_tensors,
+    find_model_file,
+    strip_wrapper_prefixes,
+)
 from dmd2.models.convert.tensor_files import (
     name_file_in_errors,
     read_tensor_file,
@@ -151,6 +156,14 @@ def read_edm_student(path: Path) -> tuple[AdmConfig, dict[str, Tensor]]:
         file = read_tensor_file(find_model_file(path, STUDENT) if path.is_dir() else path)
         with refuse_broken_file("state dict of an EDM network"):
             return from_edm_state_dict(strip_wrapper_prefixes(file.tensors))
+
+
+def read_edm_critic(path: Path) -> tuple[AdmConfig, dict[str, Tensor]] | None:
+    """The same of the critic of a training folder; None if it has none."""
+    with name_file_in_errors(path):
+        tensors = critic_tensors(path)
+        with refuse_broken_file("state dict of an EDM network"):
+            return None if tensors is None else from_edm_state_dict(tensors)
 
 
 def from_edm_state_dict(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[str, Tensor]]:

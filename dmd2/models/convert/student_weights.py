@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dmd2.config import LoraConfig
 from dmd2.encoders.pipeline_folder import TEXT_WEIGHTS, VAE_WEIGHTS
 from dmd2.encoders.weight_files import has_weights, load_weights
 from dmd2.errors import Refused
@@ -24,6 +25,12 @@ from dmd2.models.convert.tensor_files import (
 
 STUDENT = ("pytorch_model.bin", "model.safetensors")
 """The student's file in a training folder, as accelerate saves its first model."""
+GUIDANCE = ("pytorch_model_1.bin", "model_1.safetensors")
+"""The file of critic, teacher and discriminator head in a training folder, which accelerate saves as its second model."""
+CRITIC = "fake_unet."
+"""Prefix of the critic's names in that file."""
+BASE_LAYER = ".base_layer."
+"""Part of the names of weights that peft has a LoRA beside."""
 WRAPPER_PREFIXES = ("module.", "feedforward_model.")
 """Prefixes that wrappers of the training code leave on the names of a student's weights."""
 ORIGINAL_PREFIX = "model.diffusion_model."
@@ -45,7 +52,9 @@ KNOWN_LORA: dict[str, tuple[object, ...]] = {
 """Settings of peft -> their supported values. PiSSA, OLoRA, LoftQ and CorDA take something away from the base at the start."""
 
 
-def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def read_unet(
+    path: Path, base: Mapping[str, Tensor] | None = None, lora: LoraConfig | None = None
+) -> dict[str, Tensor]:
     """Read the state dict of a diffusers UNet of SD or SDXL, in the precision of the file.
 
     Args:
@@ -53,18 +62,37 @@ def read_unet(path: Path, base: Mapping[str, Tensor] | None = None) -> dict[str,
             diffusers' naming, a folder of diffusers (a U-Net or a pipeline), or a training folder of the DMD2 reference
             code, whose student is read.
         base: The UNet into which a LoRA is merged. Whole weights must have its names and shapes, if it is given.
+        lora: Rank and alpha of a LoRA that a training folder holds beside its weights.
     """
     with name_file_in_errors(path):
         file = _read_folder(path) if path.is_dir() else read_tensor_file(path)
-        if any(".base_layer." in name for name in file.tensors):
-            raise Refused(
-                "it is a UNet with a LoRA beside its weights, and does not say the LoRA's alpha; give the LoRA's own file, or merge it first"
-            )
         check_finite(file.tensors, "it")
+        if any(BASE_LAYER in name for name in file.tensors):
+            return _merge_trained_lora(strip_wrapper_prefixes(file.tensors), base, path, lora)
         if any(LORA.fullmatch(name) for name in file.tensors):
             with refuse_broken_file("LoRA"):
                 return _merge_lora(file, base, path)
         return _check_unet(_from_original_names(strip_wrapper_prefixes(file.tensors), base), base)
+
+
+def read_critic(path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The state dict of the critic in a training folder of the DMD2 reference code; see `critic_tensors`."""
+    with name_file_in_errors(path):
+        tensors = critic_tensors(path)
+        return None if tensors is None else _check_unet(tensors, base)
+
+
+def critic_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The critic's tensors in a training folder, without teacher and discriminator head; None if there is no such file."""
+    if not any((path / name).is_file() for name in GUIDANCE):
+        return None
+    file = read_tensor_file(find_model_file(path, GUIDANCE))
+    tensors = strip_wrapper_prefixes(file.tensors)
+    found = {name.removeprefix(CRITIC): t for name, t in tensors.items() if name.startswith(CRITIC)}
+    if not found:
+        raise Refused(f"its second model holds no critic ({CRITIC}...); give the student's file alone")
+    check_finite(found, "its critic")
+    return found
 
 
 def _read_folder(path: Path) -> TensorFile:
@@ -137,13 +165,39 @@ def _check_shapes(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> 
             raise Refused(f"{name} is {found}, and {wanted} in the base; give the base it was made from")
 
 
+def _merge_trained_lora(
+    tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, path: Path, lora: LoraConfig | None
+) -> dict[str, Tensor]:
+    """The UNet of a training folder with a LoRA, whose weights stand beside those that they change (`BASE_LAYER`)."""
+    if lora is None:
+        raise Refused(
+            "it is a UNet with a LoRA beside its weights, and does not say the LoRA's alpha; give a recipe with a LoRA, and its alpha as --distill.lora.alpha"
+        )
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    factors = {name: tensor for name, tensor in bare.items() if LORA.fullmatch(name)}
+    ranks = {len(tensor) for name, tensor in factors.items() if layer_and_factor(name)[1] == "down"}
+    if ranks != {lora.rank}:
+        raise Refused(
+            f"its LoRA has rank {min(ranks, default=0)}, the recipe's has {lora.rank}; set --distill.lora.rank, and alpha with it"
+        )
+    whole = {n.replace(BASE_LAYER, "."): tensor for n, tensor in bare.items() if n not in factors}
+    return _add_lora(factors, _check_unet(whole, base), lora.alpha)
+
+
 def _merge_lora(file: TensorFile, base: Mapping[str, Tensor] | None, path: Path) -> dict[str, Tensor]:
-    """The base, with weight + alpha / rank * up @ down in place of each weight for which the LoRA has factors."""
+    """The base with the LoRA of a file merged into it."""
     if base is None:
         raise Refused("it is a LoRA, which changes a network and is none; give the base it was made from")
-    default, names = _default_alpha(file, path), weights_by_lora_name(base)
+    return _add_lora(file.tensors, base, _default_alpha(file, path))
+
+
+def _add_lora(
+    tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], default: float | None
+) -> dict[str, Tensor]:
+    """The base, with weight + alpha / rank * up @ down in place of each weight for which the LoRA has factors."""
+    names = weights_by_lora_name(base)
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in file.tensors.items():
+    for key, tensor in tensors.items():
         module, part = layer_and_factor(key)
         weight = names.get(module)
         if not part or weight is None:
