@@ -23,19 +23,21 @@ from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
 
 TWO_STEPS = "distill.student_timesteps=999,499"
+TURNS = "distill.critic_updates=2"
 CASES = {
-    "edm": ("edm-digits", (*MICRO, "distill.student.ema=0.9"), 11),
-    "parts": ("edm-digits", (*MICRO, "engine.micro_batch=1"), 6),
+    "edm": ("edm-digits", (*MICRO, TURNS, "distill.student.ema=0.9"), 5),
+    "parts": ("edm-digits", (*MICRO, TURNS, "engine.micro_batch=1"), 3),
     "fast": (
         "edm-digits",
-        (*MICRO, TWO_STEPS, "distill.continue_rollouts=True", "distill.gan.reuse_denoising_pass=True"),
-        6,
+        (*MICRO, TURNS, TWO_STEPS, "distill.continue_rollouts=True", "distill.gan.reuse_denoising_pass=True"),
+        3,
     ),
-    "sdxl": ("sdxl-4step-emoji", (*SMALL, "engine.micro_batch=0"), 6),
-    "shared-base": ("sdxl-4step-shared-emoji", SMALL, 6),
-    "bfloat16": ("edm-digits", (*MICRO, "distill.dtype=bfloat16", "engine.micro_batch=1"), 6),
+    "sdxl": ("sdxl-4step-emoji", (*SMALL, TURNS, "engine.micro_batch=0"), 3),
+    "shared-base": ("sdxl-4step-shared-emoji", (*SMALL, TURNS), 3),
+    "bfloat16": ("edm-digits", (*MICRO, TURNS, "distill.dtype=bfloat16", "engine.micro_batch=1"), 3),
 }
-"""Recipe, overrides, steps: each divides passes, micro-batches or gradients in another way."""
+"""Recipe, overrides, steps: each divides passes, micro-batches or gradients in another way. The student learns at every second
+step, so that a step of the critic alone lies between two of its own."""
 WORLDS = {
     2: ("sdxl 2 resident", "sdxl 2 sharded", "shared-base 2 resident", "edm 1 resident", "edm 2 sharded", "fast 2 resident"),
     4: (

@@ -36,6 +36,7 @@ from dmd2.models.family import make_family
 from dmd2.models.stable import (
     SCHEDULER,
     SCHEDULERS,
+    SHORT_TRANSFORMER,
     UNET,
     Stable,
     check_sampler,
@@ -112,23 +113,34 @@ def test_features_come_from_the_mid_block_at_the_cost_of_the_encoder(
     assert round(spent[1] / spent[0], 3) == {"sd15": 0.325, "sdxl": 0.434}[kind]
 
 
+FEWER_LAYERS = {"layers_per_block": 1, "transformer_layers_per_block": [1, 1, SHORT_TRANSFORMER + 1]}
+"""A U-Net with every layer of the published SDXL at its real shape, but fewer equal ones after each other; as many
+transformer layers as make units of their own."""
+
+
 @pytest.mark.parametrize(
-    ("recipe", "changes", "steps"),
+    ("recipe", "overrides", "layers", "steps"),
     [
-        ("sd15-1step-gan", {}, (0, 1)),
-        ("sdxl-4step", {}, (0,)),
-        ("sdxl-4step", {"checkpointing": "full"}, (1,)),
+        ("sd15-1step-gan", (), {"layers_per_block": 1}, (0, 1)),
+        ("sdxl-4step", (), FEWER_LAYERS, (0,)),
+        ("sdxl-4step", ("engine.activation_checkpointing=full",), FEWER_LAYERS, (1,)),
+        pytest.param("sd15-1step-gan", (), {}, (0, 1), marks=pytest.mark.slow),
+        pytest.param("sdxl-4step", (), {}, (0,), marks=pytest.mark.slow),
+        pytest.param(
+            "sdxl-4step", ("engine.activation_checkpointing=full",), {}, (1,), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_step_runs_at_the_real_shape_in_bfloat16(
-    recipe: str, changes: dict[str, Any], steps: tuple[int, ...]
+    recipe: str, overrides: tuple[str, ...], layers: dict[str, Any], steps: tuple[int, ...], tmp_path: Path
 ) -> None:
     """At the recipe's micro-batch: of both trainables at step 0, of the critic alone at step 1."""
-    few = recipes.resolve(recipe, ["seed=6"])  # a seed that draws short rollouts
-    config = few.model_copy(update={"engine": few.engine.model_copy(update=changes)})
-    count = config.engine.micro_batch
+    config = recipes.resolve(recipe, ["seed=6", *overrides])  # a seed that draws short rollouts
+    count, kind = config.engine.micro_batch, config.family.kind
+    shutil.copytree(published_pipeline(kind), tmp_path / kind)
+    change(tmp_path / kind / UNET, layers)
     with FakeTensorMode():
-        fam = family(config.family.kind)
+        fam = family(kind, tmp_path / kind)
         teacher = fam.network()
         trainer = fake_trainer(config, fam, teacher)
         cond = fam.placeholder_condition(count)
