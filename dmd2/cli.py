@@ -18,6 +18,7 @@ from dmd2.config import Config
 from dmd2.errors import Refused, near_miss, one_sentence
 
 VERBS = {
+    "recipes": "the recipes, with what each needs, costs and scores; `recipes show NAME`: all settings of one",
     "shard": "source -> shards",
     "encode": "shards -> latents (VAE)",
     "resolve": "diffusers pipeline, checkpoint or pickle -> teacher",
@@ -58,6 +59,9 @@ def run(arguments: Sequence[str]) -> None:
     verb, *rest = arguments
     if verb not in VERBS:
         raise Refused(f"unknown verb {verb!r}; {near_miss(verb, list(VERBS))}")
+    if verb == "recipes":
+        print(_recipes(rest))
+        return
     from dmd2 import stages
 
     stage: Callable[..., Any] = getattr(stages, verb)
@@ -73,6 +77,16 @@ def run(arguments: Sequence[str]) -> None:
     result = stage(**recipes.parse(_arguments(stage, config), rest, program))
     said = f"{verb}: {_facts_line(result.facts)}" if hasattr(result, "facts") else str(result)
     print(log.printable(said))
+
+
+def _recipes(words: Sequence[str]) -> str:
+    """The answer to `dmd2 recipes` and `dmd2 recipes show NAME [field=value ...]`."""
+    match words:
+        case []:
+            return recipes.overview()
+        case ["show", name, *overrides]:
+            return recipes.resolve(name, overrides).model_dump_json(indent=2)
+    raise Refused("dmd2 recipes takes no words, or `show NAME` and fields to replace, as field=value")
 
 
 def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[..., dict[str, Any]]:
@@ -102,7 +116,7 @@ def _arguments(stage: Callable[..., Any], config: Config | None) -> Callable[...
 
 def _overview() -> str:
     verbs = "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
-    names = "\n".join(f"  {name:<33} {_recipe_summary(make())}" for name, make in recipes.RECIPES.items())
+    names = "\n".join(f"  {name:<33} {recipes.summary(make())}" for name, make in recipes.RECIPES.items())
     return f"""usage: dmd2 [--log-format {{text,json}}] VERB [RECIPE] --flags
 
 Distil a diffusion teacher into a one- or few-step student with DMD2. Each verb reads folders and writes one, local or gs://.
@@ -122,22 +136,6 @@ example:
 def _recipe_help(verb: str, stage: Callable[..., Any]) -> str:
     names = "\n".join(f"  {name}" for name in recipes.RECIPES)
     return f"usage: dmd2 {verb} RECIPE --flags\n\n{inspect.getdoc(stage)}\n\nrecipes (dmd2 {verb} RECIPE --help lists every flag):\n{names}"
-
-
-def _recipe_summary(config: Config) -> str:
-    """Steps, image size and training techniques of a recipe, on one line."""
-    distill, steps = config.distill, len(config.distill.student_timesteps)
-    parts = [
-        "1 step" if steps == 1 else f"{steps} steps",
-        f"{config.family.image[1]} px",
-        "DMD" if distill.dmd else "",
-        "GAN" if distill.gan else "",
-        "regression" if distill.regression else "",
-        "" if distill.regression else f"critic x{distill.critic_updates}",
-        "noised real inputs" if distill.inputs == "noised-real" else "",
-        "" if not distill.lora else "LoRA student and critic" if distill.lora.shared_base else "LoRA student",
-    ]
-    return ", ".join(part for part in parts if part)
 
 
 def _facts_line(facts: dict[str, Any]) -> str:

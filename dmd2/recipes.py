@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -328,6 +328,76 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "sdxl-1step-warmup-emoji": emoji_warmup,
     "sdxl-1step-emoji": lambda: emoji(sdxl_1step()),
 }
+
+
+class Published(NamedTuple):
+    """What the paper and its reference code report of a recipe."""
+
+    fid: float | None
+    """On ImageNet-64, COCO-30k (SD1.5) or COCO-10k (SDXL)."""
+    gpus: int = 0
+    """Number of A100 GPUs; 0 = not reported."""
+    hours: float = 0
+    """Of the whole run."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the learning-rate warm-up, of which the reference counts 500 over all processes."""
+        return round(500 / self.gpus) if self.gpus else 0
+
+    def __str__(self) -> str:
+        score = "" if self.fid is None else f"FID {self.fid:.2f}"
+        cost = (
+            f"{self.gpus * self.hours:,.0f} A100-hours ({self.gpus} GPUs, {self.hours:g} hours)"
+            if self.gpus
+            else ""
+        )
+        return ", ".join(part for part in (score, cost) if part)
+
+
+PUBLISHED: dict[str, Published] = {
+    "edm-imagenet64": Published(1.51, 7, 53),
+    "edm-imagenet64-no-gan": Published(2.61, 7, 70),
+    "edm-imagenet64-longer": Published(1.28, 7, 38),
+    "sd15-1step": Published(9.28, 64, 25),
+    "sd15-1step-gan": Published(8.35, 64, 2),
+    "sdxl-4step": Published(19.32, 64, 57),
+    "sdxl-4step-noised-real": Published(20.66),
+    "sdxl-4step-lora": Published(19.68, 64, 63),
+    "sdxl-1step-warmup": Published(None, 64, 2),
+    "sdxl-1step": Published(19.01, 64, 57),
+}
+
+
+def summary(config: Config) -> str:
+    """Steps, image size and training techniques of a recipe, on one line."""
+    distill, steps = config.distill, len(config.distill.student_timesteps)
+    parts = [
+        "1 step" if steps == 1 else f"{steps} steps",
+        f"{config.family.image[1]} px",
+        "DMD" if distill.dmd else "",
+        "GAN" if distill.gan else "",
+        "regression" if distill.regression else "",
+        "" if distill.regression else f"critic x{distill.critic_updates}",
+        "noised real inputs" if distill.inputs == "noised-real" else "",
+        "" if not distill.lora else "LoRA student and critic" if distill.lora.shared_base else "LoRA student",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def overview() -> str:
+    """All recipes: what each is, what it needs beside data and teacher, and what was published of its run."""
+    return "\n".join(_described(name) for name in RECIPES)
+
+
+def _described(name: str) -> str:
+    config = get(name)
+    lines = [name, f"  {summary(config)}; {config.distill.steps:,} steps of batch {config.distill.batch}"]
+    if found := needs(config):
+        lines.append(f"  needs {' and '.join(found)}")
+    if name in PUBLISHED:
+        lines.append(f"  published: {PUBLISHED[name]}")
+    return "\n".join(lines)
 
 
 def needs(config: Config) -> list[str]:

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dmd2 import recipes
 from dmd2.cli import VERBS, main, run
+from dmd2.config import Config
 from tests import warm
 from tests.conftest import flags
 
@@ -164,3 +166,33 @@ def test_a_verb_does_its_work_and_says_what_it_found(
     assert capsys.readouterr().out.startswith("gate: decision ")
     run(["sample", "--package", str(made / "run"), "--out", str(tmp_path / "grid.png"), "--count", "3"])
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_recipes_are_listed_with_what_they_need_and_what_was_published(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(["recipes"])
+    shown = capsys.readouterr().out
+    entry = shown[shown.index("\nsdxl-1step\n") :].split("\n")[1:5]
+    assert entry == [
+        "sdxl-1step",
+        "  1 step, 1024 px, DMD, GAN, critic x5; 24,000 steps of batch 128",
+        "  needs a run of sdxl-1step-warmup (--start) and a file of prompts (--prompts)",
+        "  published: FID 19.01, 3,648 A100-hours (64 GPUs, 57 hours)",
+    ]
+    assert all(f"{name}\n" in shown for name in recipes.RECIPES)
+
+
+def test_a_recipe_is_shown_with_all_its_settings_and_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["recipes", "show", "sdxl-4step"])
+    assert Config.model_validate_json(capsys.readouterr().out) == recipes.get("sdxl-4step")
+    run(["recipes", "show", "sdxl-4step", "distill.steps=7"])
+    assert json.loads(capsys.readouterr().out)["distill"]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["show"], "takes no words, or"), (["list"], "takes no words"), (["show", "x"], "unknown recipe")],
+)
+def test_recipes_takes_nothing_else(words: list[str], said: str, refusal: Callable[..., str]) -> None:
+    assert said in refusal(lambda: run(["recipes", *words]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,21 @@ def test_an_empty_text_is_an_override_of_a_text() -> None:
     assert made.distill.regression
     assert made.distill.regression.decoder == ""
     assert recipes.resolve("edm-digits", ["distill.student.ema="]).distill.student.ema == ()
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "recipes.md"
+
+
+@pytest.mark.parametrize("name", recipes.PUBLISHED)
+def test_the_documented_figures_are_those_that_the_list_of_recipes_gives(name: str) -> None:
+    published = recipes.PUBLISHED[name]
+    rows = [line.split("|") for line in DOCS.read_text().splitlines() if line.startswith("|")]
+    (row,) = (cells for cells in rows if f"`{name}`" in cells[1].split(",")[0])
+    fid = "" if published.fid is None else f"FID {published.fid:.2f}"
+    hours = f"{published.gpus * published.hours:,.0f}" if published.gpus else ""
+    steps = f"{recipes.get(name).distill.steps:,}"
+    warmup = str(published.warmup_steps or "")
+    assert [cell.strip() for cell in row[3:-1]] == [steps, fid, hours, warmup]
 
 
 def test_variants_differ_from_their_recipe_in_what_their_name_says() -> None:
