@@ -297,8 +297,8 @@ class DataConfig(Section):
     """How images become shards."""
 
     holdout: NonNegativeInt = 0
-    """Number of images that are held out as the real images of the evaluation: a random choice from a folder, the first
-    images of each archive."""
+    """Number of images that are held out as the real images of the evaluation: a random sample of all. Archives are read twice
+    for it, and of equal images in archives one is held out and the others are left out."""
     images_per_shard: PositiveInt = 1000
     """Largest number of images in a tar file."""
     shard_mb: PositiveFloat = 256.0
@@ -314,6 +314,12 @@ class DataConfig(Section):
     """Images whose shorter side has fewer pixels than this are left out; 0 = no limit."""
     max_aspect: NonNegativeFloat = 0.0
     """Images whose longer side is more than this many times the shorter are left out; 0 = no limit."""
+    caption_column: str = ""
+    """Column or field with the captions; empty = the first of text, caption, captions, prompt, prompts, description."""
+    label_column: str = ""
+    """Column or field with the labels; empty = label."""
+    allow_empty_captions: bool = False
+    """Use images without a caption too, if the network is told by texts; otherwise they are left out and counted."""
     drop_duplicates: bool = False
     """Leave out images whose files are equal to an earlier one; this reads every file a second time."""
     max_megapixels: PositiveFloat = 64.0

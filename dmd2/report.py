@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from dmd2.data.account import Account
 from dmd2.evaluation.scores import REAL, sampled_image_sets, score_table
 from dmd2.io.artifact import Manifest
 from dmd2.io.local import write_text
@@ -72,6 +73,7 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
         "<h2>Quality</h2>",
         _scores(manifests["evaluation"]),
         _pictures(manifests["evaluation"], evaluation),
+        _account(manifests.get("shards")),
         "<h2>Training</h2>",
         f"<p>{escape(text)}</p>" if (text := best_checkpoint(manifests["run"])) else "",
         _curves(run),
@@ -88,6 +90,15 @@ def write_report(path: Path, manifests: dict[str, Manifest], run: Path, evaluati
         path,
         f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style>{"".join(parts)}</html>\n',
     )
+
+
+def _account(shards: Manifest | None) -> str:
+    """What became of the files of the source; nothing if the shards are of a version that did not note it."""
+    if shards is None or "account" not in shards.facts:
+        return ""
+    lines = Account.model_validate(shards.facts["account"]).lines()
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<h2>Data</h2><p>{escape(str(shards.facts['source']))}</p><ul>{items}</ul>"
 
 
 def _scores(evaluation: Manifest) -> str:

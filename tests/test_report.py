@@ -55,6 +55,17 @@ def test_a_current_log_has_all_its_curves(made: Path) -> None:
     assert "Time of a mean step by phase, in seconds" in found
 
 
+def test_the_page_shows_what_became_of_the_source(made: Path, tmp_path: Path) -> None:
+    kinds = ("shards", "teacher", "run", "evaluation", "gate")
+    manifests = {kind: read_manifest(made / kind, kind) for kind in kinds}
+    write_report(tmp_path / "report.html", manifests, made / "run", made / "evaluation")
+    assert "<h2>Data</h2>" in (page := (tmp_path / "report.html").read_text())
+    assert "<li>used: images 60</li>" in page
+    manifests["shards"].facts.pop("account")  # shards of version 0.1
+    write_report(tmp_path / "report.html", manifests, made / "run", made / "evaluation")
+    assert "<h2>Data</h2>" not in (tmp_path / "report.html").read_text()
+
+
 def test_nothing_of_a_manifest_becomes_a_part_of_the_page(made: Path, tmp_path: Path) -> None:
     folders = {
         "shards": "shards",

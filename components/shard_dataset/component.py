@@ -22,5 +22,6 @@ def shard_dataset(
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
-        stages.shard(config, source, f"{root}/shards")
+        made = stages.shard(config, source, f"{root}/shards")
+        shards.metadata["account"] = made.facts["account"]
         shards.metadata.update(artifact.write_pointer(f"{root}/shards", "shards", shards.path))

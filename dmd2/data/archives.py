@@ -16,7 +16,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from dmd2.data.account import Account
 from dmd2.errors import ADVICE, Refused, brief
 from dmd2.io.storage import fetch_file
 
@@ -113,8 +114,8 @@ def open_tar(uri: str, part: tarfile.TarInfo | None = None) -> Iterator[tarfile.
                 yield inner
 
 
-def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, in order; hidden ones are left out. A tar without its end is refused."""
+def members(tar: tarfile.TarFile, where: str, account: Account) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar, in order. Hidden ones, links and devices are left out. A tar without its end is refused."""
     stream: Any = tar.fileobj
     length = stream.seek(0, os.SEEK_END)
     while (member := tar.next()) is not None:
@@ -123,8 +124,12 @@ def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")
         if member.isfile() and member.offset_data + member.size > length:
             raise tarfile.ReadError(f"{member.name} would end at byte {member.offset_data + member.size:,}")
-        if member.isfile() and not is_hidden(member.name):
+        if is_hidden(member.name) and not member.isdir():
+            account.leave_out("hidden files", f"{where}/{member.name}")
+        elif member.isfile():
             yield member
+        elif not member.isdir():
+            account.leave_out("links, pipes and devices in an archive", f"{where}/{member.name}")
     stream.seek(tar.offset)
     end = stream.read(2 * tarfile.RECORDSIZE)
     if end[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
@@ -141,13 +146,15 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return stream.read()
 
 
-def grouped_samples(uri: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def grouped_samples(
+    uri: str, wanted: Collection[str], account: Account
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(name of the sample, {suffix: content}) for each run of members with the same key, as WebDataset groups them.
 
     Only members with a suffix in `wanted` are read. The suffix is what follows the first dot of the file name.
     """
     with open_tar(uri) as tar:
-        for key, group in itertools.groupby(members(tar, uri), lambda member: _key(member)[0]):
+        for key, group in itertools.groupby(members(tar, uri, account), lambda member: _key(member)[0]):
             found: dict[str, bytes] = {}
             for member in group:
                 suffix = _key(member)[1]
@@ -155,6 +162,9 @@ def grouped_samples(uri: str, wanted: set[str]) -> Iterator[tuple[str, dict[str,
                     raise Refused(f"{uri}/{member.name} is there twice; give every sample its own key")
                 if suffix in wanted:
                     found[suffix] = read_member(tar, member)
+                else:
+                    what = f".{suffix} files" if suffix else "files without a suffix"
+                    account.leave_out(f"{what} in an archive", f"{uri}/{member.name}")
             yield f"{uri}/{key}", found
 
 

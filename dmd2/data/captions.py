@@ -1,6 +1,113 @@
-"""Captions: the names under which they are found."""
+"""Captions and prompts: the names under which they are found, and their text without a byte order mark and foreign line ends.
+
+The same rule holds for sources of images and for lists of prompts.
+"""
 
 from __future__ import annotations
 
-TEXT = ("text", "caption")
-"""Names of columns and fields; the first one present is used."""
+import codecs
+import csv
+import io
+import json
+import re
+import reprlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dmd2.errors import Refused, near_miss
+
+COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description")
+"""Names of columns and fields with captions, in capitals or not. The first one present is used, unless another is chosen."""
+SUFFIXES = (".txt", ".caption")
+"""Of files beside an image of the same name; the first one present is used."""
+FURTHER = "further captions of an image, of which the first is used"
+LONE_SURROGATES = re.compile("[\\ud800-\\udfff]")
+
+
+def find_column(there: Sequence[str], chosen: str = "") -> str | None:
+    """The column or field of the captions: the chosen one, or the first with a known name; None if there is none."""
+    if chosen:
+        return chosen if chosen in there else None
+    by_name = {name.lower(): name for name in reversed(there)}
+    return next((by_name[name] for name in COLUMNS if name in by_name), None)
+
+
+def require_column(there: Sequence[str], chosen: str, where: str, advice: str) -> str:
+    """Like `find_column`; none is refused with the names that there are."""
+    if (found := find_column(there, chosen)) is None:
+        wanted = repr(chosen) if chosen else "of captions, named " + ", ".join(COLUMNS)
+        raise Refused(
+            f"{where} has no column or field {wanted}: {near_miss(chosen or COLUMNS[0], list(map(str, there)))}; {advice}"
+        )
+    return found
+
+
+def clean(text: str) -> str:
+    """Without a byte order mark, with plain line ends, and without white space around it. Halves of characters that JSON can hold
+    and UTF-8 cannot are replaced by U+FFFD."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
+    return LONE_SURROGATES.sub("\ufffd", text)
+
+
+def caption_of(value: object, where: str) -> str:
+    """The caption that a field holds: a text, nothing, or a list of which the first is used."""
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        value = value[0] if value else ""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Refused(f"{where} has {reprlib.repr(value)} for a caption; give a string")
+    return clean(value)
+
+
+def caption_in_json(text: str, chosen: str, where: str) -> str:
+    """The caption in a JSON object; empty if it has no field of captions."""
+    try:
+        fields = json.loads(text)
+        column = find_column(list(fields), chosen)
+        return caption_of(fields[column], where) if column else ""
+    except (ValueError, TypeError, RecursionError):
+        raise Refused(f"{where} is no JSON object with a caption; correct it") from None
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise Refused(f"{where}: line {line} is not UTF-8; save it as UTF-8") from None
+
+
+def read_jsonl(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a file in JSON Lines."""
+    for number, line in enumerate(decode_text(data, where).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Refused(
+                f"{where}: line {number} is not JSON ({error}); write one object per line"
+            ) from None
+        if not isinstance(fields, dict):
+            raise Refused(f"{where}: line {number} is a {type(fields).__name__}; write one object per line")
+        yield number, fields
+
+
+def read_csv(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, fields) of a file of comma-separated values, whose first line names the columns."""
+    rows = csv.DictReader(io.StringIO(decode_text(data, where), newline=""), strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise Refused(
+                    f"{where}: line {rows.line_num} has another number of values than the first line has names; "
+                    "write texts with commas in quotation marks"
+                )
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise Refused(
+            f"{where}: line {rows.line_num} is no line of comma-separated values ({error})"
+        ) from None

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmd2.data.colour import convert_to_srgb
 from dmd2.errors import Refused, near_miss
@@ -16,19 +16,9 @@ from dmd2.errors import Refused, near_miss
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are decoded. Pillow knows more, but starts external programs for some of them."""
 IMAGE_SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+    ".apng", ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
 """File name suffixes of images."""
 MAX_PIXELS = 64_000_000
 """Default of the largest number of pixels that are decoded."""
@@ -45,7 +35,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file; of an animation, the first frame."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is `max_pixels`
-        file = Image.open(io.BytesIO(data), formats=FORMATS)
+        try:
+            file = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:  # its message has the address of an object in memory
+            raise Refused(f"it is no image of a known format ({', '.join(FORMATS)})") from None
     with file as image:
         check_pixels(image.size, max_pixels)
         image.load()

@@ -1,4 +1,7 @@
-"""Listing the files at an address: a folder, one file, or the files that a pattern matches; local or remote."""
+"""Listing the files at an address: a folder, one file, or the files that a pattern matches; local or remote.
+
+Linked files and folders of a local source are followed. What is hidden or a link to nothing is noted, to be counted.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,43 @@ import hashlib
 import os
 import posixpath
 import re
+import stat
+import unicodedata
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+from dmd2.data.account import Account
 from dmd2.data.archives import is_hidden
 from dmd2.data.decode import IMAGE_SUFFIXES
 from dmd2.errors import Refused, near_miss
 from dmd2.io.storage import join_uri, open_store
 from dmd2.io.store import ObjectInfo, Store
 
-SPLIT = re.compile(r"(?:^|[-_./])(train|test|val|validation)(?=[-_./])")
+SPLITS = (
+    "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "unlabeled",
+    "unlabelled", "extra",
+)  # fmt: skip
+"""Names of splits."""
+SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./])", re.IGNORECASE)
 """Names of splits that occur as a word in a file name."""
+HUB_SPLIT = re.compile(r"(?:^|/)([^/]+)-\d{5}-of-\d{5}\.")
+"""The split in the names of files on the Hugging Face Hub, whatever it is called."""
+HIDDEN, DANGLING, CIRCULAR = "hidden files", "links to nothing", "links to a folder above"
+NO_SUFFIX = "files without a suffix"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the network is told of each image, and in which columns or fields that is, if it cannot be recognised."""
+
+    labels: bool = True
+    """False: classes and labels are not read."""
+    captions: bool = False
+    """True: a source that has no captions at all is refused, where that is seen early."""
+    caption_column: str = ""
+    label_column: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,9 +58,36 @@ class Listing:
     """Without hidden files."""
     names_files: bool
     """Whether the address names files (by name or pattern) and not a folder."""
+    unlisted: tuple[tuple[str, str], ...] = ()
+    """(reason, name) of what is there and not among the entries."""
+    dangling: frozenset[str] = frozenset()
+    """Entries that are links to nothing."""
+    wanted: Wanted = Wanted()
 
     def uri(self, name: str) -> str:
         return join_uri(self.store.uri, name)
+
+    def read(self, name: str) -> bytes:
+        if name in self.dangling:
+            raise Refused("it is a link to nothing")
+        return self.store.read(name)
+
+    def account(self, used: Mapping[str, str], images: Collection[str] = ()) -> Account:
+        """What becomes of the files: those that are used, and all others by reason.
+
+        Args:
+            used: Name -> purpose.
+            images: Names of the images, which are counted when they are read.
+        """
+        account = Account()
+        for reason, name in self.unlisted:
+            account.leave_out(reason, name)
+        for name in (entry.name for entry in self.entries):
+            if purpose := used.get(name):
+                account.use(purpose)
+            elif name not in images:
+                account.leave_out(f"{kind_of_file(name)} that the layout {self.layout} does not use", name)
+        return account
 
     @property
     def fingerprint(self) -> str:
@@ -45,12 +101,13 @@ def list_files(address: str, known: list[str]) -> Listing:
         known: Names of sources and layouts, to suggest a correction in the error message.
     """
     store = open_store(address)
-    entries = _visible(store.list_objects()) if address else []
-    if entries:
-        return Listing("", store, entries, names_files=False)
+    found = _find_files(store) if address else Listing("", store, [], names_files=False)
+    if found.entries:
+        return found
     above, name = os.path.split(address)
     store, pattern = open_store(above or "."), re.search(r"[*?[]", name)
     path = open_store(address).local_folder
+    entries: list[ObjectInfo] = []
     if path and path.is_file():  # its folder may have millions of others
         entries = [ObjectInfo(name, path.stat().st_size, str(path.stat().st_mtime_ns))]
     elif pattern or (name and not path):
@@ -59,6 +116,48 @@ def list_files(address: str, known: list[str]) -> Listing:
     if not entries:
         raise _nothing(address, known)
     return Listing("", store, entries, names_files=True)
+
+
+def _find_files(store: Store) -> Listing:
+    """All files of a store."""
+    unlisted: list[tuple[str, str]] = []
+    dangling: set[str] = set()
+    folder = store.local_folder
+    there = store.list_objects() if folder is None else _walk(folder, dangling, unlisted)
+    entries = _visible(there)
+    unlisted += [(HIDDEN, entry.name) for entry in there if is_hidden(entry.name)]
+    return Listing("", store, entries, False, tuple(sorted(unlisted)), frozenset(dangling))
+
+
+def _walk(folder: Path, dangling: set[str], unlisted: list[tuple[str, str]]) -> list[ObjectInfo]:
+    """The files of a local folder; links are followed, except to a folder that holds them."""
+    found = []
+    for above, folders, files in os.walk(folder, followlinks=True):
+        inside = os.path.relpath(above, folder)
+        for name in [name for name in folders if _is_circular(folder, Path(inside, name))]:
+            folders.remove(name)
+            unlisted.append((CIRCULAR, posixpath.normpath(posixpath.join(inside, name))))
+        for name in files:
+            short = posixpath.normpath(posixpath.join(inside, name))
+            try:
+                state = os.stat(folder / short)
+            except OSError:
+                dangling.add(short)
+                found.append(ObjectInfo(short, 0, DANGLING))
+                continue
+            if stat.S_ISREG(state.st_mode):
+                found.append(ObjectInfo(short, state.st_size, str(state.st_mtime_ns)))
+            else:
+                unlisted.append(("pipes, sockets and devices", short))
+    return found
+
+
+def _is_circular(folder: Path, link: Path) -> bool:
+    """Whether a folder inside `folder` is a link to one of the folders on the way to it, or above them."""
+    if not (folder / link).is_symlink():
+        return False
+    target = (folder / link).resolve()
+    return any((folder / above).resolve().is_relative_to(target) for above in link.parents)
 
 
 def _nothing(address: str, known: list[str]) -> Refused:
@@ -79,6 +178,32 @@ def _visible(entries: list[ObjectInfo]) -> list[ObjectInfo]:
     """Sorted by path components; without hidden files and the empty objects that buckets use as folders."""
     there = (e for e in entries if e.name and not e.name.endswith("/") and not is_hidden(e.name))
     return sorted(there, key=lambda entry: entry.name.split("/"))
+
+
+def kind_of_file(name: str) -> str:
+    """A file by its suffix, for counting."""
+    base = posixpath.basename(name)
+    if base.lower().endswith(IMAGE_SUFFIXES):
+        return "images"
+    suffix = posixpath.splitext(base)[1].lower()
+    return f"{suffix} files" if suffix else NO_SUFFIX
+
+
+def same_name(name: str) -> str:
+    """Equal for names that mean the same file: the forms of Unicode (NFC, NFD), `./`, and backslashes of Windows."""
+    return posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+
+
+def find_named(listing: Listing, below: str = "") -> Callable[[str], str | None]:
+    """A function that finds the file which a list names, relative to the folder `below` or with the address of the source."""
+    there = {same_name(entry.name): entry.name for entry in listing.entries}
+    root = same_name(listing.store.uri) + "/"
+
+    def find(name: str) -> str | None:
+        named = same_name(name)
+        return there.get(named.removeprefix(root) if named.startswith("/") else posixpath.join(below, named))
+
+    return find
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
@@ -110,7 +235,15 @@ def with_siblings(listing: Listing, name: str) -> tuple[Listing, str]:
         store, name = open_store(above or "."), f"{below}/{name}"
     else:
         store = listing.store
-    return replace(listing, store=store, entries=_visible(store.list_objects()), names_files=False), name
+    found = _find_files(store)
+    return replace(
+        listing,
+        store=store,
+        entries=found.entries,
+        names_files=False,
+        unlisted=found.unlisted,
+        dangling=found.dangling,
+    ), name
 
 
 def archives_ending(listing: Listing, suffix: str) -> list[str]:
@@ -125,9 +258,32 @@ def archives_ending(listing: Listing, suffix: str) -> list[str]:
         raise Refused(
             f"{listing.uri(stray[0])} lies beside {suffix} files and would be left out; move them apart, or give a pattern like *{suffix}"
         )
-    splits = sorted({match[1] for name in found if (match := SPLIT.search(name))})
-    if len(splits) > 1:
-        raise Refused(
-            f"{listing.store.uri} holds several splits ({', '.join(splits)}); give the folder of one, or a pattern like *{splits[-1]}*{suffix}"
-        )
+    check_splits(found, listing.store.uri, suffix)
     return found
+
+
+def check_splits(names: Sequence[str], where: str, pattern: str) -> None:
+    """Refuse a mixture of splits: it would train on the images of a test."""
+    for expression in (HUB_SPLIT, SPLIT):
+        found = {name: match[1] if (match := expression.search(name)) else "" for name in names}
+        splits = sorted({split.lower() for split in found.values()})
+        if len(splits) < 2:
+            continue
+        other = next(name for name, split in found.items() if not split or split.lower() == splits[0])
+        shown = ", ".join(split or f"none, as {other}" for split in splits)
+        raise Refused(
+            f"{where} holds several splits ({shown}); give the folder of one, or a pattern like *{splits[-1]}*{pattern}"
+        )
+
+
+def check_folder_splits(names: Sequence[str], where: str) -> None:
+    """Refuse sub-folders that are splits and no classes, at the first or the second level."""
+    parts = [name.split("/")[:-1] for name in names]
+    for level in (0, 1):
+        folders = {part[level].lower() for part in parts if len(part) > level}
+        splits = sorted(folders & set(SPLITS))
+        if len(splits) > 1 or (splits and splits == sorted(folders) and level == 0):
+            raise Refused(
+                f"{where} holds splits ({', '.join(splits)}) and no classes at level {level + 1} of its folders; give the "
+                f"folder of one, as {join_uri(where, splits[-1])}"
+            )

@@ -1,4 +1,4 @@
-"""Reading lists of prompts: text, JSON Lines or Parquet files, or the pickled list that DMD2 published.
+"""Reading lists of prompts: text, CSV, JSON Lines or Parquet files, or the pickled list that DMD2 published.
 
 A pickle is a program. Here it is read only if it does nothing but build lists, tuples, dicts and plain values: all of its opcodes are
 checked before the first is executed.
@@ -7,7 +7,6 @@ checked before the first is executed.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import pickletools
 import reprlib
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dmd2.data.archives import open_parquet
+from dmd2.data.captions import clean, decode_text, read_csv, read_jsonl, require_column
 from dmd2.errors import Refused, brief, near_miss
 from dmd2.io.storage import fetch_file
 
-PROMPT_COLUMNS = ("text", "caption", "prompt")
-"""Names of the field or column with the prompt; the first one present is used, unless the address names one."""
+COLUMN_ADVICE = "choose one by column:address"
 PLAIN_OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
     "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
@@ -35,7 +34,7 @@ def read_prompts(address: str) -> list[str]:
     """The prompts of a local or remote file, in order; blank ones are dropped, duplicates are kept.
 
     Args:
-        address: A .txt, .jsonl, .parquet or .pkl file; `column:address` chooses the field or column.
+        address: A .txt, .jsonl, .csv, .parquet or .pkl file; `column:address` chooses the field or column.
     """
     column, colon, rest = address.partition(":")
     chosen = bool(colon) and "/" not in column and not rest.startswith("//")
@@ -45,7 +44,7 @@ def read_prompts(address: str) -> list[str]:
         raise Refused(
             f"{address} is no file of prompts by its suffix {suffix!r}: {near_miss(suffix, list(READERS))}"
         )
-    if chosen and suffix not in (".jsonl", ".parquet"):
+    if chosen and suffix not in (".jsonl", ".csv", ".parquet"):
         raise Refused(f"{address} has no columns to choose {column!r} from; give the address alone")
     try:
         path = fetch_file(address)
@@ -57,43 +56,32 @@ def read_prompts(address: str) -> list[str]:
             raise Refused(
                 f"{address}: prompt {index} is {reprlib.repr(prompt)}, a {type(prompt).__name__}; all must be strings"
             )
-    prompts = [prompt for prompt in found if prompt.strip()]
+    prompts = [prompt for prompt in map(clean, found) if prompt]
     if not prompts:
         raise Refused(f"{address} holds no prompts; give at least one")
     return prompts
 
 
-def _lines(path: Path, address: str) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a UTF-8 file; a byte order mark is removed."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise Refused(f"{address}: line {number} is not UTF-8; save the file as UTF-8") from None
-
-
-def _text(path: Path, address: str, column: str) -> Iterator[str]:
-    return (line for _, line in _lines(path, address))
+def _text(path: Path, address: str, column: str) -> list[str]:
+    return decode_text(path.read_bytes(), address).split("\n")
 
 
 def _jsonl(path: Path, address: str, column: str) -> Iterator[Any]:
-    for number, line in _lines(path, address):
-        if not line.strip():
-            continue
-        where = f"{address}: line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{where} is not JSON ({error}); write one object per line") from None
-        if not isinstance(fields, dict):
-            raise Refused(f"{where} is a {type(fields).__name__}; write one object per line")
-        yield fields[_find_column(list(fields), column, where)]
+    return _fields(read_jsonl(path.read_bytes(), address), column, address)
+
+
+def _csv(path: Path, address: str, column: str) -> Iterator[Any]:
+    return _fields(read_csv(path.read_bytes(), address), column, address)
+
+
+def _fields(lines: Iterator[tuple[int, dict[str, Any]]], column: str, address: str) -> Iterator[Any]:
+    for number, fields in lines:
+        yield fields[require_column(list(fields), column, f"{address}: line {number}", COLUMN_ADVICE)]
 
 
 def _parquet(path: Path, address: str, column: str) -> Iterator[Any]:
     with open_parquet(address) as file:
-        name = _find_column(file.schema_arrow.names, column, address)
+        name = require_column(file.schema_arrow.names, column, address, COLUMN_ADVICE)
         for batch in file.iter_batches(columns=[name], use_threads=False):
             yield from batch.column(0).to_pylist()
 
@@ -132,15 +120,8 @@ class PlainUnpickler(pickle.Unpickler):
 READERS: dict[str, Callable[[Path, str, str], Iterator[Any] | Sequence[Any]]] = {
     ".txt": _text,
     ".jsonl": _jsonl,
+    ".csv": _csv,
     ".parquet": _parquet,
     ".pkl": _pickle,
     ".pickle": _pickle,
 }
-
-
-def _find_column(there: list[str], column: str, where: str) -> str:
-    found = next((name for name in ([column] if column else PROMPT_COLUMNS) if name in there), None)
-    if found is None:
-        wanted = repr(column) if column else "named " + ", ".join(PROMPT_COLUMNS)
-        raise Refused(f"{where} has no field {wanted}: {near_miss(column or PROMPT_COLUMNS[0], there)}")
-    return found

@@ -18,11 +18,10 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from pydantic import BaseModel
 from webdataset import TarWriter
 
 from dmd2.config import Config, DataConfig
+from dmd2.data.account import Account
 from dmd2.data.decode import prepare_image
 from dmd2.data.lmdb_table import Column, TableWriter
 from dmd2.data.loader import TarShard, decode_array
@@ -43,10 +43,14 @@ from dmd2.io.artifact import MANIFEST, ArtifactFile
 from dmd2.io.staging import Draft
 from dmd2.io.storage import move_file, open_store
 from dmd2.io.store import Store
+from dmd2.log import printable
 from dmd2.progress import Progress
 
 SPLITS = TRAIN, HOLDOUT = "train", "holdout"
 RESULTS, DIGESTS, TARS = ".units", ".digests", ".tars"
+NO_CAPTION = "images without a caption"
+UNREADABLE = 255
+"""First byte of the digest of an image that is not held out; that of others is 0."""
 COMPRESSION = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 """PNG settings: half the time of Pillow's defaults, for the same size with photographs and a few per cent more with drawings."""
 
@@ -56,9 +60,10 @@ class Unit:
     """A unit of work: images that one process reads from start to end."""
 
     number: int
-    records: Callable[[], Iterator[SourceImage]]
-    holdout: int
-    """Number of its first images that are held out."""
+    records: Callable[[Account], Iterator[SourceImage]]
+    """Yields the images; what else the unit has is added to the account."""
+    split: str | None
+    """Split of its images; None for an archive, where `Selection` says which images are held out."""
     size: int | None
     """Number of images, if known."""
 
@@ -84,10 +89,17 @@ class UnitResult(BaseModel):
     shards: list[ShardInfo] = []
     broken: list[str] = []
     """Names of unreadable images, with the reason."""
-    dropped: dict[str, int] = {}
-    """Number of images left out by a filter, by reason."""
-    profiles: dict[str, int] = {}
-    """Number of images with a colour profile, by what was done with it."""
+    account: Account = Account()
+    """What became of each image, and of what else the unit has."""
+
+
+@dataclass
+class Selection:
+    """Images of archives that are chosen before any shard is written, by number of the unit and index in it."""
+
+    held_out: dict[int, set[int]] = field(default_factory=dict)
+    copies: dict[int, set[int]] = field(default_factory=dict)
+    """Images to leave out, because their files are equal to an earlier one that is kept, or held out."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,10 @@ class ShardingJob:
     channels: int
     folder: Path
     store: Store
-    duplicates: dict[int, AbstractSet[int]] = field(default_factory=dict)
-    """By number of the unit: indices of the images to leave out."""
+    needs_captions: bool
+    """Images without a caption are left out."""
+    seed: int
+    selection: Selection = field(default_factory=Selection)
 
 
 ReportProgress = Callable[[int, int], None]
@@ -117,12 +131,15 @@ def split_into_units(source: Source, config: Config) -> list[Unit]:
             f"{config.family.classes}; set --family.network.classes {known} or drop classes"
         )
     if source.records:
+        if needs_captions(config) and not any(record.text or record.read_text for record in source.records):
+            raise Refused(
+                f"none of the {len(source.records)} images of the source has a caption, and the network of recipe "
+                f"{config.recipe!r} is told by texts; put captions beside the images (name.txt) or into a metadata.jsonl"
+            )
         return _shuffled_units(source.records, config)
     if source.count is not None and data.holdout >= source.count:
         raise _holdout_too_large(data.holdout, source.count)
-    count = len(source.archives)
-    shares = [data.holdout * (n + 1) // count - data.holdout * n // count for n in range(count)]
-    return [Unit(n, archive.records, shares[n], None) for n, archive in enumerate(source.archives)]
+    return [Unit(n, archive.records, None, None) for n, archive in enumerate(source.archives)]
 
 
 def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit]:
@@ -132,15 +149,15 @@ def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit
         raise _holdout_too_large(data.holdout, len(records))
     held_out, rest = order[: data.holdout], order[data.holdout :]
     pieces = [
-        (part[start : start + data.images_per_shard], keep)
-        for part, keep in ((rest, 0), (held_out, data.images_per_shard))
+        (part[start : start + data.images_per_shard], split)
+        for part, split in ((rest, TRAIN), (held_out, HOLDOUT))
         for start in range(0, len(part), data.images_per_shard)
     ]
 
-    def opened(indices: np.ndarray) -> Iterator[SourceImage]:
+    def opened(indices: np.ndarray, account: Account) -> Iterator[SourceImage]:
         return (records[i] for i in indices)
 
-    return [Unit(n, partial(opened, piece), keep, len(piece)) for n, (piece, keep) in enumerate(pieces)]
+    return [Unit(n, partial(opened, piece), split, len(piece)) for n, (piece, split) in enumerate(pieces)]
 
 
 def write_shards(
@@ -149,8 +166,10 @@ def write_shards(
     """Write the shards of every unit of this part that has no result file yet, and return the results of the part."""
     units = split_into_units(source, config)
     channels, resolution, _ = config.family.image
-    job = ShardingJob(config.data, resolution, channels, *_output_folder_and_store(config.data, draft))
-    job.duplicates.update(_find_duplicates(units, job, workers, part) if config.data.drop_duplicates else {})
+    folder, store = _output_folder_and_store(config.data, draft)
+    job = ShardingJob(config.data, resolution, channels, folder, store, needs_captions(config), config.seed)
+    choose = config.data.drop_duplicates or (config.data.holdout and source.archives)
+    job = replace(job, selection=_select(units, job, workers, part)) if choose else job
     mine = units[part[0] :: part[1]]
     results = {
         n: UnitResult.model_validate_json(text) for n, text in read_unit_files(job.store, RESULTS).items()
@@ -164,33 +183,62 @@ def write_shards(
     return [results[unit.number] for unit in mine]
 
 
-def summarize(results: list[UnitResult], classes: int) -> dict[str, Any]:
-    """Counts for the manifest: images by split and class, unreadable and filtered ones."""
+def needs_captions(config: Config) -> bool:
+    """Whether images without a caption are left out."""
+    return config.family.prompts == "texts" and not config.data.allow_empty_captions
+
+
+def summarize(source: Source, results: list[UnitResult], config: Config) -> dict[str, Any]:
+    """Facts for the manifest: images by split and class, unreadable ones, and the account of the source."""
     images: Counter[str] = Counter()
     histogram: Counter[int] = Counter()
-    dropped: Counter[str] = Counter()
-    profiles: Counter[str] = Counter()
+    account = source.account.model_copy(deep=True)
     for result in results:
-        dropped.update(result.dropped)
-        profiles.update(result.profiles)
+        account.add(result.account)
         for shard in result.shards:
             images[shard.split] += shard.images
             histogram.update(shard.histogram)
+    broken = [name for result in results for name in result.broken]
+    _remark_on_classes(account, source.classes, histogram, config)
+    if images[HOLDOUT] < config.data.holdout:
+        wanted = config.data.holdout
+        account.remark(f"fewer held-out images than the {wanted} wanted", count=wanted - images[HOLDOUT])
     return {
+        "classes": source.classes,
         "train": images[TRAIN],
         "holdout": images[HOLDOUT],
-        "histogram": [histogram[label] for label in range(classes)],
-        "broken": [name for result in results for name in result.broken],
-        "dropped": dict(sorted(dropped.items())),
-        "colour_profiles": dict(sorted(profiles.items())),
+        "unreadable": len(broken),
+        "left_out": account.num_left_out - len(broken),
+        **({"without_caption": _count_without_caption(account)} if needs_captions(config) else {}),
+        "histogram": [histogram[label] for label in range(len(source.classes))],
+        "broken": broken,
+        "account": account.model_dump(),
     }
+
+
+def _count_without_caption(account: Account) -> int:
+    return account.left_out[NO_CAPTION].count if NO_CAPTION in account.left_out else 0
+
+
+def _remark_on_classes(account: Account, classes: list[str], histogram: Counter[int], config: Config) -> None:
+    empty = [name for label, name in enumerate(classes) if not histogram[label]]
+    account.remark("classes without an image", ", ".join(empty[:5]), len(empty))
+    if config.family.prompts == "classes" and len(classes) < config.family.classes:
+        unused = config.family.classes - len(classes)
+        account.remark(
+            f"classes of the network ({config.family.classes}) that the source lacks", count=unused
+        )
 
 
 def register_shards(results: list[UnitResult], config: Config, draft: Draft) -> list[dict[str, Any]]:
     """Add the shards, which are already in their final place, to the draft's files; return their entries for the manifest."""
     shards = [shard for result in results for shard in result.shards]
     if not any(shard.split == TRAIN for shard in shards):
-        raise Refused("no image of the source could be used for training; nothing was written")
+        account = Account()
+        for result in results:
+            account.add(result.account)
+        reasons = "; ".join(account.lines()[2:5]) or "it has none"
+        raise Refused(f"no image of the source could be used for training ({reasons}); nothing was written")
     if config.data.format == "lmdb":
         return [
             _write_table(split, [s for s in shards if s.split == split], config, draft) for split in SPLITS
@@ -229,40 +277,67 @@ def _write_table(split: str, shards: list[ShardInfo], config: Config, draft: Dra
 
 def write_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
     """Write the shards of a unit, then its result file."""
-    result, held_out, profiles = UnitResult(), 0, Counter[str]()
-    data, max_pixels = job.data, int(job.data.max_megapixels * 1e6)
-    writers = {split: SplitWriter(split, unit.number, job) for split in (TRAIN, HOLDOUT)}
-    duplicates = job.duplicates.get(unit.number, frozenset())
+    result = UnitResult(account=Account())
+    writers = {split: SplitWriter(split, unit.number, job) for split in SPLITS}
+    held_out = job.selection.held_out.get(unit.number, set())
     try:
-        for index, record in enumerate(unit.records()):
-            try:
-                file = record.read()
-                count(1, len(file))
-                image = record.decode(file, max_pixels)
-                if reason := "duplicate" if index in duplicates else _rejection_reason(image, data):
-                    result.dropped[reason] = result.dropped.get(reason, 0) + 1
-                    continue
-                png = _encode_png(
-                    prepare_image(image, job.resolution, job.channels, data.filter, data.background, profiles)
-                )
-            except Exception as error:  # the decoders raise anything on a broken file
-                if _is_system_error(error):
-                    raise
-                result.broken.append(f"{record.name}: {brief(error)}")
+        for index, record in enumerate(unit.records(result.account)):
+            sample = _prepare(unit.number, index, record, job, result, count)
+            if sample is None:
                 continue
-            writer = writers[HOLDOUT if held_out < unit.holdout else TRAIN]
-            held_out += 1
-            writer.add(f"{unit.number:06d}-{index:07d}", png, record)
+            split = unit.split or (HOLDOUT if index in held_out else TRAIN)
+            result.account.use("images")
+            writers[split].add(f"{unit.number:06d}-{index:07d}", record.label, sample)
         for writer in writers.values():
             writer.finish()
     finally:
         for writer in writers.values():
             writer.discard()
     result.shards += [shard for writer in writers.values() for shard in writer.shards]
-    result.profiles = dict(profiles)
     text = result.model_dump_json()
     job.store.write(f"{RESULTS}/{unit.number:06d}.json", text.encode())
     return text
+
+
+def _prepare(
+    unit: int, index: int, record: SourceImage, job: ShardingJob, result: UnitResult, count: ReportProgress
+) -> dict[str, bytes] | None:
+    """The files of a sample; None, and a line in the account, if the image is left out or unreadable."""
+    data, account = job.data, result.account
+    try:
+        file = record.read()
+        count(1, len(file))
+        image, text = record.decode(file, int(data.max_megapixels * 1e6)), record.caption()
+        if reason := _reason_to_leave_out(unit, index, image, text, job):
+            account.leave_out(reason, record.name)
+            return None
+        profiles: Counter[str] = Counter()
+        png = _encode_png(
+            prepare_image(image, job.resolution, job.channels, data.filter, data.background, profiles)
+        )
+    except Exception as error:  # the decoders raise anything on a broken file
+        if _is_system_error(error):
+            raise
+        result.broken.append(printable(f"{record.name}: {brief(error)}"))
+        account.leave_out("unreadable images", f"{record.name}: {brief(error)}")
+        return None
+    for profile, number in profiles.items():
+        account.remark(f"images whose colour profile {profile}", record.name, number)
+    return {"png": png} | ({"txt": text.encode()} if text else {})
+
+
+def _reason_to_leave_out(unit: int, index: int, image: Image.Image, text: str, job: ShardingJob) -> str:
+    """Empty if the image is used."""
+    data, (short, long) = job.data, sorted(image.size)
+    if index in job.selection.copies.get(unit, set()):
+        return "duplicates" if data.drop_duplicates else "copies of a held-out image"
+    if not text and job.needs_captions:
+        return NO_CAPTION
+    if short < data.min_side:
+        return f"images whose shorter side is below {data.min_side} pixels"
+    if data.max_aspect and long > data.max_aspect * short:
+        return f"images with sides beyond {data.max_aspect:g} to 1"
+    return ""
 
 
 class SplitWriter:
@@ -273,13 +348,12 @@ class SplitWriter:
         self.shards: list[ShardInfo] = []
         self.open: ShardWriter | None = None
 
-    def add(self, key: str, png: bytes, record: SourceImage) -> None:
+    def add(self, key: str, label: int, sample: dict[str, bytes]) -> None:
         self.open = self.open or self._begin()
-        sample = {"png": png, "cls": str(record.label).encode()}
-        self.open.add(key, sample | ({"txt": record.text.encode()} if record.text else {}))
+        self.open.add(key, sample | {"cls": str(label).encode()})
         shard, data = self.shards[-1], self.job.data
         shard.images += 1
-        shard.histogram[record.label] = shard.histogram.get(record.label, 0) + 1
+        shard.histogram[label] = shard.histogram.get(label, 0) + 1
         if shard.images >= data.images_per_shard or self.open.file.size >= data.shard_mb * 1e6:
             self.finish()
 
@@ -357,53 +431,72 @@ class HashingFile:
         }
 
 
-def _rejection_reason(image: Image.Image, data: DataConfig) -> str:
-    """The reason why a filter leaves the image out; empty if none does."""
-    short, long = min(image.size), max(image.size)
-    if short < data.min_side:
-        return f"shorter side below {data.min_side} pixels"
-    if data.max_aspect and long > data.max_aspect * short:
-        return f"sides beyond {data.max_aspect:g} to 1"
-    return ""
-
-
 def _encode_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG", **COMPRESSION)
     return stream.getvalue()
 
 
-def _find_duplicates(
-    units: list[Unit], job: ShardingJob, workers: int, part: tuple[int, int]
-) -> dict[int, set[int]]:
-    """By number of the unit: indices of images whose bytes equal those of an earlier one. Parts that run in parallel share the reading."""
+def _select(units: list[Unit], job: ShardingJob, workers: int, part: tuple[int, int]) -> Selection:
+    """Choose the images of archives that are held out, and the copies that are left out, by digests of all images.
+
+    The digests are uniformly distributed, so those with the smallest are a random sample of all archives and classes; equal
+    images have the same, so none is in both splits. Parts that run in parallel share the reading.
+    """
     for mine in (units[part[0] :: part[1]], units):
         there = read_unit_files(job.store, DIGESTS)
         missing = [unit for unit in mine if unit.number not in there]
-        for _ in _run_in_processes("look for duplicates", hash_unit, missing, job, workers):
+        for _ in _run_in_processes("read all images once, to choose", hash_unit, missing, job, workers):
             pass
-    digests = [there for _, there in sorted(read_unit_files(job.store, DIGESTS).items())]
-    table = np.frombuffer(b"".join(digests), dtype="V16")
-    repeated = np.ones(len(table), dtype=bool)
-    repeated[np.unique(table, return_index=True)[1]] = False  # the first of each
-    starts = np.cumsum([0, *(len(text) // 16 for text in digests)])
-    return {
-        unit.number: set(np.flatnonzero(repeated[starts[n] : starts[n + 1]]).tolist())
-        for n, unit in enumerate(units)
-    }
+    digests = read_unit_files(job.store, DIGESTS)
+    tables = [np.frombuffer(digests[unit.number], "V16") for unit in units]
+    archives = [table for unit, table in zip(units, tables, strict=True) if unit.split is None]
+    smallest = _smallest_digests(archives, job.data.holdout)
+    places, watched = [], []
+    for number, table in enumerate(tables):
+        mask = np.ones(len(table), bool) if job.data.drop_duplicates else np.isin(table, smallest)
+        places += [(number, index) for index in np.flatnonzero(mask).tolist()]
+        watched.append(table[mask])
+    found = np.concatenate(watched)
+    first = np.zeros(len(found), bool)
+    first[np.unique(found, return_index=True)[1]] = True
+    held_out, selection = first & np.isin(found, smallest), Selection()
+    for chosen, sets in ((held_out, selection.held_out), (~first, selection.copies)):
+        for place in np.flatnonzero(chosen).tolist():
+            number, index = places[place]
+            sets.setdefault(units[number].number, set()).add(index)
+    return selection
+
+
+def _smallest_digests(tables: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """The `count` smallest different digests of readable images, which must not be all of them."""
+    if not (count and tables):
+        return np.empty(0, "V16")
+    smallest, different = np.empty(0, "V16"), np.empty(0, "V16")
+    for table in tables:
+        readable = table[np.frombuffer(table.tobytes(), np.uint8).reshape(-1, 16)[:, 0] != UNREADABLE]
+        different = np.unique(np.concatenate([smallest, readable]))
+        smallest = different[: count + 1]
+    if len(smallest) <= count:
+        raise _holdout_too_large(count, len(smallest), "different ")
+    return smallest[:count]
 
 
 def hash_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
-    """Write the first 16 bytes of each image's SHA-256; an unreadable image gets a unique value."""
-    digests = bytearray()
-    for record in unit.records():
+    """Write a digest of 16 bytes for each image. It depends on the seed, and is the same for equal files. An image that is unreadable
+    or has no caption where one is needed gets a unique value with a first byte of `UNREADABLE`."""
+    digests, seed = bytearray(), job.seed.to_bytes(8, "big", signed=True)
+    for index, record in enumerate(unit.records(Account())):
         try:
             data = record.read()
+            digest = hashlib.sha256(seed + data).digest()[:15]
+            known = bool(record.text or record.read_text or not job.needs_captions)
         except Exception as error:  # it is reported when the shard is written
             if _is_system_error(error):
                 raise
-            data = f"unreadable {unit.number} {len(digests)}".encode()
-        digests += hashlib.sha256(data).digest()[:16]
+            data, known = b"", False
+        unique = unit.number.to_bytes(7, "big") + index.to_bytes(8, "big")
+        digests += b"\0" + digest if known else bytes([UNREADABLE]) + unique
         count(1, len(data))
     job.store.write(f"{DIGESTS}/{unit.number:06d}", bytes(digests))
     return ""
@@ -436,8 +529,8 @@ def _check_broken(results: Sequence[UnitResult], limit: int) -> None:
         )
 
 
-def _holdout_too_large(holdout: int, count: int) -> Refused:
-    return Refused(f"data.holdout is {holdout}, the source has only {count} images; hold out fewer")
+def _holdout_too_large(holdout: int, count: int, which: str = "") -> Refused:
+    return Refused(f"data.holdout is {holdout}, the source has only {count} {which}images; hold out fewer")
 
 
 # The workers are forked, so that the source does not have to be pickled.

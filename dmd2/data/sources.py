@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dmd2.data.archives import (
-    Pixels,
-)
+from dmd2.data.account import Account
+from dmd2.data.archives import Pixels
+from dmd2.data.captions import LONE_SURROGATES
 from dmd2.data.decode import MAX_PIXELS, Decode, check_pixels, decode_image
 from dmd2.data.listing import Listing
 from dmd2.errors import Refused
@@ -37,14 +37,19 @@ class SourceImage:
     """Returns the encoded file, or raw pixels; exact duplicates have the same bytes."""
     text: str = ""
     """Caption."""
+    read_text: Callable[[], str] | None = None
+    """Reads the caption from a file of its own."""
     decode: Decode = decode_image
+
+    def caption(self) -> str:
+        return self.read_text() if self.read_text else self.text
 
 
 @dataclass(frozen=True)
 class Archive:
     name: str
-    records: Callable[[], Iterator[SourceImage]]
-    """Opens the archive and yields its images, always in the same order."""
+    records: Callable[[Account], Iterator[SourceImage]]
+    """Opens the archive and yields its images, always in the same order. What is no image is added to the account."""
 
 
 @dataclass(frozen=True)
@@ -59,37 +64,48 @@ class Source:
     """Or archives, each of which is read from start to end."""
     count: int | None = None
     """Number of images in the archives, if it is known without reading them."""
+    account: Account = field(default_factory=Account)
+    """The files of the source that are no images of a listing, and what is not used."""
 
 
 class ListedImage(NamedTuple):
     """Name, label and caption of an image of a listing."""
 
     name: str
-    label: Label
-    text: str
-
-
-def check_caption(text: object, where: str) -> str:
-    if not isinstance(text, str):
-        raise Refused(f"{where} has {reprlib.repr(text)} for a caption; give a string")
-    return text
+    label: Label = None
+    text: str = ""
+    read_text: Callable[[], str] | None = None
 
 
 def source_of_listing(
-    listing: Listing, rows: Sequence[ListedImage], read: Callable[[str], bytes], root: str = ""
+    listing: Listing,
+    rows: Sequence[ListedImage],
+    account: Account,
+    read: Callable[[str], bytes] | None = None,
+    root: str = "",
 ) -> Source:
-    root = root or listing.store.uri
+    root, read = root or listing.store.uri, read or listing.read
     if not rows:
-        raise Refused(f"{root} holds no images; the layout {listing.layout} expects some")
-    labels = classes_of_labels((join_uri(root, row.name), row.label) for row in rows)
+        raise Refused(
+            f"{root} holds no images; the layout {listing.layout} expects some ({'; '.join(account.lines()[2:5]) or 'it is empty'})"
+        )
+    if listing.wanted.labels:
+        labels = classes_of_labels((join_uri(root, row.name), row.label) for row in rows)
+    else:
+        if count := sum(row.label is not None for row in rows):
+            account.remark("labels that are not used, because the network is told by texts", count=count)
+        labels, rows = {None: 0}, [row._replace(label=None) for row in rows]
     records = [
-        SourceImage(join_uri(root, n), labels[label], partial(read, n), text) for n, label, text in rows
+        SourceImage(
+            join_uri(root, row.name), labels[row.label], partial(read, row.name), row.text, row.read_text
+        )
+        for row in rows
     ]
-    return Source(class_names(labels), listing.fingerprint, records)
+    return Source(class_names(labels), listing.fingerprint, records, account=account)
 
 
 def classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
-    """{label: class}. Numbers are used as classes; names are numbered in alphabetical order.
+    """{label: class}. Numbers are used as classes; names are numbered in alphabetical order. Names that are all decimal are numbers.
 
     Args:
         found: (address, label) of the labels, for error messages.
@@ -101,27 +117,45 @@ def classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
         first.setdefault(label, where)
     if first.keys() <= {None}:
         return {None: 0}
-    numbers = [label for label in first if isinstance(label, int)]
     names = [label for label in first if isinstance(label, str)]
     if None in first:
         raise Refused(
             f"{first[None]} has no label, though others have ({len(first) - 1} classes); label all images or none"
         )
-    if numbers and names:
+    if names and len(names) < len(first):
+        number = next(label for label in first if not isinstance(label, str))
         raise Refused(
-            f"{first[names[0]]} has label {names[0]!r}, others are numbers like {numbers[0]}; use one kind"
+            f"{first[names[0]]} has label {names[0]!r}, others are numbers like {number}; use one kind"
         )
-    for label in numbers:
-        if not 0 <= label < MAX_CLASSES:
+    for name in names:
+        if LONE_SURROGATES.search(name):
+            raise Refused(f"{first[name]}: the name of its class is not in UTF-8; rename it")
+    if names and not all(name.isdecimal() and name.isascii() for name in names):
+        return {label: index for index, label in enumerate(sorted(names))}
+    numbers: dict[Label, int] = {label: int(label) for label in first if label is not None}
+    _check_numbers(numbers, first)
+    return numbers
+
+
+def _check_numbers(numbers: dict[Label, int], first: dict[Label, str]) -> None:
+    taken: dict[int, Label] = {}
+    for label, number in numbers.items():
+        if not 0 <= number < MAX_CLASSES:
             raise Refused(
                 f"{first[label]} has label {label}; labels count from 0 to at most {MAX_CLASSES - 1}"
             )
-    order: Sequence[Label] = sorted(names) or range(max(numbers) + 1)
-    return {label: index for index, label in enumerate(order)}
+        if taken.setdefault(number, label) != label:
+            raise Refused(
+                f"{first[label]} has label {label!r}, another {taken[number]!r}, which is the same number; write one of them"
+            )
 
 
 def class_names(labels: dict[Label, int]) -> list[str]:
-    return ["" if label is None else str(label) for label in labels]
+    """The names of the classes. A class that no label has is called by its number."""
+    names = [str(index) for index in range(max(labels.values()) + 1)]
+    for label, index in labels.items():
+        names[index] = "" if label is None else str(label)
+    return names
 
 
 def class_of_label(labels: dict[Label, int], label: Label, where: str) -> int:
@@ -136,7 +170,13 @@ def class_of_label(labels: dict[Label, int], label: Label, where: str) -> int:
     raise Refused(f"{where} has label {reprlib.repr(label)}, but {known}; correct the label")
 
 
-def source_of_arrays(where: str, images: Pixels, labels: list[int] | None, fingerprint: str) -> Source:
+def source_of_arrays(
+    where: str,
+    images: Pixels,
+    labels: list[int] | None,
+    fingerprint: str,
+    account: Account | None = None,
+) -> Source:
     """A source of pixels in memory, which forked processes share."""
     if (
         images.dtype != np.uint8
@@ -160,7 +200,7 @@ def source_of_arrays(where: str, images: Pixels, labels: list[int] | None, finge
         )
         for i in range(len(images))
     ]
-    return Source(class_names(classes), fingerprint, records)
+    return Source(class_names(classes), fingerprint, records, account=account or Account())
 
 
 def _pixel_bytes(images: Pixels, index: int) -> bytes:

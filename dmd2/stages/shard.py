@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from dmd2.config import Config
+from dmd2.data.account import Account
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import open_store
+
+logger = logging.getLogger(__name__)
 
 
 def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "") -> Manifest:
@@ -26,9 +30,14 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         part: `i/n`: only the i-th of n parts, counted from 0; empty = all.
     """
     from dmd2.data.layouts import open_source
-    from dmd2.data.shards import register_shards, summarize, write_shards
+    from dmd2.data.listing import Wanted
+    from dmd2.data.shards import needs_captions, register_shards, summarize, write_shards
 
-    images, share = open_source(source), _parse_part(part)
+    data, share = config.data, _parse_part(part)
+    by_class = config.family.prompts == "classes"
+    images = open_source(
+        source, Wanted(by_class, needs_captions(config), data.caption_column, data.label_column)
+    )
     inputs = {"source": images.fingerprint}
     if done := find_finished(out, "shards", config, inputs):
         return done
@@ -41,9 +50,18 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         results = write_shards(images, config, draft, workers, share)
         if part:
             return _part_manifest("shards", config, inputs, {"part": part, "units": len(results)})
-        draft.facts |= {"source": source, "classes": images.classes} | summarize(results, len(images.classes))
+        draft.facts |= {"source": source} | summarize(images, results, config)
         draft.facts["shards"] = register_shards(results, config, draft)
-    return read_manifest(out, "shards")
+    made = read_manifest(out, "shards")
+    _tell(made)
+    return made
+
+
+def _tell(made: Manifest) -> None:
+    """Log what became of the source; as a warning if images were unreadable or have no caption."""
+    account = Account.model_validate(made.facts["account"])
+    level = logging.WARNING if made.facts["unreadable"] or made.facts.get("without_caption") else logging.INFO
+    logger.log(level, "%s: %s", made.facts["source"], "\n  ".join(account.lines()))
 
 
 def _parse_part(text: str) -> tuple[int, int]:

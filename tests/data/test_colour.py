@@ -195,5 +195,7 @@ def test_the_manifest_counts_what_was_done_with_profiles(tmp_path: Path) -> None
         path.write_bytes(stored(Image.new("RGB", (8, 8), COLOUR), icc))
     config = recipes.resolve("edm-digits", (*MICRO, "family.network.image_channels=3", "data.holdout=0"))
     made = stages.shard(config, str(tmp_path / "source"), str(tmp_path / "shards"), workers=1)
-    assert made.facts["colour_profiles"] == {CONVERTED: 1, IS_SRGB: 2, BROKEN: 1}
+    remarks = {what: tally["count"] for what, tally in made.facts["account"]["remarks"].items()}
+    wanted = {CONVERTED: 1, IS_SRGB: 2, BROKEN: 1}
+    assert {what: remarks.get(f"images whose colour profile {what}") for what in wanted} == wanted
     assert len(Shards(tmp_path / "shards", "train")) == 6

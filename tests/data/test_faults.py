@@ -300,12 +300,12 @@ def test_duplicates_are_left_out_and_counted_whoever_does_the_work(source: Path,
         for name in ("alone", "together")
     )
     facts = alone.done().facts
-    assert facts["dropped"] == {"duplicate": 7}
+    assert facts["account"]["left_out"]["duplicates"]["count"] == 7
     assert sharded(alone.out) == pixels(files)
     for process in parts(together, nodes=False):
         wait_for_success(process, together.said)
     assert together.done().digest == read_manifest(alone.out, "shards").digest
-    assert read_manifest(together.out, "shards").facts["dropped"] == facts["dropped"]
+    assert read_manifest(together.out, "shards").facts["account"] == facts["account"]
 
 
 @pytest.fixture(params=["local", "bucket"])

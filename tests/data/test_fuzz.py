@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dmd2.config import Config
+from dmd2.data.account import Account
 from dmd2.data.archives import open_zip
 from dmd2.data.layouts import open_source
 from dmd2.data.prompts import read_prompts
@@ -133,7 +134,7 @@ def read_source(path: Path) -> None:
     """Read all records of a source; a record that is refused is a broken image."""
     open_zip.cache_clear()
     source = open_source(str(path))
-    for records in [source.records, *(archive.records() for archive in source.archives)]:
+    for records in [source.records, *(archive.records(Account()) for archive in source.archives)]:
         for record in records:
             try:
                 record.read()

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from dmd2 import recipes, stages
+from dmd2.data.account import Account
 from dmd2.data.decode import decode_image
 from dmd2.data.layouts import open_source
 from dmd2.data.prompts import read_prompts
@@ -79,7 +80,9 @@ def png() -> bytes:
 
 def read_all(address: Path | str) -> list[SourceImage]:
     source = open_source(str(address))
-    records = source.records or [record for archive in source.archives for record in archive.records()]
+    records = source.records or [
+        record for archive in source.archives for record in archive.records(Account())
+    ]
     for record in records:
         record.read()
     return list(records)
@@ -274,8 +277,8 @@ def test_a_caption_without_a_bottom_is_a_broken_image(tmp_path: Path, refusal: R
     )
     put(tmp_path / "a.tar", data + bytes(1024))
     (archive,) = open_source(str(tmp_path / "a.tar")).archives
-    first, second = archive.records()
-    assert "not UTF-8 or JSON" in refusal(first.read)
+    first, second = archive.records(Account())
+    assert "no JSON object with a caption" in refusal(first.read)
     assert second.read() == png()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -28,6 +29,11 @@ def lines(path: Path, field: str = "caption", **more: object) -> None:
     path.write_text("\n\n".join(json.dumps({"url": "x", field: p} | more) for p in [*PROMPTS, " "]))
 
 
+def table(path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as stream:
+        csv.writer(stream).writerows([["Prompt", "url"], *([p, "x"] for p in [*PROMPTS, " "])])
+
+
 def parquet(path: Path, column: str = "prompt") -> None:
     pq.write_table(pa.table({"url": [1] * 5, column: [*PROMPTS, ""]}), path)
 
@@ -41,6 +47,7 @@ def pickled(path: Path, protocol: int = 4) -> None:
     [
         ("a.txt", text),
         ("a.jsonl", lines),
+        ("a.csv", table),
         ("a.parquet", parquet),
         *[(f"{p}.pkl", lambda path, p=p: pickled(path, p)) for p in range(6)],
     ],
@@ -51,12 +58,12 @@ def test_every_format_gives_the_same_prompts(name: str, make: Callable[[Path], N
 
 
 def test_the_address_chooses_the_column(tmp_path: Path, refusal: Refusal) -> None:
-    lines(tmp_path / "a.jsonl", "TEXT", text="another")
-    parquet(tmp_path / "a.parquet", "TEXT")
+    lines(tmp_path / "a.jsonl", "ALT", text="another")
+    parquet(tmp_path / "a.parquet", "ALT")
     for name in ("a.jsonl", "a.parquet"):
-        assert read_prompts(f"TEXT:{tmp_path / name}") == PROMPTS
-        assert "did you mean 'TEXT'" in refusal(lambda name=name: read_prompts(f"TEXTS:{tmp_path / name}"))  # type: ignore[misc]
-    assert "has no field named text, caption, prompt" in refusal(
+        assert read_prompts(f"ALT:{tmp_path / name}") == PROMPTS
+        assert "did you mean 'ALT'" in refusal(lambda name=name: read_prompts(f"ALTS:{tmp_path / name}"))  # type: ignore[misc]
+    assert "has no column or field of captions, named text, caption" in refusal(
         lambda: read_prompts(str(tmp_path / "a.parquet"))
     )
     text(tmp_path / "a.txt")
@@ -150,13 +157,14 @@ def test_a_pickle_that_refers_to_something_outside_is_refused(tmp_path: Path, re
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("a.csv", b"", "known: .jsonl, .parquet, .pickle, .pkl, .txt"),
+        ("a.tsv", b"", "known: .csv, .jsonl, .parquet, .pickle, .pkl, .txt"),
+        ("a.csv", b"text,url\na, b, c\n", "line 2 has another number of values"),
         ("a.txt", b"\n \n", "holds no prompts"),
         ("a.txt", b"one\ntw\xff\n", "line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'["a"]', "line 1 is a list"),
-        ("a.jsonl", b'{"txt": "a"}', "line 1 has no field named text"),
+        ("a.jsonl", b'{"txt": "a"}', "line 1 has no column or field of captions, named text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}', "prompt 1 is None"),
         ("a.parquet", b"PAR1", "no Parquet file"),
     ],

@@ -187,7 +187,10 @@ def test_small_and_stretched_images_are_counted_by_reason(
     Image.new("L", (4, 4)).save(source / "blob" / "tiny.png")
     Image.new("L", (64, 8)).save(source / "blob" / "wide.png")
     facts = stages.shard(with_data(micro, min_side=5, max_aspect=4), str(source), str(tmp_path / "out")).facts
-    assert facts["dropped"] == {"shorter side below 5 pixels": 1, "sides beyond 4 to 1": 1}
+    assert {reason: tally["count"] for reason, tally in facts["account"]["left_out"].items()} == {
+        "images whose shorter side is below 5 pixels": 1,
+        "images with sides beyond 4 to 1": 1,
+    }
     assert facts["train"] + facts["holdout"] == 60
 
 
@@ -204,10 +207,7 @@ def test_each_shard_has_its_checksums_and_histogram(made: Path) -> None:
 def test_a_disk_that_fails_is_not_taken_for_a_broken_image(
     micro: Config, source: Path, tmp_path: Path
 ) -> None:
-    (source / "blob" / "gone.png").symlink_to(source / "nowhere.png")
-    records = open_source(str(source)).records
     vanishing = source / "blob" / "vanishing.png"
-    assert len(records) == 60, "a link to nothing is no file"
     shutil.copy(source / "blob" / "00.png", vanishing)
     opened = open_source(str(source))
     vanishing.unlink()

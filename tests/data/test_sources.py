@@ -17,12 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from dmd2.data.account import Account
 from dmd2.data.decode import prepare_image
 from dmd2.data.layouts import open_source
 from dmd2.data.layouts.arrays import digits
 from dmd2.data.sources import Source, SourceImage
+from dmd2.errors import Refused
 from dmd2.io.storage import open_store
 
 LABELS = [index // 4 for index in range(12)]
@@ -196,7 +198,7 @@ CAPTIONED = {"coco", "metadata", "parquet", "webdataset"}
 def every(source: Source) -> Iterator[SourceImage]:
     yield from source.records
     for archive in source.archives:
-        yield from archive.records()
+        yield from archive.records(Account())
 
 
 def seen(source: Source) -> list[tuple[int, str, bytes]]:
@@ -307,11 +309,13 @@ def test_a_captions_file_can_be_named(tmp_path: Path) -> None:
 
 def test_samples_that_cannot_be_read_are_met_one_at_a_time(tmp_path: Path, refusal: Refusal) -> None:
     files = {"1.png": PNGS[0], "2.txt": b"no image", "3.png": PNGS[1], "3.txt": b"\xff", "4.png": PNGS[2]}
-    records = list(every(open_source(str(tar(tmp_path / "0.tar", files)))))
-    assert [r.name.rpartition("/")[2] for r in records] == ["1.png", "2", "3", "4.png"]
-    assert "0 images" in refusal(records[1].read)
-    assert "UTF-8" in refusal(records[2].read)
-    assert records[3].read() == PNGS[2]
+    (archive,) = open_source(str(tar(tmp_path / "0.tar", files))).archives
+    account = Account()
+    records = list(archive.records(account))
+    assert [r.name.rpartition("/")[2] for r in records] == ["1.png", "3.png", "4.png"]
+    assert account.left_out["files of samples without an image"].example.endswith("0.tar/2")
+    assert "UTF-8" in refusal(records[1].read)
+    assert records[2].read() == PNGS[2]
 
 
 def test_names_that_lead_elsewhere_are_never_followed(tmp_path: Path) -> None:
@@ -497,7 +501,7 @@ def test_an_npz_file_with_objects_is_refused_and_nothing_of_it_runs(
 def test_an_image_may_not_start_another_program() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, format="EPS")
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(Refused, match="no image of a known format"):
         SourceImage("x", 0, stream.getvalue).decode(stream.getvalue())
 
 

@@ -14,7 +14,7 @@ from dmd2.data.layouts.imagenet import imagenet
 from dmd2.data.layouts.metadata import PATTERN_METADATA, metadata
 from dmd2.data.layouts.parquet import parquet
 from dmd2.data.layouts.webdataset import webdataset
-from dmd2.data.listing import Listing, list_files, matching
+from dmd2.data.listing import Listing, Wanted, list_files, matching
 from dmd2.data.sources import Source
 
 LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
@@ -31,8 +31,12 @@ LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
 """Layout -> (regular expression, reader). The first row whose expression matches a file name is the layout of a source."""
 
 
-def open_source(address: str) -> Source:
-    """Open `digits`, or a folder, file or pattern (`train-*.parquet`), local or remote; `layout:address` names the layout."""
+def open_source(address: str, wanted: Wanted = Wanted()) -> Source:  # noqa: B008 - it is frozen
+    """Open `digits`, or a folder, file or pattern (`train-*.parquet`), local or remote; `layout:address` names the layout.
+
+    Args:
+        wanted: What the network is told of each image.
+    """
     if address == "digits":
         return digits()
     known = ["digits", *LAYOUTS]
@@ -43,4 +47,4 @@ def open_source(address: str) -> Source:
         listing = list_files(address, known)
         names = [entry.name for entry in listing.entries if not entry.name.lower().endswith(IMAGE_SUFFIXES)]
         layout = next((row for row, (pattern, _) in LAYOUTS.items() if matching(pattern, names)), "folder")
-    return LAYOUTS[layout][1](replace(listing, layout=layout))
+    return LAYOUTS[layout][1](replace(listing, layout=layout, wanted=wanted))

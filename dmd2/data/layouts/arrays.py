@@ -41,7 +41,8 @@ def digits() -> Source:
 
 def npz(listing: Listing) -> Source:
     """Arrays in an npz file: images uint8 (N, H, W[, C]), and labels (N,) if there are classes."""
-    uri = listing.uri(find_one(listing, r".*\.npz", "npz file"))
+    listing_name = find_one(listing, r".*\.npz", "npz file")
+    uri = listing.uri(listing_name)
     path = fetch_file(uri)
     with refuse_broken(uri, "npz file of plain arrays", *ZIP_ERRORS, TypeError, OverflowError, MemoryError):
         if not zipfile.is_zipfile(path):
@@ -55,11 +56,16 @@ def npz(listing: Listing) -> Source:
                 )
             images = npz_array(file, uri, name)
             labels = npz_array(file, uri, ARRAYS[name]) if ARRAYS[name] in there else None
+            unused = [array for array in there if array not in (name, ARRAYS[name])]
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise Refused(
             f"{uri}: {ARRAYS[name]} is {labels.dtype} {labels.shape}; give one whole number per image"
         )
-    return source_of_arrays(uri, images, None if labels is None else labels.tolist(), listing.fingerprint)
+    account = listing.account({listing_name: "files of arrays"})
+    for array in unused:
+        account.leave_out("arrays that are neither images nor labels", f"{uri}/{array}")
+    numbers = None if labels is None else labels.tolist()
+    return source_of_arrays(uri, images, numbers, listing.fingerprint, account)
 
 
 def idx(listing: Listing) -> Source:
@@ -78,4 +84,5 @@ def idx(listing: Listing) -> Source:
         idx_array(listing.uri(name), 3),
         idx_array(listing.uri(labels), 1).tolist(),
         listing.fingerprint,
+        listing.account({name: "files of arrays", labels: "files of arrays"}),
     )

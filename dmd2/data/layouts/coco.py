@@ -5,16 +5,10 @@ from __future__ import annotations
 import json
 import posixpath
 
-from dmd2.data.archives import (
-    refuse_broken,
-)
-from dmd2.data.listing import Listing, find_one, with_siblings
-from dmd2.data.sources import (
-    ListedImage,
-    Source,
-    check_caption,
-    source_of_listing,
-)
+from dmd2.data.archives import refuse_broken
+from dmd2.data.captions import FURTHER, caption_of, decode_text
+from dmd2.data.listing import Listing, find_one, same_name, with_siblings
+from dmd2.data.sources import ListedImage, Source, source_of_listing
 from dmd2.errors import Refused
 
 PATTERN_COCO = r"(.*/)?captions[^/]*\.json"
@@ -26,25 +20,29 @@ def coco(listing: Listing) -> Source:
     listing, name = with_siblings(listing, name)
     uri = listing.uri(name)
     with refuse_broken(uri, "captions file of COCO", ValueError, KeyError, TypeError, AttributeError):
-        notes = json.loads(listing.store.read(name))
+        notes = json.loads(decode_text(listing.read(name), uri))
         captions: dict[int, str] = {}
         for note in sorted(notes["annotations"], key=lambda note: note["id"]):
             captions.setdefault(note["image_id"], note["caption"])
         wanted = [(str(image["file_name"]), captions.get(image["id"])) for image in notes["images"]]
+        further = len(notes["annotations"]) - len(captions)
     files: dict[str, list[str]] = {}
     for entry in listing.entries:
-        files.setdefault(posixpath.basename(entry.name), []).append(entry.name)
-    rows = [
-        ListedImage(_match_file(file, files, uri), None, check_caption(text, f"{uri}: {file}"))
-        for file, text in wanted
-    ]
-    return source_of_listing(listing, sorted(rows, key=lambda row: row.name), listing.store.read)
+        files.setdefault(posixpath.basename(same_name(entry.name)), []).append(entry.name)
+    rows = {}
+    for file, text in wanted:
+        found = _match_file(file, files, uri)
+        rows[found] = ListedImage(found, text=caption_of(text, f"{uri}: {file}"))
+    account = listing.account({name: "lists of captions"}, rows)
+    account.remark(FURTHER, uri, further)
+    return source_of_listing(listing, sorted(rows.values(), key=lambda row: row.name), account)
 
 
 def _match_file(file: str, files: dict[str, list[str]], where: str) -> str:
     """The name of the image that an entry of a captions file refers to."""
-    same = files.get(posixpath.basename(file), [])
-    found = [name for name in same if f"/{name}".endswith(f"/{file}")]
+    named = same_name(file)
+    same = files.get(posixpath.basename(named), [])
+    found = [name for name in same if f"/{same_name(name)}".endswith(f"/{named}")]
     if len(found) != 1:
         state = "is not there" if not found else f"is there {len(found)} times"
         raise Refused(

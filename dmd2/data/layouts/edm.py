@@ -4,43 +4,61 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from dmd2.data.archives import (
-    is_hidden,
-    open_zip,
-    read_zip_member,
-    refuse_broken,
-)
+from dmd2.data.account import Account
+from dmd2.data.archives import is_hidden, open_zip, read_zip_member, refuse_broken
 from dmd2.data.decode import IMAGE_SUFFIXES
-from dmd2.data.listing import Listing, find_one
-from dmd2.data.sources import (
-    ListedImage,
-    Source,
-    source_of_listing,
-)
+from dmd2.data.listing import HIDDEN, Listing, find_one, same_name
+from dmd2.data.sources import ListedImage, Source, source_of_listing
 from dmd2.errors import Refused
+from dmd2.io.store import ObjectInfo
 
+DATASET = "dataset.json"
 PATTERN_EDM = r"dataset\.json|[^/]*\.zip"
 
 
 def edm(listing: Listing) -> Source:
     """The zip or folder of EDM's dataset tool (Karras et al. 2022): images, and labels in dataset.json."""
     name = find_one(listing, PATTERN_EDM, "dataset.json or zip file")
-    read, names = listing.store.read, [entry.name for entry in listing.entries]
-    uri = listing.store.uri
     if name.endswith(".zip"):
-        uri = listing.uri(name)
-        read = partial(read_zip_member, uri)
-        names = [n for n in open_zip(uri, os.getpid()).namelist() if not is_hidden(n)]
-    if "dataset.json" not in names:
-        raise Refused(
-            f"{uri} has no dataset.json; make it with EDM's dataset_tool.py, or choose another layout"
-        )
-    with refuse_broken(f"{uri}/dataset.json", "list of labels", ValueError, KeyError, TypeError):
-        pairs = json.loads(read("dataset.json"))["labels"] or []
-        labels = {str(file): label for file, label in pairs}
+        return _zip(listing, name)
+    return _images(listing, [e.name for e in listing.entries], listing.read, listing.store.uri, Account())
+
+
+def _zip(listing: Listing, name: str) -> Source:
+    uri = listing.uri(name)
+    names = [n for n in open_zip(uri, os.getpid()).namelist() if not n.endswith("/")]
+    account = listing.account({name: "archives"})
+    for hidden in filter(is_hidden, names):
+        account.leave_out(HIDDEN, f"{uri}/{hidden}")
+    shown = [n for n in names if not is_hidden(n)]
+    return _images(listing, shown, partial(read_zip_member, uri), uri, account)
+
+
+def _images(
+    listing: Listing, names: list[str], read: Callable[[str], bytes], uri: str, account: Account
+) -> Source:
+    if DATASET not in names:
+        raise Refused(f"{uri} has no {DATASET}; make it with EDM's dataset_tool.py, or choose another layout")
+    labels = _labels(read(DATASET), f"{uri}/{DATASET}")
     images = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES))
-    if lost := set(labels) - set(images):
-        raise Refused(f"{uri}/dataset.json has a label for {min(lost)}, which is not there; make it again")
-    return source_of_listing(listing, [ListedImage(n, labels.get(n), "") for n in images], read, uri)
+    if lost := labels.keys() - {same_name(name) for name in images}:
+        raise Refused(f"{uri}/{DATASET} has a label for {min(lost)}, which is not there; make it again")
+    inside = (
+        replace(listing, entries=[ObjectInfo(name, 0, "") for name in names], unlisted=())
+        if account.used
+        else listing
+    )
+    account.add(inside.account({DATASET: "lists of labels"}, set(images)))
+    rows = [ListedImage(name, labels.get(same_name(name))) for name in images]
+    return source_of_listing(listing, rows, account, read, uri)
+
+
+def _labels(data: bytes, where: str) -> dict[str, Any]:
+    with refuse_broken(where, "list of labels", ValueError, KeyError, TypeError):
+        pairs = json.loads(data)["labels"] or []
+        return {same_name(str(file)): label for file, label in pairs}

@@ -8,28 +8,26 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from dmd2.data.archives import (
-    open_parquet,
-)
-from dmd2.data.captions import TEXT
-from dmd2.data.listing import Listing, archives_ending
+from dmd2.data.account import Account
+from dmd2.data.archives import open_parquet
+from dmd2.data.captions import FURTHER, caption_of, find_column, require_column
+from dmd2.data.listing import Listing, Wanted, archives_ending
 from dmd2.data.sources import (
     Archive,
     Label,
     Source,
     SourceImage,
     broken_image,
-    check_caption,
     class_names,
     class_of_label,
     classes_of_labels,
     loaded_image,
 )
-from dmd2.errors import Refused
+from dmd2.errors import Refused, near_miss
 
 BATCH = 32
 """Rows of a Parquet file in memory at a time."""
-IMAGE, LABEL = ("image", "img"), ("label",)
+IMAGE, LABEL = ("image", "img", "jpg", "png", "webp"), ("label",)
 """Names of columns; the first one present is used."""
 
 
@@ -44,12 +42,15 @@ class ParquetColumns(NamedTuple):
 
 def parquet(listing: Listing) -> Source:
     """Parquet files with a column of images (bytes, or a struct with bytes), and captions and labels if any."""
-    files = [listing.uri(name) for name in archives_ending(listing, ".parquet")]
+    found = archives_ending(listing, ".parquet")
+    account, files = listing.account(dict.fromkeys(found, "archives")), [listing.uri(name) for name in found]
     with open_parquet(files[0]) as first:
-        columns = _find_columns(first.schema_arrow, files[0])
+        columns = _find_columns(first.schema_arrow, files[0], listing.wanted)
         names = _huggingface_features(first.schema_arrow).get(columns.label or "", {}).get("names")
         if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"its names of classes are {reprlib.repr(names)}")
+        if unused := [name for name in first.schema_arrow.names if name not in columns]:
+            account.remark("columns that are not used", ", ".join(unused), len(unused))
     labels: dict[Label, int] = {None: 0}
     if names:
         labels = {index: index for index in range(len(names))}
@@ -57,7 +58,9 @@ def parquet(listing: Listing) -> Source:
         labels = classes_of_labels(pair for uri in files for pair in _distinct_labels(uri, columns.label))
     count = sum(map(_row_count, files)) if listing.store.local_folder else None
     archives = [Archive(uri, partial(_parquet_records, uri, columns, labels)) for uri in files]
-    return Source(names or class_names(labels), listing.fingerprint, archives=archives, count=count)
+    return Source(
+        names or class_names(labels), listing.fingerprint, archives=archives, count=count, account=account
+    )
 
 
 def _huggingface_features(schema: Any) -> dict[str, Any]:
@@ -66,14 +69,25 @@ def _huggingface_features(schema: Any) -> dict[str, Any]:
     return {name: f for name, f in note.get("info", {}).get("features", {}).items() if isinstance(f, dict)}
 
 
-def _find_columns(schema: Any, where: str) -> ParquetColumns:
-    image, label, text = (
-        next((n for n in names if n in schema.names), None) for names in (IMAGE, LABEL, TEXT)
-    )
+def _find_columns(schema: Any, where: str, wanted: Wanted) -> ParquetColumns:
+    there = schema.names
+    image = next((name for name in IMAGE if name in there), None)
     if image is None:
-        raise Refused(
-            f"{where} has columns {', '.join(schema.names)}; name that of the images {' or '.join(IMAGE)}"
+        raise Refused(f"{where} has columns {', '.join(there)}; name that of the images {' or '.join(IMAGE)}")
+    if wanted.captions or wanted.caption_column:
+        text: str | None = require_column(
+            there, wanted.caption_column, where, "choose one by --data.caption-column"
         )
+    else:
+        text = find_column(there)
+    return ParquetColumns(image, _find_label(schema, where, wanted) if wanted.labels else None, text)
+
+
+def _find_label(schema: Any, where: str, wanted: Wanted) -> str | None:
+    there = schema.names
+    label = wanted.label_column or next((name for name in LABEL if name in there), None)
+    if label and label not in there:
+        raise Refused(f"{where} has no column {label!r} of labels: {near_miss(label, there)}")
     classes = [
         name
         for name, feature in _huggingface_features(schema).items()
@@ -81,9 +95,9 @@ def _find_columns(schema: Any, where: str) -> ParquetColumns:
     ]
     if classes and label is None:
         raise Refused(
-            f"{where} has classes ({', '.join(classes)}), but no column label; rename the one that is meant"
+            f"{where} has classes ({', '.join(classes)}), but no column label; choose one by --data.label-column"
         )
-    return ParquetColumns(image, label, text)
+    return label
 
 
 def _distinct_labels(uri: str, column: str) -> Iterator[tuple[str, Any]]:
@@ -101,7 +115,9 @@ def _row_count(uri: str) -> int:
         return file.metadata.num_rows
 
 
-def _parquet_records(uri: str, columns: ParquetColumns, labels: dict[Label, int]) -> Iterator[SourceImage]:
+def _parquet_records(
+    uri: str, columns: ParquetColumns, labels: dict[Label, int], account: Account
+) -> Iterator[SourceImage]:
     with open_parquet(uri) as file:
         if missing := set(columns.present()) - set(file.schema_arrow.names):
             raise Refused(f"{uri} has no column {min(missing)}, though other files have; add it")
@@ -111,8 +127,10 @@ def _parquet_records(uri: str, columns: ParquetColumns, labels: dict[Label, int]
             name = f"{uri}:{number}"
             label = class_of_label(labels, row[columns.label] if columns.label else None, name)
             image, text = row[columns.image], row[columns.text] if columns.text else None
+            if isinstance(text, list) and len(text) > 1:
+                account.remark(FURTHER, name, len(text) - 1)
             data = image.get("bytes") if isinstance(image, dict) else image
             if isinstance(data, bytes):
-                yield loaded_image(name, label, data, "" if text is None else check_caption(text, name))
+                yield loaded_image(name, label, data, caption_of(text, name))
             else:
                 yield broken_image(name, "it has no bytes of an image")
