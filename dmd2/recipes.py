@@ -420,7 +420,7 @@ def get(name: str) -> Config:
 
 def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe with fields replaced: `resolve("edm-digits", ["distill.steps=100", "seed=1"])`."""
-    return parse(Config, override_flags(overrides), name, default=get(name))
+    return parse(Config, override_flags(overrides), name, default=get(name), add_help=False)
 
 
 def override_flags(overrides: Sequence[str]) -> list[str]:

@@ -14,13 +14,16 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer, make_resizer
 from torch import Tensor
 
-from dmd2.config import BestConfig, Config, EvaluateConfig, WeightsConfig
+from dmd2.config import INCEPTION, BestConfig, Config, EvaluateConfig, WeightsConfig
 from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT, TRAIN
+from dmd2.errors import Refused
 from dmd2.evaluation import classifier, efficientnet
 from dmd2.evaluation.weights import fetch_weights
 from dmd2.io.local import sha256
 
+TRUSTED_PROGRAMS = (INCEPTION.sha256,)
+"""Digests of the TorchScript files that may be run."""
 FIT_IMAGES = 20_000
 """Most images that the classifier is fitted to."""
 
@@ -83,6 +86,11 @@ def _efficientnet(device: torch.device) -> FeatureExtractor:
 
 
 def _inception(settings: WeightsConfig, option: str, device: torch.device) -> FeatureExtractor:
+    if not any(digest.startswith(settings.sha256) for digest in TRUSTED_PROGRAMS):
+        raise Refused(
+            f"{option}.sha256 is {settings.sha256}, which is not clean-fid's Inception ({INCEPTION.sha256}); the file is a program "
+            f"(TorchScript), so no other one is run; set {option}.uri alone to use a copy"
+        )
     with tempfile.TemporaryDirectory() as folder:
         fetch_weights(settings, Path(folder) / "inception-2015-12-05.pt", option)
         network = InceptionV3W(folder, download=False).to(device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmd2.config import Config, WeightsConfig
+from dmd2.config import INCEPTION, Config, WeightsConfig
 from dmd2.data.loader import Shards
 from dmd2.evaluation import classifier
 from dmd2.evaluation.features import load_extractor
@@ -64,9 +64,10 @@ def inception(config: Config, uri: str, digest: str) -> Config:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_inception_reads_its_weights_from_a_uri_through_clean_fid(
-    micro: Config, made: Path, weights: Path, scheme: str
+    micro: Config, made: Path, weights: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real loading and resizing to 299 pixels; only the weights are a stand-in, for they cannot be had offline."""
+    monkeypatch.setattr("dmd2.evaluation.features.TRUSTED_PROGRAMS", (sha256(weights),))
     holdout = Shards(made / "shards", "holdout").evenly_spaced(5)
     config = inception(micro, f"{scheme}{weights}", sha256(weights))
     features = load_extractor(config, str(made / "shards"), torch.device("cpu"))
@@ -84,11 +85,13 @@ def test_weights_with_another_digest_are_never_loaded(
 ) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(torch.jit, "load", lambda path: loaded.append(path))
-    config = inception(micro, str(weights), "0" * 64)
+    config = inception(micro, str(weights), INCEPTION.sha256)
     assert "it was not loaded" in refusal(lambda: load_extractor(config, "", torch.device("cpu")))
+    own = inception(micro, str(weights), sha256(weights))
+    assert "no other one is run" in refusal(lambda: load_extractor(own, "", torch.device("cpu")))
     assert not loaded
 
 
 def test_weights_that_are_not_there_are_refused(micro: Config, refusal: Callable[..., str]) -> None:
-    config = inception(micro, "/nowhere/weights.pt", "0" * 64)
+    config = inception(micro, "/nowhere/weights.pt", INCEPTION.sha256)
     assert "evaluate.inception.uri" in refusal(lambda: load_extractor(config, "", torch.device("cpu")))
