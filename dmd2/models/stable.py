@@ -8,6 +8,7 @@ such folders, without weights, of the published models.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -43,12 +44,12 @@ from dmd2.encoders.vae import Vae, load_vae
 from dmd2.encoders.weight_files import load_weights
 from dmd2.errors import Refused, near_miss
 from dmd2.io.storage import fetch_file, local_path
-from dmd2.io.tensors import load_tensors, save_tensors, to_device
-from dmd2.models.convert.lora_names import to_kohya
+from dmd2.io.tensors import save_tensors, to_device
 from dmd2.models.convert.single_file import convert_single_file
 from dmd2.models.convert.student_weights import read_critic, read_unet
 from dmd2.models.family import AdoptedWeights, ForeignTeacher, Prompt
 from dmd2.models.heads import ConvHead
+from dmd2.models.stable_forms import write_low_rank, write_single_file
 from dmd2.parallel import ranks
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps
@@ -56,12 +57,12 @@ from dmd2.sampler import Timesteps
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 STUDENT_SCHEDULER = "LCMScheduler"
 WEIGHTS = f"unet/{VAE_WEIGHTS}"
-LORA, KOHYA_LORA = "lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"
-LORA_USAGE = (
-    'diffusers, with the teacher: `pipe.load_lora_weights("path/of/this/folder/{}")`, then this scheduler'
-)
-KOHYA_USAGE = (
-    "ComfyUI, A1111 and Forge, with the teacher's checkpoint: as a LoRA of strength 1, CFG 1, sampler LCM"
+UNET_SIZE = (
+    "block_out_channels",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "cross_attention_dim",
+    "down_block_types",
 )
 PREDICTIONS: dict[str, Parametrization] = {
     "epsilon": eps_prediction,
@@ -372,13 +373,33 @@ class Stable(ABC):
             for name, value in load_weights(folder / "unet", VAE_WEIGHTS).items()
         }
 
-    def write_forms(self, folder: Path) -> dict[str, str]:
-        if not (update := folder / LORA).is_file():
-            return {}
+    def write_forms(self, folder: Path, timesteps: Timesteps, single_file: str) -> dict[str, str]:
         with torch.device("meta"):
             names = [name.removeprefix("unet.") for name in self.network().state_dict()]
-        save_tensors(to_kohya(load_tensors(update), names), folder / KOHYA_LORA, {"format": "pt"})
-        return {LORA: LORA_USAGE.format(LORA), KOHYA_LORA: KOHYA_USAGE}
+        programs = self._sampler_settings(timesteps) if self._has_published_size else ""
+        forms = write_low_rank(folder, names, programs)
+        if single_file != "none":
+            process = {key: self.scheduler.get(key) for key in ("prediction_type", ZERO_SNR)}
+            forms |= write_single_file(folder, self.pipeline, process, single_file, programs)
+        return forms
+
+    @property
+    def _has_published_size(self) -> bool:
+        """Whether the U-Net has the shape by which other programs recognise its kind."""
+        published = read_json(published_pipeline(self.config.kind) / UNET)
+        return all(self.unet.get(name) == published.get(name) for name in UNET_SIZE)
+
+    def _sampler_settings(self, timesteps: Timesteps) -> str:
+        """What samplers after Karras et al. must be told; empty if they cannot sample the student.
+
+        They count noise as sigma / alpha, and start from noise that is scaled for it: not from unit noise, as a student does, unless
+        the first timestep is the last of the process.
+        """
+        if timesteps[0] != len(self.diffusion) - 1:
+            return ""
+        ratio = (self.diffusion.schedule.sigma / self.diffusion.schedule.alpha)[list(timesteps)].tolist()
+        sigmas = [f"{value:.4f}" if value < math.inf else "the largest" for value in ratio]
+        return f"sampler LCM, CFG 1, sigmas {', '.join([*sigmas, '0'])}"
 
     def usage(self, timesteps: Timesteps) -> str:
         return f"""With diffusers alone:

@@ -26,8 +26,8 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     """Make a run of a student that was distilled elsewhere, to evaluate it, to package it, or to start from it.
 
     Args:
-        source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a LoRA in kohya's or diffusers'
-            naming, a U-Net or pipeline folder of diffusers, or a training folder of the DMD2 reference code, whose critic is
+        source: Weights of a U-Net (.safetensors, or .bin, which is read as tensors only), a whole model in one file, whose
+            U-Net is taken, a LoRA in kohya's or diffusers' naming, a U-Net or pipeline folder of diffusers, or a training folder of the DMD2 reference code, whose critic is
             taken too. A training folder of a LoRA does not say its alpha, which is that of the recipe (--distill.lora.alpha).
         teacher: Folder of the teacher it was distilled from.
         out: Folder to write the run to.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from typing import Literal
 
 from dmd2.errors import Refused
 from dmd2.evaluation.scores import read_scores
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.staging import draft_artifact
 
+SingleFile = Literal["float16", "bfloat16", "float32", "none"]
 
-def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
+
+def package(
+    run: str, evaluation: str, gate: str, out: str, *, single_file: SingleFile = "float16"
+) -> Manifest:
     """Make a package of an accepted student: weights, model card and sample pictures. Then load it and compare its samples.
 
     Args:
@@ -18,6 +23,7 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         evaluation: Folder of its evaluation.
         gate: Folder of the gate that accepted it.
         out: Folder to write the package to.
+        single_file: For sd15 and sdxl: precision of all networks in one file for ComfyUI, A1111 and Forge; none = no such file.
     """
     made, evaluated, decided = (
         read_manifest(run, "run"),
@@ -32,6 +38,10 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         raise Refused(f"{gate} rejected this run ({decided.facts['reason']}); nothing is packaged")
     inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
     if done := find_finished(out, "package", made.config, inputs):
+        if (was := done.facts.get("single_file", single_file)) != single_file:
+            raise Refused(
+                f"{out} was made with --single-file {was}, not {single_file}; choose another --out or remove it"
+            )
         return done
     import torch
 
@@ -47,7 +57,7 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         save_network(draft.path, model, model.network.state_dict())
         if made.config and made.config.distill.lora and not made.facts.get("adopted"):
             shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
-        forms = model.family.write_forms(draft.path)
+        forms = model.family.write_forms(draft.path, model.timesteps, single_file)
         sizes = {name: (draft.path / name).stat().st_size for name in forms}
         usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
         (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage))
@@ -56,6 +66,7 @@ def package(run: str, evaluation: str, gate: str, out: str) -> Manifest:
         save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
         if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
             raise Refused("the package, loaded again, does not give the samples of the run; it was discarded")
+        draft.facts["single_file"] = single_file
         draft.facts["recipe"] = made.config.recipe if made.config else ""
         for scores in read_scores(evaluated.facts):
             draft.facts[f"{scores.name}_student"] = scores.values["student"]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -21,11 +22,13 @@ from dmd2.config import LoraConfig, StableConfig
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, load_network, save_network
 from dmd2.models.convert.lora_names import to_kohya
+from dmd2.models.convert.original_layout import write_checkpoint
 from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import make_family
 from dmd2.models.lora import add_low_rank_update, export_low_rank_update, merge_low_rank_update
-from dmd2.models.stable import KOHYA_LORA, LORA, Stable
-from tests.models.test_convert import sgm
+from dmd2.models.stable import ZERO_SNR, Stable
+from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA
+from tests.models.test_convert import compvis, same, sgm
 from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 from tests.tiny_sdxl import SMALL
 
@@ -40,7 +43,8 @@ PARTS: dict[str, Any] = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 PROMPT, TIMESTEPS = "a red square", (999,)
-Resolve = Callable[..., Model]
+EPSILON = {"prediction_type": "epsilon", ZERO_SNR: False}
+Refusal = Callable[[Callable[[], object]], str]
 
 
 @pytest.fixture(params=["sd15", "sdxl"])
@@ -137,7 +141,7 @@ def low_rank(kind: str, source: Path, tmp_path: Path) -> tuple[Path, Model, Path
     package = save_package(base, tmp_path / "package")
     teacher = Path(shutil.copytree(package, tmp_path / "base"))
     student = with_update(base, package)
-    assert list(base.family.write_forms(package)) == [LORA, KOHYA_LORA]
+    assert list(base.family.write_forms(package, TIMESTEPS, "none")) == [LORA, KOHYA_LORA]
     return package, student, teacher
 
 
@@ -201,3 +205,133 @@ def test_the_update_of_sdxl_has_the_layer_names_of_its_published_one() -> None:
         "lora_unet_output_blocks_8_0_skip_connection",
         "lora_unet_input_blocks_1_0_in_layers_2",
     }
+
+
+# All networks in one file.
+
+
+def from_single_file(kind: str, package: Path) -> Any:
+    """The student, by diffusers from the file, and from the folder what has no weights."""
+    return PIPELINES[kind].from_single_file(
+        str(package / CHECKPOINT), config=str(without_weights(package)), local_files_only=True
+    )
+
+
+def without_weights(package: Path) -> Path:
+    folder = package.with_name("configs")
+    shutil.copytree(package, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize(("precision", "atol"), [("float32", 1), ("float16", 3), ("bfloat16", 25)])
+def test_diffusers_draws_the_students_image_from_the_single_file(
+    precision: str, atol: float, kind: str, source: Path, tmp_path: Path
+) -> None:
+    student = student_of(kind, source, tmp_path)
+    package = save_package(student, tmp_path / "package")
+    forms = student.family.write_forms(package, TIMESTEPS, precision)
+    assert list(forms) == [CHECKPOINT]
+    assert {t.dtype for t in load_file(package / CHECKPOINT).values()} == {getattr(torch, precision)}
+    same_image(from_single_file(kind, package), student, atol)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_single_file_has_the_names_and_values_of_the_layout_that_was_published(
+    old: bool, kind: str, source: Path, tmp_path: Path
+) -> None:
+    """Also of a VAE in the names of 2022."""
+    package = save_package(student_of(kind, source, tmp_path), tmp_path / "package")
+    pipe = PIPELINES[kind].from_pretrained(package)
+    if old:
+        rename_attention(package / "vae" / "diffusion_pytorch_model.safetensors")
+    write_checkpoint(package, tmp_path / "a.safetensors", torch.float32, EPSILON)
+    wanted = compvis(pipe)
+    ignored = {name for name in wanted if name.endswith(("position_ids", "logit_scale", "betas"))}
+    same(load_file(tmp_path / "a.safetensors"), {n: t for n, t in wanted.items() if n not in ignored})
+
+
+def rename_attention(path: Path) -> None:
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): t for name, t in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+
+
+def test_the_single_file_is_resolved_as_a_teacher_and_its_unet_adopted(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    student = student_of(kind, source, tmp_path)
+    package = save_package(student, tmp_path / "package")
+    student.family.write_forms(package, TIMESTEPS, "float32")
+    base, again = without_weights(package), tmp_path / "again"
+    stages.resolve(CONFIGS[kind], str(package / CHECKPOINT), str(again), base=str(base))
+    same(load_network(again).network.state_dict(), student.network.state_dict())
+    unet = load_file(package / "unet" / "diffusion_pytorch_model.safetensors")
+    same(read_unet(package / CHECKPOINT, unet), unet)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_single_file_says_that_its_unet_predicts_v(
+    zero_snr: bool, source: Path, kind: str, tmp_path: Path
+) -> None:
+    scheduler = source / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text()) | {
+        "_class_name": "DDIMScheduler",
+        "prediction_type": "v_prediction",
+    }
+    scheduler.write_text(json.dumps(config | {"rescale_betas_zero_snr": zero_snr}))
+    student = student_of(kind, source, tmp_path)
+    package = save_package(student, tmp_path / "package")
+    student.family.write_forms(package, TIMESTEPS, "float16")
+    with safe_open(package / CHECKPOINT, "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+        assert ("v_pred" in file.keys(), "ztsnr" in file.keys()) == (True, zero_snr)  # noqa: SIM118
+    same_image(from_single_file(kind, package), student, 3)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("vae", {"_class_name": "AutoencoderTiny"}, "its VAE is a AutoencoderTiny"),
+        ("text_encoder", {"hidden_size": 1024}, "Stable Diffusion 2"),
+    ],
+)
+def test_a_student_that_the_layout_cannot_hold_has_no_single_file_and_a_warning_says_why(
+    part: str,
+    changes: dict[str, Any],
+    words: str,
+    stable15: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    student = student_of("sd15", stable15, tmp_path)
+    package = save_package(student, tmp_path / "package")
+    path = package / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert student.family.write_forms(package, TIMESTEPS, "float16") == {}
+    assert words in caplog.text
+
+
+def test_weights_that_float16_cannot_hold_are_refused(
+    pipeline: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    student = student_of("sdxl", pipeline, tmp_path)
+    student.network.state_dict()["unet.conv_in.bias"][0] = 1e5
+    package = save_package(student, tmp_path / "package")
+    sentence = refusal(lambda: student.family.write_forms(package, TIMESTEPS, "float16"))
+    assert "choose --single-file bfloat16" in sentence
+    student.family.write_forms(package, TIMESTEPS, "bfloat16")
+
+
+def test_the_published_sizes_are_described_for_comfyui_with_the_sigmas_of_the_steps() -> None:
+    make: Any = DDPMScheduler
+    scheduler = make(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    for name in ("sd15", "sdxl"):
+        family = make_family(StableConfig(kind=name, resolution=512))
+        assert isinstance(family, Stable)
+        assert family._has_published_size
+        settings = family._sampler_settings((999, 749, 499, 249))
+        sigmas = [float(sigma) for sigma in settings.partition("sigmas ")[2].split(", ")]
+        alpha = scheduler.alphas_cumprod[[999, 749, 499, 249]]
+        torch.testing.assert_close(torch.tensor(sigmas[:4]), ((1 - alpha) / alpha).sqrt(), atol=1e-4, rtol=0)
+        assert sigmas[4] == 0
+        assert family._sampler_settings((399,)) == ""  # unit noise at an inner timestep

@@ -22,6 +22,7 @@ from dmd2.io.artifact import read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load, load_network
 from dmd2.models.lora import export_low_rank_update
+from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA
 from dmd2.sampler import generate
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
@@ -146,6 +147,22 @@ def test_a_low_rank_student_is_published_whole_and_as_an_update_that_gives_the_s
     pipe.unload_lora_weights()
     theirs = torch.cat([v.flatten() for _, v in sorted(pipe.unet.state_dict().items())])
     torch.testing.assert_close(theirs, learned(run), atol=1e-6, rtol=1e-5)
+
+
+def test_the_package_of_a_low_rank_student_lists_all_of_its_forms(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    run = str(distilled(root, tmp_path / "run", "sdxl-4step-lora-emoji"))
+    evaluation, gate, out = (str(tmp_path / name) for name in ("evaluation", "gate", "package"))
+    stages.evaluate(config(), str(root / "shards"), str(root / "teacher"), run, evaluation)
+    stages.gate(config(), evaluation, gate)
+    made = stages.package(run, evaluation, gate, out, single_file="bfloat16")
+    assert stages.package(run, evaluation, gate, out, single_file="bfloat16") == made
+    again = refusal(lambda: stages.package(run, evaluation, gate, out))
+    assert "was made with --single-file bfloat16, not float16" in again
+    card, sizes = (tmp_path / "package" / "README.md").read_text(), {f.path: f.size for f in made.files}
+    for name in (LORA, KOHYA_LORA, CHECKPOINT):
+        assert f"| `{name}` | {sizes[name] / 1e6:,.1f} MB | diffusers" in card
 
 
 def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dmd2.encoders.weight_files import has_weights, load_weights
 from dmd2.errors import Refused
 from dmd2.io.tensors import check_finite
 from dmd2.models.convert.lora_names import LORA, layer_and_factor, sgm_names, weights_by_lora_name
+from dmd2.models.convert.single_file import V_MARKER, ZTSNR_MARKER
 from dmd2.models.convert.tensor_files import (
     TensorFile,
     name_file_in_errors,
@@ -124,13 +125,15 @@ def strip_wrapper_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_original_names(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Give diffusers' names to a U-Net in the naming of CompVis and SGM, as ComfyUI saves it without the other networks.
+    """Give diffusers' names to a U-Net in the naming of CompVis and SGM, alone or in the file of a whole model.
 
-    Other tensors, and those of a whole model, are returned as they are. `base`, in diffusers' naming, has all layers.
+    Other tensors are returned as they are. `base`, in diffusers' naming, has all layers. What a whole model says of its process
+    by names is kept, and so is refused: the process is that of the teacher.
     """
-    bare = {name.removeprefix(ORIGINAL_PREFIX): tensor for name, tensor in tensors.items()}
     whole = any(name.startswith(WHOLE_MODEL) for name in tensors)
-    if base is None or whole or "input_blocks.0.0.weight" not in bare:
+    unet = (ORIGINAL_PREFIX, V_MARKER, ZTSNR_MARKER) if whole else ""
+    bare = {n.removeprefix(ORIGINAL_PREFIX): tensor for n, tensor in tensors.items() if n.startswith(unet)}
+    if base is None or "input_blocks.0.0.weight" not in bare:
         return tensors
     known = {
         f"{original}.{part}": f"{layer}.{part}"
@@ -145,7 +148,7 @@ def _check_unet(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None = 
     if missing := [name for name in UNET if name not in tensors]:
         whole = any(name.startswith(WHOLE_MODEL) for name in tensors)
         advice = (
-            "it is a whole model in one file: `resolve` makes a teacher of it; to adopt it, save its U-Net alone"
+            "it is a whole model in one file: `resolve` makes a teacher of it, and `adopt` takes its U-Net if that is one of SD or SDXL"
             if whole
             else "give a U-Net of SD or SDXL in diffusers' or the original naming, and the teacher it was made from"
         )
