@@ -539,6 +539,10 @@ class DistillConfig(Section):
     """Number of images per step, over all processes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute precision of all networks (mixed precision). Trained weights are stored in float32, the teacher's in this."""
+    no_grad_dtype: Literal["same", "tf32"] = "same"
+    """Precision of the calls of student and critic without gradient: rollouts, fakes that only the critic sees, and the critic's score.
+    `same`: that of `dtype`. `tf32`: float32 with TF32 products on GPUs, as the reference does for SD and SDXL, at about twice the cost
+    of these calls; weights are then gathered in float32."""
     student: OptimizerConfig
     critic: OptimizerConfig
     critic_updates: PositiveInt = 5
@@ -603,6 +607,10 @@ class DistillConfig(Section):
         if self.fake_prompts != "batch" and (self.regression or self.inputs == "noised-real"):
             raise ValueError(
                 f"fake_prompts is {self.fake_prompts!r}, but a regression and noised real inputs have prompts of their own; set it to batch"
+            )
+        if self.no_grad_dtype == "tf32" and self.lora:
+            raise ValueError(
+                "no_grad_dtype is tf32, but the base of a LoRA is stored in the precision of the teacher; set it to same"
             )
         if self.continue_rollouts and (self.inputs != "rollout" or len(self.student_timesteps) < 2):
             raise ValueError(

@@ -35,11 +35,16 @@ CASES = {
     "sdxl": ("sdxl-4step-emoji", (*SMALL, TURNS, "engine.micro_batch=0"), 3),
     "shared-base": ("sdxl-4step-shared-emoji", (*SMALL, TURNS), 3),
     "bfloat16": ("edm-digits", (*MICRO, TURNS, "distill.dtype=bfloat16", "engine.micro_batch=1"), 3),
+    "bfloat16-tf32": (
+        "edm-digits",
+        (*MICRO, TURNS, "distill.dtype=bfloat16", "engine.micro_batch=1", "distill.no_grad_dtype=tf32"),
+        3,
+    ),
 }
 """Recipe, overrides, steps: each divides passes, micro-batches or gradients in another way. The student learns at every second
 step, so that a step of the critic alone lies between two of its own."""
 WORLDS = {
-    2: ("sdxl 2 resident", "sdxl 2 sharded", "shared-base 2 resident", "edm 1 resident", "edm 2 sharded", "fast 2 resident"),
+    2: ("sdxl 2 resident", "sdxl 2 sharded", "shared-base 2 resident", "edm 1 resident", "edm 2 sharded", "fast 2 resident", "bfloat16-tf32 2 sharded"),
     4: (
         "edm 1 sharded", "edm 2 resident", "edm 2 sharded", "edm 4 resident", "edm 4 sharded", "parts 2 resident",
         "fast 4 sharded", "bfloat16 2 resident", "bfloat16 4 sharded", "bfloat16 1 resident",

@@ -134,6 +134,10 @@ def limitations(made: Plan) -> list[str]:
             "The time per unit call of the published scheme was inferred from its published times, so that the sum agrees with one "
             "of them does not prove the cause."
         )
+    if made.config.distill.no_grad_dtype == "tf32":
+        lines.append(
+            "Calls without gradient are counted at the rate of the other calls, though they run in TF32."
+        )
     if made.config.distill.regression:
         lines.append("The VAE decoder and the image distance of the regression are not counted.")
     return lines

@@ -84,7 +84,7 @@ def traffic(fake: FakeTrainer, mesh: MeshShape, resident: bool, costs: PassCosts
     """
     if mesh.gpus == 1:
         return {}
-    config, width = fake.config, memory.compute_width(fake.config)
+    config, width = fake.config, memory.gathered_width(fake.config)
     micro_batches = -(-config.distill.batch // mesh.gpus // rows)
     rates, calls, total = update_rates(config), mean_calls(fake), _Sum(mesh)
     networks, unsharded = fake.nets.named(), _gathered_once(config, resident)

@@ -90,7 +90,7 @@ def trainer(
         trainable("student", nets.student, settings.student, settings.steps),
         trainable("critic", critic_modules, settings.critic, settings.steps),
         terms,
-        sample_student(config, Denoiser(nets.student, fam.diffusion, _dtype(config))),
+        sample_student(config, _learning(config, fam, nets.student)),
         settings.critic_updates,
         engine.micro_batch,
         continues_rollouts=settings.continue_rollouts,
@@ -107,7 +107,7 @@ def loss_terms(
 
     Raises Refused for terms that are not in TERMS, and for settings that a term does not accept.
     """
-    critic = Denoiser(nets.critic, fam.diffusion, _dtype(config))
+    critic = _learning(config, fam, nets.critic)
     teacher = _teacher(Denoiser(nets.teacher, fam.diffusion, _dtype(config)), config.distill.guidance)
     inputs = TermInputs(fam, teacher, critic, place, nn.ModuleDict({NETWORK: nets.critic}))
     settings = config.distill.term_settings()
@@ -264,6 +264,11 @@ def _warn_if_emulated(dtype: str, world: World) -> None:
         logger.warning(
             "%s is emulated on this device, many times slower than float32: --distill.dtype float32", dtype
         )
+
+
+def _learning(config: c.Config, fam: ModelFamily, network: nn.Module) -> Denoiser:
+    """Student or critic of DMD2."""
+    return Denoiser(network, fam.diffusion, _dtype(config), config.distill.no_grad_dtype == "tf32")
 
 
 def _teacher(denoiser: Denoiser, guidance: float) -> TeacherPrediction:

@@ -65,7 +65,8 @@ def static(
     """
     settings, width, sharded = config.distill, compute_width(config), shards > 1
     low_rank = settings.lora is not None
-    in_transit = 2.0 * width * (of.outer_unit if resident else of.unit)
+    learned_width = gathered_width(config)
+    in_transit = 2.0 * learned_width * (of.outer_unit if resident else of.unit)
     found = {"teacher": width * of.network / (1 if resident or low_rank else shards)}
     gathered = in_transit if sharded or not resident else 0.0
     for name, optimizer, trained in (
@@ -74,8 +75,8 @@ def static(
     ):
         found |= _masters_and_moments(name, optimizer, trained, shards)
         # Gathered in the type it is computed in; in float32 on one device, that is the weights themselves.
-        copied = (sharded or width < FLOAT32) and (resident or (low_rank and trained < of.network))
-        gathered += width * trained if copied else 0
+        copied = (sharded or learned_width < FLOAT32) and (resident or (low_rank and trained < of.network))
+        gathered += learned_width * trained if copied else 0
     found |= _masters_and_moments("head", settings.critic, of.term_modules, shards)
     found["gathered weights"] = gathered + (FLOAT32 * of.term_modules if sharded else 0)
     # Student and critic free their gradients before the other one's turn.
@@ -113,6 +114,11 @@ def micro_batches(config: Config, devices: int) -> int:
 def compute_width(config: Config) -> int:
     """Bytes of a weight in the type that the networks compute in."""
     return torch.finfo(getattr(torch, config.distill.dtype)).bits // 8
+
+
+def gathered_width(config: Config) -> int:
+    """Bytes of an all-gathered weight of student and critic."""
+    return FLOAT32 if config.distill.no_grad_dtype == "tf32" else compute_width(config)
 
 
 def device_gb(device: torch.device) -> float:

@@ -54,6 +54,7 @@ def on_device(
     `weights` are the teacher's, on the main process; other processes give none. Raises Refused for a LoRA with a `start`.
     """
     settings, dtype = config.distill, getattr(torch, config.distill.dtype)
+    gathered = torch.float32 if settings.no_grad_dtype == "tf32" else dtype
     if settings.lora and start:
         raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
     sources = {
@@ -66,7 +67,8 @@ def on_device(
         with torch.device("meta"):
             network = fam.network().to(torch.float32 if learns else dtype).requires_grad_(learns)
         if mesh and (learns or not (resident or settings.lora)):
-            sharding.shard(network, fam.blocks(network), mesh, dtype, resident=resident)
+            gathered_type = gathered if learns else dtype
+            sharding.shard(network, fam.blocks(network), mesh, gathered_type, resident=resident)
         network = network.to_empty(device=world.device)
         sharding.broadcast_state_dict(network, sources.get(role, weights), world)
         return network
