@@ -21,6 +21,7 @@ VERBS = {
     "recipes": "the recipes, with what each needs, costs and scores; `recipes show NAME`: all settings of one",
     "shard": "source -> shards",
     "encode": "shards -> latents (VAE)",
+    "convert": "latents of DMD2's reference code -> latents",
     "resolve": "diffusers pipeline, checkpoint or pickle -> teacher",
     "teach": "shards -> teacher (small, for demos and tests)",
     "pairs": "teacher -> pairs of noise and sample, for a regression warm-up",

@@ -31,7 +31,8 @@ PLAIN_OPCODES = {
 
 
 def read_prompts(address: str) -> list[str]:
-    """The prompts of a local or remote file, in order; blank ones are dropped, duplicates are kept.
+    """The prompts of a local or remote file, in order; blank ones are dropped, duplicates are kept. None in a pickled list, which the
+    reference's lists have, is an empty prompt.
 
     Args:
         address: A .txt, .jsonl, .csv, .parquet or .pkl file; `column:address` chooses the field or column.
@@ -52,11 +53,13 @@ def read_prompts(address: str) -> list[str]:
     except (FileNotFoundError, IsADirectoryError):
         raise Refused(f"{address} does not exist or is no file; give a file of prompts") from None
     for index, prompt in enumerate(found):
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str) and not (prompt is None and READERS[suffix] is _pickle):
             raise Refused(
                 f"{address}: prompt {index} is {reprlib.repr(prompt)}, a {type(prompt).__name__}; all must be strings"
             )
-    prompts = [prompt for prompt in map(clean, found) if prompt]
+    prompts = [
+        "" if prompt is None else text for prompt in found if prompt is None or (text := clean(prompt))
+    ]
     if not prompts:
         raise Refused(f"{address} holds no prompts; give at least one")
     return prompts

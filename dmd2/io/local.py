@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -119,3 +120,12 @@ def _stat(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return state if stat.S_ISREG(state.st_mode) else None
+
+
+def content_digest(path: Path) -> str:
+    """The sha256 of a file, or of the names and digests of all files of a folder."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    digests = [(str(p.relative_to(path)), sha256(p)) for p in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

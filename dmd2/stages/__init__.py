@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dmd2.plan import plan as plan
 from dmd2.stages.adopt import adopt as adopt
+from dmd2.stages.convert import convert as convert
 from dmd2.stages.distill import distill as distill
 from dmd2.stages.encode import encode as encode
 from dmd2.stages.encode import encode_if_needed as encode_if_needed

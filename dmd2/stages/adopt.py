@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
-
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
-from dmd2.io.local import sha256
+from dmd2.io.local import content_digest
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import fetch_file
 
@@ -35,7 +31,7 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     path = fetch_file(source)
     if not path.exists():
         raise Refused(f"{source} does not exist; give weights, or a training folder")
-    inputs = {"source": _content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}
+    inputs = {"source": content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}
     if done := find_finished(out, "run", config, inputs):
         return done
     from dmd2.io.tensors import check_finite, save_tensors
@@ -61,12 +57,3 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
             "prompts": prompts,
         }
     return read_manifest(out, "run")
-
-
-def _content_digest(path: Path) -> str:
-    """The sha256 of a file, or of the names and digests of all files of a folder."""
-    if path.is_file():
-        return sha256(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    digests = [(str(p.relative_to(path)), sha256(p)) for p in files]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

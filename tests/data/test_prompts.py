@@ -57,6 +57,11 @@ def test_every_format_gives_the_same_prompts(name: str, make: Callable[[Path], N
     assert read_prompts(str(tmp_path / name)) == PROMPTS
 
 
+def test_none_in_a_pickled_list_is_an_empty_prompt_as_in_the_reference(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(["a cat", None, " ", "a dog"]))
+    assert read_prompts(str(tmp_path / "a.pkl")) == ["a cat", "", "a dog"]
+
+
 def test_the_address_chooses_the_column(tmp_path: Path, refusal: Refusal) -> None:
     lines(tmp_path / "a.jsonl", "ALT", text="another")
     parquet(tmp_path / "a.parquet", "ALT")
