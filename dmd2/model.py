@@ -19,6 +19,7 @@ from dmd2.batch import CondPair
 from dmd2.config import FamilyConfig, in_first_spelling
 from dmd2.errors import Refused
 from dmd2.io.artifact import open_artifact, read_manifest
+from dmd2.io.json_file import read_json
 from dmd2.io.storage import local_path
 from dmd2.io.tensors import num_not_finite
 from dmd2.models.family import ModelFamily, Prompt, make_family
@@ -147,7 +148,7 @@ def read_network_json(folder: Path) -> tuple[FamilyConfig, Timesteps]:
     path = folder / "network.json"
     if not path.is_file():
         raise Refused(f"{folder} holds no network (no network.json); give a teacher, run or package folder")
-    facts = json.loads(path.read_text())
+    facts = read_json(path)
     return FamilyConfig.model_validate(facts["family"]), tuple(facts["levels"])
 
 

@@ -23,6 +23,7 @@ import torch
 
 from dmd2.encoders.weight_files import VARIANTS, candidates, index_name, weight_files
 from dmd2.errors import Refused, brief
+from dmd2.io.json_file import read_json
 from dmd2.io.local import sha256
 from dmd2.io.storage import cache, open_store
 from dmd2.io.store import Store
@@ -208,13 +209,7 @@ def _download_from_hub(name: str, files: list[str]) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a network."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise Refused(f"{folder / CONFIG} is not JSON, or not the config of a network; get the folder again")
-    return config
+    return read_json(folder / CONFIG)
 
 
 def copy_as_float32(path: Path, target: Path) -> None:
@@ -233,7 +228,7 @@ def copy_as_float32(path: Path, target: Path) -> None:
         if changed != config:
             target.write_text(json.dumps(changed, indent=2) + "\n")
     elif path.name.endswith(index_name("")):  # its metadata are the size in bytes, which changes
-        target.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": {}}, indent=2) + "\n")
+        target.write_text(json.dumps(read_json(path) | {"metadata": {}}, indent=2) + "\n")
 
 
 def _check_network(folder: Path, *wanted: str) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dmd2.batch import Conditioning, CondPair
-from dmd2.models.stable import Stable, read_json
+from dmd2.io.json_file import read_json
+from dmd2.models.stable import Stable
 
 
 class Sdxl(Stable):

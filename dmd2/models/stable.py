@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -43,6 +44,7 @@ from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.encoders.weight_files import load_weights
 from dmd2.errors import Refused, near_miss
+from dmd2.io.json_file import read_json
 from dmd2.io.storage import fetch_file, local_path
 from dmd2.io.tensors import save_tensors, to_device
 from dmd2.models.convert.single_file import convert_single_file
@@ -64,6 +66,11 @@ UNET_SIZE = (
     "cross_attention_dim",
     "down_block_types",
 )
+LAYER_COUNTS = (
+    "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "down_block_types", "up_block_types",
+)  # fmt: skip
+MAX_LAYERS, MAX_BLOCKS, MAX_TIMESTEPS = 64, 16, 100_000
+"""Limits of what a teacher's config may ask for; SDXL has 10 layers in a block, 3 blocks and 1,000 timesteps."""
 PREDICTIONS: dict[str, Parametrization] = {
     "epsilon": eps_prediction,
     "v_prediction": v_prediction,
@@ -445,6 +452,12 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
             raise Refused(
                 f"{name_in_errors} is a {unet.get('_class_name')}; only UNet2DConditionModel is known"
             )
+        for setting in LAYER_COUNTS:
+            if not _is_few(unet.get(setting)):
+                raise Refused(
+                    f"{name_in_errors} has {setting} = {reprlib.repr(unet[setting])}; at most {MAX_LAYERS} layers per block and "
+                    f"{MAX_BLOCKS} blocks are built, so that a config cannot take all memory"
+                )
         channels = unet.get("in_channels"), unet.get("out_channels")
         if channels != (4, 4):
             raise Refused(
@@ -460,6 +473,13 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
                 raise Refused(
                     f"{name_in_errors} has {name} {unet[name]!r}, an input that is not supported; use a base model"
                 )
+
+
+def _is_few(value: Any) -> bool:
+    """Whether a number of layers, or a list of such numbers, is one that a U-Net has."""
+    if isinstance(value, list):
+        return len(value) <= MAX_BLOCKS and all(map(_is_few, value))
+    return not isinstance(value, int) or value <= MAX_LAYERS
 
 
 def _inside_wrapper(unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -511,6 +531,10 @@ def noise_schedule(config: dict[str, Any]) -> Schedule:
             "the teacher's scheduler lists trained_betas, which are not supported; it must name a beta_schedule"
         )
     low, high, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if not (isinstance(count, int) and 1 <= count <= MAX_TIMESTEPS):
+        raise Refused(
+            f"the teacher's num_train_timesteps is {reprlib.repr(count)}; it must be from 1 to {MAX_TIMESTEPS}"
+        )
     if form == "scaled_linear":
         beta = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
     elif form == "linear":
@@ -529,15 +553,3 @@ def noise_schedule(config: dict[str, Any]) -> Schedule:
 def published_pipeline(name: str) -> Path:
     """The pipeline folder of the published `sd15` or `sdxl`, with configs and without weights."""
     return Path(__file__).parent / "published" / name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise Refused(f"{path} is missing; a pipeline folder of diffusers has one") from None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise Refused(f"{path} is not JSON, or not a config; get the folder again")
-    return found

@@ -220,3 +220,31 @@ def test_encoders_that_cannot_be_loaded_are_refused_when_the_teacher_is_resolved
     save_file(tensors, path, {"format": "pt"})
     sentence = refusal(lambda: stages.resolve(CONFIG, str(teacher), str(tmp_path / "out")))
     assert "lacks 1 weights of a CLIPTextModelWithProjection" in sentence
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("unet/config.json", {"layers_per_block": 10**6}, "has layers_per_block = 1000000"),
+        (
+            "unet/config.json",
+            {"transformer_layers_per_block": [[1], [10**9, 1]]},
+            "at most 64 layers per block",
+        ),
+        ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 100}, "16 blocks are built"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "must be from 1 to 100000"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "must be from 1 to 100000"),
+        ("unet/config.json", {"more": "x" * 2**22}, "is not JSON, or not a config"),
+    ],
+)
+def test_a_config_that_asks_for_endless_memory_is_refused(
+    file: str, changes: dict[str, Any], words: str, teacher: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    rewrite_json(teacher / file, **changes)
+    assert words in refusal(lambda: stages.resolve(CONFIG, str(teacher), str(tmp_path / "out")))
+
+
+def test_a_config_without_a_bottom_is_refused(teacher: Path, tmp_path: Path, refusal: Refusal) -> None:
+    (teacher / "unet" / "config.json").write_text("[" * 200_000)
+    sentence = refusal(lambda: stages.resolve(CONFIG, str(teacher), str(tmp_path / "out")))
+    assert "is not JSON, or not a config" in sentence

@@ -185,7 +185,7 @@ def _check_config(folder: Path, kind: str) -> None:
     try:
         index = json.loads((folder / "model_index.json").read_text())
         parts = {name: part for name, part in index.items() if isinstance(part, list)}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise Refused(
             f"{folder} has no readable model_index.json; give the folder of a diffusers pipeline"
         ) from None

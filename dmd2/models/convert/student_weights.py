@@ -245,7 +245,7 @@ def _default_alpha(file: TensorFile, path: Path) -> float | None:
     try:
         saved = json.loads(text or "{}")
         settings = {name.removeprefix("unet."): value for name, value in saved.items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise Refused("it is a LoRA whose settings are not a JSON object; get the file again") from None
     _check_lora_settings(settings)
     return float(settings["lora_alpha"]) if "lora_alpha" in settings else None
