@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,6 +75,11 @@ class PipelineFiles:
         return hashlib.sha256(
             json.dumps([(name, sha256(path)) for name, path in sorted(self.files.items())]).encode()
         ).hexdigest()
+
+    def with_vae(self, other: PipelineFiles) -> PipelineFiles:
+        """The same with the VAE of another; no file of its own VAE is left, which may have other names."""
+        files = {name: path for name, path in self.files.items() if not name.startswith("vae/")}
+        return replace(self, vae=other.vae, files=files | other.files)
 
     def copy(self, folder: Path) -> None:
         """Copy the files into a folder, in the layout of a pipeline."""

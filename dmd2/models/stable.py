@@ -51,7 +51,7 @@ from dmd2.models.convert.single_file import convert_single_file
 from dmd2.models.convert.student_weights import read_critic, read_unet
 from dmd2.models.family import AdoptedWeights, ForeignTeacher, Prompt
 from dmd2.models.heads import ConvHead
-from dmd2.models.stable_forms import write_low_rank, write_single_file
+from dmd2.models.stable_forms import CHECKPOINT, write_low_rank, write_single_file, write_workflow
 from dmd2.parallel import ranks
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps
@@ -388,6 +388,8 @@ class Stable(ABC):
         if single_file != "none":
             process = {key: self.scheduler.get(key) for key in ("prediction_type", ZERO_SNR)}
             forms |= write_single_file(folder, self.pipeline, process, single_file, programs)
+        if CHECKPOINT in forms and programs and self._is_uniform(timesteps):
+            forms |= write_workflow(folder, self.config.resolution, len(timesteps))
         return forms
 
     @property
@@ -395,6 +397,11 @@ class Stable(ABC):
         """Whether the U-Net has the shape by which other programs recognise its kind."""
         published = read_json(published_pipeline(self.config.kind) / UNET)
         return all(self.unet.get(name) == published.get(name) for name in UNET_SIZE)
+
+    def _is_uniform(self, timesteps: Timesteps) -> bool:
+        """Whether the timesteps are those of ComfyUI's scheduler `sgm_uniform`, to within one."""
+        uniform = torch.linspace(len(self.diffusion) - 1, 0, len(timesteps) + 1)[:-1]
+        return bool(((torch.tensor(timesteps) - uniform).abs() <= 1).all())
 
     def _sampler_settings(self, timesteps: Timesteps) -> str:
         """What samplers after Karras et al. must be told; empty if they cannot sample the student.
@@ -430,13 +437,11 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
 
         def write(folder: Path) -> None:
             """Copy the files, and load the encoders once, which refuses what a later stage could not use."""
-            pipeline.copy(folder)
+            parts, cpu = pipeline.with_vae(other) if other else pipeline, torch.device("cpu")
+            parts.copy(folder)
             check_sampler(complete_scheduler_config(read_json(folder / SCHEDULER)))
-            if other:
-                other.copy(folder)
-            cpu = torch.device("cpu")
-            Vae(other or pipeline, EncodeConfig(), cpu)
-            TextEncoders(pipeline, EncodeConfig(), cpu)
+            Vae(parts, EncodeConfig(), cpu)
+            TextEncoders(parts, EncodeConfig(), cpu)
 
         return ForeignTeacher({"source": pipeline.digest} | ({"vae": other.digest} if other else {}), write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,8 +16,40 @@ from dmd2.models.convert.original_layout import why_no_checkpoint, write_checkpo
 
 logger = logging.getLogger(__name__)
 LORA, KOHYA_LORA = "lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"
-CHECKPOINT = "checkpoint/student.safetensors"
+CHECKPOINT, WORKFLOW = "checkpoint/student.safetensors", "checkpoint/comfyui_workflow.json"
 """Files in a package."""
+
+
+def write_workflow(folder: Path, sides: int, steps: int) -> dict[str, str]:
+    """Write a workflow of ComfyUI that samples the single file of a package, at `sides` x `sides` pixels -> file: how to use it."""
+    (folder / WORKFLOW).write_text(json.dumps(workflow(sides, steps), indent=1) + "\n")
+    return {
+        WORKFLOW: f"ComfyUI: a workflow that samples `{Path(CHECKPOINT).name}` in {steps} steps; open it there"
+    }
+
+
+def workflow(sides: int, steps: int) -> dict[str, dict[str, object]]:
+    """The nodes of ComfyUI by number, as its API takes them; `[number, output]` is an input from another node."""
+    size: dict[str, object] = {"width": sides, "height": sides, "batch_size": 1}
+    links = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
+    sampler = {
+        "sampler_name": "lcm",
+        "scheduler": "sgm_uniform",
+        "steps": steps,
+        "cfg": 1.0,
+        "denoise": 1.0,
+        "seed": 0,
+    }
+    nodes: tuple[tuple[str, dict[str, object]], ...] = (
+        ("CheckpointLoaderSimple", {"ckpt_name": Path(CHECKPOINT).name}),
+        ("CLIPTextEncode", {"text": "a red apple on a table", "clip": ["1", 1]}),
+        ("CLIPTextEncode", {"text": "", "clip": ["1", 1]}),
+        ("EmptyLatentImage", size),
+        ("KSampler", links | sampler),
+        ("VAEDecode", {"samples": ["5", 0], "vae": ["1", 2]}),
+        ("SaveImage", {"images": ["6", 0], "filename_prefix": "student"}),
+    )
+    return {str(n): {"class_type": kind, "inputs": inputs} for n, (kind, inputs) in enumerate(nodes, 1)}
 
 
 def write_low_rank(folder: Path, unet: Iterable[str], programs: str) -> dict[str, str]:

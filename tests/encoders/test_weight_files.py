@@ -11,7 +11,7 @@ from typing import Any
 import diffusers.models.modeling_utils
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from dmd2 import recipes, stages
@@ -211,6 +211,20 @@ def test_a_student_in_a_folder_of_diffusers_is_adopted(inside: str, pipeline: Pa
     split(folder, parts=("unet",))
     wanted = load_file(pipeline / "unet" / VAE_WEIGHTS)
     same(read_unet(folder / "unet" if inside == "." else folder, wanted), wanted)
+
+
+@pytest.mark.parametrize("several", ["teacher", "other"])
+def test_another_vae_leaves_no_file_of_the_teachers_own(several: str, pipeline: Path, tmp_path: Path) -> None:
+    """diffusers looks for an index first, this library for a single file."""
+    folders = {name: Path(shutil.copytree(pipeline, tmp_path / name)) for name in ("teacher", "other")}
+    path = folders["other"] / "vae" / VAE_WEIGHTS
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    wanted = load_file(path)
+    split(folders[several], parts=("vae",))
+    source, vae, out = str(folders["teacher"]), str(folders["other"]), tmp_path / "out"
+    stages.resolve(CONFIGS["sdxl"], source, str(out), vae=vae)
+    same(load_weights(out / "vae", VAE_WEIGHTS), wanted)
+    same(AutoencoderKL.from_pretrained(out / "vae").state_dict(), wanted)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2"])

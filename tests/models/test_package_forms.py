@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +37,8 @@ from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import make_family
 from dmd2.models.lora import add_low_rank_update, export_low_rank_update, merge_low_rank_update
 from dmd2.models.stable import ZERO_SNR, Stable
-from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA
+from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA, WORKFLOW, workflow
+from tests import warm
 from tests.models.test_convert import compvis, same, sgm
 from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 from tests.tiny_sdxl import SMALL
@@ -76,17 +87,19 @@ def save_package(student: Model, folder: Path) -> Path:
     return folder
 
 
-def image(pipe: Any) -> Tensor:
+def image(pipe: Any, **more: Any) -> Tensor:
     """The image of the model card's call, uint8 (1, C, H, W), from the noise of our sampler at seed 0."""
     eps = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     pipe.set_progress_bar_config(disable=True)
     size = {"height": 32, "width": 32, "output_type": "pt"}
-    pixels = pipe(PROMPT, timesteps=list(TIMESTEPS), guidance_scale=0, latents=eps, **size).images
+    pixels = pipe(PROMPT, timesteps=list(TIMESTEPS), guidance_scale=0, latents=eps, **size, **more).images
     return (pixels * 255).round()
 
 
-def same_image(pipe: Any, student: Model, atol: float = 1) -> None:
-    torch.testing.assert_close(image(pipe), student.sample([PROMPT], seed=0).float(), atol=atol, rtol=0)
+def same_image(pipe: Any, student: Model, atol: float = 1, **more: Any) -> None:
+    torch.testing.assert_close(
+        image(pipe, **more), student.sample([PROMPT], seed=0).float(), atol=atol, rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -177,7 +190,7 @@ def test_every_layer_of_the_update_has_the_name_that_kohyas_trainer_gives_it(
     assert layers <= {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}" for name in known}
 
 
-@pytest.mark.parametrize("name", [LORA, KOHYA_LORA])
+@pytest.mark.parametrize("name", [LORA, KOHYA_LORA, "lora"])
 def test_the_update_is_adopted_from_either_file(name: str, low_rank: tuple[Path, Model, Path]) -> None:
     package, student, teacher = low_rank
     base = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
@@ -233,6 +246,8 @@ def test_diffusers_draws_the_students_image_from_the_single_file(
     assert list(forms) == [CHECKPOINT]
     assert {t.dtype for t in load_file(package / CHECKPOINT).values()} == {getattr(torch, precision)}
     same_image(from_single_file(kind, package), student, atol)
+    as_on_the_card = PIPELINES[kind].from_single_file(str(package / CHECKPOINT), config=str(package))
+    same_image(as_on_the_card, student, atol)
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -335,3 +350,98 @@ def test_the_published_sizes_are_described_for_comfyui_with_the_sigmas_of_the_st
         torch.testing.assert_close(torch.tensor(sigmas[:4]), ((1 - alpha) / alpha).sqrt(), atol=1e-4, rtol=0)
         assert sigmas[4] == 0
         assert family._sampler_settings((399,)) == ""  # unit noise at an inner timestep
+
+
+def test_the_workflow_for_comfyui_is_complete_and_names_the_single_file() -> None:
+    """Every input from another node is of the type that the node makes."""
+    nodes: dict[str, Any] = json.loads(json.dumps(workflow(1024, 4)))
+    outputs = {
+        "CheckpointLoaderSimple": ("model", "clip", "vae"),
+        "CLIPTextEncode": ("conditioning",),
+        "EmptyLatentImage": ("latent",),
+        "KSampler": ("latent",),
+        "VAEDecode": ("image",),
+        "SaveImage": (),
+    }
+    takes = {
+        "positive": "conditioning",
+        "negative": "conditioning",
+        "latent_image": "latent",
+        "samples": "latent",
+    }
+    takes |= {"images": "image"}
+    linked = set()
+    for node in nodes.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                assert outputs[nodes[value[0]]["class_type"]][value[1]] == takes.get(name, name)
+                linked.add(value[0])
+    assert linked == nodes.keys() - {"7"}
+    assert nodes["1"]["inputs"]["ckpt_name"] == Path(CHECKPOINT).name
+    assert (nodes["5"]["inputs"]["steps"], nodes["5"]["inputs"]["cfg"]) == (4, 1)
+
+
+def test_of_a_student_of_a_published_size_the_forms_say_what_comfyui_must_be_told(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stable, "_has_published_size", True)  # networks of that size would take minutes
+    student = student_of("sdxl", pipeline, tmp_path)
+    package = save_package(student, tmp_path / "package")
+    with_update(student, package)
+    forms = student.family.write_forms(package, (999, 749, 499, 249), "float16")
+    assert list(forms) == [LORA, KOHYA_LORA, CHECKPOINT, WORKFLOW]
+    assert "sampler LCM, CFG 1, sigmas 14.6146, 4.0817, 1.6129, 0.6932, 0" in forms[CHECKPOINT]
+    assert "a LoRA of strength 1, sampler LCM" in forms[KOHYA_LORA]
+    assert all((package / name).is_file() for name in forms)
+    (package / WORKFLOW).unlink()
+    forms = student.family.write_forms(package, (399,), "float16")
+    assert list(forms) == [LORA, KOHYA_LORA, CHECKPOINT]
+    assert "ComfyUI" not in "".join(forms.values())
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "uniform"),
+    [((999, 749, 499, 249), True), ((999,), True), ((999, 499), True), ((399,), False), ((999, 800), False)],
+)
+def test_a_workflow_is_for_the_timesteps_that_comfyuis_scheduler_takes(
+    timesteps: tuple[int, ...], uniform: bool
+) -> None:
+    family = make_family(StableConfig(kind="sdxl", resolution=1024))
+    assert isinstance(family, Stable)
+    assert family._is_uniform(timesteps) == uniform
+
+
+# Other software that builds on a package.
+
+
+def test_the_lines_of_the_model_card_run_as_printed_without_this_library(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    student = student_of(kind, source, tmp_path)
+    package = save_package(student, tmp_path / "package")
+    code = re.search(r"```python\n(.*?)```", student.family.usage(TIMESTEPS), re.DOTALL)
+    assert code
+    lines = "import sys\nsys.modules['dmd2'] = None\n" + code[1].replace("path/of/this/folder", str(package))
+    done = subprocess.run(
+        [warm.python(), "-c", f"{lines}\nprint(image.size)"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.startswith("(32, 32)")
+
+
+def test_a_controlnet_steers_the_student(kind: str, source: Path, tmp_path: Path) -> None:
+    """One that has learned nothing yet changes nothing."""
+    student = student_of(kind, source, tmp_path)
+    pipe = PIPELINES[kind].from_pretrained(save_package(student, tmp_path / "package"))
+    make: Any = ControlNetModel
+    control = make.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
+    kinds: dict[str, Any] = {
+        "sd15": StableDiffusionControlNetPipeline,
+        "sdxl": StableDiffusionXLControlNetPipeline,
+    }
+    steered = kinds[kind](**pipe.components, controlnet=control)
+    drawing: dict[str, Any] = {"image": torch.rand(1, 3, 32, 32)}
+    same_image(steered, student, **drawing)
+    for parameter in control.controlnet_mid_block.parameters():
+        torch.nn.init.normal_(parameter)
+    assert (image(steered, **drawing) - image(pipe)).abs().max() > 1

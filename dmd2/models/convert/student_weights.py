@@ -32,6 +32,8 @@ CRITIC = "fake_unet."
 """Prefix of the critic's names in that file."""
 BASE_LAYER = ".base_layer."
 """Part of the names of weights that peft has a LoRA beside."""
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""The file of a LoRA in a folder that diffusers or peft saves."""
 WRAPPER_PREFIXES = ("module.", "feedforward_model.")
 """Prefixes that wrappers of the training code leave on the names of a student's weights."""
 ORIGINAL_PREFIX = "model.diffusion_model."
@@ -60,11 +62,12 @@ def read_unet(
 
     Args:
         path: All weights (.safetensors; .bin, .pt or .pth, of which only tensors are read), a LoRA in kohya's or
-            diffusers' naming, a folder of diffusers (a U-Net or a pipeline), or a training folder of the DMD2 reference
+            diffusers' naming, a folder of diffusers (a U-Net, a pipeline or a LoRA) or peft, or a training folder of the DMD2 reference
             code, whose student is read.
         base: The UNet into which a LoRA is merged. Whole weights must have its names and shapes, if it is given.
         lora: Rank and alpha of a LoRA that a training folder holds beside its weights.
     """
+    path = next((path / name for name in LORA_FILES if (path / name).is_file()), path)
     with name_file_in_errors(path):
         file = _read_folder(path) if path.is_dir() else read_tensor_file(path)
         check_finite(file.tensors, "it")
