@@ -190,7 +190,7 @@ class Table:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        self._file = _open_file(self.path)
+        self._file = open_file(self.path)
         try:
             header = json.loads(bytes(self._get(HEADER) or b""))
             version = header["version"]
@@ -248,11 +248,11 @@ class Table:
 
     def _get(self, key: bytes) -> memoryview | None:
         if self._file.pid != os.getpid():
-            self._file = _open_file(self.path)
+            self._file = open_file(self.path)
         return self._file.transaction.get(key)
 
 
-class _OpenFile:
+class OpenFile:
     """A file that is open in one process, with a transaction for all reads."""
 
     def __init__(self, path: Path) -> None:
@@ -276,21 +276,21 @@ class _OpenFile:
         self.env.close()
 
 
-_OPEN_FILES: WeakValueDictionary[tuple[int, int], _OpenFile] = WeakValueDictionary()
+_OPEN_FILES: WeakValueDictionary[tuple[int, int], OpenFile] = WeakValueDictionary()
 """By device and inode: LMDB opens a file once per process."""
 
 
-def _open_file(path: Path) -> _OpenFile:
+def open_file(path: Path) -> OpenFile:
     """The file, opened once per process. A handle inherited by a fork is closed first, because LMDB counts open handles."""
     if not path.is_file():
-        raise Refused(f"{path} is not a file that TableWriter made; give the path of one")
+        raise Refused(f"{path} is not a file of LMDB; give the path of one")
     stat = path.stat()
     there = _OPEN_FILES.get((stat.st_dev, stat.st_ino))
     if there is not None and there.pid == os.getpid():
         return there
     if there is not None:
         there.close()
-    opened = _OpenFile(path)
+    opened = OpenFile(path)
     if stat.st_size < opened.min_size:
         raise Refused(f"{path} is truncated to {stat.st_size} bytes; copy or make it again")
     _OPEN_FILES[stat.st_dev, stat.st_ino] = opened

@@ -6,19 +6,20 @@ deviation of 0. Of a `.pt` file, tensors, texts and arrays of texts are read, an
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import lmdb
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmd2.data.latents import EncodedShard, npy_bytes
+from dmd2.data.reference_lmdb import ReferenceLmdb
 from dmd2.data.shards import RESULTS, TRAIN, ShardInfo, ShardWriter, read_unit_files
 from dmd2.errors import Refused, brief
 from dmd2.io.staging import Draft
@@ -51,8 +52,9 @@ class Part:
 def find_parts(source: Path, per_shard: int) -> list[Part]:
     """The latents of a folder of .pt files, one such file, or an LMDB, `per_shard` together."""
     if source.suffix == ".mdb" or (source / "data.mdb").is_file():
-        table = ReferenceLmdb.open(source)
-        return _parts(table.count, per_shard, table.rows)
+        table = ReferenceLmdb.open(source / "data.mdb" if source.is_dir() else source)
+        count, *shape = _lmdb_shape(table)
+        return _parts(count, per_shard, partial(_lmdb_rows, table, tuple(shape)))
     paths = [source] if source.is_file() else sorted(source.glob("*.pt"))
     if not paths:
         raise Refused(
@@ -90,56 +92,25 @@ def _read_pt(path: Path) -> tuple[Tensor, list[str]]:
     return latents, [str(text) for text in prompts]
 
 
-@dataclass(frozen=True)
-class ReferenceLmdb:
-    """An LMDB of the reference code: a key `<array>_<row>_data` for each row, and `<array>_shape`."""
+def _lmdb_shape(table: ReferenceLmdb) -> tuple[int, ...]:
+    """(N, C, h, w) of the latents in an LMDB."""
+    if table.shape("prompt_embeds_list"):
+        raise Refused(
+            f"{table.path} holds ODE pairs with embeddings in place of their prompts, which this program does not train on; make pairs with dmd2 pairs"
+        )
+    shape = table.shape("latents")
+    if len(shape) != 4 or not table.shape("prompts"):
+        raise Refused(
+            f"{table.path} holds no latents (N, C, h, w) with prompts; give one of latents as DMD2 stores them"
+        )
+    return shape
 
-    path: Path
-    env: lmdb.Environment
-    shape: tuple[int, ...]
-    """(N, C, h, w) of the latents."""
 
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        try:
-            env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-            with env.begin() as transaction:
-                shapes = {
-                    name: transaction.get(f"{name}_shape".encode())
-                    for name in ("latents", "prompts", "images", "prompt_embeds_list")
-                }
-        except lmdb.Error as error:
-            raise Refused(f"{path} cannot be read as an LMDB ({brief(error)}); get it again") from None
-        if shapes["prompt_embeds_list"]:
-            raise Refused(
-                f"{path} holds ODE pairs with embeddings in place of their prompts, which this program does not train on; make pairs with dmd2 pairs"
-            )
-        if not shapes["latents"] or not shapes["prompts"]:
-            raise Refused(
-                f"{path} is an LMDB without latents and prompts; give one of latents as DMD2 stores them"
-            )
-        shape = tuple(int(part) for part in bytes(shapes["latents"]).split())
-        if len(shape) != 4:
-            raise Refused(
-                f"{path} holds latents of shape {shape}; they must have four dimensions (N, C, h, w)"
-            )
-        return cls(path, env, shape)
-
-    @property
-    def count(self) -> int:
-        return self.shape[0]
-
-    def rows(self, rows: range) -> Iterator[Row]:
-        with self.env.begin() as transaction:
-            for row in rows:
-                latent = transaction.get(f"latents_{row}_data".encode())
-                prompt = transaction.get(f"prompts_{row}_data".encode())
-                if latent is None or prompt is None or len(latent) != FLOAT16 * np.prod(self.shape[1:]):
-                    raise Refused(
-                        f"{self.path}: row {row} is missing or not of shape {self.shape[1:]} in float16; get it again"
-                    )
-                array = np.frombuffer(latent, np.float16).reshape(self.shape[1:])
-                yield torch.from_numpy(array.copy()), prompt.decode()
+def _lmdb_rows(table: ReferenceLmdb, shape: tuple[int, ...], rows: range) -> Iterator[Row]:
+    for row in rows:
+        latent = table.row("latents", row, FLOAT16 * math.prod(shape))
+        array = np.frombuffer(latent, np.float16).reshape(shape)
+        yield torch.from_numpy(array.copy()), table.row("prompts", row).decode()
 
 
 def write_published_latents(

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -162,6 +163,17 @@ def edm_zip(root: Path) -> Path:
     return root / "digits-8x8.zip"
 
 
+def reference_lmdb(root: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    with lmdb.open(str(root), map_size=2**20) as env, env.begin(write=True) as transaction:
+        transaction.put(b"images_shape", b"12 1 8 8")
+        transaction.put(b"labels_shape", b"12")
+        for row, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
+            transaction.put(f"images_{row}_data".encode(), pixels.tobytes())
+            transaction.put(f"labels_{row}_data".encode(), np.int64(label).tobytes())
+    return root
+
+
 def npz(root: Path) -> Path:
     root.mkdir()
     np.savez_compressed(root / "pictures.npz", images=PIXELS, labels=np.array(LABELS))
@@ -189,6 +201,7 @@ MADE: dict[str, tuple[str, Callable[[Path], Path], list[str]]] = {
     "a folder of EDM": ("edm", edm_folder, ["0", "1", "2"]),
     "a zip of EDM": ("edm", edm_zip, ["0", "1", "2"]),
     "npz": ("npz", npz, ["0", "1", "2"]),
+    "lmdb": ("lmdb", reference_lmdb, ["0", "1", "2"]),
     "gzipped IDX": ("idx", idx, ["0", "1", "2"]),
     "IDX": ("idx", lambda root: idx(root, bytes, ""), ["0", "1", "2"]),
 }

@@ -96,7 +96,7 @@ def test_other_files_are_refused_and_nothing_of_them_runs(
     assert "nothing of it was run" in said(tmp_path / "empty")
     assert "the recipe's network takes (4, 8, 8)" in said(files(tmp_path / "large"), "family.resolution=16")
     assert "make pairs with dmd2 pairs" in said(table(tmp_path / "pairs", prompt_embeds_list_shape=b"5 77 8"))
-    assert "row 2 is missing or not of shape" in said(table(tmp_path / "cut", latents_2_data=b"12"))
+    assert "row 2 of latents is 2 bytes long, not 2048" in said(table(tmp_path / "cut", latents_2_data=b"12"))
     digits = recipes.get("edm-digits")
     assert "does not learn from latents with captions" in refusal(
         lambda: stages.convert(digits, str(tmp_path / "empty"), str(pipeline), str(tmp_path / "x"))

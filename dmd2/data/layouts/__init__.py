@@ -13,6 +13,7 @@ from dmd2.data.layouts.folder import folder
 from dmd2.data.layouts.imagenet import imagenet
 from dmd2.data.layouts.metadata import PATTERN_METADATA, metadata
 from dmd2.data.layouts.parquet import parquet
+from dmd2.data.layouts.reference import PATTERN_LMDB, reference
 from dmd2.data.layouts.webdataset import webdataset
 from dmd2.data.listing import Listing, Wanted, list_files, matching
 from dmd2.data.sources import Source
@@ -24,6 +25,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
     "imagenet": (r"(.*/)?(n\d{8}|ILSVRC2012_img_train[^/]*)\.tar", imagenet),
     "webdataset": (r".*\.tar", webdataset),
     "parquet": (r".*\.parquet", parquet),
+    "lmdb": (PATTERN_LMDB, reference),
     "npz": (r"[^/]*\.npz", npz),
     "idx": (PATTERN_IDX, idx),
     "folder": (r".*", folder),
