@@ -636,6 +636,9 @@ class EvaluateConfig(Section):
     `classifier`: a small network that the stage trains on the training shards."""
     inception: WeightsConfig = INCEPTION
     """clean-fid's network, as TorchScript."""
+    clip: str = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
+    """The CLIP of the metric `clip`: a folder of transformers, local or gs://, or a name on the hub, `@revision` to pin it. The default
+    is the one of DMD2's paper."""
     images: PositiveInt = 50_000
     """Number of generated images per score."""
     batch: PositiveInt = 128

@@ -102,7 +102,7 @@ def find_pipeline(source: str, text: bool, whole: bool = False) -> PipelineFiles
     parts: dict[str, tuple[str, ...]] = {"vae/": VAE_FILES} | (DENOISER if whole else {"": VAE_FILES})
     for number in ("", "_2") if text else ():
         parts |= {f"text_encoder{number}/": (CONFIG, TEXT_WEIGHTS), f"tokenizer{number}/": TOKENIZER_FILES}
-    folder = _fetch(source, [part + name for part, names in parts.items() for name in names])
+    folder = fetch_files(source, [part + name for part, names in parts.items() for name in names])
     root = folder / "vae" if (folder / "vae" / CONFIG).is_file() else folder
     if not (root / CONFIG).is_file():
         raise Refused(
@@ -149,7 +149,7 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def _fetch(source: str, names: list[str]) -> Path:
+def fetch_files(source: str, names: list[str]) -> Path:
     """A folder on this machine with those of the files that exist; weights under any of their names."""
     store = open_store(source)
     path = store.local_folder

@@ -83,10 +83,38 @@ def _fid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricS
     return FrechetState
 
 
+def _clip(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+    from dmd2.evaluation.clip_score import Clip, ClipState
+
+    clip = Clip(settings.clip, device)
+    return lambda: ClipState(clip)
+
+
+def _kid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+    from dmd2.evaluation.kernel import KernelState
+
+    return KernelState
+
+
+def _neighbours(name: str) -> Callable[[EvaluateConfig, torch.device], Callable[[], MetricState]]:
+    def prepare(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+        from dmd2.evaluation import neighbours
+
+        return lambda: neighbours.NeighbourState(getattr(neighbours, name))
+
+    return prepare
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("fid", "FID", "smaller", _fid),
+        Metric("clip", "CLIP score", "larger", _clip, uses_features=False, format="{:.4f}"),
+        Metric("kid", "KID", "smaller", _kid, format="{:.5f}"),
+        Metric("precision", "Precision", "larger", _neighbours("precision"), format="{:.3f}"),
+        Metric("recall", "Recall", "larger", _neighbours("recall"), format="{:.3f}"),
+        Metric("density", "Density", "larger", _neighbours("density"), format="{:.3f}"),
+        Metric("coverage", "Coverage", "larger", _neighbours("coverage"), format="{:.3f}"),
     )
 }  # fmt: skip
 """{name: row}."""

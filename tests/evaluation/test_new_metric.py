@@ -51,8 +51,8 @@ def prepare(settings: EvaluateConfig, device: torch.device) -> Callable[[], Prec
     return PrecisionState
 
 
-PRECISION = Metric("precision", "Improved precision", "larger", prepare, format="{:.1%}")
-SETTINGS = ("evaluate.metrics=fid,precision", "gate.metric=precision", "gate.factor=1e6")
+PRECISION = Metric("own_precision", "Improved precision", "larger", prepare, format="{:.1%}")
+SETTINGS = ("evaluate.metrics=fid,own_precision", "gate.metric=own_precision", "gate.factor=1e6")
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +94,16 @@ def facts(root: Path) -> dict[str, Any]:
 
 def score_text(facts: dict[str, Any], name: str = "student") -> str:
     """The score as people read it."""
-    value, (low, high) = facts[f"precision_{name}"], facts["scores"][1]["intervals"][name]
+    value, (low, high) = facts[f"own_precision_{name}"], facts["scores"][1]["intervals"][name]
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
 def test_the_evaluation_scores_every_set_by_every_metric(facts: dict[str, Any]) -> None:
-    assert [scores["name"] for scores in facts["scores"]] == ["fid", "precision"]
+    assert [scores["name"] for scores in facts["scores"]] == ["fid", "own_precision"]
     for name in ("student", "teacher", "teacher_1step", "real"):
         assert facts[f"fid_{name}"] > 0
-        assert 0 <= facts[f"precision_{name}"] <= 1
-    assert facts["precision_real"] > 0.5, "training images are like held-out images"
+        assert 0 <= facts[f"own_precision_{name}"] <= 1
+    assert facts["own_precision_real"] > 0.5, "training images are like held-out images"
 
 
 def test_the_digest_of_an_evaluation_covers_its_scores(root: Path, made: Path) -> None:
@@ -132,12 +132,15 @@ def test_report_and_model_card_show_value_title_and_direction(root: Path, facts:
             assert wanted in text
         for name in ("student", "teacher", "teacher_1step", "real"):
             assert score_text(facts, name) in text
-    assert read_manifest(root / "package", "package").facts["precision_student"] == facts["precision_student"]
+    assert (
+        read_manifest(root / "package", "package").facts["own_precision_student"]
+        == facts["own_precision_student"]
+    )
 
 
 def test_the_component_logs_value_title_and_direction(logged: dsl.Metrics, facts: dict[str, Any]) -> None:
-    assert logged.metadata["precision_student"] == facts["precision_student"]
-    assert logged.metadata["precision"] == "Improved precision (larger is better)"
+    assert logged.metadata["own_precision_student"] == facts["own_precision_student"]
+    assert logged.metadata["own_precision"] == "Improved precision (larger is better)"
     assert logged.metadata["fid_student"] == facts["fid_student"]
 
 
@@ -146,7 +149,7 @@ def test_summary_and_terminal_show_value_title_and_direction(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "240")
     summary = json.loads(json.dumps(summarize(root, 1.0)))
-    assert summary["precision_student"] == facts["precision_student"]
+    assert summary["own_precision_student"] == facts["own_precision_student"]
     assert summary["scores"] == json.loads(json.dumps(facts["scores"]))
     show(summary)
     printed = capsys.readouterr().out
@@ -159,7 +162,7 @@ def test_the_outcome_of_a_run_has_the_scores(root: Path, facts: dict[str, Any]) 
     assert f"| student | 1 | 1 | {facts['fid_student']:.2f} | " in page
     assert score_text(facts) in page
     scores = json.loads((root / "outcome.json").read_text())["scores"]
-    assert scores["precision"]["student"] == facts["precision_student"]
+    assert scores["own_precision"]["student"] == facts["own_precision_student"]
 
 
 def test_an_unknown_metric_is_refused_before_anything_is_read(
@@ -174,8 +177,8 @@ def test_a_gate_needs_a_metric_that_was_computed(
     made: Path, root: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     assert "add it to them" in refusal(
-        lambda: recipes.resolve("edm-digits", (*MICRO, "gate.metric=precision"))
+        lambda: recipes.resolve("edm-digits", (*MICRO, "gate.metric=own_precision"))
     )
     config = recipes.resolve("edm-digits", (*MICRO, *SETTINGS))
     sentence = refusal(lambda: stages.gate(config, str(made / "evaluation"), str(tmp_path / "gate")))
-    assert "has no 'precision', only fid" in sentence
+    assert "has no 'own_precision', only fid" in sentence

@@ -1,0 +1,180 @@
+"""The rows of the table of metrics: each against its definition, computed in another way."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from cleanfid.fid import kernel_distance as cleanfid_kernel_distance
+from torch import Tensor
+
+from dmd2 import recipes
+from dmd2.evaluation import kernel, neighbours
+from dmd2.evaluation.clip_score import PREFIX, Clip, ClipState
+from dmd2.evaluation.evaluator import Evaluator, score_states
+from dmd2.evaluation.metrics import METRICS, ImageBatch, MetricState, Score, select
+from dmd2.models.family import Prompt
+
+Refusal = Callable[[Callable[[], object]], str]
+EMOJI = Path(__file__).parents[1] / "emoji" / "pipeline"
+SETTINGS = recipes.get("edm-digits").evaluate
+CPU = torch.device("cpu")
+BY_FEATURES = ("fid", "kid", "precision", "recall", "density", "coverage")
+RNG = np.random.default_rng(0)
+REAL = torch.from_numpy(RNG.normal(size=(60, 8)))
+FAKE = torch.from_numpy(RNG.normal(0.4, 0.8, size=(50, 8)))
+
+
+def batch(features: Tensor, prompts: Sequence[Prompt] = ()) -> ImageBatch:
+    return ImageBatch(torch.zeros(len(features), 3, 8, 8, dtype=torch.uint8), prompts, features)
+
+
+def state(name: str, *parts: Tensor) -> MetricState:
+    """The merged states of parts of a set."""
+    new = METRICS[name].prepare(SETTINGS, CPU)
+    whole, *others = [new() for _ in parts]
+    for each, features in zip((whole, *others), parts, strict=True):
+        each.update(batch(features))
+    for other in others:
+        whole.merge(other)
+    return whole
+
+
+def scored(name: str, fake: Tensor = FAKE, real: Tensor = REAL) -> Score:
+    return state(name, fake).score(state(name, real))
+
+
+@pytest.mark.parametrize("name", BY_FEATURES)
+def test_any_split_of_a_set_gives_the_same_score(name: str) -> None:
+    whole = scored(name)
+    parts = state(name, FAKE[:7], FAKE[7:40], FAKE[40:]).score(state(name, REAL[:30], REAL[30:]))
+    assert parts.value == pytest.approx(whole.value, abs=1e-9)
+    if whole.interval:
+        assert parts.interval == pytest.approx(whole.interval, abs=1e-9)
+        assert whole.interval[0] <= whole.value <= whole.interval[1]
+
+
+def test_neighbours_are_those_of_the_definitions() -> None:
+    def distances(a: Tensor, b: Tensor) -> np.ndarray:
+        return np.linalg.norm(a.numpy()[:, None] - b.numpy()[None], axis=-1)
+
+    def radii(points: Tensor) -> np.ndarray:
+        return np.sort(distances(points, points), axis=1)[:, neighbours.NEIGHBOURS]
+
+    in_real = distances(FAKE, REAL) <= radii(REAL)
+    in_fake = distances(REAL, FAKE) <= radii(FAKE)
+    wanted = {
+        "precision": in_real.any(1).mean(),
+        "recall": in_fake.any(1).mean(),
+        "density": in_real.sum() / neighbours.NEIGHBOURS / len(FAKE),
+        "coverage": in_real.any(0).mean(),
+    }
+    for name, value in wanted.items():
+        assert scored(name).value == pytest.approx(value), name
+        assert 0 < value < 2
+
+
+def test_equal_sets_have_perfect_scores_and_distant_ones_the_worst() -> None:
+    far = FAKE + 1000
+    for name in ("precision", "recall", "coverage"):
+        assert scored(name, REAL, REAL).value == 1
+        assert scored(name, far, REAL).value == 0
+    assert scored("kid", REAL, REAL).value < 1e-9 < scored("kid", far, REAL).value
+
+
+def test_the_kernel_distance_is_that_of_clean_fid() -> None:
+    theirs = cleanfid_kernel_distance(FAKE[:50].numpy(), REAL[:50].numpy(), num_subsets=1, max_subset_size=50)
+    assert float(kernel.kernel_distance(FAKE[:50], REAL[:50])) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_chunks_do_not_change_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {name: scored(name).value for name in BY_FEATURES}
+    monkeypatch.setattr(neighbours, "CHUNK", 7)
+    assert {name: scored(name).value for name in BY_FEATURES} == whole
+
+
+def test_too_few_images_are_refused(refusal: Refusal) -> None:
+    assert "only 5 images" in refusal(lambda: scored("precision", FAKE[:5]))
+    assert "at least 2 images" in refusal(lambda: scored("kid", FAKE[:1]))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP with random weights, and the tokenizer of the emoji teacher."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    width = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    text = width | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=width | {"image_size": 32, "patch_size": 8}, projection_dim=12
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    shutil.copytree(EMOJI / "tokenizer", folder, dirs_exist_ok=True)
+    size = {"shortest_edge": 32}
+    transformers.CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+IMAGES = torch.from_numpy(RNG.integers(0, 256, (6, 3, 40, 40), dtype=np.uint8))
+CAPTIONS = ["a red heart", "cat", "a smiling face", "sun", "a flag", "two people"]
+
+
+def test_the_clip_score_is_the_cosine_that_transformers_computes(clip_folder: Path) -> None:
+    clip = Clip(str(clip_folder), CPU)
+    network = transformers.CLIPModel.from_pretrained(clip_folder)
+    processor = transformers.CLIPImageProcessor.from_pretrained(clip_folder)
+    pixels = processor(images=list(IMAGES), return_tensors="pt").pixel_values
+    wanted = []
+    for index, caption in enumerate(CAPTIONS):
+        tokens = clip.tokenizer([PREFIX + caption], return_tensors="pt").input_ids
+        with torch.no_grad():
+            out = network(pixel_values=pixels[index : index + 1], input_ids=tokens)
+        wanted.append(float(out.logits_per_image / network.logit_scale.exp()))
+    torch.testing.assert_close(
+        clip.cosines(IMAGES, CAPTIONS), torch.tensor(wanted).double(), atol=1e-5, rtol=0
+    )
+
+
+def test_clip_scores_of_sets_and_their_parts(clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = SETTINGS.model_copy(update={"clip": str(clip_folder), "metrics": ("clip",)})
+
+    def no_features() -> object:
+        raise AssertionError("the CLIP score needs none")
+
+    evaluator = Evaluator.load(select(["clip"]), settings, no_features, CPU)  # type: ignore[arg-type]
+    whole = score_states(evaluator.accumulate([(IMAGES, CAPTIONS)]), {"clip": ClipState.__new__(ClipState)})[
+        "clip"
+    ]
+    parts = evaluator.accumulate([(IMAGES[:2], CAPTIONS[:2])])["clip"]
+    parts.merge(evaluator.accumulate([(IMAGES[2:], CAPTIONS[2:])])["clip"])
+    assert parts.score(parts).value == pytest.approx(whole.value, abs=1e-6)  # float32 in batches of other sizes
+    cosines = Clip(str(clip_folder), CPU).cosines(IMAGES, CAPTIONS)
+    error = 1.96 * float(cosines.std()) / 6**0.5
+    assert whole.value == pytest.approx(float(cosines.mean()), abs=1e-9)
+    assert whole.interval == pytest.approx((whole.value - error, whole.value + error), abs=1e-6)
+    assert "longer than" not in caplog.text
+    state = evaluator.accumulate([(IMAGES[:1], ["a very long caption " * 10])])["clip"]
+    state.score(state)
+    assert "1 captions are longer than the 16 tokens of the CLIP" in caplog.text
+
+
+def test_classes_have_no_clip_score(clip_folder: Path, refusal: Refusal) -> None:
+    state = ClipState(Clip(str(clip_folder), CPU))
+    assert "this network is told the class 3" in refusal(
+        lambda: state.update(ImageBatch(IMAGES[:1], [3], FAKE))
+    )
+
+
+def test_a_folder_that_is_no_clip_is_refused(clip_folder: Path, tmp_path: Path, refusal: Refusal) -> None:
+    assert "preprocessor_config.json" in refusal(lambda: Clip(str(EMOJI), CPU))
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refusal(lambda: Clip(str(folder), CPU))
+    assert refusal(lambda: Clip(str(tmp_path / "nowhere"), CPU))
