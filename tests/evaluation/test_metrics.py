@@ -154,7 +154,9 @@ def test_clip_scores_of_sets_and_their_parts(clip_folder: Path, caplog: pytest.L
     ]
     parts = evaluator.accumulate([(IMAGES[:2], CAPTIONS[:2])])["clip"]
     parts.merge(evaluator.accumulate([(IMAGES[2:], CAPTIONS[2:])])["clip"])
-    assert parts.score(parts).value == pytest.approx(whole.value, abs=1e-6)  # float32 in batches of other sizes
+    assert parts.score(parts).value == pytest.approx(
+        whole.value, abs=1e-6
+    )  # float32 in batches of other sizes
     cosines = Clip(str(clip_folder), CPU).cosines(IMAGES, CAPTIONS)
     error = 1.96 * float(cosines.std()) / 6**0.5
     assert whole.value == pytest.approx(float(cosines.mean()), abs=1e-9)
