@@ -17,22 +17,24 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDPMScheduler,
+    LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.loaders import single_file_utils
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dmd2 import recipes, stages
 from dmd2.config import LoraConfig, StableConfig
 from dmd2.io.tensors import save_tensors
 from dmd2.model import Model, load_network, save_network
 from dmd2.models.convert.lora_names import to_kohya
-from dmd2.models.convert.original_layout import write_checkpoint
+from dmd2.models.convert.original_layout import original_names, write_checkpoint
 from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import make_family
 from dmd2.models.lora import add_low_rank_update, export_low_rank_update, merge_low_rank_update
@@ -100,6 +102,17 @@ def same_image(pipe: Any, student: Model, atol: float = 1, **more: Any) -> None:
     torch.testing.assert_close(
         image(pipe, **more), student.sample([PROMPT], seed=0).float(), atol=atol, rtol=0
     )
+
+
+@pytest.mark.parametrize("timesteps", [(999,), (999, 499), (999, 749, 499, 249)])
+def test_diffusers_takes_the_students_timesteps_for_their_number_alone(
+    timesteps: tuple[int, ...], pipeline: Path, tmp_path: Path
+) -> None:
+    """Where they are evenly spaced."""
+    student = replace(student_of("sdxl", pipeline, tmp_path), timesteps=timesteps)
+    scheduler = LCMScheduler.from_pretrained(save_package(student, tmp_path / "package") / "scheduler")
+    scheduler.set_timesteps(len(timesteps))
+    assert tuple(scheduler.timesteps.tolist()) == timesteps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -248,6 +261,53 @@ def test_diffusers_draws_the_students_image_from_the_single_file(
     same_image(from_single_file(kind, package), student, atol)
     as_on_the_card = PIPELINES[kind].from_single_file(str(package / CHECKPOINT), config=str(package))
     same_image(as_on_the_card, student, atol)
+
+
+def published_networks(kind: str) -> dict[str, Any]:
+    """The networks of the published models, at their real shapes and without memory."""
+    blocks: dict[str, Any] = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    }
+    small: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
+    big: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
+    make: Any = AutoencoderKL
+    with torch.device("meta"):
+        networks = {
+            "unet": make_family(StableConfig(kind=kind, resolution=512)).network(),
+            "vae": make(**blocks),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**small)),
+        }
+        if kind == "sdxl":
+            layers = CLIPTextConfig(**big, num_hidden_layers=32, num_attention_heads=20)
+            networks["text_encoder_2"] = CLIPTextModelWithProjection(layers)
+    return networks
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "bytes_in_float16", "recognised"),
+    [("sd15", (686, 248, 196), 2.132e9, "v1"), ("sdxl", (1680, 248, 196, 389), 6.938e9, "xl_base")],
+)
+def test_the_single_file_of_a_published_size_has_the_names_that_programs_know_it_by(
+    kind: str, counts: tuple[int, ...], bytes_in_float16: float, recognised: str
+) -> None:
+    """Without two tensors of the published files that are no weights: position_ids and logit_scale."""
+    networks = published_networks(kind)
+    weights = {part: dict(network.state_dict()) for part, network in networks.items()}
+    weights["unet"] = {name.removeprefix("unet."): tensor for name, tensor in weights["unet"].items()}
+    tensors = original_names(weights)
+    assert sum(tensor.numel() for tensor in tensors.values()) * 2 == pytest.approx(bytes_in_float16, rel=1e-3)
+    starts = (
+        "model.",
+        "first_stage_model.",
+        ("cond_stage_model.", "conditioner.embedders.0."),
+        "conditioner.embedders.1.",
+    )
+    assert tuple(sum(name.startswith(start) for name in tensors) for start in starts[: len(counts)]) == counts
+    assert sum(counts) == len(tensors)
+    assert single_file_utils.infer_diffusers_model_type(tensors) == recognised
 
 
 @pytest.mark.parametrize("old", [False, True])

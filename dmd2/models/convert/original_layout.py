@@ -21,7 +21,6 @@ from dmd2.models.convert.single_file import V_MARKER, ZTSNR_MARKER
 from dmd2.models.convert.student_weights import ORIGINAL_PREFIX
 
 Weights = dict[str, Tensor]
-VAE_PREFIX = "first_stage_model."
 VAE_PARTS = {
     "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "resnets": "block", "downsamplers.0": "downsample",
     "upsamplers.0": "upsample", "mid_block.block.0": "mid.block_1", "mid_block.block.1": "mid.block_2", "down_blocks": "down",
@@ -49,7 +48,8 @@ def write_checkpoint(folder: Path, path: Path, dtype: torch.dtype, process: Mapp
         process: `prediction_type` and `rescale_betas_zero_snr` of its scheduler; the file says them in its metadata, and by
             the marker tensors that ComfyUI and Forge look for.
     """
-    tensors = {name: _in_precision(name, tensor, dtype) for name, tensor in _networks(folder).items()}
+    named = original_names(_networks(folder))
+    tensors = {name: _in_precision(name, tensor, dtype) for name, tensor in named.items()}
     if process["prediction_type"] == "v_prediction":
         tensors[V_MARKER] = torch.zeros(0)
     if process["rescale_betas_zero_snr"]:
@@ -71,16 +71,26 @@ SD2_WIDTH = 1024
 """Width of the text encoder of Stable Diffusion 2, an OpenCLIP."""
 
 
-def _networks(folder: Path) -> Weights:
-    """The weights of all networks of a pipeline folder, in the original names."""
-    unet = _unet(load_weights(folder / "unet", VAE_WEIGHTS))
-    tensors = _prefixed(unet, ORIGINAL_PREFIX) | _prefixed(
-        _vae(load_weights(folder / "vae", VAE_WEIGHTS)), VAE_PREFIX
-    )
-    two = (folder / "text_encoder_2").is_dir()
-    for name, (prefix, rename) in (SDXL_TEXTS if two else SD_TEXTS).items():
-        tensors |= _prefixed(rename(load_weights(folder / name, TEXT_WEIGHTS)), prefix)
+def original_names(networks: Mapping[str, Weights]) -> Weights:
+    """The weights of the networks of a pipeline, by their folders, in the names of one file."""
+    texts = SDXL_TEXTS if "text_encoder_2" in networks else SD_TEXTS
+    tensors: Weights = {}
+    for folder, (prefix, rename) in (LATENT_NETWORKS | texts).items():
+        tensors |= {prefix + name: tensor for name, tensor in rename(networks[folder]).items()}
     return tensors
+
+
+def _networks(folder: Path) -> dict[str, Weights]:
+    """Folder of a network in a pipeline -> its weights."""
+    names = {
+        "unet": VAE_WEIGHTS,
+        "vae": VAE_WEIGHTS,
+        "text_encoder": TEXT_WEIGHTS,
+        "text_encoder_2": TEXT_WEIGHTS,
+    }
+    return {
+        part: load_weights(folder / part, name) for part, name in names.items() if (folder / part).is_dir()
+    }
 
 
 def _unet(weights: Weights) -> Weights:
@@ -122,6 +132,10 @@ def _open_clip(weights: Weights) -> Weights:
     return found
 
 
+LATENT_NETWORKS: dict[str, tuple[str, Callable[[Weights], Weights]]] = {
+    "unet": (ORIGINAL_PREFIX, _unet),
+    "vae": ("first_stage_model.", _vae),
+}
 SD_TEXTS: dict[str, tuple[str, Callable[[Weights], Weights]]] = {
     "text_encoder": ("cond_stage_model.transformer.", _clip)
 }
@@ -129,17 +143,13 @@ SDXL_TEXTS = {
     "text_encoder": ("conditioner.embedders.0.transformer.", _clip),
     "text_encoder_2": ("conditioner.embedders.1.model.", _open_clip),
 }
-"""Folder of a text encoder -> its prefix in the file, and the function that renames its weights."""
+"""Folder of a network -> its prefix in the file, and the function that renames its weights."""
 
 
 def _replaced(name: str, parts: Mapping[str, str]) -> str:
     for here, there in parts.items():
         name = name.replace(here, there)
     return name
-
-
-def _prefixed(weights: Weights, prefix: str) -> Weights:
-    return {prefix + name: tensor for name, tensor in weights.items()}
 
 
 def _in_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
