@@ -86,7 +86,7 @@ def digits() -> Net:
 def middle() -> Net:
     base = recipes.get("edm-imagenet64")
     family = base.family.model_copy(update={"network": MIDDLE})
-    distill = base.distill.model_copy(update={"batch": 8})
+    distill = base.distill.model_copy(update={"batch": 8, "dtype": "float32"})
     return _random(base.model_copy(update={"family": family, "distill": distill}))
 
 

@@ -78,7 +78,7 @@ def predicted(config: Config, fam: ModelFamily) -> list[float]:
             "distill.continue_rollouts=True",
             "distill.critic_updates=7",
         ),
-        ("distill.student_timesteps=999,600,200", "distill.inputs=noised-real"),
+        ("distill.student_timesteps=999,600,200", "distill.inputs=noised-real", "distill.fake_prompts=batch"),
     ],
 )
 def test_flops_of_every_step_of_a_turn_are_those_of_the_real_trainer(changes: tuple[str, ...]) -> None:
