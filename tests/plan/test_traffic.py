@@ -17,7 +17,6 @@ from dmd2.parallel.ranks import World
 from dmd2.plan import passes, traffic
 from dmd2.plan.traffic import MeshShape
 from dmd2.training import build, memory
-from tests.bench import collectives
 from tests.conftest import ALONE
 from tests.plan.test_plan import digits
 
@@ -77,22 +76,18 @@ def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str,
     kinds = {"allgather": traffic.GATHER, "reduce_scatter": traffic.SCATTER, "reduce": traffic.REDUCE}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        world = collectives.Meshed(ALONE.device, 0, gpus, 0, per_node, dist.group.WORLD)
-        mesh = World.device_mesh(world, per_node)
-        assert mesh is not None
-        collectives.MESH[:] = [mesh]
+        world = World(ALONE.device, 0, gpus, 0, per_node, dist.group.WORLD)
         fam = make_family(config.family)
-        with collectives.without_data():
-            trainer = build.trainer(config, fam, {}, world)
-            rows = config.distill.batch // gpus
-            cond = Conditioning(label=torch.zeros(rows, dtype=torch.int64))
-            real = Batch(torch.zeros(rows, *fam.shape), cond, Conditioning())
-            trainer.step(real, 0)
-            for step in range(1, 1 + config.distill.critic_updates):
-                with CommDebugMode() as counter:
-                    trainer.step(real, step)
-                for name, count in counter.get_comm_counts().items():
-                    calls[next(kind for part, kind in kinds.items() if part in str(name))] += count
+        trainer = build.trainer(config, fam, fam.network().state_dict(), world)
+        rows = config.distill.batch // gpus
+        cond = Conditioning(label=torch.zeros(rows, dtype=torch.int64))
+        real = Batch(torch.zeros(rows, *fam.shape), cond, Conditioning())
+        trainer.step(real, 0)
+        for step in range(1, 1 + config.distill.critic_updates):
+            with CommDebugMode() as counter:
+                trainer.step(real, step)
+            for name, count in counter.get_comm_counts().items():
+                calls[next(kind for part, kind in kinds.items() if part in str(name))] += count
     finally:
         dist.destroy_process_group()
     return calls
