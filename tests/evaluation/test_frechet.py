@@ -103,3 +103,12 @@ def test_any_split_of_a_set_gives_the_same_distance(count: int) -> None:
 def test_an_empty_batch_changes_nothing() -> None:
     a, b = features(50, 5, 1, 0), features(40, 5, 1, 1)
     assert state_of(a[:0], a, a[:0]).score(state_of(b)).value == fid(a, b)
+
+
+def test_a_reference_that_grows_after_a_score_is_fitted_anew() -> None:
+    a, b, c = (features(50, 5, 1, seed) for seed in range(3))
+    reference = state_of(b)
+    assert state_of(a).score(reference).value == fid(a, b)
+    assert state_of(a).score(reference).value == fid(a, b)
+    reference.merge(state_of(c))
+    assert state_of(a).score(reference).value == pytest.approx(fid(a, np.concatenate([b, c])), rel=1e-9)
