@@ -346,7 +346,7 @@ def test_the_single_file_is_resolved_as_a_teacher_and_its_unet_adopted(
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_the_single_file_says_that_its_unet_predicts_v(
-    zero_snr: bool, source: Path, kind: str, tmp_path: Path
+    zero_snr: bool, source: Path, kind: str, tmp_path: Path, refusal: Refusal
 ) -> None:
     scheduler = source / "scheduler" / "scheduler_config.json"
     config = json.loads(scheduler.read_text()) | {
@@ -361,6 +361,8 @@ def test_the_single_file_says_that_its_unet_predicts_v(
         assert file.metadata()["modelspec.prediction_type"] == "v"
         assert ("v_pred" in file.keys(), "ztsnr" in file.keys()) == (True, zero_snr)  # noqa: SIM118
     same_image(from_single_file(kind, package), student, 3)
+    unet = load_file(package / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "says of its process by" in refusal(lambda: read_unet(package / CHECKPOINT, unet))
 
 
 @pytest.mark.parametrize(

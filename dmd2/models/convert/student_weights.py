@@ -130,12 +130,16 @@ def strip_wrapper_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _from_original_names(tensors: dict[str, Tensor], base: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Give diffusers' names to a U-Net in the naming of CompVis and SGM, alone or in the file of a whole model.
 
-    Other tensors are returned as they are. `base`, in diffusers' naming, has all layers. What a whole model says of its process
-    by names is kept, and so is refused: the process is that of the teacher.
+    Other tensors are returned as they are. `base`, in diffusers' naming, has all layers.
     """
     whole = any(name.startswith(WHOLE_MODEL) for name in tensors)
-    unet = (ORIGINAL_PREFIX, V_MARKER, ZTSNR_MARKER) if whole else ""
-    bare = {n.removeprefix(ORIGINAL_PREFIX): tensor for n, tensor in tensors.items() if n.startswith(unet)}
+    if whole and (marker := tensors.keys() & {V_MARKER, ZTSNR_MARKER}):
+        raise Refused(
+            f"it is a whole model that says of its process by {min(marker)!r}, and a student has that of its teacher; if the "
+            "teacher's is the same, give the U-Net alone"
+        )
+    prefix = ORIGINAL_PREFIX if whole else ""
+    bare = {n.removeprefix(ORIGINAL_PREFIX): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
     if base is None or "input_blocks.0.0.weight" not in bare:
         return tensors
     known = {
