@@ -433,6 +433,26 @@ def test_data_without_captions_is_not_learned_from_as_if_it_had_some(
     assert set(read_manifest(run, "run").facts["prompts"]) == {"a green square"}
 
 
+def test_a_run_started_from_a_published_stage_has_its_student_and_its_critic(
+    root: Path, tmp_path: Path
+) -> None:
+    folder, run = tmp_path / "training", str(tmp_path / "adopted")
+    folder.mkdir()
+    weights = load_tensors(root / "run" / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save({f"fake_unet.{n}": w + 0.5 for n, w in weights.items()}, folder / "pytorch_model_1.bin")
+    assert stages.adopt(config(), str(folder), str(root / "teacher"), run).facts["critic"]
+    tiny = [f"distill.{role}.lr=1e-12" for role in ("student", "critic")]
+    started = distilled(root, tmp_path / "run", "sdxl-4step-emoji", "distill.steps=1", *tiny, start=run)
+    (newest,) = (started / "checkpoints").glob("[0-9]*")
+    found = {name: checkpoint.load_object(newest, name) for name in ("student", "critic")}
+    for name, weight in weights.items():
+        torch.testing.assert_close(found["student"][f"unet.{name}"], weight, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            found["critic"][f"network.unet.{name}"], weight + 0.5, atol=1e-6, rtol=1e-5
+        )
+
+
 def test_adopting_depends_on_every_file_of_a_training_folder(
     root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
 ) -> None:
