@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from dmd2.config import LoraConfig
 
 ADAPTER = "default"
+OVERSAMPLING = 16
+"""Singular vectors that are computed beyond those that are kept, for accuracy."""
 
 
 def share_tensors(network: nn.Module) -> nn.Module:
@@ -64,3 +67,43 @@ def export_low_rank_update(update: Mapping[str, Tensor], settings: LoraConfig) -
         * (settings.alpha / settings.rank if ".lora_B." in name else 1)
         for name, value in update.items()
     }
+
+
+def extract_low_rank_update(
+    base: Mapping[str, Tensor], whole: Mapping[str, Tensor], targets: Sequence[str], rank: int
+) -> tuple[dict[str, Tensor], float]:
+    """The low-rank update of `base` that comes closest to `whole`, another network of its form.
+
+    By singular value decomposition of the change of each layer (Eckart and Young 1936), randomised (Halko et al. 2011).
+
+    Args:
+        targets: Ends of the names of the layers that get one, as for `add_low_rank_update`. Others stay those of `base`.
+
+    Returns:
+        The update as `export_low_rank_update` gives it, and the share of the squared change of all weights that it holds.
+    """
+    ends = tuple(f".{end}.weight" for end in targets)
+    update: dict[str, Tensor] = {}
+    changed = left = 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, weight in whole.items():
+            difference = weight.float() - base[name].float()
+            changed += difference.square().sum().item()
+            if name.endswith(ends):
+                up, down = _factorize(difference.flatten(1), rank)
+                layer, shape = name.removesuffix(".weight"), difference.shape
+                update[f"{layer}.lora_A.weight"] = down.view(rank, *shape[1:])
+                update[f"{layer}.lora_B.weight"] = up.view(len(up), rank, *(1 for _ in shape[2:]))
+                difference = difference.flatten(1) - up @ down
+            left += difference.square().sum().item()
+    return update, 1 - left / changed if changed else 1.0
+
+
+def _factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up (out, rank), down (rank, in)) whose product is the best approximation of a matrix (out, in); zeros beyond its own rank."""
+    u, s, v = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLING, *matrix.shape), niter=4)
+    root = s[:rank].sqrt()
+    missing = max(0, rank - len(root))
+    up, down = u[:, :rank] * root, (v[:, :rank] * root).T
+    return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))

@@ -89,6 +89,19 @@ def save_student(
     save_network(draft.path, student, result)
 
 
+def save_extraction(draft: Draft, student: Model, teacher: str, rank: int) -> float:
+    """Write the low-rank update of the teacher that comes closest to the student, in the format of diffusers -> the share of the
+    squared change that it holds."""
+    from dmd2.models.lora import extract_low_rank_update
+
+    base = load_artifact_model(teacher, read_manifest(teacher, "teacher")).network.state_dict()
+    whole, targets = student.network.state_dict(), student.family.lora_targets
+    update, share = extract_low_rank_update(base, whole, targets, rank)
+    (draft.path / "lora").mkdir(exist_ok=True)
+    save_tensors(update, draft.path / "lora" / "pytorch_lora_weights.safetensors")
+    return share
+
+
 def check_same_vae(teacher: Path, samples: Manifest, data: str) -> None:
     """Raise Refused if the samples are latents of another VAE than the teacher's, which the teacher cannot read."""
     if samples.kind == "latents" and samples.facts["vae"] != find_pipeline(str(teacher), text=False).digest:

@@ -14,7 +14,14 @@ SingleFile = Literal["float16", "bfloat16", "float32", "none"]
 
 
 def package(
-    run: str, evaluation: str, gate: str, out: str, *, single_file: SingleFile = "float16"
+    run: str,
+    evaluation: str,
+    gate: str,
+    out: str,
+    *,
+    single_file: SingleFile = "float16",
+    teacher: str = "",
+    low_rank: int = 0,
 ) -> Manifest:
     """Make a package of an accepted student: weights, model card and sample pictures. Then load it and compare its samples.
 
@@ -24,7 +31,10 @@ def package(
         gate: Folder of the gate that accepted it.
         out: Folder to write the package to.
         single_file: For sd15 and sdxl: precision of all networks in one file for ComfyUI, A1111 and Forge; none = no such file.
+        teacher: Folder of the run's teacher; only needed with `low_rank`.
+        low_rank: Rank of a low-rank update of the teacher that is extracted from a student whose whole network was trained; 0 = none.
     """
+    options: dict[str, str | int] = {"single_file": single_file, "low_rank": low_rank}
     made, evaluated, decided = (
         read_manifest(run, "run"),
         read_manifest(evaluation, "evaluation"),
@@ -38,26 +48,35 @@ def package(
         raise Refused(f"{gate} rejected this run ({decided.facts['reason']}); nothing is packaged")
     inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
     if done := find_finished(out, "package", made.config, inputs):
-        if (was := done.facts.get("single_file", single_file)) != single_file:
-            raise Refused(
-                f"{out} was made with --single-file {was}, not {single_file}; choose another --out or remove it"
-            )
+        for name, value in options.items():
+            if (was := done.facts.get(name, value)) != value:
+                flag = name.replace("_", "-")
+                raise Refused(
+                    f"{out} was made with --{flag} {was}, not {value}; choose another --out or remove it"
+                )
         return done
+    if low_rank:
+        _check_extraction(made, teacher, low_rank)
     import torch
 
     from dmd2.image_grid import image_grid
     from dmd2.model import load_network, save_network
     from dmd2.model_card import forms_table, model_card
-    from dmd2.stages.networks import load_artifact_model
+    from dmd2.stages.networks import load_artifact_model, save_extraction
     from dmd2.stages.pictures import save_png
     from dmd2.stages.prompts import grid_columns
 
     model = load_artifact_model(run, made)
     with draft_artifact(out, "package", made.config, inputs) as draft:
         save_network(draft.path, model, model.network.state_dict())
-        if made.config and made.config.distill.lora and not made.facts.get("adopted"):
+        if _has_update(made):
             shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
+        if low_rank:
+            draft.facts["low_rank_share"] = save_extraction(draft, model, teacher, low_rank)
         forms = model.family.write_forms(draft.path, model.timesteps, single_file)
+        if low_rank:
+            held = f"rank {low_rank}, extracted: it holds {draft.facts['low_rank_share']:.1%} of the squared change of the weights"
+            forms |= {name: f"{use}; {held}" for name, use in forms.items() if name.startswith("lora/")}
         sizes = {name: (draft.path / name).stat().st_size for name in forms}
         usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
         (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage))
@@ -66,8 +85,31 @@ def package(
         save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
         if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
             raise Refused("the package, loaded again, does not give the samples of the run; it was discarded")
-        draft.facts["single_file"] = single_file
+        draft.facts |= options
         draft.facts["recipe"] = made.config.recipe if made.config else ""
         for scores in read_scores(evaluated.facts):
             draft.facts[f"{scores.name}_student"] = scores.values["student"]
     return read_manifest(out, "package")
+
+
+def _has_update(run: Manifest) -> bool:
+    """Whether a run holds a low-rank update beside the whole network."""
+    return bool(run.config and run.config.distill.lora and not run.facts.get("adopted"))
+
+
+def _check_extraction(run: Manifest, teacher: str, rank: int) -> None:
+    """Raise Refused if no low-rank update can be extracted from the student of a run."""
+    if rank < 0 or not teacher:
+        raise Refused(
+            f"--low-rank {rank} needs a positive rank, and --teacher with the folder of the run's teacher"
+        )
+    from dmd2.models.family import family_class
+
+    config = run.config
+    if not config or not family_class(config.family).lora_targets or _has_update(run):
+        raise Refused(
+            "--low-rank extracts an update from a student of sd15 or sdxl whose whole network was trained; this run is of another "
+            "family, or has an update of its own"
+        )
+    if read_manifest(teacher, "teacher").digest != run.inputs["teacher"]:
+        raise Refused(f"{teacher} is not the teacher of this run (the digests differ); give that one")

@@ -16,7 +16,13 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import LoraConfig, StableConfig
 from dmd2.io.tensors import save_tensors
 from dmd2.models.family import make_family
-from dmd2.models.lora import add_low_rank_update, export_low_rank_update, merge_low_rank_update, share_tensors
+from dmd2.models.lora import (
+    add_low_rank_update,
+    export_low_rank_update,
+    extract_low_rank_update,
+    merge_low_rank_update,
+    share_tensors,
+)
 from dmd2.models.stable import Stable, Unet, published_pipeline
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
@@ -140,3 +146,33 @@ def test_the_update_is_float32_on_a_bfloat16_base(pipeline: Path) -> None:
     student = add_low_rank_update(base.to(torch.bfloat16), Stable.lora_targets, SMALL)
     kinds = {p.requires_grad: p.dtype for p in student.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_an_update_that_is_low_rank_is_extracted_from_the_whole_network(pipeline: Path) -> None:
+    _, base, _ = tiny(pipeline)
+    weights = {name: p.clone() for name, p in base.named_parameters()}
+    student = add_low_rank_update(base, Stable.lora_targets, SMALL)
+    torch.manual_seed(1)
+    update = {name: torch.randn_like(p) / 10 for name, p in student.named_parameters() if p.requires_grad}
+    whole = merge_low_rank_update(weights, update, SMALL)
+    found, share = extract_low_rank_update(weights, whole, Stable.lora_targets, SMALL.rank)
+    assert share > 1 - 1e-6
+    unscaled = {name.replace(".weight", ".default.weight"): tensor for name, tensor in found.items()}
+    same_scale = LoraConfig(rank=4, alpha=4)
+    torch.testing.assert_close(
+        merge_low_rank_update(weights, unscaled, same_scale), whole, atol=1e-5, rtol=1e-4
+    )
+    assert extract_low_rank_update(weights, whole, Stable.lora_targets, SMALL.rank)[0].keys() == found.keys()
+
+
+def test_the_share_that_an_extraction_holds_is_that_of_the_largest_singular_values() -> None:
+    torch.manual_seed(0)
+    base = {"a.to_q.weight": torch.randn(24, 20), "a.norm.weight": torch.zeros(4)}
+    change = {"a.to_q.weight": torch.randn(24, 20), "a.norm.weight": torch.ones(4)}
+    whole = {name: tensor + change[name] for name, tensor in base.items()}
+    squares = torch.linalg.svdvals(change["a.to_q.weight"]).square()
+    for rank in (1, 5, 20, 30):
+        _, share = extract_low_rank_update(base, whole, ("to_q",), rank)
+        wanted = squares[:rank].sum() / (squares.sum() + 4)
+        torch.testing.assert_close(share, wanted.item(), atol=1e-4, rtol=0)
+    assert extract_low_rank_update(base, base, ("to_q",), 2)[1] == 1

@@ -18,9 +18,10 @@ from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.loader import Shards
 from dmd2.data.shards import TRAIN
-from dmd2.io.artifact import read_manifest
+from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load, load_network
+from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.lora import export_low_rank_update
 from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA
 from dmd2.sampler import generate
@@ -163,6 +164,31 @@ def test_the_package_of_a_low_rank_student_lists_all_of_its_forms(
     card, sizes = (tmp_path / "package" / "README.md").read_text(), {f.path: f.size for f in made.files}
     for name in (LORA, KOHYA_LORA, CHECKPOINT):
         assert f"| `{name}` | {sizes[name] / 1e6:,.1f} MB | diffusers" in card
+
+
+def test_a_low_rank_update_is_extracted_from_a_student_whose_whole_network_was_trained(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    run, evaluation, gate, teacher = (str(root / name) for name in ("run", "evaluation", "gate", "teacher"))
+    out = tmp_path / "package"
+
+    def packaged(rank: int = 0, teacher: str = "") -> Manifest:
+        return stages.package(
+            run, evaluation, gate, str(out), single_file="none", low_rank=rank, teacher=teacher
+        )
+
+    assert "needs a positive rank" in refusal(lambda: packaged(8))
+    share = packaged(32, teacher).facts["low_rank_share"]
+    assert 0.5 < share < 1
+    assert f"rank 32, extracted: it holds {share:.1%}" in (out / "README.md").read_text()
+    base = load_network(teacher).network.state_dict()
+    whole = load_network(out).network.state_dict()
+    bare = {name.removeprefix("unet."): tensor for name, tensor in base.items()}
+    merged = {f"unet.{name}": tensor for name, tensor in read_unet(out / KOHYA_LORA, bare).items()}
+    change = sum((whole[name] - base[name]).square().sum() for name in base)
+    left = sum((whole[name] - merged[name]).square().sum() for name in base)
+    torch.testing.assert_close(1 - float(left / change), share, atol=1e-4, rtol=0)
+    assert "made with --low-rank 32, not 0" in refusal(packaged)
 
 
 def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp_path: Path) -> None:
