@@ -54,8 +54,29 @@ def root(pipeline: Path, squares: Path, tmp_path_factory: pytest.TempPathFactory
 def distilled(
     root: Path, out: Path, recipe: str, *overrides: str, data: str = "latents", **more: str
 ) -> Path:
-    stages.distill(config(recipe, *overrides), str(root / data), str(root / "teacher"), str(out), **more)
+    """A run without previews, unless the overrides say when to make them."""
+    changed = config(recipe, "distill.preview_every=100", *overrides)
+    stages.distill(changed, str(root / data), str(root / "teacher"), str(out), **more)
     return out
+
+
+@pytest.fixture(scope="module")
+def low_rank(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A low-rank student. Read only."""
+    out = tmp_path_factory.mktemp("low_rank") / "run"
+    return distilled(root, out, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
+
+
+@pytest.fixture(scope="module")
+def adopted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student of `root` as weights from elsewhere: its run, evaluation and gate. Read only."""
+    folder = tmp_path_factory.mktemp("adopted")
+    weights = root / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+    run, evaluation, gate = (str(folder / name) for name in ("run", "evaluation", "gate"))
+    stages.adopt(config(), str(weights), str(root / "teacher"), run)
+    stages.evaluate(config(), str(root / "shards"), str(root / "teacher"), run, evaluation)
+    stages.gate(config(), evaluation, gate)
+    return folder
 
 
 def learned(run: Path, *names: str) -> torch.Tensor:
@@ -133,9 +154,9 @@ def test_a_report_shows_every_variant(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_low_rank_student_is_published_whole_and_as_an_update_that_gives_the_same_network(
-    root: Path, tmp_path: Path
+    root: Path, low_rank: Path, tmp_path: Path
 ) -> None:
-    run = distilled(root, tmp_path / "run", "sdxl-4step-lora-emoji")
+    run = low_rank
     update = run / "lora" / "pytorch_lora_weights.safetensors"
     stages.adopt(
         config("sdxl-4step-lora-emoji"), str(update), str(root / "teacher"), str(tmp_path / "adopted")
@@ -151,9 +172,9 @@ def test_a_low_rank_student_is_published_whole_and_as_an_update_that_gives_the_s
 
 
 def test_the_package_of_a_low_rank_student_lists_all_of_its_forms(
-    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+    root: Path, low_rank: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
 ) -> None:
-    run = str(distilled(root, tmp_path / "run", "sdxl-4step-lora-emoji"))
+    run = str(low_rank)
     evaluation, gate, out = (str(tmp_path / name) for name in ("evaluation", "gate", "package"))
     stages.evaluate(config(), str(root / "shards"), str(root / "teacher"), run, evaluation)
     stages.gate(config(), evaluation, gate)
@@ -218,8 +239,8 @@ def test_a_low_rank_student_on_latents_is_judged_by_its_pictures(root: Path, tmp
 
 
 def test_in_shared_base_mode_a_checkpoint_holds_only_what_learns(root: Path, tmp_path: Path) -> None:
-    run = distilled(root, tmp_path / "run", "sdxl-4step-shared-emoji")
-    saved = [checkpoint.load_object(run / "checkpoints" / "00000006", name) for name in ("student", "critic")]
+    run = distilled(root, tmp_path / "run", "sdxl-4step-shared-emoji", "distill.steps=2")
+    saved = [checkpoint.load_object(run / "checkpoints" / "00000002", name) for name in ("student", "critic")]
     assert all(".lora_" in name for name in saved[0])
     assert {name.split(".")[0] for name in saved[1]} == {"network", "head"}
     assert all(".lora_" in name for name in saved[1] if name.startswith("network."))
@@ -300,8 +321,7 @@ def test_a_picture_of_any_folder_with_a_network(root: Path, tmp_path: Path) -> N
         assert Image.open(out).size == (2 * 33 + 1, 2 * 33 + 1)
 
 
-def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -> None:
-    whole = distilled(root, tmp_path / "whole", "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
+def test_a_run_is_the_same_when_it_was_interrupted(root: Path, low_rank: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     original, seen = Checkpoints.wait_for_save, []
 
@@ -317,7 +337,7 @@ def test_a_run_is_the_same_when_it_was_interrupted(root: Path, tmp_path: Path) -
         with pytest.raises(KeyboardInterrupt):
             distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
     distilled(root, parts, "sdxl-4step-lora-emoji", "distill.student.ema=0.9")
-    assert torch.equal(learned(whole), learned(parts))
+    assert torch.equal(learned(low_rank), learned(parts))
 
 
 @pytest.mark.parametrize(
@@ -360,16 +380,14 @@ def test_latents_of_another_vae_are_refused(
     assert "another VAE" in sentence
 
 
-def test_a_published_unet_becomes_a_run_that_is_evaluated_and_packaged(root: Path, tmp_path: Path) -> None:
-    weights = root / "run" / "unet" / "diffusion_pytorch_model.safetensors"
-    names = [str(tmp_path / name) for name in ("adopted", "evaluation", "gate", "package")]
-    shards, teacher = str(root / "shards"), str(root / "teacher")
-    stages.adopt(config(), str(weights), teacher, names[0])
-    stages.evaluate(config(), shards, teacher, names[0], names[1])
-    stages.gate(config(), names[1], names[2])
-    stages.package(*names)
+def test_a_published_unet_becomes_a_run_that_is_evaluated_and_packaged(
+    root: Path, adopted: Path, tmp_path: Path
+) -> None:
+    stages.package(
+        *(str(adopted / name) for name in ("run", "evaluation", "gate")), str(tmp_path / "package")
+    )
     scores = [
-        read_manifest(folder, "evaluation").facts["fid_student"] for folder in (root / "evaluation", names[1])
+        read_manifest(folder / "evaluation", "evaluation").facts["fid_student"] for folder in (root, adopted)
     ]
     assert scores[0] == scores[1]
     assert torch.equal(learned(tmp_path / "package"), learned(root / "package"))
@@ -423,15 +441,15 @@ def test_a_tiny_vae_makes_previews_and_warm_up_images_but_no_latents(
     )
     tiny.save_pretrained(tmp_path / "tiny")
     place = f"distill.preview_vae={tmp_path / 'tiny'}"
-    run = distilled(root, tmp_path / "run", "sdxl-4step-emoji", place)
+    run = distilled(root, tmp_path / "run", "sdxl-4step-emoji", place, "distill.preview_every=6")
     assert torch.equal(learned(run), learned(root / "run"))
     picture = "previews/00000006.png"
     assert (run / picture).read_bytes() != (root / "run" / picture).read_bytes()
     pairs = tmp_path / "pairs"
     stages.pairs(config("sdxl-1step-emoji"), str(root / "latents"), str(root / "teacher"), str(pairs))
-    decoder = f"distill.regression.decoder={tmp_path / 'tiny'}"
+    decoder = f"distill.regression.decoder={tmp_path / 'tiny'}", "distill.steps=1"
     warm = tmp_path / "warm"
-    stages.distill(config("sdxl-1step-warmup-emoji", decoder), str(pairs), str(root / "teacher"), str(warm))
+    stages.distill(config("sdxl-1step-warmup-emoji", *decoder), str(pairs), str(root / "teacher"), str(warm))
     assert "which can only decode" in refusal(
         lambda: stages.encode(config(), str(root / "shards"), str(tmp_path / "tiny"), str(tmp_path / "x"))
     )
@@ -455,7 +473,13 @@ def test_data_without_captions_is_not_learned_from_as_if_it_had_some(
     )
     (tmp_path / "prompts.txt").write_text("a green square")
     run = tmp_path / "told"
-    stages.distill(config(), latents, teacher, str(run), prompts=str(tmp_path / "prompts.txt"))
+    stages.distill(
+        config("sdxl-4step-emoji", "distill.steps=1", "distill.preview_every=100"),
+        latents,
+        teacher,
+        str(run),
+        prompts=str(tmp_path / "prompts.txt"),
+    )
     assert set(read_manifest(run, "run").facts["prompts"]) == {"a green square"}
 
 
@@ -500,15 +524,13 @@ def test_adopting_depends_on_every_file_of_a_training_folder(
     assert "does not exist" in refusal(lambda: adopted("no.bin"))
 
 
-def test_a_report_of_an_adopted_student_has_no_curves_and_is_written(root: Path, tmp_path: Path) -> None:
-    weights = root / "run" / "unet" / "diffusion_pytorch_model.safetensors"
-    folders = {name: str(root / name) for name in ("shards", "teacher")}
-    run, evaluation, gate = (str(tmp_path / name) for name in ("run", "evaluation", "gate"))
-    stages.adopt(config(), str(weights), folders["teacher"], run)
-    stages.evaluate(config(), folders["shards"], folders["teacher"], run, evaluation)
-    stages.gate(config(), evaluation, gate)
+def test_a_report_of_an_adopted_student_has_no_curves_and_is_written(
+    root: Path, adopted: Path, tmp_path: Path
+) -> None:
+    folders = [str(root / name) for name in ("shards", "teacher")]
+    folders += [str(adopted / name) for name in ("run", "evaluation", "gate")]
     out = str(tmp_path / "report.html")
-    stages.report(folders["shards"], folders["teacher"], run, evaluation, gate, out)
+    stages.report(*folders, out)
     assert "student in 1 step" in Path(out).read_text()
 
 
@@ -539,7 +561,12 @@ def test_an_evaluation_counts_the_captions_that_were_cut(
     shards, latents, run, out = (str(tmp_path / name) for name in ("shards", "latents", "run", "evaluation"))
     stages.shard(config_, str(source), shards, workers=1)
     stages.encode(config_, shards, str(root / "teacher"), latents)
-    stages.distill(config_, latents, str(root / "teacher"), run)
+    stages.distill(
+        config("sdxl-4step-emoji", "distill.steps=1", "distill.preview_every=100"),
+        latents,
+        str(root / "teacher"),
+        run,
+    )
     facts = stages.evaluate(config_, shards, str(root / "teacher"), run, out).facts
     assert facts["prompts_cut"] == facts["prompts"] > 0
     assert f"{facts['prompts']} of {facts['prompts']} prompts are longer" in caplog.text
