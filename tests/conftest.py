@@ -45,7 +45,8 @@ def pytest_collection(session: pytest.Session) -> None:
     """Import the pipelines first where their tests are collected. KFP looks up the module of every frame of the stack at each
     setting of a task, which takes ten times longer inside the imports of a test, among the modules that other tests import."""
     folder, start = Path(__file__).parent / "pipelines", session.config.invocation_params.dir
-    if any(folder.is_relative_to(start / arg) for arg in session.config.args):
+    paths = [start / arg.partition("::")[0] for arg in session.config.args]
+    if any(folder.is_relative_to(path) or path.is_relative_to(folder) for path in paths):
         importlib.import_module("pipelines.distill")
 
 

@@ -383,9 +383,8 @@ def test_latents_of_another_vae_are_refused(
 def test_a_published_unet_becomes_a_run_that_is_evaluated_and_packaged(
     root: Path, adopted: Path, tmp_path: Path
 ) -> None:
-    stages.package(
-        *(str(adopted / name) for name in ("run", "evaluation", "gate")), str(tmp_path / "package")
-    )
+    run, evaluation, gate = (str(adopted / name) for name in ("run", "evaluation", "gate"))
+    stages.package(run, evaluation, gate, str(tmp_path / "package"))
     scores = [
         read_manifest(folder / "evaluation", "evaluation").facts["fid_student"] for folder in (root, adopted)
     ]
@@ -527,10 +526,9 @@ def test_adopting_depends_on_every_file_of_a_training_folder(
 def test_a_report_of_an_adopted_student_has_no_curves_and_is_written(
     root: Path, adopted: Path, tmp_path: Path
 ) -> None:
-    folders = [str(root / name) for name in ("shards", "teacher")]
-    folders += [str(adopted / name) for name in ("run", "evaluation", "gate")]
+    run, evaluation, gate = (str(adopted / name) for name in ("run", "evaluation", "gate"))
     out = str(tmp_path / "report.html")
-    stages.report(*folders, out)
+    stages.report(str(root / "shards"), str(root / "teacher"), run, evaluation, gate, out)
     assert "student in 1 step" in Path(out).read_text()
 
 
