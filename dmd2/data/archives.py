@@ -42,8 +42,9 @@ compress by 1 to 20."""
 
 
 def is_hidden(name: str) -> bool:
-    name = name.removeprefix("./")
-    return "/." in f"/{name}" or name.startswith("__MACOSX/")
+    """Whether a file or one of its folders starts with a dot, or it is of the extra files of macOS."""
+    parts = name.split("/")
+    return any(part.startswith(".") and part not in (".", "..") for part in parts) or "__MACOSX" in parts
 
 
 @contextmanager
@@ -147,11 +148,12 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def grouped_samples(
-    uri: str, wanted: Collection[str], account: Account
+    uri: str, wanted: Collection[str], account: Account, noticed: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(name of the sample, {suffix: content}) for each run of members with the same key, as WebDataset groups them.
 
-    Only members with a suffix in `wanted` are read. The suffix is what follows the first dot of the file name.
+    Only members with a suffix in `wanted` are read; those in `noticed` are there, with an empty content. The suffix is what follows
+    the first dot of the file name.
     """
     with open_tar(uri) as tar:
         for key, group in itertools.groupby(members(tar, uri, account), lambda member: _key(member)[0]):
@@ -162,6 +164,8 @@ def grouped_samples(
                     raise Refused(f"{uri}/{member.name} is there twice; give every sample its own key")
                 if suffix in wanted:
                     found[suffix] = read_member(tar, member)
+                elif suffix in noticed:
+                    found[suffix] = b""
                 else:
                     what = f".{suffix} files" if suffix else "files without a suffix"
                     account.leave_out(f"{what} in an archive", f"{uri}/{member.name}")

@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dmd2.data.account import Account
 from dmd2.errors import Refused, near_miss
 
 COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description")
@@ -28,7 +29,7 @@ def find_column(there: Sequence[str], chosen: str = "") -> str | None:
     """The column or field of the captions: the chosen one, or the first with a known name; None if there is none."""
     if chosen:
         return chosen if chosen in there else None
-    by_name = {name.lower(): name for name in reversed(there)}
+    by_name = {name.lower(): name for name in reversed(there) if isinstance(name, str)}
     return next((by_name[name] for name in COLUMNS if name in by_name), None)
 
 
@@ -49,9 +50,10 @@ def clean(text: str) -> str:
     return LONE_SURROGATES.sub("\ufffd", text)
 
 
-def caption_of(value: object, where: str) -> str:
+def caption_of(value: object, where: str, account: Account) -> str:
     """The caption that a field holds: a text, nothing, or a list of which the first is used."""
     if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        account.remark(FURTHER, where, max(0, len(value) - 1))
         value = value[0] if value else ""
     if value is None:
         return ""
@@ -60,29 +62,39 @@ def caption_of(value: object, where: str) -> str:
     return clean(value)
 
 
-def caption_in_json(text: str, chosen: str, where: str) -> str:
+def caption_in_json(text: str, chosen: str, where: str, account: Account) -> str:
     """The caption in a JSON object; empty if it has no field of captions."""
     try:
         fields = json.loads(text)
-        column = find_column(list(fields), chosen)
-        return caption_of(fields[column], where) if column else ""
-    except (ValueError, TypeError, RecursionError):
-        raise Refused(f"{where} is no JSON object with a caption; correct it") from None
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise Refused(f"{where} is no JSON object with a caption; correct it")
+    column = find_column(list(fields), chosen)
+    return caption_of(fields[column], where, account) if column else ""
 
 
 def decode_text(data: bytes, where: str) -> str:
     """The text of a file in UTF-8, or in UTF-16 with a byte order mark."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if wide else "utf-8-sig")
+        text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise Refused(f"{where}: line {line} is not UTF-8; save it as UTF-8") from None
+    if "\0" in text:
+        raise Refused(f"{where} holds NUL characters, as UTF-16 without its mark does; save it as UTF-8")
+    return text
+
+
+def lines_of(data: bytes, where: str) -> list[str]:
+    """The lines of a file, whose ends are those of Linux, Windows or old Macs."""
+    return re.split(r"\r\n|\r|\n", decode_text(data, where))
 
 
 def read_jsonl(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of a file in JSON Lines."""
-    for number, line in enumerate(decode_text(data, where).split("\n"), 1):
+    for number, line in enumerate(lines_of(data, where), 1):
         if not line.strip():
             continue
         try:
@@ -96,10 +108,19 @@ def read_jsonl(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, fields
 
 
+def check_different(columns: Sequence[str], where: str) -> None:
+    """Refuse two columns of one name, of which only one would be read."""
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise Refused(f"{where} has the column {twice[0]!r} twice; rename one of them")
+
+
 def read_csv(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, fields) of a file of comma-separated values, whose first line names the columns."""
     rows = csv.DictReader(io.StringIO(decode_text(data, where), newline=""), strict=True)
     try:
+        check_different(list(rows.fieldnames or ()), where)
+        if len(rows.fieldnames or ()) == 1 and (found := re.search(r"[;\t]", str(rows.fieldnames))):
+            raise Refused(f"{where} separates its values by {found[0]!r}; save it with commas")
         for row in rows:
             if None in row or None in row.values():
                 raise Refused(

@@ -5,6 +5,7 @@ Linked files and folders of a local source are followed. What is hidden or a lin
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import posixpath
@@ -28,12 +29,14 @@ SPLITS = (
     "unlabelled", "extra",
 )  # fmt: skip
 """Names of splits."""
-SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./])", re.IGNORECASE)
-"""Names of splits that occur as a word in a file name."""
+SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./\d]|$)", re.IGNORECASE)
+"""Names of splits that occur as a word in a name: `train-0.tar`, `train2017`, `test_set`, `seg_train`."""
 HUB_SPLIT = re.compile(r"(?:^|/)([^/]+)-\d{5}-of-\d{5}\.")
 """The split in the names of files on the Hugging Face Hub, whatever it is called."""
 HIDDEN, DANGLING, CIRCULAR = "hidden files", "links to nothing", "links to a folder above"
 NO_SUFFIX = "files without a suffix"
+COMMON_SUFFIX = re.compile(r"\.[a-z][a-z0-9_-]{0,11}")
+"""Suffixes that are counted one by one; numbers at the end of names are not."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Listing:
 
     def read(self, name: str) -> bytes:
         if name in self.dangling:
-            raise Refused("it is a link to nothing")
+            raise Refused(f"{self.uri(name)} is a link to nothing; make the link anew or remove it")
         return self.store.read(name)
 
     def account(self, used: Mapping[str, str], images: Collection[str] = ()) -> Account:
@@ -123,7 +126,10 @@ def _find_files(store: Store) -> Listing:
     unlisted: list[tuple[str, str]] = []
     dangling: set[str] = set()
     folder = store.local_folder
-    there = store.list_objects() if folder is None else _walk(folder, dangling, unlisted)
+    if folder is None:
+        there = store.list_objects()
+    else:
+        there = _walk(folder, dangling, unlisted) if folder.is_dir() else []
     entries = _visible(there)
     unlisted += [(HIDDEN, entry.name) for entry in there if is_hidden(entry.name)]
     return Listing("", store, entries, False, tuple(sorted(unlisted)), frozenset(dangling))
@@ -132,7 +138,7 @@ def _find_files(store: Store) -> Listing:
 def _walk(folder: Path, dangling: set[str], unlisted: list[tuple[str, str]]) -> list[ObjectInfo]:
     """The files of a local folder; links are followed, except to a folder that holds them."""
     found = []
-    for above, folders, files in os.walk(folder, followlinks=True):
+    for above, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         inside = os.path.relpath(above, folder)
         for name in [name for name in folders if _is_circular(folder, Path(inside, name))]:
             folders.remove(name)
@@ -141,7 +147,9 @@ def _walk(folder: Path, dangling: set[str], unlisted: list[tuple[str, str]]) -> 
             short = posixpath.normpath(posixpath.join(inside, name))
             try:
                 state = os.stat(folder / short)
-            except OSError:
+            except OSError as error:
+                if not (error.errno in (errno.ENOENT, errno.ELOOP) and (folder / short).is_symlink()):
+                    raise  # it is there and cannot be read
                 dangling.add(short)
                 found.append(ObjectInfo(short, 0, DANGLING))
                 continue
@@ -150,6 +158,11 @@ def _walk(folder: Path, dangling: set[str], unlisted: list[tuple[str, str]]) -> 
             else:
                 unlisted.append(("pipes, sockets and devices", short))
     return found
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed is an error of the system, whose name says which."""
+    raise error
 
 
 def _is_circular(folder: Path, link: Path) -> bool:
@@ -186,7 +199,9 @@ def kind_of_file(name: str) -> str:
     if base.lower().endswith(IMAGE_SUFFIXES):
         return "images"
     suffix = posixpath.splitext(base)[1].lower()
-    return f"{suffix} files" if suffix else NO_SUFFIX
+    if not suffix:
+        return NO_SUFFIX
+    return f"{suffix} files" if COMMON_SUFFIX.fullmatch(suffix) else "files with another suffix"
 
 
 def same_name(name: str) -> str:
@@ -196,12 +211,18 @@ def same_name(name: str) -> str:
 
 def find_named(listing: Listing, below: str = "") -> Callable[[str], str | None]:
     """A function that finds the file which a list names, relative to the folder `below` or with the address of the source."""
+    exact = {entry.name for entry in listing.entries}
     there = {same_name(entry.name): entry.name for entry in listing.entries}
-    root = same_name(listing.store.uri) + "/"
+    uri = listing.store.uri
+    roots = (
+        [uri] if listing.store.local_folder is None else [uri, os.path.abspath(uri), os.path.realpath(uri)]
+    )
 
     def find(name: str) -> str | None:
-        named = same_name(name)
-        return there.get(named.removeprefix(root) if named.startswith("/") else posixpath.join(below, named))
+        for root in roots:
+            name = name.removeprefix(f"{root}/")
+        named = posixpath.normpath(posixpath.join(below, name))
+        return named if named in exact else there.get(same_name(posixpath.join(below, name)))
 
     return find
 
@@ -256,7 +277,8 @@ def archives_ending(listing: Listing, suffix: str) -> list[str]:
         )
     if stray := [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]:
         raise Refused(
-            f"{listing.uri(stray[0])} lies beside {suffix} files and would be left out; move them apart, or give a pattern like *{suffix}"
+            f"{listing.uri(stray[0])} lies beside {suffix} files; say folder:{listing.store.uri} for the images, or give a pattern like "
+            f"*{suffix} for the archives"
         )
     check_splits(found, listing.store.uri, suffix)
     return found
@@ -277,13 +299,16 @@ def check_splits(names: Sequence[str], where: str, pattern: str) -> None:
 
 
 def check_folder_splits(names: Sequence[str], where: str) -> None:
-    """Refuse sub-folders that are splits and no classes, at the first or the second level."""
+    """Refuse sub-folders that are splits and no classes, at any level down to the third."""
     parts = [name.split("/")[:-1] for name in names]
-    for level in (0, 1):
-        folders = {part[level].lower() for part in parts if len(part) > level}
-        splits = sorted(folders & set(SPLITS))
-        if len(splits) > 1 or (splits and splits == sorted(folders) and level == 0):
+    for level in range(3):
+        folders = {part[level] for part in parts if len(part) > level}
+        splits = sorted(name for name in folders if SPLIT.search(name))
+        words = {match[1].lower() for name in splits if (match := SPLIT.search(name))}
+        plain = [name for name in splits if name.lower() in SPLITS]
+        several = len(words) > 1 and (len(plain) > 1 or 2 * len(splits) >= len(folders))
+        if several or (splits and level == 0 and len(splits) == len(folders)):
             raise Refused(
-                f"{where} holds splits ({', '.join(splits)}) and no classes at level {level + 1} of its folders; give the "
-                f"folder of one, as {join_uri(where, splits[-1])}"
+                f"{where} holds splits ({', '.join(splits[:5])}) and no classes at level {level + 1} of its folders; give the "
+                "folder of one"
             )

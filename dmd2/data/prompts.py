@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dmd2.data.archives import open_parquet
-from dmd2.data.captions import clean, decode_text, read_csv, read_jsonl, require_column
+from dmd2.data.captions import check_different, clean, lines_of, read_csv, read_jsonl, require_column
 from dmd2.errors import Refused, brief, near_miss
 from dmd2.io.storage import fetch_file
 
@@ -66,7 +66,7 @@ def read_prompts(address: str) -> list[str]:
 
 
 def _text(path: Path, address: str, column: str) -> list[str]:
-    return decode_text(path.read_bytes(), address).split("\n")
+    return lines_of(path.read_bytes(), address)
 
 
 def _jsonl(path: Path, address: str, column: str) -> Iterator[Any]:
@@ -79,11 +79,13 @@ def _csv(path: Path, address: str, column: str) -> Iterator[Any]:
 
 def _fields(lines: Iterator[tuple[int, dict[str, Any]]], column: str, address: str) -> Iterator[Any]:
     for number, fields in lines:
-        yield fields[require_column(list(fields), column, f"{address}: line {number}", COLUMN_ADVICE)]
+        column = require_column(list(fields), column, f"{address}: line {number}", COLUMN_ADVICE)
+        yield fields[column]
 
 
 def _parquet(path: Path, address: str, column: str) -> Iterator[Any]:
     with open_parquet(address) as file:
+        check_different(file.schema_arrow.names, address)
         name = require_column(file.schema_arrow.names, column, address, COLUMN_ADVICE)
         for batch in file.iter_batches(columns=[name], use_threads=False):
             yield from batch.column(0).to_pylist()

@@ -37,7 +37,7 @@ from dmd2.data.account import Account
 from dmd2.data.decode import prepare_image
 from dmd2.data.lmdb_table import Column, TableWriter
 from dmd2.data.loader import TarShard, decode_array
-from dmd2.data.sources import Source, SourceImage
+from dmd2.data.sources import Source, SourceImage, optional_caption
 from dmd2.errors import Interrupted, Refused, brief
 from dmd2.io.artifact import MANIFEST, ArtifactFile
 from dmd2.io.staging import Draft
@@ -137,6 +137,8 @@ def split_into_units(source: Source, config: Config) -> list[Unit]:
                 f"{config.recipe!r} is told by texts; put captions beside the images (name.txt) or into a metadata.jsonl"
             )
         return _shuffled_units(source.records, config)
+    if source.count == 0:
+        raise Refused("the archives of the source hold no images; give others")
     if source.count is not None and data.holdout >= source.count:
         raise _holdout_too_large(data.holdout, source.count)
     return [Unit(n, archive.records, None, None) for n, archive in enumerate(source.archives)]
@@ -147,10 +149,11 @@ def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit
     data, order = config.data, np.random.default_rng(config.seed).permutation(len(records))
     if data.holdout >= len(records):
         raise _holdout_too_large(data.holdout, len(records))
-    held_out, rest = order[: data.holdout], order[data.holdout :]
+    by_digest = bool(data.drop_duplicates and data.holdout)  # so many different images are held out
+    held_out, rest = (order[:0], order) if by_digest else (order[: data.holdout], order[data.holdout :])
     pieces = [
         (part[start : start + data.images_per_shard], split)
-        for part, split in ((rest, TRAIN), (held_out, HOLDOUT))
+        for part, split in ((rest, None if by_digest else TRAIN), (held_out, HOLDOUT))
         for start in range(0, len(part), data.images_per_shard)
     ]
 
@@ -307,7 +310,8 @@ def _prepare(
     try:
         file = record.read()
         count(1, len(file))
-        image, text = record.decode(file, int(data.max_megapixels * 1e6)), record.caption()
+        image = record.decode(file, int(data.max_megapixels * 1e6))
+        text = optional_caption(partial(record.caption, account), job.needs_captions, record.name, account)
         if reason := _reason_to_leave_out(unit, index, image, text, job):
             account.leave_out(reason, record.name)
             return None
@@ -490,7 +494,7 @@ def hash_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
         try:
             data = record.read()
             digest = hashlib.sha256(seed + data).digest()[:15]
-            known = bool(record.text or record.read_text or not job.needs_captions)
+            known = not job.needs_captions or bool(record.caption(Account()))
         except Exception as error:  # it is reported when the shard is written
             if _is_system_error(error):
                 raise

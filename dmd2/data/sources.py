@@ -6,11 +6,13 @@ a broken file affects only itself. Nothing is extracted to disk, and nothing tha
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
@@ -23,6 +25,10 @@ from dmd2.data.listing import Listing
 from dmd2.errors import Refused
 from dmd2.io.storage import join_uri
 
+NUMBER = re.compile(r"-?[0-9]{1,9}(\.0+)?")
+"""A name of a class that is a number."""
+NOT_CLASSES = "images in folders that are not used as classes"
+UNUSED_CAPTION = "captions that cannot be read and are not needed"
 MAX_CLASSES = 2**16
 """A larger number is not accepted as a class label."""
 Label = int | str | None
@@ -37,12 +43,12 @@ class SourceImage:
     """Returns the encoded file, or raw pixels; exact duplicates have the same bytes."""
     text: str = ""
     """Caption."""
-    read_text: Callable[[], str] | None = None
-    """Reads the caption from a file of its own."""
+    read_text: Callable[[Account], str] | None = None
+    """Reads the caption from a file of its own; what is not used of it is added to the account."""
     decode: Decode = decode_image
 
-    def caption(self) -> str:
-        return self.read_text() if self.read_text else self.text
+    def caption(self, account: Account) -> str:
+        return self.read_text(account) if self.read_text else self.text
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class ListedImage(NamedTuple):
     name: str
     label: Label = None
     text: str = ""
-    read_text: Callable[[], str] | None = None
+    read_text: Callable[[Account], str] | None = None
 
 
 def source_of_listing(
@@ -97,7 +103,11 @@ def source_of_listing(
         labels, rows = {None: 0}, [row._replace(label=None) for row in rows]
     records = [
         SourceImage(
-            join_uri(root, row.name), labels[row.label], partial(read, row.name), row.text, row.read_text
+            join_uri(root, row.name),
+            labels[normal_label(row.label)],
+            partial(read, row.name),
+            row.text,
+            row.read_text,
         )
         for row in rows
     ]
@@ -111,7 +121,7 @@ def classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
         found: (address, label) of the labels, for error messages.
     """
     first: dict[Label, str] = {}
-    for where, label in found:
+    for where, label in ((where, normal_label(label)) for where, label in found):
         if not isinstance(label, Label):
             raise Refused(f"{where} has label {reprlib.repr(label)}; give a number or a name")
         first.setdefault(label, where)
@@ -130,11 +140,19 @@ def classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
     for name in names:
         if LONE_SURROGATES.search(name):
             raise Refused(f"{first[name]}: the name of its class is not in UTF-8; rename it")
-    if names and not all(name.isdecimal() and name.isascii() for name in names):
+    if names and not all(map(NUMBER.fullmatch, names)):
         return {label: index for index, label in enumerate(sorted(names))}
-    numbers: dict[Label, int] = {label: int(label) for label in first if label is not None}
+    numbers: dict[Label, int] = {label: int(str(label).split(".")[0]) for label in first if label is not None}
     _check_numbers(numbers, first)
     return numbers
+
+
+def normal_label(label: Any) -> Any:
+    """A name in one form of Unicode and without white space around it; a whole number instead of a float; no label instead of an
+    empty name."""
+    if isinstance(label, str):
+        return normalize("NFC", label.strip()) or None
+    return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _check_numbers(numbers: dict[Label, int], first: dict[Label, str]) -> None:
@@ -160,6 +178,7 @@ def class_names(labels: dict[Label, int]) -> list[str]:
 
 def class_of_label(labels: dict[Label, int], label: Label, where: str) -> int:
     """The class of a label; a label that the source did not declare is refused."""
+    label = normal_label(label)
     if isinstance(label, Label) and label in labels:
         return labels[label]
     if label is None:
@@ -219,6 +238,17 @@ def loaded_image(name: str, label: int, data: bytes, text: str = "") -> SourceIm
 def broken_image(name: str, why: str) -> SourceImage:
     """An image that is reported as unreadable when it is read."""
     return SourceImage(name, 0, partial(_raise_refused, why))
+
+
+def optional_caption(read: Callable[[], str], needed: bool, where: str, account: Account) -> str:
+    """The caption; one that cannot be read is refused only if it is needed, and else counted."""
+    try:
+        return read()
+    except Refused:
+        if needed:
+            raise
+        account.remark(UNUSED_CAPTION, where)
+        return ""
 
 
 def _raise_refused(why: str) -> bytes:

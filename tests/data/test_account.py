@@ -21,6 +21,7 @@ from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.account import Account
 from dmd2.data.loader import Shards
+from dmd2.data.prompts import read_prompts
 from tests.conftest import MICRO
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -136,7 +137,7 @@ def test_what_was_left_out_is_printed(tmp_path: Path, caplog: pytest.LogCaptureF
     messy(tmp_path / "source")
     with caplog.at_level("INFO", "dmd2"):
         facts = sharded(classes(), tmp_path / "source", tmp_path / "out")
-    assert any("gone.png: it is a link to nothing" in line for line in facts["broken"])
+    assert any("gone.png is a link to nothing" in line for line in facts["broken"])
     (record,) = [record for record in caplog.records if "are left out" in record.getMessage()]
     assert record.levelname == "WARNING"
     for words in ("unreadable images: 5", "hidden files: 5", ".heic files"):
@@ -249,6 +250,10 @@ CAPTIONED: dict[str, Callable[[Path], object]] = {
     ),
     "description in a tar": lambda root: in_tar(root, ".json", '{"description": "caption %d"}'),
     "a .caption in a tar": lambda root: in_tar(root, ".caption", "caption %d"),
+    "capitals in the suffix": lambda root: beside(root, ".TXT"),
+    "a list elsewhere that names its images by ..": lambda root: [
+        listed(root, "lists/metadata.jsonl", jsonl("text", "../{}.png"))
+    ],
 }
 
 
@@ -360,6 +365,12 @@ def test_classes_that_the_source_lacks_are_told(tmp_path: Path) -> None:
         ["train/cat/1.png"],
         ["cat/train/1.png", "cat/val/2.png"],
         ["train-0.tar", "bonus-0.tar"],
+        ["training_set/cats/1.png", "test_set/cats/2.png"],
+        ["train2017/1.png", "val2017/2.png"],
+        ["seg_train/a/1.png", "seg_test/a/2.png"],
+        ["Data/CLS-LOC/train/n01/1.png", "Data/CLS-LOC/val/2.png"],
+        ["train2017.tar", "val2017.tar"],
+        ["train0.parquet", "test0.parquet"],
         ["train-0.tar", "dev-0.tar"],
         ["train-00000-of-00001.parquet", "sketches-00000-of-00001.parquet"],
     ],
@@ -441,3 +452,186 @@ def test_holding_out_all_different_images_is_refused(tmp_path: Path, refusal: Re
     pq.write_table(pa.table({"image": [encoded(i % 3) for i in range(9)]}), tmp_path / "source" / "a.parquet")
     sentence = refusal(lambda: sharded(classes("data.holdout=3"), tmp_path / "source", tmp_path / "out"))
     assert "only 3 different images" in sentence
+
+
+def remarks(facts: dict[str, Any]) -> dict[str, int]:
+    return {what: tally["count"] for what, tally in facts["account"]["remarks"].items()}
+
+
+def test_a_pattern_of_images_finds_the_captions_beside_them(tmp_path: Path) -> None:
+    beside(tmp_path / "source", ".txt")
+    facts = stages.shard(texts(), str(tmp_path / "source" / "*.png"), str(tmp_path / "out"), workers=1).facts
+    assert captions(tmp_path / "out") == [f"caption {i}" for i in range(4)]
+    assert facts["account"]["used"] == {"images": 4, "captions": 4}
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cat", "dog"):
+        put(tmp_path / "source" / name / "1.png", encoded(0))
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="dog"):
+        sharded(classes(), tmp_path / "source", tmp_path / "out")
+
+
+def class_label(*names: str) -> dict[bytes, bytes]:
+    features = {"label": {"_type": "ClassLabel", "names": names}}
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+
+
+@pytest.mark.parametrize("what", ["names of classes", "columns", "twice", "lists"])
+def test_parquet_files_that_do_not_fit_together_are_refused(
+    what: str, tmp_path: Path, refusal: Refusal
+) -> None:
+    (tmp_path / "source").mkdir()
+    images = pa.array([encoded(0), encoded(1)])
+    labelled = pa.table({"image": images, "label": [0, 1]})
+    pairs = {
+        "names of classes": [
+            labelled.replace_schema_metadata(class_label(*n)) for n in (("cat", "dog"), ("dog", "cat"))
+        ],
+        "columns": [pa.table({"image": images}), labelled],
+        "twice": [pa.Table.from_arrays([images, images], ["image", "image"])],
+        "lists": [pa.table({"image": images, "label": [[0], [1]]})],
+    }
+    for number, table in enumerate(pairs[what]):
+        pq.write_table(table, tmp_path / "source" / f"{number}.parquet")
+    sentence = refusal(lambda: sharded(classes(), tmp_path / "source", tmp_path / "out"))
+    assert {"twice": "twice", "lists": "labels are numbers or names"}.get(
+        what, f"has other {what}"
+    ) in sentence
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (("0", "2", "10", ""), "has no label, though others have"),
+        (("0", "2", "10", "-1"), "has label -1"),
+        (("0", " 2", "10 ", "2"), ""),
+        (("0.0", "2.0", "10.0", "2.0"), ""),
+    ],
+)
+def test_labels_in_csv_are_numbers_if_all_are(
+    cells: tuple[str, ...], words: str, tmp_path: Path, refusal: Refusal
+) -> None:
+    lines = ["file_name,label", *(f"{i}.png,{cell}" for i, cell in enumerate(cells))]
+    listed(tmp_path / "source", "metadata.csv", lines)
+    if words:
+        assert words in refusal(lambda: sharded(classes(), tmp_path / "source", tmp_path / "out"))
+        return
+    facts = sharded(classes(), tmp_path / "source", tmp_path / "out")
+    assert [label for label, count in enumerate(facts["histogram"]) if count] == [0, 2, 10]
+
+
+@pytest.mark.parametrize("lines", [["file_name;text", "0.png;a"], ["file_name,text,text", "0.png,a,b"]])
+def test_a_list_that_would_be_read_wrongly_is_refused(
+    lines: list[str], tmp_path: Path, refusal: Refusal
+) -> None:
+    listed(tmp_path / "source", "metadata.csv", lines)
+    sentence = refusal(lambda: sharded(texts(), tmp_path / "source", tmp_path / "out"))
+    assert "separates its values by ';'" in sentence or "the column 'text' twice" in sentence
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "list"])
+def test_folders_that_are_no_classes_are_told(layout: str, tmp_path: Path) -> None:
+    names = [f"mine/{name}/1.png" for name in ("cat", "dog")]
+    if layout == "tar":
+        tar(tmp_path / "source" / "0.tar", {name: encoded(0) for name in names})
+    else:
+        for name in names:
+            put(tmp_path / "source" / name, encoded(0))
+    if layout == "list":
+        put(
+            tmp_path / "source" / "metadata.jsonl",
+            "\n".join(json.dumps({"file_name": name}) for name in names),
+        )
+    facts = sharded(classes(), tmp_path / "source", tmp_path / "out")
+    assert remarks(facts)["images in folders that are not used as classes"] == 2
+
+
+def test_of_two_entries_of_an_image_the_first_with_a_caption_is_used(tmp_path: Path) -> None:
+    put(tmp_path / "source" / "a.png", encoded(0))
+    images = [{"id": i, "file_name": "a.png"} for i in (1, 2, 3)]
+    notes = [{"id": 1, "image_id": 2, "caption": "second"}, {"id": 2, "image_id": 9, "caption": "of none"}]
+    put(tmp_path / "source" / "captions.json", json.dumps({"images": images, "annotations": notes}))
+    facts = sharded(texts(), tmp_path / "source", tmp_path / "out")
+    assert captions(tmp_path / "out") == ["second"]
+    assert remarks(facts)["captions of images that the list does not have"] == 1
+    assert remarks(facts)["further entries of an image, of which the first with a caption is used"] == 2
+
+
+def test_two_labels_of_one_image_are_refused(tmp_path: Path, refusal: Refusal) -> None:
+    put(tmp_path / "source" / "0.png", encoded(0))
+    put(tmp_path / "source" / "dataset.json", json.dumps({"labels": [["0.png", 1], ["0.png", 2]]}))
+    assert "two labels for 0.png" in refusal(
+        lambda: sharded(classes(), tmp_path / "source", tmp_path / "out")
+    )
+
+
+def test_a_column_that_a_layout_does_not_have_is_refused(tmp_path: Path, refusal: Refusal) -> None:
+    put(tmp_path / "source" / "cat" / "0.png", encoded(0))
+    config = classes("data.label_column=kind")
+    sentence = refusal(lambda: sharded(config, tmp_path / "source", tmp_path / "out"))
+    assert "the layout folder has no columns of labels" in sentence
+
+
+def test_a_listing_without_duplicates_holds_out_as_many_different_images(tmp_path: Path) -> None:
+    for index in range(30):
+        put(tmp_path / "source" / "cat" / f"{index:02d}.png", encoded(index % 10))
+    facts = sharded(
+        classes("data.drop_duplicates=True", "data.holdout=4"), tmp_path / "source", tmp_path / "out"
+    )
+    assert (facts["train"], facts["holdout"]) == (6, 4)
+    assert not set(held(tmp_path / "out", "holdout")) & set(held(tmp_path / "out", "train"))
+
+
+def test_of_equal_images_the_one_with_a_caption_is_kept(tmp_path: Path) -> None:
+    for index in range(4):
+        put(tmp_path / "source" / f"{index}a.png", encoded(index))
+        put(tmp_path / "source" / f"{index}a.txt", b"" if index else b"caf\xe9")
+        put(tmp_path / "source" / f"{index}b.png", encoded(index))
+        put(tmp_path / "source" / f"{index}b.txt", f"caption {index}")
+    sharded(texts("data.drop_duplicates=True"), tmp_path / "source", tmp_path / "out")
+    assert captions(tmp_path / "out") == [f"caption {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("text", [b"caf\xe9", b"[1, 2]", b'{"caption": {"a": 1}}'])
+def test_captions_that_are_not_needed_cost_no_image(text: bytes, tmp_path: Path) -> None:
+    files = {"0.png": encoded(0), "0.json": text, "1.png": encoded(1)}
+    tar(tmp_path / "tar" / "0.tar", files)
+    for name, data in files.items():
+        put(tmp_path / "folder" / "cat" / name, data)
+    for layout in ("tar", "folder"):
+        facts = sharded(classes(), tmp_path / layout, tmp_path / f"{layout}-out")
+        assert (facts["train"], facts["unreadable"]) == (2, 0)
+        assert remarks(facts)["captions that cannot be read and are not needed"] == 1
+
+
+def test_samples_without_an_image_do_not_decide_about_an_archive(tmp_path: Path) -> None:
+    info = {"README.md": b"x", "dataset_info.json": b'{"a": 1}'}
+    tar(tmp_path / "source" / "0.tar", info)
+    tar(tmp_path / "source" / "1.tar", info | {"0.png": encoded(0), "0.cls": b"1", "0.txt": b"zero"})
+    facts = sharded(classes(), tmp_path / "source", tmp_path / "out")
+    assert (facts["train"], facts["histogram"]) == (1, [0, 1])
+    assert sharded(texts(), tmp_path / "source", tmp_path / "texts")["train"] == 1
+
+
+def test_a_list_of_classes_without_names_is_refused(tmp_path: Path, refusal: Refusal) -> None:
+    tar(tmp_path / "source" / "0.tar", {"0.png": encoded(0), "0.cls": b"1"})
+    put(tmp_path / "source" / "classes.txt", "")
+    assert "or no names" in refusal(lambda: sharded(classes(), tmp_path / "source", tmp_path / "out"))
+    put(tmp_path / "source" / "classes.txt", "cat\r\ndog\n\n")
+    assert sharded(classes(), tmp_path / "source", tmp_path / "out")["classes"] == ["cat", "dog"]
+
+
+def test_text_with_nul_is_refused(tmp_path: Path, refusal: Refusal) -> None:
+    put(tmp_path / "a.txt", "a cat".encode("utf-16-le"))
+    assert "NUL" in refusal(lambda: read_prompts(str(tmp_path / "a.txt")))
+    put(tmp_path / "b.txt", b"a cat\ra dog\ra cow")
+    assert read_prompts(str(tmp_path / "b.txt")) == ["a cat", "a dog", "a cow"]

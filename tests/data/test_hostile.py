@@ -27,6 +27,7 @@ from dmd2 import recipes, stages
 from dmd2.data.account import Account
 from dmd2.data.decode import decode_image
 from dmd2.data.layouts import open_source
+from dmd2.data.listing import Wanted
 from dmd2.data.prompts import read_prompts
 from dmd2.data.sources import SourceImage
 from tests.conftest import MICRO
@@ -276,7 +277,7 @@ def test_a_caption_without_a_bottom_is_a_broken_image(tmp_path: Path, refusal: R
         for name, file in (("0.png", png()), ("0.json", caption), ("1.png", png()))
     )
     put(tmp_path / "a.tar", data + bytes(1024))
-    (archive,) = open_source(str(tmp_path / "a.tar")).archives
+    (archive,) = open_source(str(tmp_path / "a.tar"), Wanted(captions=True)).archives
     first, second = archive.records(Account())
     assert "no JSON object with a caption" in refusal(first.read)
     assert second.read() == png()

@@ -24,6 +24,7 @@ from dmd2.data.account import Account
 from dmd2.data.decode import prepare_image
 from dmd2.data.layouts import open_source
 from dmd2.data.layouts.arrays import digits
+from dmd2.data.listing import Wanted
 from dmd2.data.sources import Source, SourceImage
 from dmd2.errors import Refused
 from dmd2.io.storage import open_store
@@ -322,7 +323,7 @@ def test_a_captions_file_can_be_named(tmp_path: Path) -> None:
 
 def test_samples_that_cannot_be_read_are_met_one_at_a_time(tmp_path: Path, refusal: Refusal) -> None:
     files = {"1.png": PNGS[0], "2.txt": b"no image", "3.png": PNGS[1], "3.txt": b"\xff", "4.png": PNGS[2]}
-    (archive,) = open_source(str(tar(tmp_path / "0.tar", files))).archives
+    (archive,) = open_source(str(tar(tmp_path / "0.tar", files)), Wanted(captions=True)).archives
     account = Account()
     records = list(archive.records(account))
     assert [r.name.rpartition("/")[2] for r in records] == ["1.png", "3.png", "4.png"]
@@ -463,7 +464,8 @@ def test_a_wrong_source_is_refused_in_one_sentence(
     what: str, words: str, tmp_path: Path, refusal: Refusal
 ) -> None:
     address = broken(tmp_path / "source", what)
-    assert words in refusal(lambda: list(every(open_source(address))))
+    wanted = Wanted(captions=what == "caption is a number")
+    assert words in refusal(lambda: list(every(open_source(address, wanted))))
 
 
 @pytest.mark.parametrize("keep", [100, 512, 700, 1024, 0.5, 5120, 5300, 0])

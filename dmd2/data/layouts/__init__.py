@@ -17,6 +17,7 @@ from dmd2.data.layouts.reference import PATTERN_LMDB, reference
 from dmd2.data.layouts.webdataset import webdataset
 from dmd2.data.listing import Listing, Wanted, list_files, matching
 from dmd2.data.sources import Source
+from dmd2.errors import Refused
 
 LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
     "edm": (PATTERN_EDM, edm),
@@ -31,6 +32,9 @@ LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
     "folder": (r".*", folder),
 }
 """Layout -> (regular expression, reader). The first row whose expression matches a file name is the layout of a source."""
+
+WITH_CAPTION_COLUMNS = ("folder", "metadata", "parquet", "webdataset")
+WITH_LABEL_COLUMNS = ("metadata", "parquet")
 
 
 def open_source(address: str, wanted: Wanted = Wanted()) -> Source:  # noqa: B008 - it is frozen
@@ -49,4 +53,17 @@ def open_source(address: str, wanted: Wanted = Wanted()) -> Source:  # noqa: B00
         listing = list_files(address, known)
         names = [entry.name for entry in listing.entries if not entry.name.lower().endswith(IMAGE_SUFFIXES)]
         layout = next((row for row, (pattern, _) in LAYOUTS.items() if matching(pattern, names)), "folder")
+    _check_columns(layout, wanted)
     return LAYOUTS[layout][1](replace(listing, layout=layout, wanted=wanted))
+
+
+def _check_columns(layout: str, wanted: Wanted) -> None:
+    """Refuse a column that the layout would not read."""
+    for setting, column, layouts in (
+        ("caption", wanted.caption_column, WITH_CAPTION_COLUMNS),
+        ("label", wanted.label_column, WITH_LABEL_COLUMNS),
+    ):
+        if column and layout not in layouts:
+            raise Refused(
+                f"data.{setting}_column is {column!r}, and the layout {layout} has no columns of {setting}s; leave it out"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import zipfile
 
 import numpy as np
@@ -73,7 +74,8 @@ def idx(listing: Listing) -> Source:
     listing, name = with_siblings(
         listing, find_one(listing, PATTERN_IDX, "images file (*-images-idx3-ubyte)")
     )
-    stem = name.removesuffix(".gz").replace("-images", "-labels").replace("idx3", "idx1")
+    above, base = posixpath.split(name.removesuffix(".gz"))
+    stem = posixpath.join(above, base.replace("-images", "-labels").replace("idx3", "idx1"))
     labels = next((e.name for e in listing.entries if e.name in (stem, f"{stem}.gz")), None)
     if labels is None:
         raise Refused(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import posixpath
+from functools import partial
 
+from dmd2.data.account import Account
 from dmd2.data.archives import refuse_broken
 from dmd2.data.captions import FURTHER, caption_of, decode_text
 from dmd2.data.listing import Listing, find_one, same_name, with_siblings
-from dmd2.data.sources import ListedImage, Source, source_of_listing
+from dmd2.data.sources import ListedImage, Source, optional_caption, source_of_listing
 from dmd2.errors import Refused
 
 PATTERN_COCO = r"(.*/)?captions[^/]*\.json"
@@ -25,15 +27,24 @@ def coco(listing: Listing) -> Source:
         for note in sorted(notes["annotations"], key=lambda note: note["id"]):
             captions.setdefault(note["image_id"], note["caption"])
         wanted = [(str(image["file_name"]), captions.get(image["id"])) for image in notes["images"]]
+        orphans = captions.keys() - {image["id"] for image in notes["images"]}
         further = len(notes["annotations"]) - len(captions)
     files: dict[str, list[str]] = {}
     for entry in listing.entries:
         files.setdefault(posixpath.basename(same_name(entry.name)), []).append(entry.name)
-    rows = {}
+    rows: dict[str, ListedImage] = {}
+    again = Account()
     for file, text in wanted:
-        found = _match_file(file, files, uri)
-        rows[found] = ListedImage(found, text=caption_of(text, f"{uri}: {file}"))
+        found, where = _match_file(file, files, uri), f"{uri}: {file}"
+        read = partial(caption_of, text, where, again)
+        caption = optional_caption(read, listing.wanted.captions, where, again)
+        if found in rows:
+            again.remark("further entries of an image, of which the first with a caption is used", where)
+        if found not in rows or not rows[found].text:
+            rows[found] = ListedImage(found, text=caption)
     account = listing.account({name: "lists of captions"}, rows)
+    account.add(again)
+    account.remark("captions of images that the list does not have", uri, len(orphans))
     account.remark(FURTHER, uri, further)
     return source_of_listing(listing, sorted(rows.values(), key=lambda row: row.name), account)
 

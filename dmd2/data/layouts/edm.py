@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -46,6 +47,8 @@ def _images(
         raise Refused(f"{uri} has no {DATASET}; make it with EDM's dataset_tool.py, or choose another layout")
     labels = _labels(read(DATASET), f"{uri}/{DATASET}")
     images = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES))
+    if twice := [name for name, count in Counter(map(same_name, images)).items() if count > 1]:
+        raise Refused(f"{uri} has two files that are called {twice[0]}; give each image its own name")
     if lost := labels.keys() - {same_name(name) for name in images}:
         raise Refused(f"{uri}/{DATASET} has a label for {min(lost)}, which is not there; make it again")
     inside = (
@@ -61,4 +64,8 @@ def _images(
 def _labels(data: bytes, where: str) -> dict[str, Any]:
     with refuse_broken(where, "list of labels", ValueError, KeyError, TypeError):
         pairs = json.loads(data)["labels"] or []
-        return {same_name(str(file)): label for file, label in pairs}
+        labels = {same_name(str(file)): label for file, label in pairs}
+        other = [file for file, label in pairs if labels[same_name(str(file))] != label]
+    if other:
+        raise Refused(f"{where} has two labels for {other[0]}; make it again")
+    return labels

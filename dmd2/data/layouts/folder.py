@@ -5,13 +5,15 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from unicodedata import normalize
 
+from dmd2.data.account import Account
 from dmd2.data.captions import SUFFIXES, caption_in_json, clean, decode_text
 from dmd2.data.decode import IMAGE_SUFFIXES
-from dmd2.data.listing import Listing, check_folder_splits
-from dmd2.data.sources import ListedImage, Source, source_of_listing
+from dmd2.data.listing import Listing, check_folder_splits, same_name, with_siblings
+from dmd2.data.sources import NOT_CLASSES, ListedImage, Source, source_of_listing
 from dmd2.errors import Refused
 
 REPEATS = re.compile(r"\d+_")
@@ -26,8 +28,12 @@ def folder(listing: Listing) -> Source:
     """
     images = _images(listing)
     check_folder_splits(images, listing.store.uri)
-    captions = _captions(listing, images)
-    account = listing.account(dict.fromkeys(captions.values(), "captions"), set(images))
+    beside = with_siblings(listing, "")[0]
+    captions = _captions(beside, images)
+    used = set(captions.values())
+    named = [e for e in beside.entries if e.name in used] if listing.names_files else []
+    listing = replace(listing, entries=listing.entries + named, dangling=beside.dangling)
+    account = listing.account(dict.fromkeys(used, "captions"), set(images))
     rows = [
         ListedImage(
             name,
@@ -39,6 +45,10 @@ def folder(listing: Listing) -> Source:
     ]
     if listing.wanted.labels:
         _check_stray(listing, rows)
+        if len({row.label for row in rows}) == 1 and (
+            deep := [name for name in images if name.count("/") > 1]
+        ):
+            account.remark(NOT_CLASSES, deep[0], len(deep))
     elif repeated := [name for name in images if REPEATS.match(name)]:
         reason = "images in folders like 10_cat, which are used once each and not repeated"
         account.remark(reason, repeated[0], len(repeated))
@@ -54,22 +64,27 @@ def _images(listing: Listing) -> list[str]:
 
 def _captions(listing: Listing, images: Sequence[str]) -> dict[str, str]:
     """Image -> file of its caption."""
-    there = {entry.name for entry in listing.entries}
+    there = {_caption_key(*posixpath.splitext(entry.name)): entry.name for entry in listing.entries}
+    suffixes = [*SUFFIXES, ".json"]
+    if listing.wanted.caption_column:
+        suffixes.reverse()
     found = {}
     for image in images:
         stems = posixpath.splitext(image)[0], image
-        files = [stem + suffix for suffix in (*SUFFIXES, ".json") for stem in stems]
-        if file := next((file for file in files if file in there), None):
+        keys = [_caption_key(stem, suffix) for suffix in suffixes for stem in stems]
+        if file := next((there[key] for key in keys if key in there), None):
             found[image] = file
     return found
 
 
-def _read_caption(listing: Listing, file: str) -> str:
-    where = listing.uri(file)
+def _caption_key(stem: str, suffix: str) -> str:
+    return same_name(stem) + suffix.lower()
+
+
+def _read_caption(listing: Listing, file: str, account: Account) -> str:
+    where, column = listing.uri(file), listing.wanted.caption_column
     text = decode_text(listing.read(file), where)
-    return (
-        caption_in_json(text, listing.wanted.caption_column, where) if file.endswith(".json") else clean(text)
-    )
+    return caption_in_json(text, column, where, account) if file.lower().endswith(".json") else clean(text)
 
 
 def _class(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -13,15 +14,19 @@ from dmd2.data.archives import members, open_tar, read_member
 from dmd2.data.listing import NO_SUFFIX, Listing, archives_ending, kind_of_file
 from dmd2.data.sources import Archive, Source, SourceImage, class_names, classes_of_labels, loaded_image
 
+CLASS_TAR = re.compile(r"n\d{8}\.tar$")
+"""A tar of one class."""
+
 
 def imagenet(listing: Listing) -> Source:
     """A tar of images per class, named after it, or one tar of such tars."""
     names = archives_ending(listing, ".tar")
     account = listing.account(dict.fromkeys(names, "archives"))
     tars = [listing.uri(name) for name in names]
-    parts: list[tuple[str, str, tarfile.TarInfo | None]] = [(uri, uri, None) for uri in tars]
-    if len(tars) == 1:
-        parts = _inner_tars(tars[0], account) or parts
+    parts: list[tuple[str, str, tarfile.TarInfo | None]] = []
+    for uri in tars:
+        of_a_class = len(tars) > 1 and CLASS_TAR.search(uri)
+        parts += (not of_a_class and _inner_tars(uri, account)) or [(uri, uri, None)]
     found = [(name, _stem(name) if listing.wanted.labels else None) for name, _, _ in parts]
     labels = classes_of_labels(found)
     archives = [

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from dmd2.data.account import Account
 from dmd2.data.captions import caption_of, find_column, read_csv, read_jsonl, require_column
 from dmd2.data.decode import IMAGE_SUFFIXES
-from dmd2.data.listing import Listing, find_named, find_one, with_siblings
-from dmd2.data.sources import ListedImage, Source, source_of_listing
+from dmd2.data.listing import Listing, check_folder_splits, find_named, find_one, with_siblings
+from dmd2.data.sources import NOT_CLASSES, ListedImage, Source, optional_caption, source_of_listing
 from dmd2.errors import Refused, near_miss
 
 PATTERN_METADATA = r"(.*/)?metadata\.(jsonl|csv)"
@@ -25,6 +26,7 @@ def metadata(listing: Listing) -> Source:
     uri = listing.uri(name)
     read = read_csv if name.endswith(".csv") else read_jsonl
     lines = list(read(listing.read(name), uri))
+    check_folder_splits([str(fields.get(FILE)) for _, fields in lines], uri)
     there = list(dict.fromkeys(field for _, fields in lines for field in fields))
     text, label = _find_columns(there, listing, uri)
     find, rows, further = find_named(listing, posixpath.dirname(name)), {}, Account()
@@ -35,12 +37,16 @@ def metadata(listing: Listing) -> Source:
             further.leave_out("further lines about an image, of which the first is used", where)
             continue
         further.use("lines about images")
-        rows[file] = ListedImage(file, fields.get(label), caption_of(fields.get(text), f"{where}, {file}"))
+        read_caption = partial(caption_of, fields.get(text), f"{where}, {file}", further)
+        caption = optional_caption(read_caption, listing.wanted.captions, where, further)
+        rows[file] = ListedImage(file, fields.get(label), caption)
     extra = {e.name for e in listing.entries if e.name.lower().endswith(IMAGE_SUFFIXES)} - rows.keys()
     if extra:
         raise Refused(f"{uri} has no line for {min(extra)}; add one or remove the image")
     account = listing.account({name: "lists of images"}, rows)
     account.add(further)
+    if listing.wanted.labels and label not in there and (deep := [file for file in rows if "/" in file]):
+        account.remark(NOT_CLASSES, deep[0], len(deep))
     if unused := [field for field in there if field not in (FILE, text, label)]:
         account.remark("fields that are not used", ", ".join(unused), len(unused))
     return source_of_listing(listing, list(rows.values()), account)

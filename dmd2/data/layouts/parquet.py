@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dmd2.data.account import Account
 from dmd2.data.archives import open_parquet
-from dmd2.data.captions import FURTHER, caption_of, find_column, require_column
+from dmd2.data.captions import caption_of, check_different, find_column, require_column
 from dmd2.data.listing import Listing, Wanted, archives_ending
 from dmd2.data.sources import (
     Archive,
@@ -22,6 +22,7 @@ from dmd2.data.sources import (
     class_of_label,
     classes_of_labels,
     loaded_image,
+    optional_caption,
 )
 from dmd2.errors import Refused, near_miss
 
@@ -45,22 +46,48 @@ def parquet(listing: Listing) -> Source:
     found = archives_ending(listing, ".parquet")
     account, files = listing.account(dict.fromkeys(found, "archives")), [listing.uri(name) for name in found]
     with open_parquet(files[0]) as first:
-        columns = _find_columns(first.schema_arrow, files[0], listing.wanted)
-        names = _huggingface_features(first.schema_arrow).get(columns.label or "", {}).get("names")
-        if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"its names of classes are {reprlib.repr(names)}")
+        columns, names = _read_schema(first.schema_arrow, files[0], listing.wanted)
         if unused := [name for name in first.schema_arrow.names if name not in columns]:
             account.remark("columns that are not used", ", ".join(unused), len(unused))
+    expected = columns, names
+    if listing.store.local_folder:  # others are compared when they are read
+        for uri in files[1:]:
+            with open_parquet(uri) as file:
+                _check_schema(file.schema_arrow, uri, listing.wanted, expected)
     labels: dict[Label, int] = {None: 0}
     if names:
         labels = {index: index for index in range(len(names))}
     elif columns.label:
         labels = classes_of_labels(pair for uri in files for pair in _distinct_labels(uri, columns.label))
     count = sum(map(_row_count, files)) if listing.store.local_folder else None
-    archives = [Archive(uri, partial(_parquet_records, uri, columns, labels)) for uri in files]
+    archives = [Archive(uri, partial(_records, uri, listing.wanted, expected, labels)) for uri in files]
     return Source(
         names or class_names(labels), listing.fingerprint, archives=archives, count=count, account=account
     )
+
+
+def _read_schema(schema: Any, where: str, wanted: Wanted) -> tuple[ParquetColumns, list[str] | None]:
+    """The columns, and the names of the classes if the file has them."""
+    check_different(schema.names, where)
+    columns = _find_columns(schema, where, wanted)
+    if columns.label and hasattr(kind := schema.field(columns.label).type, "num_fields") and kind.num_fields:
+        raise Refused(f"{where} has {kind} in the column {columns.label!r}; labels are numbers or names")
+    names = _huggingface_features(schema).get(columns.label or "", {}).get("names")
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"its names of classes are {reprlib.repr(names)}")
+    return columns, names
+
+
+def _check_schema(
+    schema: Any, where: str, wanted: Wanted, expected: tuple[ParquetColumns, list[str] | None]
+) -> None:
+    found = _read_schema(schema, where, wanted)
+    for kind, mine, others in zip(("columns", "names of classes"), found, expected, strict=True):
+        if mine != others:
+            shown = [", ".join(filter(None, each or ())) or "none" for each in (mine, others)]
+            raise Refused(
+                f"{where} has other {kind} than the first file ({shown[0]:.200} instead of {shown[1]:.200}); make them alike"
+            )
 
 
 def _huggingface_features(schema: Any) -> dict[str, Any]:
@@ -115,22 +142,30 @@ def _row_count(uri: str) -> int:
         return file.metadata.num_rows
 
 
-def _parquet_records(
-    uri: str, columns: ParquetColumns, labels: dict[Label, int], account: Account
+def _records(
+    uri: str,
+    wanted: Wanted,
+    expected: tuple[ParquetColumns, list[str] | None],
+    labels: dict[Label, int],
+    account: Account,
 ) -> Iterator[SourceImage]:
+    columns = expected[0]
     with open_parquet(uri) as file:
-        if missing := set(columns.present()) - set(file.schema_arrow.names):
-            raise Refused(f"{uri} has no column {min(missing)}, though other files have; add it")
+        _check_schema(file.schema_arrow, uri, wanted, expected)
         batches = file.iter_batches(BATCH, columns=columns.present(), use_threads=False)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows):
             name = f"{uri}:{number}"
             label = class_of_label(labels, row[columns.label] if columns.label else None, name)
             image, text = row[columns.image], row[columns.text] if columns.text else None
-            if isinstance(text, list) and len(text) > 1:
-                account.remark(FURTHER, name, len(text) - 1)
             data = image.get("bytes") if isinstance(image, dict) else image
-            if isinstance(data, bytes):
-                yield loaded_image(name, label, data, caption_of(text, name))
-            else:
+            if not isinstance(data, bytes):
                 yield broken_image(name, "it has no bytes of an image")
+                continue
+            try:
+                read = partial(caption_of, text, name, account)
+                caption = optional_caption(read, wanted.captions, name, account)
+            except Refused as error:
+                yield broken_image(name, str(error))
+                continue
+            yield loaded_image(name, label, data, caption)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
 from dmd2.data.account import Account
 from dmd2.data.archives import grouped_samples, refuse_broken
-from dmd2.data.captions import SUFFIXES, caption_in_json, clean, decode_text, require_column
+from dmd2.data.captions import (
+    SUFFIXES,
+    caption_in_json,
+    clean,
+    decode_text,
+    find_column,
+    lines_of,
+    require_column,
+)
 from dmd2.data.decode import IMAGE_SUFFIXES
 from dmd2.data.listing import Listing, Wanted, archives_ending
 from dmd2.data.sources import (
+    NOT_CLASSES,
     Archive,
     Label,
     Source,
@@ -22,10 +31,12 @@ from dmd2.data.sources import (
     class_of_label,
     classes_of_labels,
     loaded_image,
+    optional_caption,
 )
 from dmd2.errors import Refused
 
-CLASSES = "classes.txt"
+CLASSES, FIRST = "classes.txt", 20
+"""Names of the classes; number of samples that are looked at before the rest."""
 IMAGES = [suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES]
 TEXTS = [suffix.removeprefix(".") for suffix in SUFFIXES]
 
@@ -41,25 +52,21 @@ def webdataset(listing: Listing) -> Source:
         [listing.uri(name) for name in found],
         listing.wanted,
     )
-    sample = next(grouped_samples(tars[0], {"cls", "tar", "json", *TEXTS}, Account()), None)
-    if sample is None or "tar" in sample[1]:
-        raise Refused(
-            f"{tars[0]} holds {'tars' if sample else 'nothing'}; of ImageNet's archives say imagenet:{tars[0]}"
-        )
-    _check_captions(*sample, wanted)
+    _check_first(tars, wanted)
     labels: dict[Label, int] = {None: 0}
     names = None
     if not wanted.labels:
         pass
     elif any(entry.name == CLASSES for entry in listing.entries):
         used[CLASSES] = "lists of classes"
-        names = decode_text(listing.read(CLASSES), listing.uri(CLASSES)).splitlines()
+        names = _class_names(listing)
         labels = {index: index for index in range(len(names))}
-    elif "cls" in sample[1]:
+    else:
         labels = classes_of_labels(
             (key, _parse_class(files, key))
             for uri in tars
-            for key, files in grouped_samples(uri, {"cls"}, Account())
+            for key, files in grouped_samples(uri, {"cls"}, Account(), IMAGES)
+            if any(suffix in files for suffix in IMAGES)
         )
     archives = [Archive(uri, partial(_records, uri, labels, wanted)) for uri in tars]
     return Source(
@@ -71,15 +78,53 @@ def webdataset(listing: Listing) -> Source:
     )
 
 
-def _check_captions(key: str, files: dict[str, bytes], wanted: Wanted) -> None:
-    """Refuse at once if the first sample has fields in JSON, and none of them is a caption."""
-    if "json" in files and not any(suffix in files for suffix in TEXTS):
-        with suppress(ValueError, RecursionError):
-            fields = json.loads(files["json"])
-            if isinstance(fields, dict) and (wanted.captions or wanted.caption_column):
-                require_column(
-                    list(fields), wanted.caption_column, f"{key}.json", "choose one by --data.caption-column"
-                )
+def _class_names(listing: Listing) -> list[str]:
+    names = [line.strip() for line in lines_of(listing.read(CLASSES), listing.uri(CLASSES))]
+    while names and not names[-1]:
+        names.pop()
+    if not (names and all(names)):
+        raise Refused(
+            f"{listing.uri(CLASSES)} has an empty line, or no names; write the name of one class per line"
+        )
+    return names
+
+
+def _check_first(tars: Sequence[str], wanted: Wanted) -> None:
+    """Look at the first samples with an image: tars of tars are another layout, and fields without a caption are refused at once."""
+    fields: list[tuple[str, list[str]]] = []
+    for key, files in _first_samples(tars):
+        if "json" not in files or any(suffix in files for suffix in TEXTS):
+            return
+        found = _fields(files["json"])
+        if found is None or find_column(found, wanted.caption_column):
+            return
+        fields.append((key, found))
+    if not fields:
+        raise Refused(f"{tars[0]} and the tars beside it hold no images; give tars of images")
+    if wanted.captions or wanted.caption_column:
+        key, found = fields[0]
+        require_column(found, wanted.caption_column, f"{key}.json", "choose one by --data.caption-column")
+
+
+def _first_samples(tars: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """At most `FIRST` samples with an image; of their files, only .json is read."""
+    looked = 0
+    for uri in tars:
+        for key, files in grouped_samples(uri, {"json"}, Account(), [*IMAGES, *TEXTS, "tar"]):
+            if "tar" in files:
+                raise Refused(f"{uri} holds tars; of ImageNet's archives say imagenet:{uri}")
+            if any(suffix in files for suffix in IMAGES):
+                yield key, files
+                looked += 1
+            if looked == FIRST:
+                return
+
+
+def _fields(data: bytes) -> list[str] | None:
+    with suppress(ValueError, RecursionError):
+        if isinstance(fields := json.loads(data), dict):
+            return list(fields)
+    return None
 
 
 def _parse_class(files: dict[str, bytes], where: str) -> int | None:
@@ -101,10 +146,17 @@ def _records(uri: str, labels: dict[Label, int], wanted: Wanted, account: Accoun
         account.use("labels", "cls" in files)
         name = f"{key}.{images[0]}"
         try:
-            text = _caption(key, files, wanted, account)
+            read = partial(_caption, key, files, wanted, account)
+            text = optional_caption(read, wanted.captions, key, account)
         except Refused as error:
             yield broken_image(name, str(error))
             continue
+        if (
+            wanted.labels
+            and labels.keys() == {None}
+            and "/" in key.removeprefix(f"{uri}/").removeprefix("./")
+        ):
+            account.remark(NOT_CLASSES, key)
         if len(images) == 1:
             yield loaded_image(name, label, files[images[0]], text)
         else:
@@ -122,7 +174,7 @@ def _caption(key: str, files: dict[str, bytes], wanted: Wanted, account: Account
         return ""
     where = f"{key}.{there[0]}"
     text = decode_text(files[there[0]], where)
-    return caption_in_json(text, wanted.caption_column, where) if there[0] == "json" else clean(text)
+    return caption_in_json(text, wanted.caption_column, where, account) if there[0] == "json" else clean(text)
 
 
 def _img2dataset_count(listing: Listing) -> int | None:
