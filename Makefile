@@ -22,7 +22,8 @@ EMOJI := runs/emoji
 TEACHER ?= tests/emoji/pipeline
 
 demo-sdxl: $(READY) $(EMOJI)/source ## Distil a small SDXL that draws emoji into four steps (needs npm)
-	$(BIN)/python -m pipelines run-local --root runs/demo-sdxl --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji
+	$(BIN)/python -m pipelines run-local --root runs/demo-sdxl --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji \
+		--overrides "evaluate.metrics=fid,clip evaluate.clip=tests/emoji/clip_model"
 
 teacher-emoji: $(READY) $(EMOJI)/source ## Train that SDXL anew, into runs/emoji/teacher: about half an hour
 	$(BIN)/dmd2 shard sdxl-4step-emoji --source $(EMOJI)/source --out $(EMOJI)/shards

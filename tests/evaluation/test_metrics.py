@@ -13,12 +13,16 @@ import transformers
 from cleanfid.fid import kernel_distance as cleanfid_kernel_distance
 from torch import Tensor
 
-from dmd2 import recipes
+from dmd2 import recipes, stages
+from dmd2.data.loader import Shards
+from dmd2.data.shards import HOLDOUT
 from dmd2.evaluation import kernel, neighbours
 from dmd2.evaluation.clip_score import PREFIX, Clip, ClipState
 from dmd2.evaluation.evaluator import Evaluator, score_states
 from dmd2.evaluation.metrics import METRICS, ImageBatch, MetricState, Score, select
 from dmd2.models.family import Prompt
+from tests.emoji import clip as emoji_clip
+from tests.emoji import source as emoji_source
 
 Refusal = Callable[[Callable[[], object]], str]
 EMOJI = Path(__file__).parents[1] / "emoji" / "pipeline"
@@ -180,3 +184,13 @@ def test_a_folder_that_is_no_clip_is_refused(clip_folder: Path, tmp_path: Path, 
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refusal(lambda: Clip(str(folder), CPU))
     assert refusal(lambda: Clip(str(tmp_path / "nowhere"), CPU))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npm"), reason="the emoji are fetched with npm")
+def test_the_clip_of_the_emoji_knows_their_captions(tmp_path: Path) -> None:
+    shards, config = str(tmp_path / "shards"), recipes.get("sdxl-4step-emoji")
+    stages.shard(config, str(emoji_source.source(tmp_path / "source")), shards)
+    clip = Clip(str(EMOJI.with_name("clip_model")), CPU)
+    found = emoji_clip.share_found(clip, Shards(shards, HOLDOUT).evenly_spaced(200))
+    assert found > 0.5  # chance: 0.1
