@@ -274,9 +274,10 @@ def published_networks(kind: str) -> dict[str, Any]:
     small: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
     big: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
     make: Any = AutoencoderKL
+    family = make_family(StableConfig(kind=kind, resolution=512))  # its scheduler computes its noise levels
     with torch.device("meta"):
         networks = {
-            "unet": make_family(StableConfig(kind=kind, resolution=512)).network(),
+            "unet": family.network(),
             "vae": make(**blocks),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**small)),
         }
