@@ -148,11 +148,13 @@ def classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:
 
 
 def normal_label(label: Any) -> Any:
-    """A name in one form of Unicode and without white space around it; a whole number instead of a float; no label instead of an
+    """A name in one form of Unicode and without white space around it; a whole number instead of a float or a truth value; no label instead of an
     empty name."""
     if isinstance(label, str):
         return normalize("NFC", label.strip()) or None
-    return int(label) if isinstance(label, float) and label.is_integer() else label
+    if isinstance(label, bool | float) and float(label).is_integer():
+        return int(label)
+    return label
 
 
 def _check_numbers(numbers: dict[Label, int], first: dict[Label, str]) -> None:

@@ -574,6 +574,16 @@ def test_two_labels_of_one_image_are_refused(tmp_path: Path, refusal: Refusal) -
     )
 
 
+@pytest.mark.parametrize("labels", [[False, True], [0.0, 1.0], [0, 1], ["0", "1"]])
+def test_labels_of_edm_may_be_truth_values_floats_and_digits(labels: list[Any], tmp_path: Path) -> None:
+    for index in range(2):
+        put(tmp_path / "source" / f"{index}.png", encoded(index))
+    pairs = [[f"{index}.png", label] for index, label in enumerate(labels)]
+    put(tmp_path / "source" / "dataset.json", json.dumps({"labels": pairs}))
+    facts = sharded(classes(), tmp_path / "source", tmp_path / "out")
+    assert (facts["classes"], facts["histogram"]) == (["0", "1"], [1, 1])
+
+
 def test_a_column_that_a_layout_does_not_have_is_refused(tmp_path: Path, refusal: Refusal) -> None:
     put(tmp_path / "source" / "cat" / "0.png", encoded(0))
     config = classes("data.label_column=kind")
