@@ -32,9 +32,9 @@ teacher-emoji: $(READY) $(EMOJI)/source ## Train that SDXL anew, into runs/emoji
 $(EMOJI)/source: $(READY)
 	$(BIN)/python -m tests.emoji.source --out $@
 
-JOBS ?= 2
+JOBS ?= 3
 
-test: $(READY) ## Run the tests (JOBS=2 at a time, of a core each)
+test: $(READY) ## Run the tests (JOBS=3 files at a time, on two cores: a third of their time is waiting)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-slow: $(READY) ## Repeat what is random, with real processes only; build and run the small image (as root)
