@@ -88,6 +88,8 @@ class Listing:
         for name in (entry.name for entry in self.entries):
             if purpose := used.get(name):
                 account.use(purpose)
+            elif name in self.dangling and name not in images:
+                account.leave_out(DANGLING, name)
             elif name not in images:
                 account.leave_out(f"{kind_of_file(name)} that the layout {self.layout} does not use", name)
         return account

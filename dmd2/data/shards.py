@@ -280,7 +280,7 @@ def _write_table(split: str, shards: list[ShardInfo], config: Config, draft: Dra
 
 def write_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
     """Write the shards of a unit, then its result file."""
-    result = UnitResult(account=Account())
+    result = UnitResult()
     writers = {split: SplitWriter(split, unit.number, job) for split in SPLITS}
     held_out = job.selection.held_out.get(unit.number, set())
     try:
@@ -476,11 +476,10 @@ def _smallest_digests(tables: Sequence[np.ndarray], count: int) -> np.ndarray:
     """The `count` smallest different digests of readable images, which must not be all of them."""
     if not (count and tables):
         return np.empty(0, "V16")
-    smallest, different = np.empty(0, "V16"), np.empty(0, "V16")
+    smallest = np.empty(0, "V16")
     for table in tables:
         readable = table[np.frombuffer(table.tobytes(), np.uint8).reshape(-1, 16)[:, 0] != UNREADABLE]
-        different = np.unique(np.concatenate([smallest, readable]))
-        smallest = different[: count + 1]
+        smallest = np.unique(np.concatenate([smallest, readable]))[: count + 1]
     if len(smallest) <= count:
         raise _holdout_too_large(count, len(smallest), "different ")
     return smallest[:count]

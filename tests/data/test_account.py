@@ -23,6 +23,7 @@ from dmd2.data.account import Account
 from dmd2.data.loader import Shards
 from dmd2.data.prompts import read_prompts
 from tests.conftest import MICRO
+from tests.data.test_sources import put, tar
 
 Refusal = Callable[[Callable[[], object]], str]
 TINY_TEXT = ("family.resolution=32", "family.vae_stride=2", "data.holdout=0")
@@ -36,22 +37,6 @@ def encoded(seed: int, kind: str = "PNG", side: int = 8) -> bytes:
     stream = io.BytesIO()
     picture(seed, side).save(stream, format=kind)
     return stream.getvalue()
-
-
-def put(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
-
-
-def tar(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
 
 
 def classes(*more: str) -> Config:
@@ -564,6 +549,44 @@ def test_of_two_entries_of_an_image_the_first_with_a_caption_is_used(tmp_path: P
     assert captions(tmp_path / "out") == ["second"]
     assert remarks(facts)["captions of images that the list does not have"] == 1
     assert remarks(facts)["further entries of an image, of which the first with a caption is used"] == 2
+
+
+def test_splits_inside_a_tar_are_refused(tmp_path: Path, refusal: Refusal) -> None:
+    tar(tmp_path / "source" / "0.tar", {"./train/0.png": encoded(0), "./test/0.png": encoded(1)})
+    sentence = refusal(lambda: sharded(classes(), tmp_path / "source", tmp_path / "out"))
+    assert "several splits (test, train) in its folders" in sentence
+
+
+@pytest.mark.parametrize("layout", ["tar", "folder"])
+def test_a_chosen_column_is_read_and_nothing_else(layout: str, tmp_path: Path, refusal: Refusal) -> None:
+    files = {
+        "0.png": encoded(0),
+        "0.json": b'{"blip": "wanted"}',
+        "0.txt": b"another",
+        "1.png": encoded(1),
+        "1.txt": b"x",
+    }
+    if layout == "tar":
+        tar(tmp_path / "source" / "0.tar", files)
+    for name, data in files.items() if layout == "folder" else ():
+        put(tmp_path / "source" / name, data)
+    facts = sharded(texts("data.caption_column=blip"), tmp_path / "source", tmp_path / "out")
+    assert captions(tmp_path / "out") == ["wanted"]
+    assert facts["without_caption"] == 1
+    assert Account.model_validate(facts["account"]).num_items == len(files) + (layout == "tar")
+    sentence = refusal(
+        lambda: sharded(texts("data.caption_column=nowhere"), tmp_path / "source", tmp_path / "none")
+    )
+    assert "caption" in sentence
+
+
+def test_a_caption_file_that_is_a_link_to_nothing_is_no_caption(tmp_path: Path) -> None:
+    beside(tmp_path / "source", ".txt")
+    (tmp_path / "source" / "1.txt").unlink()
+    (tmp_path / "source" / "1.txt").symlink_to(tmp_path / "nowhere")
+    facts = sharded(texts(), tmp_path / "source", tmp_path / "out")
+    assert (facts["train"], facts["without_caption"], facts["unreadable"]) == (3, 1, 0)
+    assert left_out(facts) == {"images without a caption": 1, "links to nothing": 1}
 
 
 def test_two_labels_of_one_image_are_refused(tmp_path: Path, refusal: Refusal) -> None:

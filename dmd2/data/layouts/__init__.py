@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from dmd2.data.decode import IMAGE_SUFFIXES
 from dmd2.data.layouts.arrays import PATTERN_IDX, digits, idx, npz
@@ -19,22 +20,29 @@ from dmd2.data.listing import Listing, Wanted, list_files, matching
 from dmd2.data.sources import Source
 from dmd2.errors import Refused
 
-LAYOUTS: dict[str, tuple[str, Callable[[Listing], Source]]] = {
-    "edm": (PATTERN_EDM, edm),
-    "metadata": (PATTERN_METADATA, metadata),
-    "coco": (PATTERN_COCO, coco),
-    "imagenet": (r"(.*/)?(n\d{8}|ILSVRC2012_img_train[^/]*)\.tar", imagenet),
-    "webdataset": (r".*\.tar", webdataset),
-    "parquet": (r".*\.parquet", parquet),
-    "lmdb": (PATTERN_LMDB, reference),
-    "npz": (r"[^/]*\.npz", npz),
-    "idx": (PATTERN_IDX, idx),
-    "folder": (r".*", folder),
-}
-"""Layout -> (regular expression, reader). The first row whose expression matches a file name is the layout of a source."""
 
-WITH_CAPTION_COLUMNS = ("folder", "metadata", "parquet", "webdataset")
-WITH_LABEL_COLUMNS = ("metadata", "parquet")
+class Layout(NamedTuple):
+    pattern: str
+    """Regular expression for the names of its files."""
+    read: Callable[[Listing], Source]
+    columns: tuple[str, ...] = ()
+    """Which of `caption` and `label` the user may choose a column or field for."""
+
+
+BOTH = ("caption", "label")
+LAYOUTS: dict[str, Layout] = {
+    "edm": Layout(PATTERN_EDM, edm),
+    "metadata": Layout(PATTERN_METADATA, metadata, BOTH),
+    "coco": Layout(PATTERN_COCO, coco),
+    "imagenet": Layout(r"(.*/)?(n\d{8}|ILSVRC2012_img_train[^/]*)\.tar", imagenet),
+    "webdataset": Layout(r".*\.tar", webdataset, ("caption",)),
+    "parquet": Layout(r".*\.parquet", parquet, BOTH),
+    "lmdb": Layout(PATTERN_LMDB, reference),
+    "npz": Layout(r"[^/]*\.npz", npz),
+    "idx": Layout(PATTERN_IDX, idx),
+    "folder": Layout(r".*", folder, ("caption",)),
+}
+"""The first row whose expression matches a file name is the layout of a source."""
 
 
 def open_source(address: str, wanted: Wanted = Wanted()) -> Source:  # noqa: B008 - it is frozen
@@ -52,18 +60,17 @@ def open_source(address: str, wanted: Wanted = Wanted()) -> Source:  # noqa: B00
     else:
         listing = list_files(address, known)
         names = [entry.name for entry in listing.entries if not entry.name.lower().endswith(IMAGE_SUFFIXES)]
-        layout = next((row for row, (pattern, _) in LAYOUTS.items() if matching(pattern, names)), "folder")
+        layout = next(
+            name for name, row in LAYOUTS.items() if name == "folder" or matching(row.pattern, names)
+        )
     _check_columns(layout, wanted)
-    return LAYOUTS[layout][1](replace(listing, layout=layout, wanted=wanted))
+    return LAYOUTS[layout].read(replace(listing, layout=layout, wanted=wanted))
 
 
 def _check_columns(layout: str, wanted: Wanted) -> None:
     """Refuse a column that the layout would not read."""
-    for setting, column, layouts in (
-        ("caption", wanted.caption_column, WITH_CAPTION_COLUMNS),
-        ("label", wanted.label_column, WITH_LABEL_COLUMNS),
-    ):
-        if column and layout not in layouts:
+    for what, column in (("caption", wanted.caption_column), ("label", wanted.label_column)):
+        if column and what not in LAYOUTS[layout].columns:
             raise Refused(
-                f"data.{setting}_column is {column!r}, and the layout {layout} has no columns of {setting}s; leave it out"
+                f"data.{what}_column is {column!r}, and the layout {layout} has no columns of {what}s; leave it out"
             )

@@ -27,22 +27,24 @@ def edm(listing: Listing) -> Source:
     name = find_one(listing, PATTERN_EDM, "dataset.json or zip file")
     if name.endswith(".zip"):
         return _zip(listing, name)
-    return _images(listing, [e.name for e in listing.entries], listing.read, listing.store.uri, Account())
+    return _images(listing, listing.read, listing.store.uri, Account())
 
 
 def _zip(listing: Listing, name: str) -> Source:
     uri = listing.uri(name)
     names = [n for n in open_zip(uri, os.getpid()).namelist() if not n.endswith("/")]
-    account = listing.account({name: "archives"})
-    for hidden in filter(is_hidden, names):
-        account.leave_out(HIDDEN, f"{uri}/{hidden}")
-    shown = [n for n in names if not is_hidden(n)]
-    return _images(listing, shown, partial(read_zip_member, uri), uri, account)
+    inside = replace(
+        listing,
+        entries=[ObjectInfo(n, 0, "") for n in names if not is_hidden(n)],
+        unlisted=tuple((HIDDEN, f"{uri}/{n}") for n in names if is_hidden(n)),
+    )
+    source = _images(inside, partial(read_zip_member, uri), uri, listing.account({name: "archives"}))
+    return replace(source, fingerprint=listing.fingerprint)
 
 
-def _images(
-    listing: Listing, names: list[str], read: Callable[[str], bytes], uri: str, account: Account
-) -> Source:
+def _images(listing: Listing, read: Callable[[str], bytes], uri: str, account: Account) -> Source:
+    """The source of the images in a listing, of a folder or of the members of a zip."""
+    names = [entry.name for entry in listing.entries]
     if DATASET not in names:
         raise Refused(f"{uri} has no {DATASET}; make it with EDM's dataset_tool.py, or choose another layout")
     labels = _labels(read(DATASET), f"{uri}/{DATASET}")
@@ -51,12 +53,7 @@ def _images(
         raise Refused(f"{uri} has two files that are called {twice[0]}; give each image its own name")
     if lost := labels.keys() - {same_name(name) for name in images}:
         raise Refused(f"{uri}/{DATASET} has a label for {min(lost)}, which is not there; make it again")
-    inside = (
-        replace(listing, entries=[ObjectInfo(name, 0, "") for name in names], unlisted=())
-        if account.used
-        else listing
-    )
-    account.add(inside.account({DATASET: "lists of labels"}, set(images)))
+    account.add(listing.account({DATASET: "lists of labels"}, set(images)))
     rows = [ListedImage(name, labels.get(same_name(name))) for name in images]
     return source_of_listing(listing, rows, account, read, uri)
 

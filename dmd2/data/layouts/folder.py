@@ -64,10 +64,9 @@ def _images(listing: Listing) -> list[str]:
 
 def _captions(listing: Listing, images: Sequence[str]) -> dict[str, str]:
     """Image -> file of its caption."""
-    there = {_caption_key(*posixpath.splitext(entry.name)): entry.name for entry in listing.entries}
-    suffixes = [*SUFFIXES, ".json"]
-    if listing.wanted.caption_column:
-        suffixes.reverse()
+    names = [entry.name for entry in listing.entries if entry.name not in listing.dangling]
+    there = {_caption_key(*posixpath.splitext(name)): name for name in names}
+    suffixes = [".json"] if listing.wanted.caption_column else [*SUFFIXES, ".json"]
     found = {}
     for image in images:
         stems = posixpath.splitext(image)[0], image

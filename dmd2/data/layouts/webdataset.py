@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,7 +20,7 @@ from dmd2.data.captions import (
     require_column,
 )
 from dmd2.data.decode import IMAGE_SUFFIXES
-from dmd2.data.listing import Listing, Wanted, archives_ending
+from dmd2.data.listing import SPLIT, Listing, Wanted, archives_ending
 from dmd2.data.sources import (
     NOT_CLASSES,
     Archive,
@@ -47,11 +48,8 @@ def webdataset(listing: Listing) -> Source:
     How many classes there are is in classes.txt (a name per line); without it every tar is looked through.
     """
     found = archives_ending(listing, ".tar")
-    used, tars, wanted = (
-        dict.fromkeys(found, "archives"),
-        [listing.uri(name) for name in found],
-        listing.wanted,
-    )
+    used, wanted = dict.fromkeys(found, "archives"), listing.wanted
+    tars = [listing.uri(name) for name in found]
     _check_first(tars, wanted)
     labels: dict[Label, int] = {None: 0}
     names = None
@@ -136,7 +134,14 @@ def _parse_class(files: dict[str, bytes], where: str) -> int | None:
 
 def _records(uri: str, labels: dict[Label, int], wanted: Wanted, account: Account) -> Iterator[SourceImage]:
     suffixes = {*TEXTS, "json", *IMAGES, *(["cls"] if wanted.labels else [])}
+    splits: set[str] = set()
     for key, files in grouped_samples(uri, suffixes, account):
+        folder = posixpath.dirname(key.removeprefix(f"{uri}/").removeprefix("./"))
+        splits |= {match[1].lower() for match in SPLIT.finditer(folder)}
+        if len(splits) > 1:
+            raise Refused(
+                f"{uri} holds several splits ({', '.join(sorted(splits))}) in its folders; make a tar of each"
+            )
         images = [suffix for suffix in IMAGES if suffix in files]
         if not images:
             account.leave_out("files of samples without an image", key, len(files))
@@ -151,11 +156,7 @@ def _records(uri: str, labels: dict[Label, int], wanted: Wanted, account: Accoun
         except Refused as error:
             yield broken_image(name, str(error))
             continue
-        if (
-            wanted.labels
-            and labels.keys() == {None}
-            and "/" in key.removeprefix(f"{uri}/").removeprefix("./")
-        ):
+        if wanted.labels and labels.keys() == {None} and folder:
             account.remark(NOT_CLASSES, key)
         if len(images) == 1:
             yield loaded_image(name, label, files[images[0]], text)
@@ -165,11 +166,11 @@ def _records(uri: str, labels: dict[Label, int], wanted: Wanted, account: Accoun
 
 def _caption(key: str, files: dict[str, bytes], wanted: Wanted, account: Account) -> str:
     """The caption of a sample: of its .txt or .caption, or of a field of its .json."""
-    there = [suffix for suffix in (*TEXTS, "json") if suffix in files]
-    if wanted.caption_column and "json" in there:
-        there = ["json", *(suffix for suffix in there if suffix != "json")]
+    all_there = [suffix for suffix in (*TEXTS, "json") if suffix in files]
+    there = [suffix for suffix in all_there if suffix == "json" or not wanted.caption_column]
     account.use("captions", bool(there))
-    account.leave_out("further files with captions or descriptions of a sample", key, max(0, len(there) - 1))
+    unused = len(all_there) - bool(there)
+    account.leave_out("further files with captions or descriptions of a sample", key, unused)
     if not there:
         return ""
     where = f"{key}.{there[0]}"
