@@ -1,11 +1,13 @@
-"""`python -m manifests`: every overlay rendered to `runs/manifests/<overlay>.yaml`, for review and for `kubectl apply -f`.
+"""`python -m manifests render`: every overlay to `runs/manifests/<overlay>.yaml`, for review and for `kubectl apply -f`.
 
-Kustomize renders; the only addition here is the image, by its digest in `images.lock`.
+Kustomize renders; the only additions here are the digests of `images.lock`. `python -m manifests pin` adds them to the
+manifests of others, such as Google's DaemonSets. An image without a digest is refused.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from images import pins
 ROOT = Path(__file__).parent
 PLACEHOLDER = "dmd2.invalid/dmd2:unset"
 """Placeholder for the image in `base/runtime.yaml`; no registry has that name."""
+IMAGE = re.compile(r"""^(?P<before>[ -]*image: *["']?)(?P<image>[^\s"'{}]+)""", re.MULTILINE)
+HOW_TO_PIN = "Ask the registries with `make images-lock`, and push ours with `make images-push REGISTRY=...`"
 
 
 def overlays(root: Path = ROOT) -> list[str]:
@@ -48,28 +52,49 @@ def kubectl() -> str:
     return found
 
 
-def with_image(rendered: str, reference: str) -> str:
-    """Replace the placeholder by a reference with a digest. Without a digest the placeholder stays, because a tag can change."""
-    return rendered.replace(PLACEHOLDER, reference) if "@sha256:" in reference else rendered
+def with_digests(text: str, path: Path = pins.PINS) -> str:
+    """The manifests with the images that images.lock has a digest for. A tag can change, so others stay as they are."""
+    ours = pins.reference("dmd2", path)
+    known = pins.by_tag(path) | ({PLACEHOLDER: ours} if "@" in ours else {})
+    return IMAGE.sub(lambda found: found["before"] + known.get(found["image"], found["image"]), text)
 
 
-def main(out: Path = Path("runs/manifests")) -> None:
-    """Render every overlay.
+def without_digest(text: str) -> list[str]:
+    """The images that have none, each once."""
+    return sorted({found["image"] for found in IMAGE.finditer(text) if "@sha256:" not in found["image"]})
+
+
+def render_all(out: Path = Path("runs/manifests"), tags: bool = False) -> None:
+    """Render every overlay, with the digests of images.lock.
 
     Args:
         out: Folder for `<overlay>.yaml`.
+        tags: Accept images without a digest.
     """
-    reference = pins.reference("dmd2")
-    for overlay in overlays():
-        path = out / f"{overlay}.yaml"
-        write_text(path, with_image(render(overlay), reference))
-        print(path)
-    if "@sha256:" not in reference:
-        print(
-            f"{reference} has no digest in images.lock yet, so {PLACEHOLDER} stands for it", file=sys.stderr
-        )
+    texts = {overlay: with_digests(render(overlay)) for overlay in overlays()}
+    missing = {overlay: found for overlay, text in texts.items() if (found := without_digest(text))}
+    if missing and not tags:
+        raise Refused(f"{_complaint(missing)}; nothing was rendered. {HOW_TO_PIN}, or accept them (TAGS=1)")
+    for overlay, text in texts.items():
+        write_text(out / f"{overlay}.yaml", text)
+        print(out / f"{overlay}.yaml")
+    if missing:
+        print(_complaint(missing), file=sys.stderr)
+
+
+def _complaint(missing: dict[str, list[str]]) -> str:
+    found = (f"{', '.join(images)} in {overlay}" for overlay, images in missing.items())
+    return f"images.lock has no digest for {'; '.join(found)}"
+
+
+def pin() -> None:
+    """Print manifests of others from the standard input, with the digests of images.lock; refused if an image has none."""
+    text = with_digests(sys.stdin.read())
+    if missing := without_digest(text):
+        raise Refused(f"{_complaint({'the standard input': missing})}. {HOW_TO_PIN}")
+    sys.stdout.write(text)
 
 
 if __name__ == "__main__":
     with one_sentence():
-        tyro.cli(main)
+        tyro.extras.subcommand_cli_from_dict({"render": render_all, "pin": pin}, prog="python -m manifests")

@@ -1,8 +1,8 @@
 """Starting the training from its step of the pipeline, with signals passed on and the exit status passed back.
 
-A small protocol, `Launcher`, and one implementation: torchrun over the GPUs of this machine. torchrun hides the exit status
-of its workers, and kills them half a minute after a signal. So it runs in a process of its own,
-`python -m components.distill.launch`, which ends with the exit status of the worker that failed first, and signals are
+A small protocol, `Launcher`, and two implementations: a TrainJob over several machines (`trainjob.py`) and, here, torchrun
+over the GPUs of this machine. `choose` says which one a training of some size gets. torchrun hides the exit status of its workers, and kills them half a minute after a signal. So it runs in a process of its own,
+`python -m components.distill.launch`, which ends with the most specific exit status of its workers (`components.failure.severity`), and signals are
 sent to the workers themselves, which finish their step, save and exit.
 """
 
@@ -13,19 +13,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Literal, Protocol
 
+from components.failure import severity
 from dmd2 import log
 from dmd2.errors import Refused
+from dmd2.io.storage import join_uri
 
 logger = logging.getLogger("components.distill.launch")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+IN_A_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+"""Where Kubernetes mounts the credentials of a pod's account."""
+Where = Literal["trainjob", "here"]
 GRACE_S = 900
 """Seconds that torchrun waits for the other workers after one has ended: they may be saving."""
 
@@ -38,20 +43,39 @@ class JobSize:
     gpus: int = 0
     """GPUs of each node; 0 = one process on the CPU."""
     queue: str = ""
-    """Kueue's LocalQueue of a training on more than one node."""
+    """Kueue's LocalQueue of a TrainJob; empty = it is not queued."""
 
     def check(self) -> None:
-        """Raise Refused if a training of this size cannot be started."""
-        if self.nodes != 1:
-            raise Refused(
-                f"nodes is {self.nodes}; a distillation runs on one machine for now, give it more GPUs instead"
-            )
+        """Raise Refused if no training has this size."""
+        if self.nodes < 1:
+            raise Refused(f"nodes is {self.nodes}; give a number of machines, at least 1")
         if self.gpus < 0:
             raise Refused(f"gpus is {self.gpus}; give a number of GPUs, or 0 for the CPU")
 
     @property
     def processes(self) -> int:
+        """Processes on each node."""
         return max(1, self.gpus)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of a run of the pipeline."""
+
+    arguments: Sequence[str]
+    """Of `dmd2`."""
+    size: JobSize
+    run_id: str
+    root: str
+    """Folder of the run."""
+    folder: str
+    """Folder in it that the training makes."""
+    pool: Mapping[str, str]
+    """Labels of its nodes."""
+
+    @property
+    def out(self) -> str:
+        return join_uri(self.root, self.folder)
 
 
 class Launcher(Protocol):
@@ -70,18 +94,19 @@ class Launcher(Protocol):
 
 @dataclass
 class Torchrun:
-    """`dmd2 ARGUMENTS` in one process per GPU of this machine."""
+    """`dmd2 ARGUMENTS` in the processes of this machine, which are all, or one node's of a training on several."""
 
     arguments: Sequence[str]
-    size: JobSize
+    gpus: int
+    """GPUs that this machine must have; 0 = the training is on the CPU."""
+    processes: int
     process: subprocess.Popen[bytes] | None = None
     pending_signal: int = 0
     """A signal that arrived, to be sent again if the process has just been started."""
 
     def start(self) -> None:
-        self.size.check()
-        _check_gpus(self.size.gpus)
-        command = [sys.executable, "-m", __name__, str(self.size.processes), *self.arguments]
+        check_gpus(self.gpus)
+        command = [sys.executable, "-m", __name__, str(self.processes), *self.arguments]
         # In a session of its own, so that Ctrl-C in a terminal reaches the workers once, through `send_signal`.
         self.process = subprocess.Popen(command, start_new_session=True)
         if self.pending_signal:
@@ -93,8 +118,7 @@ class Torchrun:
 
     def exit_status(self) -> int:
         assert self.process
-        status = self.process.returncode
-        return status if status >= 0 else 128 - status
+        return _shell_status(self.process.returncode)
 
     def send_signal(self, number: int) -> None:
         self.pending_signal = number
@@ -102,6 +126,50 @@ class Torchrun:
             for pid in _child_processes(self.process.pid) or [self.process.pid]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
+
+
+def choose(size: JobSize) -> Where:
+    """Where a training of this size runs: in a TrainJob where this pod may make one of that size, or else in the pod itself.
+
+    Raises:
+        Refused: It needs several machines, and there is no TrainJob.
+    """
+    size.check()
+    missing = _why_no_trainjob(size)
+    if not missing:
+        return "trainjob"
+    if size.nodes > 1:
+        raise Refused(
+            f"nodes is {size.nodes}, which takes a TrainJob, and {missing}; give 1, or see manifests/README.md"
+        )
+    logger.info("the training runs in the pod of its own step: %s", missing)
+    return "here"
+
+
+def _why_no_trainjob(size: JobSize) -> str:
+    """Why there is no TrainJob for a training of this size; empty if there is one."""
+    if not IN_A_POD.exists():
+        return "there is no cluster"
+    from components.distill.kube import connect  # the client takes a second to import
+    from components.distill.trainjob import find_runtime
+
+    found = find_runtime(connect())
+    if isinstance(found, str):
+        return found
+    return (
+        "" if found == size.gpus else f"gpus is {size.gpus} while a node of the TrainingRuntime has {found}"
+    )
+
+
+def launcher(training: Training, where: Where) -> Launcher:
+    if where == "here":
+        size = training.size
+        return Torchrun(training.arguments, size.gpus, size.processes)
+    from components.distill.kube import connect
+    from components.distill.trainjob import TrainJob
+
+    kube = connect()
+    return TrainJob(training, kube, kube.this_pod())
 
 
 def run_to_end(launcher: Launcher) -> int:
@@ -113,21 +181,35 @@ def run_to_end(launcher: Launcher) -> int:
 
 
 def torchrun(processes: int, arguments: Sequence[str]) -> int:
-    """Run `python -m dmd2 ARGUMENTS` in several processes -> the exit status of the first that failed, or 0."""
+    """Run `python -m dmd2 ARGUMENTS` in several processes -> the most specific exit status, or 0.
+
+    On several machines torchrun takes their number and addresses from PET_*, where Kubeflow Trainer puts them.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    settings = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={GRACE_S}"]
-    try:
-        run.main([*settings, "-m", "dmd2", *arguments])
+    alone = [] if "PET_NNODES" in os.environ else ["--standalone"]
+    settings = [*alone, f"--nproc-per-node={processes}", f"--shutdown-timeout={GRACE_S}"]
+    try:  # after "--", or torchrun would read --start as an abbreviation of its own --start-method
+        run.main([*settings, "-m", "--", "dmd2", *arguments])
     except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
-        logger.error("process %s of %d ended with %d", rank, processes, first.exitcode)
-        return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
+        failures = sorted(
+            (severity(_shell_status(one.exitcode)), one.timestamp, rank)
+            for rank, one in failed.failures.items()
+        )
+        rank = failures[0][2]
+        status = _shell_status(failed.failures[rank].exitcode)
+        logger.error("process %s of %d on this machine ended with %d", rank, processes, status)
+        return status
     except SignalException as stopped:  # it arrived before the workers were started
         return 128 + stopped.sigval
     return 0
+
+
+def _shell_status(code: int) -> int:
+    """The exit status as a shell says it: 128 and the signal for a process that was killed."""
+    return code if code >= 0 else 128 - code
 
 
 def _child_processes(parent: int) -> list[int]:
@@ -141,7 +223,7 @@ def _child_processes(parent: int) -> list[int]:
     return found
 
 
-def _check_gpus(wanted: int) -> None:
+def check_gpus(wanted: int) -> None:
     """Raise Refused if there are fewer GPUs, instead of training on the CPU when a driver is missing."""
     import torch
 

@@ -12,19 +12,22 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
+from components.failure import FINAL
 from images import pins
+from images.__main__ import IMAGES
 from manifests.__main__ import PLACEHOLDER
+from pipelines.pods import HEAVY
 
 Object = dict[str, Any]
 Objects = list[Object]
 Rule = Callable[[Objects], Iterator[str]]
 
-GOOGLES = re.compile(r"us-docker\.pkg\.dev/gce-ai-infra/[a-z/-]+:v\d+\.\d+\.\d+")
-"""Google publishes its NCCL plug-ins by version and renews none of them."""
 CLUSTER_WIDE = (
-    "Namespace", "ResourceFlavor", "ClusterQueue", "Topology", "WorkloadPriorityClass", "Network", "GKENetworkParamSet",
+    "Namespace", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ResourceFlavor", "ClusterQueue", "Topology", "WorkloadPriorityClass", "Network", "GKENetworkParamSet",
 )  # fmt: skip
 PRIVATE = {"10.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"}
+SIDECARS = {"cpu": 0.2, "memory": 2 * 2**28}
+"""Requests of the containers that KFP and Argo add to the pod of a step, by the LimitRange."""
 FORBIDDEN_VERBS = {"*", "escalate", "bind", "impersonate"}
 FORBIDDEN_RESOURCES = {"*", "secrets", "pods/exec", "pods/attach", "serviceaccounts/token", "nodes"}
 
@@ -72,12 +75,12 @@ def security(spec: Object, container: Object) -> Object:
 
 
 def images(objects: Objects) -> Iterator[str]:
-    """Only what can not change behind our back."""
-    known = {reference for reference in pins.pins().values() if "@sha256:" in reference} | {PLACEHOLDER}
+    """Only what `make manifests` gives a digest: the placeholder for ours, and other people's images in images.lock."""
+    known = {PLACEHOLDER, *(found for name, found in pins.pins().items() if name not in IMAGES)}
     for where, _, container in containers(objects):
         image = container.get("image", "")
-        if image not in known and not GOOGLES.fullmatch(image):
-            yield f"{where}: image {image!r} is neither of images.lock nor a version of Google's"
+        if image not in known:
+            yield f"{where}: image {image!r} is not in images.lock"
 
 
 def non_root(objects: Objects) -> Iterator[str]:
@@ -128,10 +131,14 @@ def host(objects: Objects) -> Iterator[str]:
 
 def pod_security(objects: Objects) -> Iterator[str]:
     """The namespace refuses what these rules would find, whoever brings it."""
+    denying = {
+        item["spec"]["policyName"] for item in of(objects, "ValidatingAdmissionPolicyBinding")
+        if item["spec"]["validationActions"] == ["Deny"]
+    }  # fmt: skip
     for item in of(objects, "Namespace"):
         level = item["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce")
         if level not in ("baseline", "restricted"):
-            yield f"{title(item)}: enforces {level}"
+            yield f"{title(item)}: enforces {level}" + ("" if denying else " and has no policy")
 
 
 def resources(objects: Objects) -> Iterator[str]:
@@ -239,6 +246,8 @@ def _names_of_accounts(objects: Objects) -> Iterator[tuple[str, str, str]]:
     for item in of(objects, "RoleBinding"):
         yield title(item), item["roleRef"]["kind"], item["roleRef"]["name"]
         yield from ((title(item), each["kind"], each["name"]) for each in item["subjects"])
+    for item in of(objects, "ValidatingAdmissionPolicyBinding"):
+        yield title(item), "ValidatingAdmissionPolicy", item["spec"]["policyName"]
     kinds = {"configmaps": "ConfigMap", "trainingruntimes": "TrainingRuntime"}
     for item in of(objects, "Role"):
         for rule in item["rules"]:
@@ -305,17 +314,31 @@ def _trainer(item: Object) -> Iterator[str]:
             if "onExitCodes" in rule
         }
         yield from (f"{title(item)}: no container {name}" for name in (meant | {"node"}) - present)
+        for rule in spec["podFailurePolicy"]["rules"]:
+            if "onExitCodes" in rule and rule["onExitCodes"]["values"] != sorted(FINAL):
+                yield f"{title(item)}: exit codes {rule['onExitCodes']['values']} are not those that end a training"
+
+
+def topologies(objects: Objects) -> Iterator[str]:
+    """Kueue admits a pod without an annotation only where all flavors of its queue have a topology, or none has one."""
+    placed = {
+        item["metadata"]["name"] for item in of(objects, "ResourceFlavor") if "topologyName" in item["spec"]
+    }
+    for item in of(objects, "ClusterQueue"):
+        used = {flavor["name"] for group in item["spec"]["resourceGroups"] for flavor in group["flavors"]}
+        if used & placed and used - placed:
+            yield f"{title(item)}: flavors with a topology beside {', '.join(sorted(used - placed))} without one"
 
 
 def fits(objects: Objects) -> Iterator[str]:
-    """A pod of the runtime can be admitted: Kueue leaves out what asks for a resource that no flavor has or has too little of."""
+    """A pod of the runtime, and a step that trains in its own pod, can be admitted: Kueue leaves out what asks for a resource that no flavor has or has too little of."""
     flavors = [
         {each["name"]: amount(each["nominalQuota"]) for each in flavor["resources"]}
         for item in of(objects, "ClusterQueue") for group in item["spec"]["resourceGroups"] for flavor in group["flavors"]
     ]  # fmt: skip
     for whose, pod in pods(objects):
         asked = total(pod["spec"])
-        if not any(all(have.get(name, 0) >= much for name, much in asked.items()) for have in flavors):
+        if not _admitted(asked, flavors):
             yield f"{whose}: no flavor has {asked}"
         node = pod["spec"]["containers"][0]
         shared = sum(
@@ -324,10 +347,20 @@ def fits(objects: Objects) -> Iterator[str]:
         )  # fmt: skip
         if shared >= amount(node["resources"]["limits"]["memory"]):
             yield f"{whose}: /dev/shm may take all of the memory"
+    step = {
+        "cpu": amount(HEAVY.cpu[0]) + SIDECARS["cpu"],
+        "memory": amount(HEAVY.memory[0]) + SIDECARS["memory"],
+    }
+    if flavors and not _admitted(step, flavors):
+        yield f"the step distill: no flavor has {step}"
     hard = [item["spec"]["hard"] for item in of(objects, "ResourceQuota")]
     gpus = sum(have.get("nvidia.com/gpu", 0) for have in flavors)
     if any(amount(limit["requests.nvidia.com/gpu"]) != gpus for limit in hard):
         yield f"ResourceQuota: another number of GPUs than the queue's {gpus:.0f}"
+
+
+def _admitted(asked: dict[str, float], flavors: list[dict[str, float]]) -> bool:
+    return any(all(have.get(name, 0) >= much for name, much in asked.items()) for have in flavors)
 
 
 def total(spec: Object) -> dict[str, float]:
@@ -358,6 +391,6 @@ RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
         images, non_root, read_only, no_escalation, capabilities, seccomp, host, pod_security, resources, rbac,
-        secrets, tokens, network, spaces, references, inside, fits,
+        secrets, tokens, network, spaces, references, inside, topologies, fits,
     )
 }  # fmt: skip

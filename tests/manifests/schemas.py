@@ -22,6 +22,10 @@ HERE = Path(__file__).parent / "schemas"
 KUBERNETES = "k8s.io/kubernetes@v1.37.0"
 BUILT_IN = {
     "api__v1": ("Namespace", "ServiceAccount", "ConfigMap", "ResourceQuota", "LimitRange"),
+    "apis__admissionregistration.k8s.io__v1": (
+        "ValidatingAdmissionPolicy",
+        "ValidatingAdmissionPolicyBinding",
+    ),
     "apis__batch__v1": ("Job",),
     "apis__networking.k8s.io__v1": ("NetworkPolicy",),
     "apis__rbac.authorization.k8s.io__v1": ("Role", "RoleBinding"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 
-from manifests.__main__ import overlays, render
+from manifests.__main__ import ROOT, overlays, render
+from pipelines.pods import HEAVY
 from tests.manifests import policy
 from tests.manifests.policy import Object, Objects
 
@@ -31,9 +35,27 @@ EXCEPTIONS: dict[str, dict[str, set[str]]] = {
 """What GPUDirect-TCPX's daemon can not do without, and the hubs that one may read from while trying things out."""
 
 
+STRICTEST = "gke-a3-ultra+topology"
+"""An overlay with a component that a user may add."""
+OVERLAYS = [*overlays(), STRICTEST, "spot+topology"]
+
+
+def take(copy: Path, overlay: str, component: str) -> None:
+    """Add a component to an overlay, as the README says."""
+    path = copy / "overlays" / overlay / "kustomization.yaml"
+    held = yaml.safe_load(path.read_text())
+    held["components"] = [*held.get("components", []), f"../../components/{component}"]
+    path.write_text(yaml.safe_dump(held))
+
+
 @cache
-def _rendered(overlay: str) -> Objects:
-    return list(yaml.safe_load_all(render(overlay)))
+def _rendered(named: str) -> Objects:
+    overlay, *components = named.split("+")
+    with TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(ROOT, Path(folder) / "manifests"))
+        for component in components:
+            take(copy, overlay, component)
+        return list(yaml.safe_load_all(render(overlay, copy)))
 
 
 def rendered(overlay: str) -> Objects:
@@ -41,9 +63,11 @@ def rendered(overlay: str) -> Objects:
 
 
 @pytest.mark.parametrize("rule", policy.RULES)
-@pytest.mark.parametrize("overlay", overlays())
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_breaks_no_rule_beyond_its_exceptions(overlay: str, rule: str) -> None:
-    assert set(policy.RULES[rule](rendered(overlay))) == EXCEPTIONS.get(overlay, {}).get(rule, set())
+    assert set(policy.RULES[rule](rendered(overlay))) == EXCEPTIONS.get(overlay.split("+")[0], {}).get(
+        rule, set()
+    )
 
 
 def test_there_are_the_four_overlays_of_the_design() -> None:
@@ -66,6 +90,19 @@ def role(objects: Objects) -> Object:
     return one(objects, "Role", "launch")["rules"][0]
 
 
+def exit_codes(objects: Objects) -> Object:
+    (job,) = one(objects, "TrainingRuntime")["spec"]["template"]["spec"]["replicatedJobs"]
+    rules = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    return next(rule["onExitCodes"] for rule in rules if "onExitCodes" in rule)
+
+
+def small_queue() -> Objects:
+    """One flavor that has just what the step itself asks for, and nothing for the containers beside it."""
+    quotas = {"cpu": HEAVY.cpu[0], "memory": HEAVY.memory[0], "nvidia.com/gpu": "16"}
+    resources = [{"name": name, "nominalQuota": much} for name, much in quotas.items()]
+    return [{"coveredResources": list(quotas), "flavors": [{"name": "dmd2-gpu", "resources": resources}]}]
+
+
 def drop(objects: Objects, kind: str, name: str = "") -> None:
     objects.remove(one(objects, kind, name))
 
@@ -84,8 +121,8 @@ MISTAKES: list[tuple[str, str, Callable[[Objects], Any]]] = [
     ("images", ": image 'dmd2'", lambda o: node(o).update(image="dmd2")),
     ("images", ": image 'dmd2:latest'", lambda o: node(o).update(image="dmd2:latest")),
     ("images", ": image 'dmd2:0.1.0'", lambda o: node(o).update(image="dmd2:0.1.0")),
-    ("images", "is neither", lambda o: node(o).update(image="dmd2@sha256:" + 64 * "0")),
-    ("images", "is neither", lambda o: node(o).update(image="us-docker.pkg.dev/gce-ai-infra/x/y:latest")),
+    ("images", "is not in images.lock", lambda o: node(o).update(image="dmd2@sha256:" + 64 * "0")),
+    ("images", "is not in images.lock", lambda o: node(o).update(image="us-docker.pkg.dev/gce-ai-infra/x/y:latest")),
     ("non_root", "node: may be root", lambda o: pod(o)["spec"]["securityContext"].pop("runAsNonRoot")),
     ("non_root", "node: may be root", lambda o: pod(o)["spec"]["securityContext"].update(runAsUser=0)),
     ("non_root", "node: may be root", lambda o: node(o)["securityContext"].update(runAsNonRoot=False)),
@@ -99,6 +136,8 @@ MISTAKES: list[tuple[str, str, Callable[[Objects], Any]]] = [
     ("host", "hostNetwork", lambda o: pod(o)["spec"].update(hostNetwork=True)),
     ("host", "directory /", lambda o: pod(o)["spec"]["volumes"].append({"name": "x", "hostPath": {"path": "/"}})),
     ("host", "a port", lambda o: node(o).update(ports=[{"containerPort": 80, "hostPort": 80}])),
+    ("pod_security", "enforces None and has no policy", lambda o: drop(o, "ValidatingAdmissionPolicyBinding") or one(o, "Namespace")["metadata"].pop("labels")),
+    ("references", "no ValidatingAdmissionPolicy dmd2-pods", lambda o: drop(o, "ValidatingAdmissionPolicy")),
     ("pod_security", "enforces None", lambda o: one(o, "Namespace")["metadata"].pop("labels")),
     ("resources", "node: no limits of memory", lambda o: node(o)["resources"]["limits"].pop("memory")),
     ("resources", "node: no requests of cpu", lambda o: node(o)["resources"]["requests"].pop("cpu")),
@@ -139,6 +178,9 @@ MISTAKES: list[tuple[str, str, Callable[[Objects], Any]]] = [
     ("inside", "no container node", lambda o: node(o).update(name="trainer")),
     ("inside", "no container gone", lambda o: pod(o)["metadata"]["annotations"].update({"devices.gke.io/container.gone": ""})),
     ("inside", "no level", lambda o: one(o, "Topology")["spec"]["levels"].pop(0)),
+    ("inside", "exit codes [64, 75, 76]", lambda o: exit_codes(o).update(values=[64, 75, 76])),
+    ("topologies", "beside dmd2-cpu without one", lambda o: one(o, "ResourceFlavor", "dmd2-cpu")["spec"].pop("topologyName")),
+    ("fits", "distill: no flavor has", lambda o: one(o, "ClusterQueue")["spec"].update(resourceGroups=small_queue())),
     ("fits", "no flavor has", lambda o: node(o)["resources"]["requests"].update({"nvidia.com/gpu": "32"})),
     ("fits", "no flavor has", lambda o: node(o)["resources"]["requests"].update({"example.com/fpga": "1"})),
     ("fits", "/dev/shm", lambda o: node(o)["resources"]["limits"].update(memory="1Gi")),
@@ -150,7 +192,7 @@ MISTAKES: list[tuple[str, str, Callable[[Objects], Any]]] = [
     ("rule", "finding", "mistake"), MISTAKES, ids=[f"{rule}: {what}" for rule, what, _ in MISTAKES]
 )
 def test_a_rule_sees_the_mistake(rule: str, finding: str, mistake: Callable[[Objects], Any]) -> None:
-    objects = rendered("gke-a3-ultra")
+    objects = rendered(STRICTEST)
     assert not list(policy.RULES[rule](objects)), "the strictest overlay has no exceptions"
     mistake(objects)
     assert any(finding in found for found in policy.RULES[rule](objects))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from io import StringIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,27 @@ import yaml
 
 from dmd2.errors import Refused
 from images import pins
-from manifests.__main__ import PLACEHOLDER, ROOT, main, overlays, render, with_image
+from manifests.__main__ import (
+    PLACEHOLDER,
+    ROOT,
+    overlays,
+    pin,
+    render,
+    render_all,
+    with_digests,
+    without_digest,
+)
+from pipelines.pods import READS_HUB, READS_REGISTRY
 from tests.manifests import policy
+from tests.manifests.test_policies import take
 
-DIGEST = "europe-docker.pkg.dev/p/dmd2/dmd2:0.1.0@sha256:" + 64 * "a"
+DIGEST = "@sha256:" + 64 * "a"
 known = cache(render)
 """Of the manifests as they are."""
 LISTS = ("resources", "components", "patches", "replacements")
+ALLOWING = {"hub": READS_HUB, "registry": READS_REGISTRY}
+"""Components that a user adds, and that open the network: for the pods of which label."""
+OPTIONAL = [*ALLOWING, "topology"]
 
 
 @pytest.fixture
@@ -40,6 +55,22 @@ def _entries() -> Iterator[tuple[str, str, int]]:
         )
 
 
+def test_a_component_lets_only_pods_of_its_label_reach_what_it_is_for(copy: Path) -> None:
+    before = {policy.title(item) for item in yaml.safe_load_all(known("gke-a3-high"))}
+    for component in ALLOWING:
+        take(copy, "gke-a3-high", component)
+    objects = list(yaml.safe_load_all(render("gke-a3-high", copy)))
+    added = [item for item in objects if policy.title(item) not in before]
+    assert [policy.title(item) for item in added] == [
+        "NetworkPolicy/to-hub",
+        "NetworkPolicy/watcher-to-registry",
+    ]
+    for item, label in zip(added, ALLOWING.values(), strict=True):
+        assert item["spec"]["podSelector"] == {"matchLabels": {label: "true"}}
+        assert item["spec"]["policyTypes"] == ["Egress"]
+    assert set(policy.network(objects)) == {"NetworkPolicy/to-hub: the Internet"}
+
+
 def user(file: str) -> str:
     """An overlay that reads the file."""
     return Path(file).parent.name if file.startswith("overlays") else "gke-a3-high"
@@ -48,7 +79,9 @@ def user(file: str) -> str:
 @pytest.mark.parametrize(("file", "name", "i"), list(_entries()))
 def test_no_entry_of_a_kustomization_is_idle(copy: Path, file: str, name: str, i: int) -> None:
     held: dict[str, list[Any]] = yaml.safe_load((copy / file).read_text())
-    before = known(user(file))
+    if Path(file).parent.name in OPTIONAL:
+        take(copy, "gke-a3-high", Path(file).parent.name)
+    before = render(user(file), copy)
     del held[name][i]
     (copy / file).write_text(yaml.safe_dump(held))
     try:
@@ -67,6 +100,7 @@ def test_every_overlay_is_another() -> None:
 def test_the_settings_reach_every_place(copy: Path, overlay: str) -> None:
     values = {
         "my-bucket": "another-bucket",
+        "my-project/dmd2/": "another-project/images/",
         "my-project.iam": "another.iam",
         r"172\.1[68]\.[\d./]+": "203.0.113.7/32",
     }
@@ -87,22 +121,60 @@ def test_settings_are_not_applied(overlay: str) -> None:
     assert policy.names(list(yaml.safe_load_all(known(overlay))), "ConfigMap") == {"kfp-launcher"}
 
 
-def test_a_pinned_image_takes_the_place_of_the_placeholder() -> None:
-    before = known("gke-a3-high")
-    after = with_image(before, DIGEST)
-    assert before.count(PLACEHOLDER) == after.count(DIGEST) == 1
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    """An images.lock in which every image has a digest."""
+    lines = [f"{name}: {found.partition('@')[0]}{DIGEST}" for name, found in pins.pins().items()]
+    (tmp_path / "images.lock").write_text("\n".join(lines))
+    return tmp_path / "images.lock"
+
+
+@pytest.mark.parametrize("overlay", overlays())
+def test_with_every_image_pinned_no_tag_is_left(overlay: str, lock: Path) -> None:
+    after = with_digests(known(overlay), lock)
+    assert without_digest(known(overlay))
+    assert not without_digest(after)
     assert PLACEHOLDER not in after
+    assert after.count(pins.reference("dmd2", lock)) == 1
 
 
-def test_an_image_without_a_digest_does_not() -> None:
-    assert with_image(PLACEHOLDER, "dmd2:0.1.0") == PLACEHOLDER
+def test_an_image_without_a_digest_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "images.lock").write_text("dmd2: dmd2:0.1.0\n")
+    text = f"- image: {PLACEHOLDER}\n  name: x\n  image: 'a/b:1'\n"
+    assert with_digests(text, tmp_path / "images.lock") == text
+    assert without_digest(text) == ["a/b:1", PLACEHOLDER]
 
 
-def test_every_overlay_becomes_a_file(tmp_path: Path) -> None:
-    main(tmp_path / "out")
+def test_tags_are_refused_before_anything_is_written(
+    tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    lock.write_text(re.sub(r"(gib: .*)@.*", r"\1", lock.read_text()))
+    monkeypatch.setattr("manifests.__main__.pins.PINS", lock)
+    monkeypatch.setattr("manifests.__main__.with_digests", lambda text: with_digests(text, lock))
+    said = refusal(lambda: render_all(tmp_path / "out"))
+    assert "images.lock has no digest for us-docker.pkg.dev/gce-ai-infra/gpudirect-gib" in said
+    assert "in gke-a3-ultra; nothing was rendered. Ask the registries with `make images-lock`" in said
+    assert not (tmp_path / "out").exists()
+    render_all(tmp_path / "out", tags=True)
     assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == overlays()
     for path in (tmp_path / "out").iterdir():
-        assert path.read_text() == with_image(known(path.stem), pins.reference("dmd2"))
+        assert path.read_text() == with_digests(known(path.stem), lock)
+
+
+def test_the_manifests_of_others_are_pinned_or_refused(
+    lock: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refusal: Callable[..., str],
+) -> None:
+    monkeypatch.setattr("manifests.__main__.with_digests", lambda text: with_digests(text, lock))
+    monkeypatch.setattr(
+        "sys.stdin", StringIO('  - image: "gcr.io/google-containers/pause:2.0"\n    name: pause\n')
+    )
+    pin()
+    assert f'image: "gcr.io/google-containers/pause:2.0{DIGEST}"\n' in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", StringIO("image: ubuntu\n"))
+    assert "no digest for ubuntu in the standard input" in refusal(pin)
 
 
 def test_an_unknown_overlay_is_refused_in_one_sentence() -> None:

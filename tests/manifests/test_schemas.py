@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from manifests.__main__ import overlays
 from tests.manifests import schemas
-from tests.manifests.test_policies import one, pod, rendered
+from tests.manifests.test_policies import OVERLAYS, STRICTEST, one, pod, rendered
 
 Object = dict[str, Any]
 
@@ -34,18 +33,18 @@ def jobs(item: Object) -> Iterator[Object]:
         yield made | {"metadata": {"name": each["name"], **made["metadata"]}}
 
 
-@pytest.mark.parametrize("overlay", overlays())
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_is_valid(overlay: str) -> None:
     assert not [error for item in rendered(overlay) for error in errors(item)]
 
 
-@pytest.mark.parametrize("overlay", overlays())
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_jobs_of_a_training_are_valid_for_kubernetes_itself(overlay: str) -> None:
     assert not [error for job in jobs(one(rendered(overlay), "TrainingRuntime")) for error in errors(job)]
 
 
 def test_no_schema_is_kept_that_nothing_needs() -> None:
-    objects = [item for overlay in overlays() for item in rendered(overlay)]
+    objects = [item for overlay in OVERLAYS for item in rendered(overlay)]
     used = {schemas.named(item["apiVersion"], item["kind"]) for item in objects} | {"batch_v1_Job.json"}
     assert {path.name for path in schemas.HERE.glob("*.json")} == used
 
@@ -67,6 +66,8 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("ResourceQuota", "'soft' was unexpected", lambda o: o["spec"].update(soft={})),
     ("LimitRange", "'type' is a required", lambda o: o["spec"]["limits"][0].pop("type")),
     ("ConfigMap", "is not of type 'string'", lambda o: o["data"].update(x=1)),
+    ("ValidatingAdmissionPolicy", "'rules' was unexpected", lambda o: o["spec"].update(rules=[])),
+    ("ValidatingAdmissionPolicyBinding", "'action' was unexpected", lambda o: o["spec"].update(action="Deny")),
     ("TrainingRuntime", "'podTemplateOverrides' was unexpected", lambda o: o["spec"].update(podTemplateOverrides=[])),
     ("TrainingRuntime", "'numProcPerNode' was unexpected", lambda o: o["spec"]["mlPolicy"]["torch"].update(numProcPerNode="auto")),
     ("TrainingRuntime", "'runAsNonroot' was unexpected", lambda o: pod([o])["spec"]["securityContext"].update(runAsNonroot=True)),
@@ -77,7 +78,7 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("kind", "message", "mistake"), MISTAKES, ids=[f"{kind}: {text}" for kind, text, _ in MISTAKES]
 )
 def test_a_schema_refuses_the_mistake(kind: str, message: str, mistake: Callable[[Object], Any]) -> None:
-    item = one(rendered("gke-a3-ultra"), kind)
+    item = one(rendered(STRICTEST), kind)
     mistake(item)
     assert any(message in error for error in errors(item))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import kfp_server_api
 import pytest
 import yaml
 
+from dmd2 import recipes
 from dmd2.errors import Refused
+from dmd2.plan import predict
 from pipelines import cluster
-from pipelines.__main__ import main
+from pipelines.__main__ import PIPELINES, main
 from tests import warm
 from tests.pipelines.contract import offences
 from tests.pipelines.server import Answer, Record, Server
@@ -38,7 +42,7 @@ def tell(server: Server, capsys: pytest.CaptureFixture[str]) -> Tell:
     """`python -m pipelines WORDS` -> what it says."""
 
     def call(*words: str) -> str:
-        main([*words, "--host", server.url])
+        main([*words, "--host", server.url, "--unpinned"])
         return capsys.readouterr().out
 
     return call
@@ -94,14 +98,80 @@ def test_a_version_is_uploaded_once_and_named_by_its_content(server: Server, tel
     tell("upload")
     tell("upload")
     tell("submit")
-    assert server.seen.count("upload_pipeline_version") == 2
+    assert server.seen.count("upload_pipeline_version") == 3
     assert sorted(one["display_name"] for one in server.pipelines.values()) == [
         "dmd2-distill",
+        "dmd2-distill-retrain",
         "dmd2-retrain",
     ]
     names = [one["display_name"] for one in server.versions.values()]
     assert all(len(name) == 16 and int(name, 16) for name in names)
-    assert len(set(names)) == 2
+    assert len(set(names)) == 3
+
+
+def test_runs_of_retraining_give_way_to_those_of_people(server: Server, tell: Tell) -> None:
+    tell("upload")
+    tell("schedule", *SCHEDULE)
+    ((_, schedule),) = server.recurring.items()
+    pipeline = {one["display_name"]: known for known, one in server.pipelines.items()}
+    priorities = {}
+    for version in server.versions.values():
+        labels = _labels(version["pipeline_spec"].get("platform_spec", {}))
+        priorities[version["pipeline_id"]] = {one.get("kueue.x-k8s.io/priority-class") for one in labels} - {
+            None
+        }
+    assert priorities[pipeline["dmd2-distill"]] == {"dmd2-run"}
+    assert priorities[pipeline["dmd2-distill-retrain"]] == {"dmd2-retrain"}
+    assert schedule["runtime_config"]["parameters"].get("pipeline", "dmd2-distill-retrain") in pipeline
+    base = yaml.safe_load_all((Path(__file__).parents[2] / "manifests/base/queues.yaml").read_text())
+    values = {one["metadata"]["name"]: one["value"] for one in base if one["kind"] == "WorkloadPriorityClass"}
+    assert values["dmd2-retrain"] < values["dmd2-run"]
+
+
+def _labels(settings: Any) -> list[Record]:
+    """The labels of every pod in the settings of Kubernetes."""
+    executors = settings["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if settings else {}
+    return [executor.get("podMetadata", {}).get("labels", {}) for executor in executors.values()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ('{"recipe": "sdxl-4step"}', "needs images with captions"),
+        ('{"recipe": "edm-imagenet64", "source": "images"}', "is not there in a pod"),
+        ('{"recipe": "edm-imagenet64", "source": "gs://b/i", "gpus": 3}', "cannot be divided among 3 GPUs"),
+    ],
+)
+def test_settings_that_every_run_would_refuse_are_not_scheduled(
+    server: Server, tell: Tell, settings: str, sentence: str
+) -> None:
+    with pytest.raises(Refused, match=sentence):
+        tell("schedule", *SCHEDULE[:-1], settings)
+    assert not server.recurring
+
+
+def test_a_schedule_on_the_cpu_takes_no_gpu_hours(server: Server, tell: Tell) -> None:
+    tell("schedule", *SCHEDULE[:-4], "--settings", '{"recipe": "edm-digits"}')
+    ((_, record),) = server.recurring.items()
+    assert record["runtime_config"]["parameters"]["gpu_hours"] == 0
+
+
+@pytest.mark.slow
+def test_a_schedule_takes_the_gpu_hours_of_all_stages_from_the_plan(server: Server, tell: Tell) -> None:
+    settings = '{"recipe": "edm-digits-longer", "source": "gs://b/i", "gpus": 8}'
+    tell("schedule", *SCHEDULE[:-4], "--settings", settings)
+    ((_, record),) = server.recurring.items()
+    planned = [
+        predict(recipes.get(name), "h100-80gb").gpu_hours
+        for name in ("edm-digits-no-gan", "edm-digits-longer")
+    ]
+    assert record["runtime_config"]["parameters"]["gpu_hours"] == pytest.approx(sum(planned), abs=0.1)
+    assert min(planned) > 0
+
+
+def test_a_schedule_uploads_the_distillation_that_it_starts(server: Server, tell: Tell) -> None:
+    tell("schedule", *SCHEDULE)
+    assert "dmd2-distill-retrain" in {one["display_name"] for one in server.pipelines.values()}
 
 
 @pytest.mark.parametrize(("state", "status"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 130)])
@@ -152,7 +222,9 @@ def test_what_the_server_refuses_is_said_in_its_words(
         tell("status", "--run", "no-such-run")
     package = cluster.compile_pipeline(cluster_pipeline())
     with pytest.raises(Refused, match="none of its literals"):
-        cluster.submit(cluster.Cluster(host=server.url), package, "x", {"recipe": "sdxl-5step"})
+        cluster.submit(
+            cluster.Cluster(host=server.url, unpinned=True), package, "x", {"recipe": "sdxl-5step"}
+        )
 
 
 def cluster_pipeline() -> Any:
@@ -184,8 +256,8 @@ def test_cancel_stops_a_run_and_can_wait_for_its_end(server: Server, tell: Tell)
 
 
 SCHEDULE = (
-    "--teachers", "gs://b/teachers", "--ledger", "gs://b/ledger", "--root", "gs://b/runs", "--settings",
-    '{"recipe": "sdxl-4step", "source": "gs://b/images"}',
+    "--teachers", "gs://b/teachers", "--ledger", "gs://b/ledger", "--root", "gs://b/runs", "--gpu-hours", "111",
+    "--settings", '{"recipe": "sdxl-4step", "source": "gs://b/images"}',
 )  # fmt: skip
 
 
@@ -278,6 +350,16 @@ def test_a_token_goes_into_the_header_and_nowhere_else(
     assert server.tokens == {"Bearer s3cret"}
 
 
+def test_a_pipeline_whose_images_may_change_is_uploaded_only_if_that_is_allowed(server: Server) -> None:
+    package = cluster.compile_pipeline(PIPELINES["distill"])
+    strict = cluster.Cluster(host=server.url)
+    with pytest.raises(Refused, match=r"would run \S+, a tag .*make images-push.* --unpinned"):
+        cluster.upload(strict, package)
+    assert not server.seen
+    text = re.sub(r"(image: \S+)", rf"\1@sha256:{'0' * 64}", package.text)
+    assert cluster.upload(strict, replace(package, text=text)).version
+
+
 def test_a_dry_run_talks_to_no_server_and_shows_the_run(server: Server, tell: Tell) -> None:
     told = tell("submit", "--recipe", "sdxl-4step", "--gpus", "0", "--dry-run")
     assert not server.seen
@@ -318,8 +400,8 @@ def test_what_the_run_would_refuse_is_refused_before_it_is_submitted(server: Ser
         tell("submit", "--recipe", "sdxl-4step", "--source", "gs://b/images")
     with pytest.raises(Refused, match="needs images with captions"):
         tell("submit", "--recipe", "sdxl-4step", "--teacher", "gs://b/teacher")
-    with pytest.raises(Refused, match="nodes is 4"):
-        tell("submit", "--nodes", "4")
+    with pytest.raises(Refused, match="nodes is 0"):
+        tell("submit", "--nodes", "0")
     assert not server.seen
 
 

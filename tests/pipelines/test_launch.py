@@ -19,7 +19,10 @@ from dmd2.training import checkpoint
 from tests import conftest, warm
 
 RUN = "import sys; from components.distill.launch import *; from dmd2.errors import one_sentence\n"
-RUN += "with one_sentence(): sys.exit(run_to_end(Torchrun(sys.argv[2:], JobSize(gpus=0, nodes=int(sys.argv[1])))))"
+RUN += "with one_sentence():\n    size = JobSize(gpus=0, nodes=int(sys.argv[1]))\n"
+RUN += (
+    "    sys.exit(run_to_end(launcher(Training(sys.argv[2:], size, 'run', '/tmp', 'run', {}), choose(size))))"
+)
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_a_wrong_input_of_several_processes_ends_with_64_too(words: Words) -> No
     command = [sys.executable, "-m", "components.distill.launch", "2", *words("distill.steps=-1")]
     done = subprocess.run(command, env=warm.environment(), capture_output=True, text=True)
     assert done.returncode == 64, done.stderr
-    assert "of 2 ended with 64" in done.stderr
+    assert "of 2 on this machine ended with 64" in done.stderr
 
 
 def test_a_training_that_diverges_ends_with_76(begun: Begun, words: Words) -> None:
@@ -127,9 +130,12 @@ def test_a_worker_that_is_killed_ends_as_the_shell_says_it(
 def test_more_machines_than_one_are_refused_in_one_sentence(begun: Begun, words: Words) -> None:
     status, told = ended(begun(*words(), nodes=2))
     assert status == 64
-    assert told == "dmd2: nodes is 2; a distillation runs on one machine for now, give it more GPUs instead\n"
+    assert (
+        told
+        == "dmd2: nodes is 2, which takes a TrainJob, and there is no cluster; give 1, or see manifests/README.md\n"
+    )
 
 
 def test_missing_gpus_are_refused_and_not_replaced_by_the_cpu(refusal: Callable[..., str]) -> None:
-    assert "gpus is 4096, and this machine shows" in refusal(Torchrun([], JobSize(gpus=4096)).start)
+    assert "gpus is 4096, and this machine shows" in refusal(Torchrun([], 4096, 4096).start)
     assert "gpus is -1" in refusal(JobSize(gpus=-1).check)

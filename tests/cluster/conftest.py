@@ -1,0 +1,276 @@
+"""A cluster for the tests of this folder: the test bed with played nodes, and what the overlay `dev` puts there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.distill.trainjob import RUNTIME
+from dmd2.io.storage import open_store, upload_files
+from manifests.__main__ import render
+from tests.bucket import HOST
+from tests.cluster.bed import Bed, missing
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE, IMAGE = "dmd2", "dmd2.invalid/dmd2:unset"
+LIMIT_S = 900.0
+"""Seconds after which something that should happen has not."""
+Json = dict[str, Any]
+WORKFLOWS = {
+    "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": "workflows.argoproj.io"},
+    "spec": {
+        "group": "argoproj.io", "scope": "Namespaced", "names": {"kind": "Workflow", "plural": "workflows", "singular": "workflow"},
+        "versions": [{
+            "name": "v1alpha1", "served": True, "storage": True,
+            "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+        }],
+    },
+}  # fmt: skip
+"""Argo's kind, of which a run of KFP is one; Argo itself is not here."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
+def wait_for(what: Callable[[], Any], limit: float = LIMIT_S) -> Any:
+    """Ask until there is an answer."""
+    end = time.monotonic() + limit
+    while not (found := what()):
+        assert time.monotonic() < end, f"it did not happen within {limit:g} s"
+        time.sleep(0.3)
+    return found
+
+
+@dataclass
+class Cluster:
+    """A cluster, as its administrator sees it."""
+
+    bed: Bed
+
+    def kubectl(self, *words: str, given: Any = None) -> str:
+        return self.bed.kubectl("-n", NAMESPACE, *words, given="" if given is None else json.dumps(given))
+
+    def create(self, *objects: Json) -> None:
+        for one in objects:
+            self.kubectl("create", "--validate=strict", "-f", "-", given=one)
+
+    def get(self, kind: str, name: str) -> Json:
+        """The object; empty if there is none."""
+        with suppress(subprocess.CalledProcessError):
+            found: Json = json.loads(self.kubectl("get", kind, name, "-o", "json"))
+            return found
+        return {}
+
+    def all(self, kind: str, selector: str = "") -> list[Json]:
+        found: list[Json] = json.loads(self.kubectl("get", kind, "-l", selector, "-o", "json"))["items"]
+        return found
+
+    def pods_of(self, job: str) -> list[Json]:
+        return self.all("pods", f"jobset.sigs.k8s.io/jobset-name={job}")
+
+    def log(self, pod: str) -> str:
+        return self.kubectl("logs", pod, "--tail=-1")
+
+    def evict(self, pod: str) -> None:
+        """By the Eviction API, as a drained node does it."""
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}/eviction"
+        meta = {"name": pod, "namespace": NAMESPACE}
+        self.kubectl(
+            "create",
+            "--raw",
+            path,
+            "-f",
+            "-",
+            given={"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta},
+        )
+
+    def exit_status(self, pod: str) -> int | None:
+        statuses = self.get("pod", pod).get("status", {}).get("containerStatuses", [])
+        state = statuses[0]["state"].get("terminated") if statuses else None
+        return int(state["exitCode"]) if state else None
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, object_store: str) -> Iterator[Cluster]:
+    """The test bed with two nodes and the overlay `dev`."""
+    if os.getuid():
+        pytest.skip("the test bed plays nodes, which takes root")
+    if names := missing():
+        pytest.skip(
+            f"{', '.join(names)} are not built: run `python -m tests.cluster.bed build`, which takes Go and half an hour"
+        )
+    bed = Bed(tmp_path_factory.mktemp("cluster") / "bed")
+    try:
+        bed.up()
+        with kubelet(bed, object_store):
+            found = Cluster(bed)
+            bed.kubectl("apply", "--server-side", "--validate=strict", "-f", "-", given=render("dev"))
+            bed.kubectl("apply", "--server-side", "-f", "-", given=json.dumps(WORKFLOWS))
+            counted = "count/trainjobs.trainer.kubeflow.org"
+            wait_for(lambda: counted in found.get("resourcequota", "dmd2").get("status", {}).get("used", {}))
+            yield found
+    finally:
+        bed.down()
+
+
+@contextmanager
+def kubelet(bed: Bed, object_store: str, nodes: list[Json] | None = None) -> Iterator[None]:
+    """Nodes whose pods see this checkout, its Python and the object store."""
+    env = {
+        "PATH": f"{sys.prefix}/bin:{os.defpath}", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/tmp", "USER": "dmd2",
+        "XDG_CACHE_HOME": "/tmp/cache", "DMD2_CACHE": "/tmp/cache/dmd2", "MPLCONFIGDIR": "/tmp/cache/matplotlib",
+        "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", HOST: object_store,
+    }  # fmt: skip
+    keep = sorted({sys.prefix, sys.base_prefix, str(ROOT)})
+    image = {"user": 65532, "env": env, "workdir": "/tmp", "keep": keep}
+    (bed.folder / "images.json").write_text(json.dumps({"dmd2.invalid/*": image}))
+    words = ["--kubeconfig", str(bed.kubeconfig), "--images", str(bed.folder / "images.json")]
+    if nodes:
+        (bed.folder / "nodes.json").write_text(json.dumps(nodes))
+        words += ["--nodes", str(bed.folder / "nodes.json")]
+    with open(bed.folder / "kubelet.log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.kubelet", *words], cwd=ROOT, stdout=log, stderr=log
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@dataclass
+class Run:
+    """A run of KFP with the step `distill`, whose pod is made by hand as Argo would make it."""
+
+    cluster: Cluster
+    root: str
+    name: str
+    parameters: Json
+    starts: int = 0
+
+    def start(self) -> str:
+        """Make the pod of the step, for the first time or again -> its name."""
+        owner = self.cluster.get("workflow", self.name)
+        if not owner:
+            self.cluster.create(
+                {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": self.name}}
+            )
+            owner = self.cluster.get("workflow", self.name)
+        self.starts += 1
+        pod = f"{self.name}-step-{self.starts}"
+        self.cluster.create(step_pod(pod, owner, self.parameters))
+        return pod
+
+    def wait(self, pod: str) -> int:
+        """The exit status of the step."""
+        return int(wait_for(lambda: (status := self.cluster.exit_status(pod)) is not None and str(status)))
+
+    @property
+    def job(self) -> str:
+        """The name of its TrainJob."""
+        found = wait_for(lambda: self.cluster.all("trainjobs", f"dmd2/run={self.name}"))
+        return str(found[0]["metadata"]["name"])
+
+    def record(self) -> Json:
+        """What the launcher has kept of its job."""
+        store = open_store(self.root)
+        (name,) = [one.name for one in store.list_objects("jobs/")]
+        found: Json = json.loads(store.read(name))
+        return found
+
+    def training_pods(self) -> list[Json]:
+        """The pods of the training, once steps are being made."""
+        job = self.job
+
+        def running() -> list[Json]:
+            found = [pod for pod in self.cluster.pods_of(job) if pod["status"].get("phase") == "Running"]
+            return found if len(found) == 2 else []
+
+        found = wait_for(running)
+        rank_0 = next(pod["metadata"]["name"] for pod in found if "-node-0-0-" in pod["metadata"]["name"])
+        wait_for(lambda: "weights" in self.cluster.log(rank_0))
+        time.sleep(4)
+        return sorted(found, key=lambda pod: str(pod["metadata"]["name"]))
+
+
+def step_pod(name: str, workflow: Json, parameters: Json) -> Json:
+    """The pod of the step as Argo makes it, without the containers of KFP and Argo beside it."""
+    meta = workflow["metadata"]
+    owner = {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "name": meta["name"],
+        "uid": meta["uid"],
+        "controller": True,
+    }
+    secure = {
+        "runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True, "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
+    }  # fmt: skip
+    main = {
+        "name": "main", "image": IMAGE, "command": ["python", "-m", "tests.cluster.step", json.dumps(parameters)], "securityContext": secure,
+        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "2Gi"}},
+        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
+    }  # fmt: skip
+    labels = {"workflows.argoproj.io/workflow": meta["name"], "kueue.x-k8s.io/priority-class": "dmd2-run"}
+    return {
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels, "ownerReferences": [owner]},
+        "spec": {
+            "serviceAccountName": "launcher", "restartPolicy": "Never", "containers": [main],
+            "volumes": [{"name": "scratch", "emptyDir": {}}],
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def new_run(cluster: Cluster, bucket: str, made: Path) -> Callable[..., Run]:
+    """A run on a bucket of its own that holds shards and a teacher."""
+    for folder in ("shards", "teacher"):
+        files = [
+            str(path.relative_to(made / folder)) for path in (made / folder).rglob("*") if path.is_file()
+        ]
+        upload_files(made / folder, files, open_store(f"{bucket}/{folder}"))
+
+    def make(overrides: str, **given: Any) -> Run:
+        name = f"run-{uuid.uuid4().hex[:8]}"
+        root = f"{bucket}/{name}"
+        parameters = {
+            "run_id": name,
+            "root": root,
+            "data": bucket,
+            "overrides": overrides,
+            "nodes": 2,
+            "queue": "",
+            **given,
+        }
+        return Run(cluster, root, name, parameters)
+
+    return make
+
+
+def scripted(name: str, one: str, other: str) -> Json:
+    """A TrainJob of two nodes that only end: node 1 does the one thing, node 0 the other."""
+    script = f'if [ "$PET_NODE_RANK" = 1 ]; then {one}; else {other}; fi'
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME},
+            "trainer": {"image": IMAGE, "numNodes": 2, "numProcPerNode": 1, "command": ["sh", "-c", script]},
+        },
+    }  # fmt: skip
