@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dmd2.batch import CondPair
 from dmd2.config import FamilyConfig, in_first_spelling
+from dmd2.denoiser import autocast
 from dmd2.errors import Refused
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.json_file import read_json
@@ -24,6 +25,7 @@ from dmd2.io.storage import local_path
 from dmd2.io.tensors import num_not_finite
 from dmd2.models.family import ModelFamily, Prompt, make_family
 from dmd2.sampler import Timesteps, generate
+from dmd2.training.phase_timer import PhaseTimer
 
 ELEMENTS = 2**20
 """Numbers in the samples of a network call by default (16 SDXL latents); at most 64 samples."""
@@ -38,6 +40,10 @@ class Model:
     network: nn.Module
     timesteps: Timesteps
     """The student's timesteps, noisiest first; empty for a teacher."""
+    dtype: torch.dtype = torch.float32
+    """The precision in which the network is sampled, by autocast. Noise, steps of the sampler and the decoder stay in their own."""
+    timer: PhaseTimer | None = None
+    """Measures the phases `text` and `steps` of the samples; whoever sets it starts and stops the other phases."""
 
     def sample(self, prompts: Sequence[Prompt], seed: int = 0, batch: int = 0) -> Tensor:
         """Sample the student: images of these classes or texts, uint8 (N, C, H, W).
@@ -46,9 +52,13 @@ class Model:
         equal noise for any batch size and device.
 
         Raises:
-            Refused: The network's output has infinite or NaN values.
+            Refused: The network's output has infinite or NaN values, or the VAE makes some of it.
         """
-        return self.family.decode(_require_finite(self._student_samples(prompts, seed, batch)))
+        return self.family.decode(self.samples(prompts, seed, batch))
+
+    def samples(self, prompts: Sequence[Prompt], seed: int = 0, batch: int = 0) -> Tensor:
+        """Like `sample`, without the decoder: samples (N, C, H, W), pixels or latents, on the CPU."""
+        return _require_finite(self._student_samples(prompts, seed, batch))
 
     def sample_unchecked(self, prompts: Sequence[Prompt], seed: int = 0) -> Tensor:
         """Like `sample`, but values that are not finite are decoded too.
@@ -56,7 +66,7 @@ class Model:
         For previews and scores during training: there an error on one rank would leave the others waiting for it, and the
         training loop itself stops a run that diverges.
         """
-        return self.family.decode(self._student_samples(prompts, seed, batch=0))
+        return self.family.decode_unchecked(self._student_samples(prompts, seed, batch=0))
 
     def _student_samples(self, prompts: Sequence[Prompt], seed: int, batch: int) -> Tensor:
         """The student's samples before the family's decoder, (N, C, H, W)."""
@@ -73,12 +83,23 @@ class Model:
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
     ) -> Tensor:
         """Sample the family's many-step sampler: images, uint8 (N, C, H, W), from the noise that a one-step student gets for this seed."""
+        return self.family.decode(self.teacher_samples(prompts, seed, steps, guidance, batch))
+
+    def teacher_samples(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        steps: int,
+        guidance: float = 1.0,
+        batch: int = 0,
+        noises: int = 1,
+    ) -> Tensor:
+        """Like `sample_teacher`, without the decoder, from the noise that a student of `noises` steps starts from for this seed."""
 
         def sample_batch(eps: Tensor, cond: CondPair) -> Tensor:
             return self.family.sample_teacher(self.network, eps[:, 0], cond, steps, guidance)
 
-        _, samples = self._in_batches(sample_batch, prompts, seed, batch, noises=1)
-        return self.family.decode(_require_finite(samples))
+        return _require_finite(self._in_batches(sample_batch, prompts, seed, batch, noises)[1])
 
     def pairs(
         self, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float = 1.0, batch: int = 0
@@ -105,15 +126,28 @@ class Model:
         only, and the global random state does not change."""
         generator = torch.Generator().manual_seed(seed)
         device = next(self.network.parameters()).device
-        batch = batch or max(1, min(64, ELEMENTS // math.prod(self.family.shape)))
+        batch = batch or self.usual_batch
         all_noise, samples = [], []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             eps = torch.stack([torch.randn(noises, *self.family.shape, generator=generator) for _ in part])
+            self._start_phase("text")
             cond, uncond = self.family.condition(part)
-            samples.append(sample_batch(eps.to(device), CondPair(cond.to(device), uncond.to(device))).cpu())
+            self._start_phase("steps")
+            with autocast(device, self.dtype):
+                out = sample_batch(eps.to(device), CondPair(cond.to(device), uncond.to(device)))
+            samples.append(out.cpu())
             all_noise.append(eps)
         return torch.cat(all_noise), torch.cat(samples)
+
+    @property
+    def usual_batch(self) -> int:
+        """Images of a network call, where no number is given."""
+        return max(1, min(64, ELEMENTS // math.prod(self.family.shape)))
+
+    def _start_phase(self, phase: str) -> None:
+        if self.timer:
+            self.timer.start(phase)
 
 
 def _require_finite(samples: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from datetime import UTC, datetime
 from typing import Literal
 
 from dmd2.errors import Refused
-from dmd2.evaluation.scores import read_scores
+from dmd2.evaluation.scores import read_scores, student_facts
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
-from dmd2.io.staging import draft_artifact
+from dmd2.io.local import write_text
+from dmd2.io.staging import draft_artifact, package_versions
 
 SingleFile = Literal["float16", "bfloat16", "float32", "none"]
 
@@ -45,7 +48,9 @@ def package(
             f"{evaluation} and {gate} do not belong to the run in {run}; evaluate that run and pass it through the gate"
         )
     if decided.facts["decision"] != "accepted":
-        raise Refused(f"{gate} rejected this run ({decided.facts['reason']}); nothing is packaged")
+        raise Refused(
+            f"{gate} did not accept this run ({decided.facts['decision']}: {decided.facts['reason']}); nothing is packaged"
+        )
     inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
     if done := find_finished(out, "package", made.config, inputs):
         for name, value in options.items():
@@ -62,6 +67,7 @@ def package(
     from dmd2.image_grid import image_grid
     from dmd2.model import load_network, save_network
     from dmd2.model_card import forms_table, model_card
+    from dmd2.provenance import PROVENANCE, dependencies_of, make_statement
     from dmd2.stages.networks import load_artifact_model, save_extraction
     from dmd2.stages.pictures import save_png
     from dmd2.stages.prompts import grid_columns
@@ -87,8 +93,18 @@ def package(
             raise Refused("the package, loaded again, does not give the samples of the run; it was discarded")
         draft.facts |= options
         draft.facts["recipe"] = made.config.recipe if made.config else ""
+        draft.facts["made"] = datetime.now(UTC).isoformat()
+        draft.facts["scored"] = student_facts(evaluated.facts, evaluated.inputs)
         for scores in read_scores(evaluated.facts):
             draft.facts[f"{scores.name}_student"] = scores.values["student"]
+        statement = make_statement(
+            draft.list_files(),
+            made.config,
+            draft.facts,
+            package_versions(),
+            dependencies_of(made, evaluated, decided),
+        )
+        write_text(draft.path / PROVENANCE, json.dumps(statement, indent=1))
     return read_manifest(out, "package")
 
 
