@@ -8,6 +8,8 @@ def evaluate(
     recipe: str,
     overrides: str,
     root: str,
+    part: str,
+    scores: str,
     shards: dsl.Input[dsl.Dataset],
     teacher: dsl.Input[dsl.Model],
     run: dsl.Input[dsl.Model],
@@ -20,6 +22,8 @@ def evaluate(
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         root: Folder of the run; the result goes to `<root>/evaluation`.
+        part: `i/n`: only the i-th of n parts, which a later call with an empty part puts together.
+        scores: Folder that keeps the scores of teachers for later evaluations; empty = none.
         shards: Shards with held-out images.
         teacher: The teacher.
         run: The student.
@@ -34,12 +38,15 @@ def evaluate(
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
         data, original, student = (a.metadata["uri"] for a in (shards, teacher, run))
-        result = stages.evaluate(config, data, original, student, f"{root}/evaluation")
+        result = stages.evaluate(config, data, original, student, f"{root}/evaluation", part, scores)
+        if part:
+            evaluation.metadata.update(artifact.write_part(result, evaluation.path))
+            return
         evaluation.metadata.update(
             artifact.write_pointer(f"{root}/evaluation", "evaluation", evaluation.path)
         )
     for name, value in result.facts.items():
         if isinstance(value, int | float):
             metrics.log_metric(name, value)
-    for scores in read_scores(result.facts):
-        metrics.metadata[scores.name] = f"{scores.title} ({scores.direction})"
+    for metric in read_scores(result.facts):
+        metrics.metadata[metric.name] = f"{metric.title} ({metric.direction})"

@@ -7,6 +7,8 @@ from components.image import IMAGE
 def report(
     root: str,
     decision: str,
+    start: str,
+    pairs: str,
     shards: dsl.Input[dsl.Dataset],
     teacher: dsl.Input[dsl.Model],
     run: dsl.Input[dsl.Model],
@@ -18,6 +20,8 @@ def report(
     Args:
         root: Folder of the run.
         decision: The decision of the gate; the report of an accepted run includes its package.
+        start: The run that the distillation started from, or empty.
+        pairs: The pairs that one of both learned from, or empty.
         shards: Real images.
         teacher: The teacher.
         run: The student.
@@ -33,6 +37,6 @@ def report(
         data, original, student, scores = (a.metadata["uri"] for a in (shards, teacher, run, evaluation))
         package = f"{root}/package" if decision == "accepted" else ""
         written = stages.report(
-            data, original, student, scores, f"{root}/gate", f"{root}/report.html", package
+            data, original, student, scores, f"{root}/gate", f"{root}/report.html", package, start, pairs
         )
         shutil.copyfile(written, page.path)

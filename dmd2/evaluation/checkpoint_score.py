@@ -84,7 +84,7 @@ def load_scorer(
         prompts[rows] = prompts_for(rows, batch)
         x = family.read(batch, Rng.at(settings.seed, 0, rows, world.device)).x
         counted = max(0, count - rows.start)
-        state.update(first_of(features, family.decode(x).cpu(), prompts[rows], counted))
+        state.update(first_of(features, family.decode_unchecked(x).cpu(), prompts[rows], counted))
     state.all_reduce(world)
     scorer = CheckpointScorer(features, sample, prompts, settings.images, settings.seed, state, world)
     scorer.images(next(iter(prompts)))
@@ -96,7 +96,7 @@ def first_of(
 ) -> ImageBatch:
     """The first `count` images of a chunk with their features; the whole chunk goes through the network, so that its bits do not
     depend on `count`."""
-    return ImageBatch(images[:count], prompts[:count], features(images)[:count])
+    return ImageBatch(prompts[:count], features(images)[:count])
 
 
 def chunks_of_rank(count: int, world: World) -> Iterator[range]:

@@ -23,7 +23,9 @@ from dmd2.encoders.pipeline_folder import (
 )
 from dmd2.errors import Refused
 from dmd2.evaluation.classifier import rgb
-from dmd2.evaluation.metrics import ImageBatch, Score
+from dmd2.evaluation.metrics import Score
+from dmd2.evaluation.neighbours import KeptFeatures, mean_score
+from dmd2.io.local import sha256
 from dmd2.models.family import Prompt
 
 PREFIX = "A photo depicts "
@@ -47,8 +49,7 @@ class Clip:
             transformers.CLIPImageProcessor, folder, {PREPROCESSOR: folder / PREPROCESSOR}
         )
         self.window = self.network.config.text_config.max_position_embeddings
-        self.cut: set[str] = set()
-        """Captions that are longer than the window."""
+        self.digest = sha256(folder / WEIGHTS)
 
     @torch.no_grad()
     def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
@@ -61,47 +62,36 @@ class Clip:
         )
         return (image * text).sum(-1).cpu()
 
+    def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """`cosines`, (B, 1)."""
+        return self.cosines(images, [_caption(prompt) for prompt in prompts])[:, None]
+
+    def count_cut(self, prompts: Sequence[Prompt]) -> dict[str, int]:
+        """The fact how many different captions are longer than the window; logged, too."""
+        captions = [PREFIX + _caption(prompt) for prompt in dict.fromkeys(prompts)]
+        lengths = map(len, self.tokenizer(captions, truncation=False, verbose=False).input_ids)
+        if count := sum(length > self.window for length in lengths):
+            logger.warning(
+                "%d captions are longer than the %d tokens of the CLIP, which does not see the end of them",
+                count,
+                self.window,
+            )
+        return {"clip_captions_cut": count}
+
     def _tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         texts = [PREFIX + caption for caption in captions]
-        lengths = map(len, self.tokenizer(texts, truncation=False, verbose=False).input_ids)
-        self.cut |= {caption for caption, n in zip(captions, lengths, strict=True) if n > self.window}
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.window, return_tensors="pt"
         )
         return {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
 
-class ClipState:
-    """Sums over the cosines of a set of images."""
-
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        """Number of images, sum of their cosines and of the squares."""
-
-    def update(self, batch: ImageBatch) -> None:
-        captions = [_caption(prompt) for prompt in batch.prompts]
-        cosines = self.clip.cosines(batch.images, captions)
-        self.sums += torch.stack(
-            [torch.tensor(float(len(cosines))).double(), cosines.sum(), cosines.square().sum()]
-        )
-
-    def merge(self, other: Self) -> None:
-        self.sums = self.sums + other.sums
+class ClipState(KeptFeatures):
+    """The cosines of a set of images."""
 
     def score(self, reference: Self) -> Score:
         """The mean cosine, with its interval of 95 %. It does not depend on the real images."""
-        if self.clip.cut:
-            logger.warning(
-                "%d captions are longer than the %d tokens of the CLIP, which does not see the end of them",
-                len(self.clip.cut),
-                self.clip.window,
-            )
-            self.clip.cut.clear()
-        count, total, squares = self.sums.tolist()
-        mean = total / count
-        error = 1.96 * (max(0.0, squares / count - mean**2) / max(1.0, count - 1)) ** 0.5
-        return Score(mean, (mean - error, mean + error))
+        return mean_score(self.features[:, 0])
 
 
 def _caption(prompt: Prompt) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer, make_resizer
+from PIL import Image
 from torch import Tensor
 
 from dmd2.config import INCEPTION, BestConfig, Config, EvaluateConfig, WeightsConfig
@@ -21,6 +24,7 @@ from dmd2.errors import Refused
 from dmd2.evaluation import classifier, efficientnet
 from dmd2.evaluation.weights import fetch_weights
 from dmd2.io.local import sha256
+from dmd2.models.family import Prompt
 
 TRUSTED_PROGRAMS = (INCEPTION.sha256,)
 """Digests of the TorchScript files that may be run."""
@@ -38,21 +42,35 @@ class FeatureExtractor:
     """uint8 (H, W, 3) -> float32 (h, w, 3)."""
     facts: dict[str, Any]
     device: torch.device
+    digest: str
+    """sha256 of the weights."""
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 1 or 3, H, W) -> float64 (B, D) on the CPU, in one network call."""
+        return self.measure(images).double()
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, prompts: Sequence[Prompt] = ()) -> Tensor:
+        """The same in the network's own precision."""
         rows = classifier.rgb(images).permute(0, 2, 3, 1).numpy()
         resized = torch.from_numpy(np.stack([self.resize(image) for image in rows])).permute(0, 3, 1, 2)
-        return self.network(resized.to(self.device)).cpu().double()
+        return self.network(resized.to(self.device)).cpu()
 
 
 def load_extractor(config: Config, data: str, device: torch.device) -> FeatureExtractor:
     """The network that `evaluate.features` names. A classifier is fitted to the training shards in `data`, and its accuracy on the
     held-out images noted."""
     if config.evaluate.features == "classifier":
-        return _classifier(config, data, device)
-    return load_pretrained(config.evaluate, "evaluate", device)
+        found = _classifier(config, data, device)
+    else:
+        found = load_pretrained(config.evaluate, "evaluate", device)
+    return reduced_to(config.evaluate.resize, found)
+
+
+def reduced_to(side: int, extractor: FeatureExtractor) -> FeatureExtractor:
+    """The same of images that are cut and reduced to this size before; 0 = they are not."""
+    own = extractor.resize
+    return replace(extractor, resize=lambda image: own(cut_and_reduce(image, side))) if side else extractor
 
 
 def load_pretrained(
@@ -62,6 +80,15 @@ def load_pretrained(
     if settings.features == "efficientnet":
         return _efficientnet(device)
     return _inception(settings.inception, f"--{section}.inception", device)
+
+
+def cut_and_reduce(image: np.ndarray, side: int) -> np.ndarray:
+    """The square at the centre of an image, uint8 (H, W, 3), at this size by Lanczos' filter: uint8 (side, side, 3)."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    square = Image.fromarray(image[top : top + short, left : left + short])
+    return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
 
 
 def _classifier(config: Config, data: str, device: torch.device) -> FeatureExtractor:
@@ -75,14 +102,16 @@ def _classifier(config: Config, data: str, device: torch.device) -> FeatureExtra
         "features_accuracy": accuracy,
         "features_accuracy_images": count,
     }
-    return FeatureExtractor(network, _bicubic(size), facts, device)
+    digest = hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()
+    return FeatureExtractor(network, _bicubic(size), facts, device, digest)
 
 
 def _efficientnet(device: torch.device) -> FeatureExtractor:
     weights = efficientnet.weights()
     network = efficientnet.load(weights).to(device)
-    facts = {"features": f"EfficientNet-Lite0 (ImageNet), sha256 {sha256(weights)[:12]}"}
-    return FeatureExtractor(network, _bicubic(efficientnet.SIZE), facts, device)
+    digest = sha256(weights)
+    facts = {"features": f"EfficientNet-Lite0 (ImageNet), sha256 {digest[:12]}"}
+    return FeatureExtractor(network, _bicubic(efficientnet.SIZE), facts, device, digest)
 
 
 def _inception(settings: WeightsConfig, option: str, device: torch.device) -> FeatureExtractor:
@@ -95,7 +124,7 @@ def _inception(settings: WeightsConfig, option: str, device: torch.device) -> Fe
         fetch_weights(settings, Path(folder) / "inception-2015-12-05.pt", option)
         network = InceptionV3W(folder, download=False).to(device)
     facts = {"features": f"Inception-v3 of clean-fid, sha256 {settings.sha256[:12]}"}
-    return FeatureExtractor(network, build_resizer("clean"), facts, device)
+    return FeatureExtractor(network, build_resizer("clean"), facts, device, INCEPTION.sha256)
 
 
 def _bicubic(size: int) -> Callable[[np.ndarray], np.ndarray]:

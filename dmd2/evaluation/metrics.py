@@ -1,7 +1,8 @@
 """The metrics of an evaluation: one table, `METRICS`.
 
-A row names a metric, says which direction is better and makes its states. A state is updated with images batch by batch; states of
-parts of a set merge into the state of the whole set, and give its score against the real images. The evaluation fills states for
+A row names a metric, says which direction is better, what it reads of an image and makes its states. A state is updated, batch by
+batch, with what was measured of images (`dmd2.evaluation.measurements`); states of parts of a set merge into the state of the whole
+set, and give its score against the real images. The evaluation fills states for
 every row that `evaluate.metrics` names and writes title, direction and format beside the scores into its manifest, from where gate,
 report, model card, KFP metrics and summary read them: none of them knows a metric by name.
 
@@ -10,7 +11,7 @@ A new metric is a new row. Importing this module imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
@@ -32,25 +33,27 @@ class Score(NamedTuple):
 
     value: float
     interval: tuple[float, float] | None = None
-    """(low, high) of its confidence interval, if the metric has one."""
+    """(low, high) of its confidence interval of 95 %, if the metric has one."""
+    replicates: Sequence[float] = ()
+    """Independent replicates around the value (`dmd2.evaluation.confidence`), by which scores of several sets are compared."""
+    details: Mapping[str, float] = {}
+    """Further numbers about the value, such as the same at half the number of images."""
 
 
 class ImageBatch(NamedTuple):
-    """What a state is updated with."""
+    """What a state is updated with. The images themselves are forgotten by then."""
 
-    images: Tensor
-    """uint8 (B, C, H, W)."""
     prompts: Sequence[Prompt]
     """What the images were sampled for; of real images their classes or captions."""
     features: Tensor
-    """float64 (B, D) on the CPU; (B, 0) if none of the metrics uses features."""
+    """float64 (B, D) on the CPU: the measurement that the metric reads."""
 
 
 class MetricState(Protocol):
     """What a metric has accumulated over the images of one set, in float64."""
 
     def update(self, batch: ImageBatch) -> None:
-        """Add a batch of images."""
+        """Add a batch of images, in the order of their rows."""
 
     def merge(self, other: Self) -> None:
         """Add the images that another state has seen."""
@@ -71,29 +74,48 @@ class Metric:
     prepare: Callable[[EvaluateConfig, torch.device], Callable[[], MetricState]]
     """Loads what the states of one evaluation share, such as a network of its own or stored reference statistics, and returns the
     function that makes an empty state."""
-    uses_features: bool = True
-    """Whether its states read the features of the network that `evaluate.features` names."""
+    reads: str = "features"
+    """What its states are updated with: a row of the table of measurements. `features` are those of the network that
+    `evaluate.features` names."""
     format: str = "{:.2f}"
     """How a value is printed, with its unit."""
 
 
 def _fid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
-    from dmd2.evaluation.frechet import FrechetState
+    from dmd2.evaluation.frechet import FidState
 
-    return FrechetState
+    return FidState
 
 
 def _clip(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
-    from dmd2.evaluation.clip_score import Clip, ClipState
+    from dmd2.evaluation.clip_score import ClipState
 
-    clip = Clip(settings.clip, device)
-    return lambda: ClipState(clip)
+    return ClipState
 
 
 def _kid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
     from dmd2.evaluation.kernel import KernelState
 
     return KernelState
+
+
+def _cmmd(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+    from dmd2.evaluation.image_embeddings import CMMD_SCALE, gaussian_kernel
+    from dmd2.evaluation.kernel import KernelState
+
+    return lambda: KernelState(gaussian_kernel, CMMD_SCALE)
+
+
+def _inception_score(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+    from dmd2.evaluation.inception_score import InceptionScoreState
+
+    return InceptionScoreState
+
+
+def _class_fid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+    from dmd2.evaluation.per_class import PerClassState
+
+    return PerClassState
 
 
 def _neighbours(name: str) -> Callable[[EvaluateConfig, torch.device], Callable[[], MetricState]]:
@@ -109,12 +131,17 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("fid", "FID", "smaller", _fid),
-        Metric("clip", "CLIP score", "larger", _clip, uses_features=False, format="{:.4f}"),
+        Metric("clip", "CLIP score", "larger", _clip, reads="clip", format="{:.4f}"),
         Metric("kid", "KID", "smaller", _kid, format="{:.5f}"),
         Metric("precision", "Precision", "larger", _neighbours("precision"), format="{:.3f}"),
         Metric("recall", "Recall", "larger", _neighbours("recall"), format="{:.3f}"),
         Metric("density", "Density", "larger", _neighbours("density"), format="{:.3f}"),
         Metric("coverage", "Coverage", "larger", _neighbours("coverage"), format="{:.3f}"),
+        Metric("patch_fid", "Patch FID", "smaller", _fid, reads="patches"),
+        Metric("inception_score", "Inception Score", "larger", _inception_score, reads="classes"),
+        Metric("class_fid", "Per-class FID", "smaller", _class_fid),
+        Metric("cmmd", "CMMD", "smaller", _cmmd, reads="clip_images", format="{:.3f}"),
+        Metric("dinov2_fd", "FD of DINOv2", "smaller", _fid, reads="dinov2"),
     )
 }  # fmt: skip
 """{name: row}."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmd2.errors import Refused
+from dmd2.evaluation.influence import group_means
 from dmd2.evaluation.metrics import ImageBatch, Score
 
 NEIGHBOURS = 5
@@ -57,9 +58,12 @@ class NeighbourState(KeptFeatures):
 
 
 def mean_score(values: Tensor) -> Score:
-    """The mean of independent values (N,), with its interval of 95 %."""
+    """The mean of the values (N,) of the rows of a set, with its interval of 95 %. The error of the other set is not in it."""
+    if len(values) < 2:
+        return Score(float(values.mean()))
     mean, error = float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
-    return Score(mean, (mean - error, mean + error))
+    moved = group_means(values, torch.arange(len(values)), len(values))
+    return Score(mean, (mean - error, mean + error), (mean + moved).tolist())
 
 
 def precision(fake: Tensor, real: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from dmd2.config import Config
 from dmd2.data.loader import RawBatch, Shards
@@ -16,34 +17,40 @@ from dmd2.models.family import Prompt
 from dmd2.parallel.ranks import World
 from dmd2.stages.prompts import prompts_of_images, rows_of_prompts
 from dmd2.training.loop import ScoreFunction
-from dmd2.training.optim import Trainable
 
 
 def checkpoint_score(
     config: Config,
     student: Model,
-    trainable: Trainable,
+    weights: Callable[[], AbstractContextManager[None]],
     data: str,
     samples: Manifest,
     prompts: str,
     world: World,
 ) -> ScoreFunction:
-    """A function that samples the student with its current weights and returns the FID to the training samples."""
-    settings = config.distill.best
+    """A function that samples the student with its current weights and returns the FID to the training samples.
+
+    Inside `weights()`, the student has its inference weights. Where the recipe scores no checkpoints during training, images and
+    features are those of its evaluation."""
+    best = config.distill.best
+    settings = best if best.images else best.model_copy(update={"images": config.evaluate.images})
     texts = read_prompts(prompts) if prompts else ()
 
     def prompts_for(rows: range, images: RawBatch) -> Sequence[Prompt]:
         return rows_of_prompts(texts, rows) if texts else prompts_of_images(config.family, images)
 
     with world.main_process_first():
-        extract = features.load_pretrained(settings, "distill.best", world.device)
+        if best.images:
+            extract = features.load_pretrained(best, "distill.best", world.device)
+        else:
+            extract = features.load_extractor(config, data, world.device)
     train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
     scorer = load_scorer(
         settings, extract, student.sample_unchecked, train, student.family, prompts_for, world
     )
 
     def score(report: Callable[[str], None]) -> float:
-        with trainable.swap_in_inference_weights():
+        with weights():
             return scorer(report)
 
     return score

@@ -1,39 +1,30 @@
-"""The sets of images that an evaluation scores: student and teacher at several numbers of steps, and real images.
-
-Only a batch of images is in memory at a time.
-"""
+"""The sets of images that an evaluation scores: student and teacher at several numbers of steps, and real images."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.config import Config, EvaluateConfig, FamilyConfig
+from dmd2.config import Config, FamilyConfig
 from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT, TRAIN
-from dmd2.encoders.text import count_cut_texts
-from dmd2.evaluation.evaluator import BATCH, Evaluator, score_states
-from dmd2.evaluation.features import load_extractor
-from dmd2.evaluation.metrics import Metric
-from dmd2.evaluation.scores import REAL, ImageSet, MetricScores, score_facts
-from dmd2.image_grid import image_grid
-from dmd2.model import Model
+from dmd2.errors import Refused
+from dmd2.evaluation.scores import ImageSet, sets_to_sample
+from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.models.family import Prompt
-from dmd2.progress import Progress
-from dmd2.rng import seed_of_part
-from dmd2.stages.pictures import Sampler, sample_grid, save_png
-from dmd2.stages.prompts import grid_columns, preview_prompts, prompts_of_images, repeat_prompts
+from dmd2.parallel.ranks import is_emulated
+from dmd2.stages.networks import load_artifact_model, load_on_device
+from dmd2.stages.pictures import Sampler
+from dmd2.stages.prompts import repeat_prompts
 
-logger = logging.getLogger(__name__)
-
-Batches = Iterator[tuple[Tensor, Sequence[Prompt]]]
-"""(images, prompts): uint8 (B, C, H, W), and what they were sampled for or are labelled with."""
+REFERENCE = "reference"
+"""Name of the set of real images that the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -42,95 +33,88 @@ class SampledSet:
 
     description: ImageSet
     sampler: Sampler
+    pins: dict[str, Any]
+    """What decides its images beside prompts, seed and precision."""
 
 
-def sampled_sets(config: Config, student: Model, teacher: Model) -> dict[str, SampledSet]:
-    """{name: set}: student and teacher as they are used, both in one step, and the teacher in as many steps as the student."""
-    settings, count = config.evaluate, len(student.timesteps)
+class Network:
+    """A student or teacher, loaded onto the device when it is first sampled."""
 
-    def by_teacher(name: str, steps: int) -> SampledSet:
-        calls = teacher.family.teacher_calls(steps, settings.teacher_guidance)
-        return SampledSet(
-            ImageSet(name, "teacher", steps, calls),
-            lambda prompts, seed: teacher.sample_teacher(prompts, seed, steps, settings.teacher_guidance),
+    def __init__(self, folder: str, manifest: Manifest, device: torch.device) -> None:
+        self.manifest, self.digest = manifest, manifest.digest
+        self.shape = load_artifact_model(folder, manifest, weights=False)
+        """The model without its weights."""
+        self.load = cache(lambda: replace(load_on_device(folder, manifest, device), dtype=precision(device)))
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """The precision in which an evaluation samples: bfloat16 on a GPU that has it, else float32."""
+    fast = device.type == "cuda" and not is_emulated(device, torch.bfloat16)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def sampled_sets(config: Config, student: Network, teacher: Network) -> dict[str, SampledSet]:
+    """{name: set}, with what samples it."""
+    guidance = config.evaluate.teacher_guidance
+
+    def by_teacher(description: ImageSet) -> SampledSet:
+        def sample(prompts: Sequence[Prompt], seed: int) -> Tensor:
+            return teacher.load().sample_teacher(prompts, seed, description.steps, guidance)
+
+        pins = {"teacher": teacher.digest, "steps": description.steps, "guidance": guidance}
+        return SampledSet(description, sample, pins)
+
+    def by_student(description: ImageSet) -> SampledSet:
+        def sample(prompts: Sequence[Prompt], seed: int) -> Tensor:
+            model = student.load()
+            return replace(model, timesteps=model.timesteps[: description.steps]).sample(prompts, seed)
+
+        return SampledSet(description, sample, {"student": student.digest, "steps": description.steps})
+
+    found = sets_to_sample(config, len(student.shape.timesteps), teacher.shape.family)
+    return {each.name: by_teacher(each) if each.recipe == "teacher" else by_student(each) for each in found}
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """Real images, with the classes or captions of all of them; the images themselves are read when they are needed."""
+
+    title: str
+    shards: Shards
+    positions: np.ndarray
+    prompts: list[Prompt]
+
+    @classmethod
+    def of(cls, title: str, shards: Shards, count: int, family: FamilyConfig) -> RealSet:
+        positions = shards.even_positions(count)
+        described = shards.labels_and_texts(positions)
+        prompts: list[Prompt] = [label if family.prompts == "classes" else text for label, text in described]
+        return cls(title, shards, positions, prompts)
+
+    def images(self, rows: range) -> Tensor:
+        return self.select(list(rows))
+
+    def select(self, rows: Sequence[int]) -> Tensor:
+        """The images of single rows."""
+        return self.shards.select(self.positions[list(rows)]).image
+
+
+def prompts_to_sample(config: Config, reference: Sequence[Prompt]) -> list[Prompt]:
+    """`evaluate.images` prompts: those of the reference images again and again, or all classes in turn."""
+    family, settings = config.family, config.evaluate
+    if settings.prompts == "reference":
+        return repeat_prompts(reference, settings.images)
+    if family.prompts != "classes":
+        raise Refused(
+            "evaluate.prompts is 'balanced', but this network is conditioned on texts; set it to reference"
         )
-
-    def by_student(name: str, steps: int) -> SampledSet:
-        shortened = replace(student, timesteps=student.timesteps[:steps])
-        return SampledSet(ImageSet(name, config.recipe, steps, steps), shortened.sample)
-
-    sets = [
-        by_student("student", count),
-        by_teacher("teacher", settings.teacher_steps),
-        by_teacher("teacher_1step", 1),
-    ]
-    if count > 1:
-        sets += [by_student("student_1step", 1), by_teacher(f"teacher_{count}step", count)]
-    return {each.description.name: each for each in sets}
+    return repeat_prompts(range(family.classes), settings.images)
 
 
-def sampled_batches(title: str, sampler: Sampler, prompts: list[Prompt], settings: EvaluateConfig) -> Batches:
-    """Images of all prompts; each batch has its own seed, so that it can be sampled again alone."""
-    with Progress(f"evaluate {title}", len(prompts), "images") as progress:
-        for start in range(0, len(prompts), settings.batch):
-            batch = prompts[start : start + settings.batch]
-            yield sampler(batch, seed_of_part(settings.seed, start)), batch
-            progress.advance(len(batch))
-
-
-def real_batches(family: FamilyConfig, shards: Shards, count: int) -> Batches:
-    """Real images with their classes or captions: `count` at even distances, or all if there are fewer."""
-    for batch in shards.evenly_spaced_batches(count, BATCH):
-        yield batch.image, prompts_of_images(family, batch)
-
-
-def score_sets(
-    config: Config,
-    data: str,
-    sets: Mapping[str, SampledSet],
-    selected: Sequence[Metric],
-    device: torch.device,
-) -> dict[str, Any]:
-    """Score sampled sets and real training images against the held-out images in `data`; what the manifest says about it."""
-    settings, holdout = config.evaluate, Shards(data, HOLDOUT)
-    evaluator = Evaluator.load(selected, settings, lambda: load_extractor(config, data, device), device)
-    real_prompts: list[Prompt] = []
-    reference = evaluator.accumulate(
-        _record_prompts(real_batches(config.family, holdout, settings.images), real_prompts)
-    )
-    prompts = repeat_prompts(real_prompts, settings.images)
-    scores = {}
-    with count_cut_texts() as cut:
-        for name, each in sets.items():
-            batches = sampled_batches(each.description.title, each.sampler, prompts, settings)
-            scores[name] = score_states(evaluator.accumulate(batches), reference)
-    if said := cut.describe(len(set(prompts)), "prompts"):
-        logger.warning(said)
-    train = real_batches(config.family, Shards(data, TRAIN), settings.images)
-    scores[REAL] = score_states(evaluator.accumulate(train), reference)
-    by_metric = [
-        MetricScores.of(metric, {name: found[metric.name] for name, found in scores.items()})
-        for metric in selected
-    ]
-    facts = score_facts(by_metric, [each.description for each in sets.values()])
-    counts = {"images_real": len(real_prompts)}
-    if config.family.prompts != "classes":
-        counts |= {"prompts": len(set(prompts)), "prompts_cut": len(cut.texts)}
-    return facts | evaluator.facts | counts
-
-
-def _record_prompts(batches: Batches, prompts: list[Prompt]) -> Batches:
-    """The same batches; their prompts are appended to the list."""
-    for images, batch in batches:
-        prompts += batch
-        yield images, batch
-
-
-def save_picture_grids(config: Config, data: str, sets: Mapping[str, SampledSet], folder: Path) -> None:
-    """Save a picture grid of each set as `<name>.png`, and one of held-out images, for the preview prompts."""
-    settings, holdout = config.evaluate, Shards(data, HOLDOUT)
-    prompts = preview_prompts(config.family, holdout)
-    for name, each in sets.items():
-        save_png(sample_grid(config.family, each.sampler, prompts, settings.seed), folder / f"{name}.png")
-    real = next(holdout.evenly_spaced_batches(settings.images, len(prompts))).image
-    save_png(image_grid(real, grid_columns(config.family)), folder / f"{REAL}.png")
+def reference_shards(data: str, reference: str) -> Shards:
+    """The images that others are compared with: held-out ones of `data`, or another set of shards: its held-out images if it has
+    some, else all."""
+    if not reference:
+        return Shards(data, HOLDOUT)
+    made = read_manifest(reference, "shards")
+    return Shards(reference, HOLDOUT if made.config and made.config.data.holdout else TRAIN)

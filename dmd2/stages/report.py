@@ -1,12 +1,25 @@
-"""One HTML page about a whole run."""
+"""One HTML page about a whole run, with what was made before it."""
 
 from __future__ import annotations
 
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, open_artifact, read_manifest
 
+KINDS = {"start": "run"}
+"""Kinds of artifacts that are called otherwise here."""
 
-def report(data: str, teacher: str, run: str, evaluation: str, gate: str, out: str, package: str = "") -> str:
+
+def report(
+    data: str,
+    teacher: str,
+    run: str,
+    evaluation: str,
+    gate: str,
+    out: str,
+    package: str = "",
+    start: str = "",
+    pairs: str = "",
+) -> str:
     """Write one self-contained HTML page about a whole run.
 
     Args:
@@ -17,19 +30,34 @@ def report(data: str, teacher: str, run: str, evaluation: str, gate: str, out: s
         gate: Folder of its gate.
         out: HTML file to write.
         package: Folder of the package, if there is one.
+        start: Folder of the run that the distillation started from, if it did.
+        pairs: Folder of the pairs that it, or the run that it started from, learned from.
     """
     from dmd2.report import write_report
     from dmd2.stages.output_file import local_output
 
-    kinds = {"shards": data, "teacher": teacher, "run": run, "evaluation": evaluation, "gate": gate}
-    manifests = {kind: read_manifest(folder, kind) for kind, folder in kinds.items()}
-    _belong_together(kinds, manifests)
+    folders = {
+        "shards": data,
+        "teacher": teacher,
+        "pairs": pairs,
+        "start": start,
+        "run": run,
+        "evaluation": evaluation,
+        "gate": gate,
+    }
+    folders = {name: folder for name, folder in folders.items() if folder}
+    manifests = {name: read_manifest(folder, KINDS.get(name, name)) for name, folder in folders.items()}
+    _belong_together(folders, manifests)
     if package:
         manifests["package"] = read_manifest(package, "package")
-    curves = open_artifact(run, manifests["run"], "metrics.jsonl", "previews/*")
+    curves = {
+        name: open_artifact(folders[name], manifests[name], "metrics.jsonl", "previews/*")
+        for name in ("run", "start")
+        if name in folders
+    }
     pictures = open_artifact(evaluation, manifests["evaluation"])
     with local_output(out) as path:
-        write_report(path, manifests, curves, pictures)
+        write_report(path, manifests, curves["run"], pictures, curves.get("start"))
     return out
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.evaluation.frechet import FrechetState
+from dmd2.evaluation import frechet
+from dmd2.evaluation.frechet import FrechetState, Gaussian, frechet_distance
 from dmd2.evaluation.metrics import ImageBatch
 
 Moments = tuple[np.ndarray, np.ndarray]
@@ -20,8 +21,7 @@ def state_of(*parts: np.ndarray) -> FrechetState:
     """The state of features that arrive in these parts, each (N, D)."""
     state = FrechetState()
     for part in parts:
-        images = torch.zeros(len(part), 3, 1, 1, dtype=torch.uint8)
-        state.update(ImageBatch(images, [0] * len(part), torch.from_numpy(part)))
+        state.update(ImageBatch([0] * len(part), torch.from_numpy(part)))
     return state
 
 
@@ -112,3 +112,32 @@ def test_a_reference_that_grows_after_a_score_is_fitted_anew() -> None:
     assert state_of(a).score(reference).value == fid(a, b)
     reference.merge(state_of(c))
     assert state_of(a).score(reference).value == pytest.approx(fid(a, np.concatenate([b, c])), rel=1e-9)
+
+
+def test_of_many_features_the_root_is_replaced_by_a_factor_that_is_found_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(count, 12, generator=draw).double() for count in (50, 40, 6)]
+    a, full, singular = (Gaussian(each.mean(0), each.T.cov()) for each in rows)
+    exact = [frechet_distance(a, Gaussian(b.mean, b.covariance)) for b in (full, singular)]
+    monkeypatch.setattr(frechet, "MANY", 12)
+    assert torch.equal(full.factor, torch.linalg.cholesky(full.covariance))
+    torch.testing.assert_close(singular.factor @ singular.factor.T, singular.covariance)
+    assert [frechet_distance(a, b) for b in (full, singular)] == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("condition", [1, 1e8])
+def test_few_images_span_few_directions_and_the_others_are_left_out(condition: float) -> None:
+    """The distance is compared with one from the images themselves: tr (C_a C_b)^1/2 is the sum of the singular values of A B^T."""
+    rows = [torch.from_numpy(features(count, 200, condition, count)) for count in (24, 18)]
+    one, two = (Gaussian(each.mean(0), each.T.cov(), len(each) - 1) for each in rows)
+    assert two.root.shape == (200, 17)
+    a, b = ((each - each.mean(0)) / (len(each) - 1) ** 0.5 for each in rows)
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    exact = (one.mean - two.mean).square().sum() + a.square().sum() + b.square().sum() - 2 * cross
+    assert frechet_distance(one, two) == pytest.approx(float(exact), rel=1e-12)
+    torch.testing.assert_close(two.root @ two.root.T, two.covariance)
+    torch.testing.assert_close(
+        two.inverse_root @ two.inverse_root.T, torch.linalg.pinv(two.covariance, rtol=1e-12)
+    )

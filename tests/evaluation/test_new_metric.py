@@ -72,8 +72,10 @@ def root(made: Path, logged: dsl.Metrics, tmp_path_factory: pytest.TempPathFacto
         patched.setitem(METRICS, PRECISION.name, PRECISION)
         evaluate_component.python_func(
             recipe="edm-digits",
-            overrides=" ".join((*MICRO, *SETTINGS)),
+            overrides=" ".join((*MICRO, *SETTINGS, f"evaluate.baselines=twin={made / 'run'}")),
             root=str(root),
+            part="",
+            scores="",
             **inputs,
             evaluation=dsl.Artifact(uri=str(root / "pointer")),
             metrics=logged,
@@ -94,12 +96,13 @@ def facts(root: Path) -> dict[str, Any]:
 
 def score_text(facts: dict[str, Any], name: str = "student") -> str:
     """The score as people read it."""
-    value, (low, high) = facts[f"own_precision_{name}"], facts["scores"][1]["intervals"][name]
+    value, low, high = (facts["scores"][name]["own_precision"][key] for key in ("value", "low", "high"))
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
 def test_the_evaluation_scores_every_set_by_every_metric(facts: dict[str, Any]) -> None:
-    assert [scores["name"] for scores in facts["scores"]] == ["fid", "own_precision"]
+    assert list(facts["metrics"]) == list(facts["scores"]["student"]) == ["fid", "own_precision"]
+    assert facts["scores"]["real"]["fid"]["low"] is None or facts["scores"]["real"]["fid"]["low"] >= 0
     for name in ("student", "teacher", "teacher_1step", "real"):
         assert facts[f"fid_{name}"] > 0
         assert 0 <= facts[f"own_precision_{name}"] <= 1
@@ -112,15 +115,28 @@ def test_the_digest_of_an_evaluation_covers_its_scores(root: Path, made: Path) -
     pictures = [
         {file.path: file.sha256 for file in made.files if file.path.endswith("png")} for made in (one, other)
     ]
-    assert pictures[0] == pictures[1]
+    assert pictures[0].items() > pictures[1].items()
     assert one.digest != other.digest
+
+
+def test_a_baseline_is_one_more_row_of_every_table(
+    root: Path, facts: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    assert facts["scores"]["twin"] == facts["scores"]["student"]
+    summary = summarize(root, 1.0)
+    assert summary["fid_twin"] == summary["fid_student"]
+    show(summary)
+    for text in (capsys.readouterr().out, (root / "package" / "README.md").read_text()):
+        assert "twin in 1 step" in text
+    assert "Twin in 1 step, 1 network call" in html.unescape((root / "report.html").read_text())
 
 
 def test_the_gate_compares_the_metric_in_its_direction(root: Path, facts: dict[str, Any]) -> None:
     gate = read_manifest(root / "gate", "gate").facts
     assert gate["decision"] == "accepted"
     assert gate["reason"].startswith(
-        f"Improved precision of the student {score_text(facts)} is at least the teacher's {score_text(facts, 'teacher')} / 1e+06 = "
+        f"Improved precision of the student {score_text(facts)} is at least 1e-06 x the teacher's {score_text(facts, 'teacher')} = "
     )
 
 
@@ -159,10 +175,9 @@ def test_summary_and_terminal_show_value_title_and_direction(
 
 def test_the_outcome_of_a_run_has_the_scores(root: Path, facts: dict[str, Any]) -> None:
     page = write_outcome(str(root), "a", "SUCCEEDED", "")
-    assert f"| student | 1 | 1 | {facts['fid_student']:.2f} | " in page
+    assert f"| student | 1 | 1 | {facts['fid_student']:.2f} " in page
     assert score_text(facts) in page
-    scores = json.loads((root / "outcome.json").read_text())["scores"]
-    assert scores["own_precision"]["student"] == facts["own_precision_student"]
+    assert json.loads((root / "outcome.json").read_text())["scores"] == facts["scores"]
 
 
 def test_an_unknown_metric_is_refused_before_anything_is_read(

@@ -1,15 +1,22 @@
-"""Scores in manifests: those of version 0.1.0 are still read, and the gate decides in the direction of the metric."""
+"""Scores in manifests: those of version 0.1.0 are still read, and what they say is checked."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-import pytest
-
-from dmd2.evaluation.metrics import Better
-from dmd2.evaluation.scores import MetricScores, markdown_table, read_scores, score_table, scores_by
-from dmd2.stages.gate import decide
+from dmd2.evaluation.metrics import METRICS
+from dmd2.evaluation.scores import (
+    MetricScores,
+    markdown_table,
+    read_scores,
+    sampled_image_sets,
+    score_facts,
+    score_table,
+    scores_by,
+)
 
 EARLIER: dict[str, Any] = {
     "fid_student": 2.781, "fid_teacher": 2.456, "fid_teacher_1step": 31.89, "fid_real": 0.616, "nfe_student": 1, "nfe_teacher": 35,
@@ -23,15 +30,28 @@ EARLIER: dict[str, Any] = {
 """Facts of an evaluation of version 0.1.0."""
 
 
-def scores_of(better: Better, student: float, teacher: float) -> MetricScores:
-    return MetricScores("a", "A", better, "{:.2f}", {"student": student, "teacher": teacher})
-
-
 def test_an_evaluation_of_an_earlier_version_is_read() -> None:
     (fid,) = read_scores(EARLIER)
     assert (fid.title, fid.better) == ("FID", "smaller")
     assert fid.values == {"student": 2.781, "teacher": 2.456, "teacher_1step": 31.89, "real": 0.616}
     assert scores_by("fid", EARLIER) == fid
+
+
+def test_scores_are_written_by_set_and_read_again_and_so_are_lists_of_metrics() -> None:
+    written = [
+        MetricScores("fid", "FID", "smaller", "{:.2f}", {"student": 2.0, "real": 1.0}),
+        MetricScores("clip", "CLIP score", "larger", "{:.4f}", {"student": 0.3}, {"student": (0.2, 0.4)}),
+    ]
+    facts = score_facts(written, [])
+    assert facts["scores"] == {
+        "student": {
+            "fid": {"value": 2.0, "low": None, "high": None},
+            "clip": {"value": 0.3, "low": 0.2, "high": 0.4},
+        },
+        "real": {"fid": {"value": 1.0, "low": None, "high": None}},
+    }
+    assert read_scores(json.loads(json.dumps(facts))) == written
+    assert read_scores({"scores": [asdict(each) for each in written]}) == written
 
 
 def test_the_table_of_scores_has_a_row_for_each_set_of_images() -> None:
@@ -45,21 +65,15 @@ def test_the_table_of_scores_has_a_row_for_each_set_of_images() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("better", "student", "teacher", "accepted", "reason"),
-    [
-        ("smaller", 2.5, 2.0, True, "A of the student 2.50 is at most 1.25 x the teacher's 2.00 = 2.50"),
-        ("smaller", 2.6, 2.0, False, "A of the student 2.60 is more than 1.25 x the teacher's 2.00 = 2.50"),
-        ("larger", 2.0, 2.5, True, "A of the student 2.00 is at least the teacher's 2.50 / 1.25 = 2.00"),
-        ("larger", 1.9, 2.5, False, "A of the student 1.90 is less than the teacher's 2.50 / 1.25 = 2.00"),
-        ("smaller", float("nan"), 2.0, False, "A of the student nan is more than 1.25 x the teacher's 2.00 = 2.50"),
-    ],
-)  # fmt: skip
-def test_the_gate_decides_in_the_direction_of_the_metric(
-    better: Better, student: float, teacher: float, accepted: bool, reason: str
-) -> None:
-    assert decide(scores_of(better, student, teacher), 1.25) == (accepted, reason)
+def test_what_a_manifest_says_of_sets_and_formats_is_checked(refusal: Callable[..., str]) -> None:
+    def variant(**changes: Any) -> dict[str, Any]:
+        return EARLIER | {"variants": [EARLIER["variants"][0] | changes]}
 
-
-def test_a_score_of_the_teacher_that_is_not_positive_is_no_bound(refusal: Callable[..., str]) -> None:
-    assert "--gate.metric" in refusal(lambda: decide(scores_of("smaller", 0.1, -0.01), 1.25))
+    assert "'../secret'" in refusal(lambda: sampled_image_sets(variant(name="../secret")))
+    assert "'<script>'" in refusal(lambda: sampled_image_sets(variant(calls="<script>")))
+    (fid,) = read_scores(EARLIER)
+    for harmful in ("{.__class__}", "{:.999999999f}", "{:.2f}{:.2f}", "<script>alert(1)</script>{:.2f}"):
+        facts = {"scores": [asdict(fid) | {"format": harmful}]}
+        assert "the format" in refusal(lambda facts=facts: read_scores(facts))
+    for row in METRICS.values():
+        assert read_scores({"scores": [asdict(fid) | {"format": row.format}]})

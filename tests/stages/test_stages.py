@@ -113,7 +113,7 @@ def test_a_rejected_run_is_not_packaged(
     strict = micro.model_copy(update={"gate": micro.gate.model_copy(update={"factor": 1e-9})})
     stages.gate(strict, str(made / "evaluation"), str(tmp_path / "gate"))
     folders = paths(made, "run", "evaluation")
-    assert "rejected this run" in refusal(
+    assert "did not accept this run (rejected: " in refusal(
         lambda: stages.package(**folders, gate=str(tmp_path / "gate"), out=str(tmp_path / "package"))
     )
     assert not (tmp_path / "package").exists()
@@ -126,6 +126,7 @@ def test_a_package_samples_what_the_run_samples(made: Path, packaged: Path) -> N
         "README.md",
         "network.json",
         "network.safetensors",
+        "provenance.json",
         "samples.png",
     }
 
@@ -280,7 +281,7 @@ def test_the_report_is_one_file_that_fetches_nothing_and_shows_everything(
     ).read_text()
     links = Links()
     links.feed(page)
-    assert all(value.startswith("data:image/png;base64,") for _, value in links.found)
+    assert all(re.match("data:image/(png|jpeg);base64,", value) for _, value in links.found)
     assert not {"script", "link", "iframe"} & set(links.tags)
     assert links.tags.count("img") >= 4 + 5 + 2, "four grids, five plots, two previews"
     scores = read_manifest(made / "evaluation", "evaluation").facts
