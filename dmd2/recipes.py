@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import tyro
@@ -17,7 +19,6 @@ from dmd2.config import (
     DistillConfig,
     EdmConfig,
     EngineConfig,
-    EvaluateConfig,
     GanConfig,
     GateConfig,
     LoaderConfig,
@@ -31,6 +32,7 @@ from dmd2.config import (
     is_text,
 )
 from dmd2.errors import Refused, near_miss
+from dmd2.evaluation.protocols import PROTOCOLS
 
 Parsed = TypeVar("Parsed")
 
@@ -79,7 +81,8 @@ def edm_digits() -> Config:
             gan=GanConfig(student_weight=3e-2, critic_weight=3e-2),
             fake_prompts="independent",
         ),
-        evaluate=EvaluateConfig(features="classifier", images=2000),
+        evaluate=PROTOCOLS["digits"].settings,
+        gate=GateConfig(factor=1.75),  # the ratio of 2,000 images is known to a sixth
     )
 
 
@@ -111,6 +114,7 @@ def edm_imagenet64() -> Config:
             preview_every=1000,
             save_every=5000,
         ),
+        evaluate=PROTOCOLS["imagenet64-50k"].settings,
     )
 
 
@@ -153,7 +157,7 @@ def sd15_1step() -> Config:
             save_every=1000,
         ),
         engine=EngineConfig(micro_batch=32, activation_checkpointing="full"),
-        evaluate=EvaluateConfig(images=30_000, batch=64, teacher_steps=50, teacher_guidance=3.0),
+        evaluate=PROTOCOLS["coco30k-256"].settings,
     )
 
 
@@ -187,7 +191,7 @@ def sdxl_4step() -> Config:
             save_every=500,
         ),
         engine=EngineConfig(micro_batch=2),
-        evaluate=EvaluateConfig(images=10_000, batch=32, teacher_steps=50, teacher_guidance=6.0),
+        evaluate=PROTOCOLS["coco10k-1024"].settings,
     )
 
 
@@ -232,6 +236,12 @@ def steps(config: Config, count: int, name: str) -> Config:
     return _with(config, name, student_timesteps=spaced_timesteps(count))
 
 
+def fast(config: Config) -> Config:
+    """The recipe with fewer network calls, each sample distributed as before. Not in the paper; its quality was not measured."""
+    gan = config.distill.gan and config.distill.gan.model_copy(update={"reuse_denoising_pass": True})
+    return _with(config, config.recipe + "-fast", continue_rollouts=True, gan=gan)
+
+
 def from_real(config: Config) -> Config:
     """The recipe without backward simulation: the student's inputs are noised real samples (ablation, table 4)."""
     return _with(config, config.recipe + "-noised-real", inputs="noised-real", fake_prompts="batch")
@@ -269,9 +279,7 @@ def emoji(config: Config, **changes: Any) -> Config:
             "family": StableConfig(kind="sdxl", resolution=64, vae_stride=4),
             "data": DataConfig(holdout=786),
             "pairs": PairsConfig(count=1_020, batch=60, steps=30, guidance=3.0),
-            "evaluate": EvaluateConfig(
-                features="efficientnet", images=786, teacher_steps=30, teacher_guidance=3.0
-            ),
+            "evaluate": PROTOCOLS["emoji"].settings,
             "gate": GateConfig(factor=1.3),
         }
     )
@@ -316,6 +324,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "sdxl-4step-lora": sdxl_4step_lora,
     "sdxl-4step-lora-noised-real": lambda: from_real(sdxl_4step_lora()),
     "sdxl-4step-shared": sdxl_4step_shared,
+    "sdxl-4step-fast": lambda: fast(sdxl_4step()),
+    "sdxl-4step-shared-fast": lambda: fast(sdxl_4step_shared()),
     "sdxl-2step": lambda: steps(sdxl_4step(), 2, "sdxl-2step"),
     "sdxl-8step": lambda: steps(sdxl_4step(), 8, "sdxl-8step"),
     "sdxl-1step-warmup": sdxl_1step_warmup,
@@ -411,6 +421,22 @@ def needs(config: Config) -> list[str]:
     return [need for need, needed in found.items() if needed]
 
 
+def draws_prompts(config: Config) -> bool:
+    """Whether the prompts of fake samples may be those of a file: not if they are classes, or those of pairs or noised real samples."""
+    own = config.distill.regression or config.distill.inputs == "noised-real"
+    return config.family.prompts == "texts" and not own
+
+
+MACHINE_GPUS = 8
+"""GPUs of a machine for the published recipes."""
+
+
+def default_gpus(config: Config) -> int:
+    """GPUs of a machine that a pipeline run of the recipe asks for: none for digits and emoji, which two cores train in minutes."""
+    small = {"digits", "emoji"} & {*config.recipe.split("-")}
+    return 0 if small else math.gcd(config.distill.batch, MACHINE_GPUS)
+
+
 def get(name: str) -> Config:
     """The Config of a recipe; raises Refused for an unknown name."""
     if name not in RECIPES:
@@ -420,7 +446,14 @@ def get(name: str) -> Config:
 
 def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe with fields replaced: `resolve("edm-digits", ["distill.steps=100", "seed=1"])`."""
-    return parse(Config, override_flags(overrides), name, default=get(name), add_help=False)
+    get(name)
+    return _resolve(RECIPES[name], name, tuple(overrides))
+
+
+@cache
+def _resolve(recipe: Callable[[], Config], name: str, overrides: tuple[str, ...]) -> Config:
+    """Kept, because tyro reads the types of all fields anew, which takes 0.1 s, and stages and tests ask again."""
+    return parse(Config, override_flags(overrides), name, default=recipe(), add_help=False)
 
 
 def override_flags(overrides: Sequence[str]) -> list[str]:

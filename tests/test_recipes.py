@@ -17,6 +17,14 @@ def test_a_recipe_is_listed_under_its_name(name: str) -> None:
     assert recipes.get(name).recipe == name
 
 
+@pytest.mark.parametrize("name", ["sdxl-4step", "sdxl-4step-shared"])
+def test_a_fast_recipe_differs_in_its_calls_only(name: str) -> None:
+    published, fast = recipes.get(name).distill, recipes.get(f"{name}-fast").distill
+    assert published.gan is not None
+    gan = published.gan.model_copy(update={"reuse_denoising_pass": True})
+    assert fast == published.model_copy(update={"continue_rollouts": True, "gan": gan})
+
+
 SDXL_4 = (999, 749, 499, 249)
 PUBLISHED = {
     "edm-imagenet64": (2e-6, 280, 5, 200_000, (3e-3, 1e-2), 1.0, (999,), 64),

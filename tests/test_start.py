@@ -107,9 +107,12 @@ def test_a_mistake_is_found_before_anything_slow_is_imported() -> None:
 
 def test_the_check_of_parameters_before_a_run_and_its_outcome_import_nothing_slow(tmp_path: Path) -> None:
     program = f"""
-from components.prepare_run.parameters import check_parameters
 from components.finish_run.outcome import write_outcome
-check_parameters("digits", "", "edm-digits", "distill.steps=3", "", 1, 0)
+from components.prepare_run.parameters import RunParameters, check_parameters
+from components.prepare_run.preflight import check_resources
+given = RunParameters(overrides="distill.steps=3")
+check_parameters(given, on_cluster=False)
+check_resources(given, {str(tmp_path)!r})
 write_outcome({str(tmp_path)!r}, "run", "FAILED", "stopped")
 """
     assert slow_imports("-c", program) == []

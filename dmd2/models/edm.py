@@ -105,8 +105,11 @@ class Edm:
         return self.vae.to_pixels(x) if self.config.vae_stride else x
 
     def decode(self, x: Tensor) -> Tensor:
+        return self.vae.decode(x) if self.config.vae_stride else self.decode_unchecked(x)
+
+    def decode_unchecked(self, x: Tensor) -> Tensor:
         if self.config.vae_stride:
-            return self.vae.decode(x)
+            return self.vae.decode_unchecked(x)
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
     def condition(self, prompts: Sequence[Prompt]) -> CondPair:

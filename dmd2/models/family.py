@@ -104,7 +104,14 @@ class ModelFamily(Protocol):
         """A conditioning of the right shapes and types with arbitrary values, made without text encoders; for `dmd2 plan`."""
 
     def decode(self, x: Tensor) -> Tensor:
-        """Samples (B, C, H, W) -> images, uint8 (B, C, H, W)."""
+        """Samples (B, C, H, W) -> images, uint8 (B, C, H, W).
+
+        Raises:
+            Refused: A VAE makes infinite or NaN values of them.
+        """
+
+    def decode_unchecked(self, x: Tensor) -> Tensor:
+        """Like `decode`, but values that are not finite are no error. For training, where others would wait for this rank."""
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """Samples (B, C, H, W) -> images, float32 (B, C, H, W) in [-1, 1], differentiable."""

@@ -11,7 +11,8 @@ import json
 import math
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
@@ -39,13 +40,13 @@ from dmd2.diffusion import (
     v_prediction,
     x0_prediction,
 )
-from dmd2.encoders.pipeline_folder import VAE_WEIGHTS, copy_as_float32, find_pipeline
+from dmd2.encoders.pipeline_folder import VAE_WEIGHTS, copy_as_float32, fetch_configs, find_pipeline
 from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.encoders.weight_files import load_weights
 from dmd2.errors import Refused, near_miss
 from dmd2.io.json_file import read_json
-from dmd2.io.storage import fetch_file, local_path
+from dmd2.io.storage import fetch_file
 from dmd2.io.tensors import save_tensors, to_device
 from dmd2.models.convert.single_file import convert_single_file
 from dmd2.models.convert.student_weights import read_critic, read_unet
@@ -155,6 +156,21 @@ def _run_until(block: nn.Module, forward: Any) -> Tensor:
     raise AssertionError("the block was not reached")
 
 
+@contextmanager
+def _float32_outputs(unet: nn.Module) -> Iterator[None]:
+    """Inside the block, outputs of the U-Net are float32 also under autocast: guidance multiplies the error of rounding, and
+    schedulers keep the latents in the type of the output."""
+
+    def convert(module: nn.Module, args: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(one.float() for one in out)
+
+    hook = unet.register_forward_hook(convert)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Stable(ABC):
     """Implements `ModelFamily`, except for `_conditioning` and the class variables without a value."""
 
@@ -246,13 +262,29 @@ class Stable(ABC):
         return Batch(x, *self.condition(batch.text), rng)
 
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:
-        return Batch(batch.image.float(), *self.condition(batch.text), rng)
+        pair = self._stored_condition(batch.embeddings) if batch.embeddings else self.condition(batch.text)
+        return Batch(batch.image.float(), *pair, rng)
+
+    def _stored_condition(self, embeddings: tuple[Tensor, ...]) -> CondPair:
+        """The conditioning from stored embeddings of the prompts, whose sizes must be those that the network takes."""
+        states, *pooled = (part.float() for part in embeddings)
+        wanted = self.placeholder_condition(len(states))
+        for name, part in zip(("text", "pooled"), (states, *pooled), strict=False):
+            if name not in wanted or part.shape != wanted[name].shape:
+                raise Refused(
+                    f"the pairs hold embeddings {name} {tuple(part.shape[1:])}, the network takes "
+                    f"{tuple(wanted[name].shape[1:]) if name in wanted else 'none'}; make them with its text encoders"
+                )
+        return self._conditioning(states, pooled[0] if pooled else None)
 
     def to_pixels(self, x: Tensor) -> Tensor:
         return self.vae.to_pixels(x)
 
     def decode(self, x: Tensor) -> Tensor:
         return self.vae.decode(x)
+
+    def decode_unchecked(self, x: Tensor) -> Tensor:
+        return self.vae.decode_unchecked(x)
 
     def condition(self, prompts: Sequence[Prompt]) -> CondPair:
         for prompt in prompts:
@@ -306,17 +338,18 @@ class Stable(ABC):
             else {}
         )
         pipe = self._pipeline(network, scheduler)
-        out: Tensor = pipe(
-            prompt_embeds=cond["text"],
-            negative_prompt_embeds=uncond["text"],
-            **pooled,
-            latents=eps,
-            height=self.config.resolution,
-            width=self.config.resolution,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="latent",
-        ).images
+        with _float32_outputs(cast(Unet, network).unet):
+            out: Tensor = pipe(
+                prompt_embeds=cond["text"],
+                negative_prompt_embeds=uncond["text"],
+                **pooled,
+                latents=eps,
+                height=self.config.resolution,
+                width=self.config.resolution,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="latent",
+            ).images
         return out
 
     def _pipeline(self, network: nn.Module, scheduler: Any) -> Any:
@@ -430,7 +463,9 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
     def resolve(cls, config: StableConfig, source: str, base: str, vae: str, scratch: Path) -> ForeignTeacher:
         """From a pipeline folder of diffusers, or a checkpoint in a single file, which diffusers converts."""
         if source.endswith((".safetensors", ".ckpt")):
-            convert_single_file(fetch_file(source), local_path(base) if base else None, scratch / "pipeline")
+            convert_single_file(
+                fetch_file(source), fetch_configs(base) if base else None, scratch / "pipeline"
+            )
             source = str(scratch / "pipeline")
         pipeline = find_pipeline(source, text=True, whole=True)
         other = find_pipeline(vae, text=False) if vae else None

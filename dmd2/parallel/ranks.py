@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dmd2.errors import EXIT_RESTARTABLE, Interrupted, Refused, brief
+from dmd2.errors import EXIT_RANK_LOST, Interrupted, Refused, brief
 
 HOST_TIMEOUT = timedelta(days=1)
 """Timeout of operations between hosts: long, because the main process may be writing a result meanwhile."""
@@ -95,7 +95,7 @@ class World:
 
     @contextmanager
     def interrupt_on_lost_rank(self) -> Iterator[None]:
-        """Raise Interrupted, with the exit status that asks for a restart, if a collective inside fails because another
+        """Raise Interrupted, with an exit status of its own, if a collective inside fails because another
         rank has died."""
         try:
             yield
@@ -107,7 +107,7 @@ class World:
             self._abort_process_group()
             raise Interrupted(
                 f"another process of this run was lost ({brief(error)}); started again, it goes on from its last checkpoint",
-                EXIT_RESTARTABLE,
+                EXIT_RANK_LOST,
             ) from error
 
     def shutdown(self) -> None:
@@ -157,6 +157,13 @@ class World:
             return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
         shape = (self.size // shards, shards)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
+
+    def mesh_of_one(self) -> DeviceMesh:
+        """A mesh of this process alone. It opens a process group if there is none."""
+        if not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(self.device)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return init_device_mesh(self.device.type, (1,), mesh_dim_names=("shard",))
 
 
 def init_distributed() -> World:

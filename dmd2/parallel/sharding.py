@@ -105,10 +105,10 @@ class Float32ReduceScatter(ReduceScatter):
 
 def broadcast_state_dict(network: nn.Module, weights: Mapping[str, Tensor], world: World) -> None:
     """Load the main process's full state dict; every rank keeps its shards. Other ranks may pass an empty mapping."""
-    if not world.host_group:
+    if not (world.host_group or is_sharded(network.parameters())):
         network.load_state_dict(weights)
         return
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=bool(world.host_group))
     set_model_state_dict(network, dict(weights) if world.is_main else {}, options=options)
 
 
@@ -145,10 +145,47 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
                 fsdp_module.unshard()  # a module that the forward pass skipped must be gathered to accumulate nothing
 
 
+def sharded_like(tensor: Tensor, shard: Tensor) -> Tensor:
+    """`shard` as this rank's shard of a DTensor with the shape and layout of `tensor`; of a plain tensor, `shard` itself.
+
+    `torch.zeros_like(tensor)` or `tensor.clone()` look up how a DTensor's operation is sharded, once per shape and process.
+    """
+    if not isinstance(tensor, DTensor):
+        return shard
+    layout = (tensor.device_mesh, tensor.placements)
+    return DTensor.from_local(shard, *layout, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether they are DTensors. Those of a module are so all or none."""
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
+def local_leaf(parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a parameter as a tensor of its own, on the same memory, with this rank's shard of the gradient."""
+    leaf = local_tensor(parameter).detach()
+    leaf.grad = None if parameter.grad is None else local_tensor(parameter.grad)
+    return leaf
+
+
+@torch.no_grad()
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """L2 norm of all gradients together, over all shards; a scalar on the device."""
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    if not sharded:
+        return nn.utils.get_total_norm(gradients, foreach=True)
+    square = nn.utils.get_total_norm([g.to_local() for g in sharded], foreach=True).square()
+    for group in _shard_groups(sharded):
+        dist.all_reduce(square, group=group)
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    return (square + nn.utils.get_total_norm(whole, foreach=True).square()).sqrt() if whole else square.sqrt()
+
+
+def _shard_groups(tensors: Sequence[DTensor]) -> list[dist.ProcessGroup]:
+    """The process groups over whose ranks all of the tensors are sharded. They are sharded alike."""
+    (layout,) = {(t.device_mesh, t.placements) for t in tensors}
+    mesh, placements = layout
+    return [mesh.get_group(i) for i, p in enumerate(placements) if p.is_shard() and mesh.size(i) > 1]
 
 
 def _fsdp_modules(module: nn.Module) -> Iterator[FSDPModule]:

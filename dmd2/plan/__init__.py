@@ -7,6 +7,7 @@ counts divided by the peak rates of data sheets times an assumed efficiency. Wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,18 +34,33 @@ def plan(
     """
     from rich.console import Console
 
-    from dmd2.plan.prediction import make_plan
+    from dmd2.plan.prediction import CHECKPOINTING
     from dmd2.plan.table import show
+
+    made = predict(config, gpu, gpus_per_node, nodes, price, teacher, CHECKPOINTING)
+    show(made, Console())
+    return made
+
+
+def predict(
+    config: Config,
+    gpu: str,
+    gpus_per_node: int = 8,
+    nodes: int = 1,
+    price: float = 0.0,
+    teacher: str = "",
+    compared: Sequence[str] = (),
+) -> Plan:
+    """The same as `plan`, without showing it, and with the alternatives of these ways of activation checkpointing only."""
+    from dmd2.plan.prediction import make_plan
     from dmd2.plan.traffic import mesh_shape
 
     if gpu not in GPUS:
         raise Refused(f"unknown GPU {gpu!r}; {near_miss(gpu, list(GPUS))}")
     if price < 0:
         raise Refused(f"price is {price:g}; give what a GPU costs for an hour, or leave it out")
-    fam, mesh = _family(config, teacher), mesh_shape(config, nodes, gpus_per_node)
-    made = make_plan(config, fam, gpu, mesh, price)
-    show(made, Console())
-    return made
+    mesh = mesh_shape(config, nodes, gpus_per_node)
+    return make_plan(config, _family(config, teacher), gpu, mesh, price, compared)
 
 
 def _family(config: Config, teacher: str) -> ModelFamily:

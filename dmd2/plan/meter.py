@@ -32,6 +32,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **CPU_ATTENTION}
 
 
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+CASTS: dict[Any, int] = {torch.ops.aten._to_copy: 0, torch.ops.aten.copy_: 1}
+"""Operators that may change the type of a tensor -> the position of that tensor among their arguments."""
 
 
 class Meter(TorchDispatchMode):
@@ -44,6 +46,8 @@ class Meter(TorchDispatchMode):
         self.convolution_flops = 0
         self.kernels = 0
         """Operators that allocated an output."""
+        self.cast_bytes = 0
+        """Bytes read and written by operators that change the type of a tensor."""
         self.live = self.peak = 0
         """Bytes now, and at most."""
         self.gradients = self.peak_without_gradients = 0
@@ -71,6 +75,8 @@ class Meter(TorchDispatchMode):
             done = formula(*args, **kwargs, out_val=out)
             self.flops += done
             self.convolution_flops += done if func._overloadpacket in CONVOLUTIONS else 0
+        if (position := CASTS.get(func._overloadpacket)) is not None and args[position].dtype != out.dtype:
+            self.cast_bytes += args[position].nbytes + out.nbytes
         new = [self._note(tensor) for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         self.kernels += any(new)
         return out

@@ -51,6 +51,8 @@ class PassCost:
     """The part of `flops` that convolutions have."""
     kernels: int = 0
     """Operators that allocate an output."""
+    cast_bytes: int = 0
+    """Bytes read and written by operators that change the type of a tensor."""
     kept: int = 0
     """Bytes of activations that are alive after the forward pass."""
     peak: int = 0
@@ -81,6 +83,7 @@ class PassCost:
             rows=rows,
             flops=self.flops * rows // self.rows,
             convolution_flops=self.convolution_flops * rows // self.rows,
+            cast_bytes=line("cast_bytes"),
             kept=line("kept"),
             peak=line("peak"),
             peak_with_gradients=line("peak_with_gradients"),
@@ -104,8 +107,7 @@ class FakeTrainer:
 
     @cached_property
     def student(self) -> Denoiser:
-        dtype = getattr(torch, self.config.distill.dtype)
-        return Denoiser(self.nets.student, self.family.diffusion, dtype)
+        return build.learning_denoiser(self.config, self.family, self.nets, self.nets.student)
 
     @cached_property
     def critic_passes(self) -> list[CriticPass]:
@@ -237,6 +239,7 @@ def _measure(fake: FakeTrainer, rows: int, forward: Callable[[], Backward]) -> P
         meter.flops,
         meter.convolution_flops,
         meter.kernels,
+        meter.cast_bytes,
         kept,
         meter.peak_without_gradients,
         meter.peak,

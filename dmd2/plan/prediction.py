@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
-from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, TERA, USABLE, Gpu
+from dmd2.plan.evaluation import Seconds, evaluation_seconds
+from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, HIGH, LIKELY, LOW, TERA, USABLE, Assumption, Gpu
 from dmd2.plan.passes import (
+    ROLLOUT,
     FakeTrainer,
     activation_checkpointing,
     fake_trainer,
@@ -27,7 +29,7 @@ from dmd2.plan.step_costs import (
     trained_weights,
 )
 from dmd2.plan.traffic import MeshShape, Traffic, traffic
-from dmd2.training import build, memory
+from dmd2.training import build, memory, networks
 from dmd2.training.optim import NETWORK
 
 
@@ -71,11 +73,15 @@ class Plan:
     traffic: Traffic
     seconds: dict[str, float]
     """Predicted, of an average step, by activity."""
+    range_s: tuple[float, float]
+    """Predicted, of an average step: low and high."""
     checkpoint: int
     """Bytes of a checkpoint."""
     alternatives: tuple[Alternative, ...]
     published: PublishedScheme | None
     """For the recipe whose published training time is known."""
+    evaluation: Seconds
+    """Predicted seconds of a GPU by part of the evaluation."""
 
     @property
     def seconds_per_step(self) -> float:
@@ -90,8 +96,19 @@ class Plan:
         return self.hours * self.mesh.gpus
 
     @property
+    def gpu_hours_range(self) -> tuple[float, float]:
+        """Low and high."""
+        low, high = (one / self.seconds_per_step * self.gpu_hours for one in self.range_s)
+        return low, high
+
+    @property
     def cost(self) -> float:
         return self.gpu_hours * self.price
+
+    @property
+    def evaluation_gpu_hours(self) -> float:
+        """Predicted, of the first student of a teacher; later ones find the teacher's scores."""
+        return sum(self.evaluation.values()) / 3600
 
     @property
     def memory_gb(self) -> float:
@@ -119,7 +136,10 @@ class Plan:
             "seconds_per_step": self.seconds_per_step,
             "hours": self.hours,
             "gpu_hours": self.gpu_hours,
+            "gpu_hours_low": self.gpu_hours_range[0],
+            "gpu_hours_high": self.gpu_hours_range[1],
             "cost": self.cost,
+            "evaluation_gpu_hours": self.evaluation_gpu_hours,
             "checkpoint_gb": self.checkpoint / GB,
             "checkpoint_s": self.checkpoint_s,
         }
@@ -131,16 +151,30 @@ ROWS = (1, 2)
 """Numbers of rows at which passes are measured: their activations are on the line through both."""
 
 
-def make_plan(config: Config, fam: ModelFamily, gpu_name: str, mesh: MeshShape, price: float = 0.0) -> Plan:
+def make_plan(
+    config: Config,
+    fam: ModelFamily,
+    gpu_name: str,
+    mesh: MeshShape,
+    price: float = 0.0,
+    compared: Sequence[str] = CHECKPOINTING,
+) -> Plan:
+    """Count and predict.
+
+    Args:
+        compared: Ways of activation checkpointing that the alternatives have; each takes as long to count as the recipe's own.
+    """
     gpu, fake, sizes = GPUS[gpu_name], fake_trainer(config, fam), build.sizes(config, fam)
     weights = _weights(fake)
-    measured = measure_all(fake)
+    measured = measure_all(fake, compared)
     share = config.distill.batch // mesh.gpus
     rows = min(config.engine.micro_batch or share, share)
 
-    def costs(mesh: MeshShape, resident: bool, of: MeasuredCosts) -> tuple[Traffic, dict[str, float]]:
+    def costs(
+        mesh: MeshShape, resident: bool, of: MeasuredCosts, assumed: Assumption = LIKELY
+    ) -> tuple[Traffic, dict[str, float]]:
         sent = traffic(fake, mesh, resident, of.costs, rows)
-        return sent, seconds(fake, mesh, gpu, of.costs, sent)
+        return sent, seconds(fake, mesh, gpu, of.costs, sent, assumed)
 
     def alternative(mesh: MeshShape, resident: bool, how: str) -> Alternative:
         of = measured[how]
@@ -153,6 +187,7 @@ def make_plan(config: Config, fam: ModelFamily, gpu_name: str, mesh: MeshShape, 
         _is_resident(config, sizes, mesh, gpu),
     )
     sent, spent = costs(mesh, resident, chosen)
+    low, high = (sum(costs(mesh, resident, chosen, assumed)[1].values()) for assumed in (LOW, HIGH))
     return Plan(
         config,
         gpu_name,
@@ -167,33 +202,37 @@ def make_plan(config: Config, fam: ModelFamily, gpu_name: str, mesh: MeshShape, 
         largest_micro_batch(fake, sizes, mesh, resident, chosen, gpu),
         sent,
         spent,
+        (low, high),
         checkpoint_bytes(fake),
-        tuple(alternative(*one) for one in _alternatives(mesh)),
-        compare_with_published(fake, measured["none"].costs) if config.recipe == "sdxl-4step" else None,
+        tuple(alternative(*one) for one in _alternatives(mesh, compared)),
+        compare_with_published(fake, measured["none"].costs)
+        if compared and config.recipe == "sdxl-4step"
+        else None,
+        evaluation_seconds(config, fam, chosen.costs[ROLLOUT], gpu),
     )
 
 
 def _is_resident(config: Config, sizes: memory.Sizes, mesh: MeshShape, gpu: Gpu) -> bool:
     """What `build.is_resident` decides on GPUs of this kind."""
-    if config.engine.weights != "auto" or mesh.gpus == 1:
+    if config.engine.weights != "auto" or (mesh.gpus == 1 and not networks.gathers_alone(config)):
         return config.engine.weights != "sharded"
     micro_batches = memory.micro_batches(config, mesh.shards)
     needed = memory.total_gb(memory.static(config, sizes, mesh.shards, True, micro_batches))
     return needed <= memory.MAX_STATIC_FRACTION * gpu.gb
 
 
-def _alternatives(mesh: MeshShape) -> Iterator[tuple[MeshShape, bool, str]]:
+def _alternatives(mesh: MeshShape, compared: Sequence[str]) -> Iterator[tuple[MeshShape, bool, str]]:
     for shards in sorted({1, mesh.gpus_per_node, mesh.gpus}):
         for resident in (True, False) if shards > 1 else (True,):
-            for how in CHECKPOINTING:
+            for how in compared:
                 yield MeshShape(mesh.gpus, mesh.gpus_per_node, shards), resident, how
 
 
-def measure_all(fake: FakeTrainer) -> dict[str, MeasuredCosts]:
+def measure_all(fake: FakeTrainer, compared: Sequence[str]) -> dict[str, MeasuredCosts]:
     """The costs of all passes by activation checkpointing; those of the recipe's own at two numbers of rows."""
     own = fake.config.engine.activation_checkpointing
     found: dict[str, MeasuredCosts] = {}
-    for how in (own, *(other for other in CHECKPOINTING if other != own)):
+    for how in (own, *(other for other in compared if other != own)):
         with activation_checkpointing(fake, how):
             costs = measure_passes(fake, ROWS[1], found[own].others if found else None)
             found[how] = (

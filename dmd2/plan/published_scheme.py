@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dmd2.plan.hardware import EFFICIENCY, GPUS, TERA
+from dmd2.plan.hardware import GPUS, TERA
 from dmd2.plan.passes import ROLLOUT, FakeTrainer, PassCost, PassCosts, mean_calls, student_pass
 from dmd2.plan.step_costs import seconds
 from dmd2.plan.traffic import MeshShape, traffic
@@ -76,7 +76,7 @@ def _computing_seconds(fake: FakeTrainer, costs: PassCosts) -> float:
     total = sum(often * costs[name].at(2).flops for name, often in calls.items())
     scores = sum(calls[student_pass(term)] for term in fake.terms if term.name == "dmd")
     in_tf32 = (calls[ROLLOUT] + scores) * costs[ROLLOUT].at(2).flops
-    return (in_tf32 / gpu.tf32 + (total - in_tf32) / gpu.bf16) / (EFFICIENCY * TERA)
+    return (in_tf32 / gpu.tf32 + (total - in_tf32) / gpu.bf16) / (gpu.efficiency.eager * TERA)
 
 
 def size_based_units(network: nn.Module, min_weights: int) -> list[nn.Module]:

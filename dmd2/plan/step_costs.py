@@ -10,18 +10,18 @@ from torch import nn
 from dmd2.config import Config
 from dmd2.plan.hardware import (
     CALL_S,
-    EFFICIENCY,
     GB,
-    KERNEL_S,
+    LIKELY,
     LINK_EFFICIENCY,
     TERA,
     UPDATE_BYTES,
     USABLE,
+    Assumption,
     Gpu,
 )
 from dmd2.plan.passes import STUDENT, FakeTrainer, PassCost, PassCosts, mean_calls, student_pass
 from dmd2.plan.traffic import GATHER, REDUCE, SCATTER, MeshShape, Traffic, update_rates
-from dmd2.training import memory
+from dmd2.training import memory, networks
 from dmd2.training.optim import NETWORK
 
 
@@ -83,7 +83,7 @@ def device_memory(
     config, costs = fake.config, measured.at(rows)
     micro_batches = -(-config.distill.batch // mesh.gpus // rows)
     found = memory.static(config, sizes, mesh.shards, resident, micro_batches, early_weights(fake, costs))
-    if mesh.gpus == 1:
+    if mesh.gpus == 1 and not networks.gathers_alone(config):
         found.pop("unreduced gradients", None)
         if memory.compute_width(config) == memory.FLOAT32 and micro_batches == 1:
             gradients = found.pop("gradients", 0.0)
@@ -105,14 +105,19 @@ def largest_micro_batch(
 
 
 def seconds(
-    fake: FakeTrainer, mesh: MeshShape, gpu: Gpu, costs: PassCosts, sent: Traffic
+    fake: FakeTrainer,
+    mesh: MeshShape,
+    gpu: Gpu,
+    costs: PassCosts,
+    sent: Traffic,
+    assumed: Assumption = LIKELY,
 ) -> dict[str, float]:
     """Predicted seconds of an average step by activity; nothing is assumed to overlap."""
     config = fake.config
     share = config.distill.batch // mesh.gpus
     rows = min(config.engine.micro_batch or share, share)
     computing = sum(
-        often * share / rows * _computing(costs[name].at(rows), config, gpu)
+        often * share / rows * _computing(costs[name].at(rows), config, gpu, assumed)
         for name, often in mean_calls(fake).items()
     )
     inside = mesh.shards <= mesh.gpus_per_node
@@ -124,14 +129,15 @@ def seconds(
     return {"computing": computing, "communicating": sending, "updating": _updating(fake, mesh, gpu)}
 
 
-def _computing(cost: PassCost, config: Config, gpu: Gpu) -> float:
+def _computing(cost: PassCost, config: Config, gpu: Gpu, assumed: Assumption) -> float:
     """Seconds of a pass on the device or, if it takes longer to launch its kernels, on the host. In float32, PyTorch uses TF32
     for convolutions and not for matrix products."""
     if config.distill.dtype == "bfloat16":
         rated = cost.flops / gpu.bf16
     else:
         rated = cost.convolution_flops / gpu.tf32 + (cost.flops - cost.convolution_flops) / gpu.fp32
-    return max(rated / (EFFICIENCY * TERA), cost.kernels * KERNEL_S)
+    reached = assumed.efficiency * gpu.efficiency.reached(config.engine.compile)
+    return max(rated / (reached * TERA), cost.kernels * assumed.kernel_s)
 
 
 def _updating(fake: FakeTrainer, mesh: MeshShape, gpu: Gpu) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dmd2.plan.hardware import DISK_GB_S, EFFICIENCY, GB, KERNEL_S, LINK_EFFICIENCY, TERA, USABLE
+from dmd2.plan.hardware import DISK_GB_S, GB, HIGH, LIKELY, LINK_EFFICIENCY, LOW, TERA, USABLE
 from dmd2.plan.prediction import Plan
 from dmd2.plan.published_scheme import SECONDS_PER_UNIT_CALL, PublishedScheme
 from dmd2.plan.traffic import update_rates
@@ -41,6 +41,13 @@ def _tables(made: Plan) -> Iterator[tuple[str, Table]]:
         sent = [(kind, f"{calls:,.1f}", _s(size / GB)) for kind, (calls, size) in made.traffic.items()]
         yield _table("collectives of a GPU, per average step", ("kind", "calls", "GB received"), sent)
     yield _table("predicted", ("", ""), list(_predicted(made)))
+    spent = [(name, _s(value / 3600)) for name, value in made.evaluation.items()]
+    share = f"{made.evaluation_gpu_hours / made.gpu_hours:.1%} of the distillation"
+    yield _table(
+        f"evaluation, predicted: {config.evaluate.images:,} images of each set",
+        ("part", "GPU-hours"),
+        [*spent, (f"total, {share}", _s(made.evaluation_gpu_hours))],
+    )
     yield _table(
         "alternatives",
         ("mesh", "weights", "activation checkpointing", "GB", "predicted s/step", "fits"),
@@ -63,9 +70,9 @@ def _tables(made: Plan) -> Iterator[tuple[str, Table]]:
 def _predicted(made: Plan) -> Iterator[tuple[str, str]]:
     config = made.config
     yield from ((f"{name}, s", _s(value)) for name, value in made.seconds.items())
-    yield "average step, s", _s(made.seconds_per_step)
+    yield "average step, s", _range(made.seconds_per_step, made.range_s)
     yield f"{config.distill.steps:,} steps, hours", _s(made.hours)
-    yield "GPU-hours", _s(made.gpu_hours)
+    yield "GPU-hours", _range(made.gpu_hours, made.gpu_hours_range)
     if made.price:
         yield f"cost at {made.price:g} per GPU-hour", f"{made.cost:,.0f}"
     yield "largest micro-batch that fits, images", str(made.largest_micro_batch or "none")
@@ -111,24 +118,36 @@ def _s(value: float) -> str:
     return f"{value:.3g}" if value < 1 else f"{value:,.2f}"
 
 
+def _range(likely: float, bounds: tuple[float, float]) -> str:
+    return f"{_s(likely)} ({_s(bounds[0])} to {_s(bounds[1])})"
+
+
 def _word(resident: bool) -> str:
     return "resident" if resident else "sharded"
 
 
 def limitations(made: Plan) -> list[str]:
     """What the plan assumes and what it leaves out, in sentences."""
+    efficiency = made.gpu.efficiency
+    reached = efficiency.reached(made.config.engine.compile)
     lines = [
-        f"The rates are those of the data sheet ({made.gpu.source}). It is assumed that {EFFICIENCY:.0%} of the peak FLOP/s and "
-        f"{LINK_EFFICIENCY:.0%} of the bandwidth of the links are reached; nothing was measured on a GPU.",
+        f"The rates are those of the data sheet ({made.gpu.source}). It is assumed that {reached:.0%} of the peak FLOP/s "
+        f"({efficiency.source}) and {LINK_EFFICIENCY:.0%} of the bandwidth of the links are reached; nothing was measured on a GPU. "
+        f"Low and high are {LOW.efficiency:g} and {HIGH.efficiency:g} times that efficiency.",
         "Counted are weights, and the FLOPs of matrix products, convolutions and attention. Memory-bound operators (norms, "
         "activation functions) are covered by the efficiency. Collectives follow from the sharding units, without padding.",
-        f"It is assumed that the host needs {1e6 * KERNEL_S:g} us to launch a kernel, and that nothing overlaps. The seconds leave out "
+        f"It is assumed that the host needs {1e6 * LIKELY.kernel_s:g} us to launch a kernel ({1e6 * LOW.kernel_s:g} to "
+        f"{1e6 * HIGH.kernel_s:g}), and that nothing overlaps. The seconds leave out "
         "waiting for data, text encoders, previews, scoring of checkpoints, the start, congestion of the network and stragglers.",
+        "The evaluation is that of a teacher's first student: with --scores, later ones do without the teacher's part. It leaves out the "
+        "text encoders and the resizing of images on the host; its decoder is that of Stable Diffusion.",
         "Memory is the sum of the maxima of its parts. Activations are those that PyTorch keeps, without the workspace of "
         f"convolutions; {1 - USABLE:.0%} of the memory is reserved for that, the driver and fragmentation.",
     ]
     if made.config.engine.compile:
-        lines.append("The time and memory that torch.compile saves are not included.")
+        lines.append(
+            "Launches and memory that torch.compile saves are not included, nor the time of compiling."
+        )
     if made.published:
         lines.append(
             "The time per unit call of the published scheme was inferred from its published times, so that the sum agrees with one "

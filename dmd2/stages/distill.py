@@ -17,7 +17,7 @@ from dmd2.stages.inputs import (
 
 
 def distill(
-    config: Config, data: str, teacher: str, out: str, start: str = "", prompts: str = ""
+    config: Config, data: str, teacher: str, out: str, start: str = "", prompts: str = "", progress: str = ""
 ) -> Manifest:
     """Distil a teacher into a one- or few-step student with DMD2.
 
@@ -28,6 +28,7 @@ def distill(
         out: Folder to write the run to.
         start: Run to start from instead of the teacher: its student, and its critic if it had one.
         prompts: File of prompts to sample instead of those of the data.
+        progress: HTML file that is rewritten while it trains: curves, previews, time left. Empty: none.
     """
     check_start(config, start)
     check_prompts(config, prompts)
@@ -46,5 +47,5 @@ def distill(
             return done
         distillation = Distillation.open(config, world, data, samples, teacher, original, prompts)
     with draft_for_all_ranks(world, out, "run", config, inputs) as draft:
-        distillation.run(draft, start)
+        distillation.run(draft, start, progress)
     return read_manifest(out, "run")

@@ -26,6 +26,7 @@ from dmd2.stages.networks import (
     student_model,
 )
 from dmd2.stages.pictures import preview_family, sample_grid
+from dmd2.stages.progress_page import ProgressPage
 from dmd2.stages.prompts import preview_prompts, with_fake_prompts
 from dmd2.training import build
 from dmd2.training.loop import LoopSettings, ScoreFunction, load_best, train
@@ -65,8 +66,12 @@ class Distillation:
         world.local_rows(config.distill.batch)
         return cls(config, world, data, samples, teacher, teacher_manifest, prompts, model)
 
-    def run(self, draft: Draft, start: str) -> None:
-        """Train from the newest checkpoint in the draft, or from the run `start` or the teacher, and save the student."""
+    def run(self, draft: Draft, start: str, progress: str = "") -> None:
+        """Train from the newest checkpoint in the draft, or from the run `start` or the teacher, and save the student.
+
+        Args:
+            progress: Address of a page about the training while it goes on; empty for none.
+        """
         settings = self.config.distill
         loop_settings = LoopSettings(
             settings.steps,
@@ -84,13 +89,19 @@ class Distillation:
         )
         preview = self._preview(student, trainer, draft)
         score = self._score(student, trainer)
-        train("distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score)
+        recipe = self.config.recipe
+        page = ProgressPage(progress, recipe, draft.path, settings.steps, settings.batch, self.world)
+        with page.from_start_to_end():
+            train(
+                "distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score, page.update
+            )  # fmt: skip
         if score:
             draft.facts |= load_best(draft, trainer.student, self.world)
         weights = sharding.gather_full_tensors(trainer.student.inference_weights(), self.world)
         if self.world.is_main:
             save_student(draft, self.config, student, weights, self.teacher, self.teacher_manifest)
             draft.facts |= training_facts(trainer.student.module, settings.steps, settings.batch)
+            draft.facts["gpus"] = self.world.size if self.world.device.type == "cuda" else 0
 
     def _trainer(self, start: str) -> DMD2Trainer | RegressionTrainer:
         weights = self.model.network.state_dict() if self.world.is_main else {}
@@ -129,6 +140,7 @@ class Distillation:
             return None
         from dmd2.stages.checkpoint_score import checkpoint_score  # slow to import
 
+        weights = trainer.student.swap_in_inference_weights
         return checkpoint_score(
-            self.config, student, trainer.student, self.data, self.samples, self.prompts, self.world
+            self.config, student, weights, self.data, self.samples, self.prompts, self.world
         )

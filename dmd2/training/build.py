@@ -74,7 +74,7 @@ def trainer(
     reseed(config.seed)
     set_deterministic(engine.deterministic)
     _warn_if_emulated(settings.dtype, world)
-    mesh = world.device_mesh(engine.shards)
+    mesh = world.device_mesh(engine.shards) or _mesh_of_one(config, world)
     resident = mesh is None or is_resident(config, fam, mesh.shape[-1], world)
     nets = networks.on_device(config, fam, teacher, world, mesh, start, resident)
     if engine.activation_checkpointing != "none":
@@ -84,13 +84,13 @@ def trainer(
         for network in nets.named().values():
             compile_units(fam, network)
     if settings.regression:
-        return _regression_trainer(config, settings.regression, fam, nets.student, world.device)
+        return _regression_trainer(config, settings.regression, fam, nets, world.device)
     terms, critic_modules = loss_terms(config, fam, nets, lambda make: _on_device(make, world, mesh))
     return DMD2Trainer(
         trainable("student", nets.student, settings.student, settings.steps),
         trainable("critic", critic_modules, settings.critic, settings.steps),
         terms,
-        sample_student(config, _learning(config, fam, nets.student)),
+        sample_student(config, learning_denoiser(config, fam, nets, nets.student)),
         settings.critic_updates,
         engine.micro_batch,
         continues_rollouts=settings.continue_rollouts,
@@ -107,8 +107,9 @@ def loss_terms(
 
     Raises Refused for terms that are not in TERMS, and for settings that a term does not accept.
     """
-    critic = _learning(config, fam, nets.critic)
-    teacher = _teacher(Denoiser(nets.teacher, fam.diffusion, _dtype(config)), config.distill.guidance)
+    critic = learning_denoiser(config, fam, nets, nets.critic)
+    # Computed as the critic's score is, or rounding would show as a difference of the two.
+    teacher = _teacher(Denoiser(nets.teacher, fam.diffusion, nets.autocast), config.distill.guidance)
     inputs = TermInputs(fam, teacher, critic, place, nn.ModuleDict({NETWORK: nets.critic}))
     settings = config.distill.term_settings()
     terms = [_kind(name).make(inputs, _checked(name, values)) for name, values in settings.items()]
@@ -178,6 +179,13 @@ def place_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
+def _mesh_of_one(config: c.Config, world: World) -> DeviceMesh | None:
+    """For a process alone with an accelerator, where float32 weights are gathered in bfloat16 as on many: autocast would
+    launch half as many kernels again. On the CPU, and in float32, there is no mesh."""
+    here = world.device.type not in ("cpu", "meta")
+    return world.mesh_of_one() if here and networks.gathers_alone(config) else None
+
+
 def _on_device(make: Callable[[], nn.Module], world: World, mesh: DeviceMesh | None) -> nn.Module:
     """A float32 module whose initial weights are the same on all ranks, since all draw them from the same seed."""
     module = make().to(world.device)
@@ -207,13 +215,13 @@ def _regression_trainer(
     config: c.Config,
     regression: c.RegressionConfig,
     fam: ModelFamily,
-    student: nn.Module,
+    nets: DistillNetworks,
     device: torch.device,
 ) -> RegressionTrainer:
     settings = config.distill
     return RegressionTrainer(
-        trainable("student", student, settings.student, settings.steps),
-        Denoiser(student, fam.diffusion, _dtype(config)),
+        trainable("student", nets.student, settings.student, settings.steps),
+        learning_denoiser(config, fam, nets, nets.student),
         settings.student_timesteps[0],
         _image_distance(regression, fam, device, _dtype(config)),
         config.engine.micro_batch,
@@ -266,9 +274,11 @@ def _warn_if_emulated(dtype: str, world: World) -> None:
         )
 
 
-def _learning(config: c.Config, fam: ModelFamily, network: nn.Module) -> Denoiser:
-    """Student or critic of DMD2."""
-    return Denoiser(network, fam.diffusion, _dtype(config), config.distill.no_grad_dtype == "tf32")
+def learning_denoiser(
+    config: c.Config, fam: ModelFamily, nets: DistillNetworks, network: nn.Module
+) -> Denoiser:
+    """The denoiser of student or critic."""
+    return Denoiser(network, fam.diffusion, nets.autocast, config.distill.no_grad_dtype == "tf32")
 
 
 def _teacher(denoiser: Denoiser, guidance: float) -> TeacherPrediction:

@@ -1,18 +1,22 @@
 """Checkpoints: {name: object} <-> a folder of safetensors files, one per rank, by torch.distributed.checkpoint.
 
 An object is anything whose `state_dict` is tensors. The tensors are copied at once and written in the background while
-training continues. A checkpoint exists when its manifest does, which is written last. It can be loaded on any number
+training continues; each rank computes the digest of its file while it writes it. A checkpoint exists when its manifest does, which is written last. It can be loaded on any number
 of ranks, and nothing in it is unpickled. What follows from the step alone (learning rate, random numbers, position in
 the data) is not saved.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
@@ -28,10 +33,13 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST
-from dmd2.io.local import fsync, sha256, write_text
+from dmd2.io.local import sha256, write_text
 from dmd2.io.staging import Draft
 from dmd2.io.tensors import write_error
 from dmd2.parallel.ranks import World
+
+DIGESTS = ".digests.json"
+"""End of the names of lists of digests, one of each rank, in a checkpoint that is being written."""
 
 
 class Stateful(Protocol):
@@ -53,7 +61,7 @@ class Checkpoints:
     """The unfinished artifact that contains `root`, if each machine may have its own copy of it."""
     best: int | None = None
     """Step of a checkpoint to keep although it is old."""
-    _saving: tuple[int, Future[Any]] | None = field(default=None, init=False)
+    _saving: tuple[int, Future[Any], HashingFileSystem] | None = field(default=None, init=False)
 
     def save_async(self, step: int, objects: Mapping[str, Stateful]) -> None:
         """Start writing the state after `step` steps in the background. Waits for a save that is still running."""
@@ -64,6 +72,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
         self.world.barrier()
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        writer.fs = files = HashingFileSystem()
         with warnings.catch_warnings(action="ignore"):
             future = async_save(
                 _tensors(objects),
@@ -71,7 +80,7 @@ class Checkpoints:
                 process_group=self.world.checkpoint_group,
                 no_dist=not self.world.host_group,
             )
-        self._saving = step, cast("Future[Any]", future)
+        self._saving = step, cast("Future[Any]", future), files
 
     @property
     def is_saving(self) -> bool:
@@ -86,7 +95,7 @@ class Checkpoints:
         """
         if not self._saving:
             return False
-        (step, future), self._saving = self._saving, None
+        (step, future, files), self._saving = self._saving, None
         partial = self._partial_folder(step)
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -94,9 +103,12 @@ class Checkpoints:
         except CheckpointException as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _first_failure(error, partial) from None
+        write_text(partial / f".{self.world.rank}{DIGESTS}", json.dumps(files.digests()))
         self.world.barrier()
         if self._uploads and self.draft:
-            self.draft.exchange.upload_part(partial, self._name(step), self.world.rank)
+            self.draft.exchange.upload_part(
+                partial, self._name(step), self.world.rank, _take_digests(partial)
+            )
             shutil.rmtree(partial)
         self.world.barrier()
         if self.world.is_main:
@@ -111,12 +123,13 @@ class Checkpoints:
 
     def _publish(self, partial: Path, step: int) -> None:
         """Write the manifest, rename the folder to its final name, and delete old checkpoints."""
-        paths = sorted(partial.glob("*.safetensors"))
-        for path in paths:
-            fsync(path)
-        files = {path.name: digest for path, digest in zip(paths, _digests(paths), strict=True)}
-        uploaded = self.draft.exchange.collect_parts(self._name(step)) if self.draft else []
-        files |= {Path(file.path).name: file.sha256 for file in uploaded}
+        digests = _take_digests(partial)
+        names = sorted(path.name for path in partial.glob("*.safetensors"))
+        files = {name: digests[name] for name in names}
+        if self.draft:
+            self.draft.digests |= {f"{self._name(step)}/{name}": digest for name, digest in files.items()}
+            uploaded = self.draft.exchange.collect_parts(self._name(step))
+            files |= {Path(file.path).name: file.sha256 for file in uploaded}
         manifest = {"step": step, "processes": self.world.size, "files": files}
         write_text(partial / MANIFEST, json.dumps(manifest))
         target = folder_of(self.root, step)
@@ -131,6 +144,47 @@ class Checkpoints:
 
     def _partial_folder(self, step: int) -> Path:
         return self.root / f".{step:08d}.partial"
+
+
+class HashingFileSystem(FileSystem):
+    """Computes the SHA-256 of files while they are written."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, Any] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with super().create_stream(path, mode) as stream:
+            self._hashes[Path(path).name] = total = hashlib.sha256()
+            yield cast(io.IOBase, _HashingStream(stream, total))
+
+    def digests(self) -> dict[str, str]:
+        """{name of the file: SHA-256}."""
+        return {name: total.hexdigest() for name, total in self._hashes.items()}
+
+
+class _HashingStream:
+    """A stream that is written from its start to its end."""
+
+    def __init__(self, stream: io.IOBase, total: Any) -> None:
+        self._stream, self._total = stream, total
+
+    def write(self, data: bytes) -> int:
+        self._total.update(data)
+        count: int = cast(Any, self._stream).write(data)
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _take_digests(partial: Path) -> dict[str, str]:
+    """{name of a file: SHA-256} as the ranks of this machine have computed them; their lists are deleted."""
+    found: dict[str, str] = {}
+    for path in partial.glob(f".*{DIGESTS}"):
+        found |= json.loads(path.read_text())
+        path.unlink()
+    return found
 
 
 def folder_of(root: Path, step: int) -> Path:

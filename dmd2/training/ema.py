@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmd2.parallel.sharding import local_tensor
+from dmd2.parallel.sharding import local_tensor, sharded_like
 
 
 class Ema:
@@ -17,12 +17,16 @@ class Ema:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+        self.shadow = {
+            name: sharded_like(p, local_tensor(p).detach().clone())
+            for name, p in network.named_parameters()
+            if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [local_tensor(p.detach()) for p in network.parameters() if p.requires_grad]
+        weights = [local_tensor(p).detach() for p in network.parameters() if p.requires_grad]
         torch._foreach_lerp_([local_tensor(value) for value in self.shadow.values()], weights, 1 - decay)
         self.updates += 1
 

@@ -65,6 +65,7 @@ def train(
     preview: Callable[[int], None],
     world: World,
     score: ScoreFunction | None = None,
+    on_log: Callable[[int, float], None] = lambda step, eta_s: None,
 ) -> None:
     """Train from the newest checkpoint in the draft, or from the start, to the last step.
 
@@ -73,6 +74,7 @@ def train(
         batches: (first step) -> this rank's part of each batch from that step on.
         preview: Called with the number of steps made, every `preview_every` steps.
         score: Scores each checkpoint that `save_every` asked for; the best one is kept.
+        on_log: Called with the number of steps made and the seconds left, after each line of metrics.
 
     Raises:
         Interrupted: A signal stopped the run, after saving; or another rank was lost.
@@ -92,7 +94,17 @@ def train(
             log = MetricsLog(draft.path, first, settings.throughput, world)
             flags = HostFlags(world, requested)
             run = _Run(
-                trainer, settings, draft, world, checkpoints, log, flags, progress, reset_watchdog, score
+                trainer,
+                settings,
+                draft,
+                world,
+                checkpoints,
+                log,
+                flags,
+                progress,
+                reset_watchdog,
+                score,
+                on_log,
             )
             run.make_steps(first, batches, preview)
 
@@ -111,6 +123,7 @@ class _Run:
     progress: Progress
     reset_watchdog: Callable[[], None]
     score: ScoreFunction | None
+    on_log: Callable[[int, float], None]
 
     def make_steps(
         self, first: int, batches: Callable[[int], Iterator[Batch]], preview: Callable[[int], None]
@@ -143,8 +156,10 @@ class _Run:
         metrics = self.trainer.step(real, step)
         self.trainer.timer.stop()
         self.log.append(step, metrics | {"time/data_s": data_s})
-        note = self._flush_log() if self.settings.is_due(step, self.settings.log_every) else ""
-        self.progress.advance(note=note)
+        logs = self.settings.is_due(step, self.settings.log_every)
+        self.progress.advance(note=self._flush_log() if logs else "")
+        if logs:
+            self.on_log(step + 1, self.progress.eta_s)
 
     def _flush_log(self) -> str:
         return self.log.flush(self.trainer.timer.read(), self.progress.eta_s)

@@ -11,7 +11,7 @@ from torch import nn
 
 from dmd2.config import Config, OptimizerConfig
 from dmd2.parallel.sharding import outermost
-from dmd2.training.networks import DistillNetworks
+from dmd2.training.networks import DistillNetworks, gathers_in_compute_type
 from dmd2.training.optim import NETWORK
 
 MAX_STATIC_FRACTION = 0.6
@@ -81,7 +81,9 @@ def static(
     found["gathered weights"] = gathered + (FLOAT32 * of.term_modules if sharded else 0)
     # Student and critic free their gradients before the other one's turn.
     found["gradients"] = FLOAT32 * max(of.student, of.critic + of.term_modules) / shards
-    unreduced = _unreduced_gradients(config, of, resident, micro_batches, early_weights)
+    # In a mesh of one shard a unit's waiting gradient is freed when its reduced one is made: they are not alive together.
+    waiting = _unreduced_gradients(config, of, resident, micro_batches, early_weights)
+    unreduced = waiting if sharded else 0
     found["unreduced gradients"] = unreduced + in_transit
     return {name: size for name, size in found.items() if size}
 
@@ -118,7 +120,7 @@ def compute_width(config: Config) -> int:
 
 def gathered_width(config: Config) -> int:
     """Bytes of an all-gathered weight of student and critic."""
-    return FLOAT32 if config.distill.no_grad_dtype == "tf32" else compute_width(config)
+    return compute_width(config) if gathers_in_compute_type(config) else FLOAT32
 
 
 def device_gb(device: torch.device) -> float:

@@ -24,6 +24,8 @@ class DistillNetworks:
     student: nn.Module
     critic: nn.Module
     """The teacher where the recipe has no critic (regression)."""
+    autocast: torch.dtype = torch.float32
+    """The type to which autocast casts at every call; float32 = none, because the weights have the compute type already."""
 
     def named(self) -> dict[str, nn.Module]:
         """Each network once, by its role."""
@@ -37,6 +39,16 @@ class Start:
 
     student: Mapping[str, Tensor]
     critic: Mapping[str, Tensor] | None = None
+
+
+def gathers_alone(config: Config) -> bool:
+    """Whether a process alone with an accelerator has a mesh: where an all-gather makes bfloat16 weights of float32 ones."""
+    return config.distill.dtype == "bfloat16" and gathers_in_compute_type(config)
+
+
+def gathers_in_compute_type(config: Config) -> bool:
+    """Whether an all-gather makes the weights of student and critic what they compute with, so that autocast has nothing to do."""
+    return config.distill.no_grad_dtype == "same"
 
 
 def on_device(
@@ -54,7 +66,7 @@ def on_device(
     `weights` are the teacher's, on the main process; other processes give none. Raises Refused for a LoRA with a `start`.
     """
     settings, dtype = config.distill, getattr(torch, config.distill.dtype)
-    gathered = torch.float32 if settings.no_grad_dtype == "tf32" else dtype
+    gathered = dtype if gathers_in_compute_type(config) else torch.float32
     if settings.lora and start:
         raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
     sources = {
@@ -74,41 +86,43 @@ def on_device(
         return network
 
     def low_rank(teacher: nn.Module, lora: LoraConfig) -> nn.Module:
-        network = _with_lora(teacher, fam, lora)
+        network = with_lora(teacher, fam, lora)
         if mesh:
             frozen = [p for p in network.parameters() if not p.requires_grad]
             sharding.shard(network, fam.blocks(network), mesh, dtype, resident=True, ignored=frozen)
         return network
 
-    return _networks(config, whole, low_rank)
+    return _networks(config, whole, low_rank, dtype if mesh is None or gathered != dtype else torch.float32)
 
 
 def on_meta(config: Config, fam: ModelFamily) -> DistillNetworks:
-    """The networks without memory, unsharded, in float32."""
+    """The networks without memory, unsharded, in float32, with the autocast of gathered ones."""
+    autocast = torch.float32 if gathers_in_compute_type(config) else getattr(torch, config.distill.dtype)
 
     def whole(role: str) -> nn.Module:
         return fam.network().requires_grad_(role != "teacher")
 
     with torch.device("meta"):
-        return _networks(config, whole, lambda teacher, lora: _with_lora(teacher, fam, lora))
+        return _networks(config, whole, lambda teacher, lora: with_lora(teacher, fam, lora), autocast)
 
 
 def _networks(
     config: Config,
     whole: Callable[[str], nn.Module],
     low_rank: Callable[[nn.Module, LoraConfig], nn.Module],
+    autocast: torch.dtype,
 ) -> DistillNetworks:
     """`whole` makes a network by its role, `low_rank` one with a LoRA of its own on the weights of the teacher."""
     settings, lora = config.distill, config.distill.lora
     teacher = whole("teacher")
     student = low_rank(teacher, lora) if lora else whole("student")
     if settings.regression:
-        return DistillNetworks(teacher, student, teacher)
+        return DistillNetworks(teacher, student, teacher, autocast)
     critic = low_rank(teacher, lora) if lora and lora.shared_base else whole("critic")
-    return DistillNetworks(teacher, student, critic)
+    return DistillNetworks(teacher, student, critic, autocast)
 
 
-def _with_lora(teacher: nn.Module, fam: ModelFamily, lora: LoraConfig) -> nn.Module:
+def with_lora(teacher: nn.Module, fam: ModelFamily, lora: LoraConfig) -> nn.Module:
     from dmd2.models import lora as adapters  # peft takes seconds to import
 
     return adapters.add_low_rank_update(teacher, fam.lora_targets, lora)

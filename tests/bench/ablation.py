@@ -31,8 +31,8 @@ from dmd2.evaluation.evaluator import Evaluator, score_states
 from dmd2.evaluation.features import load_extractor
 from dmd2.io.local import write_text
 from dmd2.model import load_network
-from dmd2.stages.image_sets import real_batches, sampled_batches
 from dmd2.stages.prompts import repeat_prompts
+from tests.bench.batches import real_batches, sampled_batches
 
 ROOT = Path("runs/bench/ablation")
 VARIANTS = {

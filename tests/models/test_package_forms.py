@@ -42,7 +42,6 @@ from dmd2.models.stable import ZERO_SNR, Stable
 from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA, WORKFLOW, workflow
 from tests import warm
 from tests.models.test_convert import compvis, same, sgm
-from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 from tests.tiny_sdxl import SMALL
 
 CONFIGS = {
@@ -66,7 +65,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def source(kind: str, pipeline: Path, stable15: Path, tmp_path: Path) -> Path:  # noqa: F811
+def source(kind: str, pipeline: Path, stable15: Path, tmp_path: Path) -> Path:
     """A copy of a small pipeline, to be changed."""
     return Path(shutil.copytree(stable15 if kind == "sd15" else pipeline, tmp_path / "source"))
 
@@ -377,7 +376,7 @@ def test_a_student_that_the_layout_cannot_hold_has_no_single_file_and_a_warning_
     part: str,
     changes: dict[str, Any],
     words: str,
-    stable15: Path,  # noqa: F811
+    stable15: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

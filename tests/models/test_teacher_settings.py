@@ -174,7 +174,7 @@ def write_old_tokenizer(folder: Path, *learned: str) -> CLIPTokenizer:
         "vocab.json": vocabulary,
         "added_tokens.json": {word: len(vocabulary) + n for n, word in enumerate(learned)},
         "special_tokens_map.json": special,
-        "tokenizer_config.json": special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16},
+        "tokenizer_config.json": special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 24},
     }.items():
         (folder / name).write_text(json.dumps(content))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))

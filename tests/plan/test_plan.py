@@ -15,7 +15,8 @@ from dmd2 import plan, recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily, make_family
-from dmd2.plan import passes, prediction, published_scheme, step_costs, table
+from dmd2.plan import evaluation, passes, prediction, published_scheme, step_costs, table
+from dmd2.plan.hardware import GPUS
 from dmd2.plan.meter import CPU_ATTENTION, Meter, norms_as_on_cuda
 from dmd2.plan.passes import PassCost
 from dmd2.plan.traffic import MeshShape
@@ -36,7 +37,7 @@ def digits(*changes: str) -> Config:
 
 
 def emoji(name: str, *changes: str) -> Config:
-    small = ["family.resolution=32", "family.vae_stride=2", "distill.batch=4", "engine.micro_batch=2"]
+    small = ["family.resolution=32", "family.vae_stride=2", "distill.batch=4", "engine.micro_batch=4"]
     return recipes.resolve(name, [*small, *changes])
 
 
@@ -161,6 +162,15 @@ def test_the_meter_sees_what_lives_and_lets_go_of_what_died() -> None:
     assert layer.weight.grad is None
 
 
+def test_the_meter_counts_what_casts_read_and_write() -> None:
+    with Meter() as meter:
+        x = torch.ones(10)
+        x.to(torch.bfloat16).to(torch.bfloat16)  # the second one changes nothing
+        torch.zeros(10, dtype=torch.float64).copy_(x)
+        x.clone()
+    assert meter.cast_bytes == 10 * (4 + 2) + 10 * (4 + 8)
+
+
 def test_norms_are_kept_in_float32_as_on_cuda() -> None:
     norm, x = nn.GroupNorm(2, 4), torch.ones(1, 4, 3, 3, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -177,10 +187,24 @@ def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:
     assert made.traffic == {}
     assert made.facts["gpu_hours"] == pytest.approx(made.seconds_per_step * 10 / 3600)
     assert made.facts["cost"] == pytest.approx(2 * made.gpu_hours)
+    assert made.facts["gpu_hours_low"] < made.gpu_hours < made.facts["gpu_hours_high"]
     assert made.largest_micro_batch == config.distill.batch
     assert made.weights["learn"] == made.weights["student"] + made.weights["critic"] + made.weights["head"]
     # Masters and two moments of all that learns, and the student's average.
     assert made.checkpoint == 4 * (3 * made.weights["learn"] + made.weights["student"])
+
+
+def test_the_evaluation_is_its_network_calls_by_the_set() -> None:
+    config = recipes.get("sdxl-4step")
+    call = PassCost(rows=1, flops=1_000_000_000_000)
+    spent = evaluation.evaluation_seconds(config, make_family(config.family), call, GPUS["h100-80gb"])
+    second_of = 989e12 * 0.25 / 1e12  # calls in a second
+    # 4 and 1; 50, 4 and 1 guided steps of two calls
+    assert spent["student"] == pytest.approx(10_000 * 5 / second_of)
+    assert spent["teacher"] == pytest.approx(10_000 * 110 / second_of)
+    # The decoder of Stable Diffusion has 1.27e12 multiplications and additions of pairs at 512 pixels.
+    assert evaluation.decoder_flops(recipes.get("sd15-1step")) == pytest.approx(2 * 1.27e12, rel=0.05)
+    assert evaluation.decoder_flops(recipes.get("edm-digits")) == 0
 
 
 @pytest.mark.parametrize(
@@ -190,7 +214,7 @@ def test_a_gpu_alone_sends_nothing_and_a_plan_adds_up() -> None:
         ({"gpu": "l4-24gb", "gpus_per_node": 3}, "cannot be divided among 3 GPUs"),
         ({"gpu": "l4-24gb", "nodes": 0}, "give at least one"),
         ({"gpu": "l4-24gb", "price": -1.0}, "price is -1; give what a GPU costs for an hour"),
-        ({"gpu": "l4-24gb", "teacher": "/nowhere"}, "/nowhere is not a folder"),
+        ({"gpu": "l4-24gb", "gpus_per_node": 1, "teacher": "/nowhere"}, "/nowhere is not a folder"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments: dict[str, Any], said: str, refusal: Refusal) -> None:

@@ -194,7 +194,7 @@ def test_samples_are_the_same_for_any_number_of_processes(count: int) -> None:
 
 def test_samples_are_taken_in_runs_if_single_ones_would_open_more_shards(made: Path) -> None:
     shards = Shards(made / "shards", "train")
-    assert shards.counts == [16, 16, 16]
+    assert list(shards.counts) == [16, 16, 16]
     assert evenly_spaced(48, shards).tolist() == list(range(48))
     assert evenly_spaced(20, shards).tolist() == [*range(16), 24, 25, 26, 27]
 

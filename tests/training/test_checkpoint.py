@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.config import OptimizerConfig
+from dmd2.io.local import sha256
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints, Stateful
 from dmd2.training.optim import OptimizerState, Trainable, trainable
@@ -96,3 +98,15 @@ def test_state_exists_before_the_first_step() -> None:
     student = trainable("student", nn.Linear(2, 1), OptimizerConfig(lr=0.1), 10)
     names = {f"{p}.{slot}" for p in ("weight", "bias") for slot in ("step", "exp_avg", "exp_avg_sq")}
     assert OptimizerState(student.optimizer).state_dict().keys() == names
+
+
+def test_the_manifest_has_the_digests_of_the_files_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "sha256", None)
+    student = trained(a=3, b=1000)
+    save(tmp_path, student.state())
+    folder = tmp_path / "00000001"
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert listed == {path.name: sha256(path) for path in folder.glob("*.safetensors")}
+    assert {path.name for path in folder.iterdir()} == {*listed, "manifest.json"}

@@ -11,13 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 
 from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.loader import Shards
 from dmd2.data.shards import TRAIN
+from dmd2.evaluation.scores import score_table
 from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load, load_network
@@ -545,6 +552,35 @@ def test_prompts_longer_than_the_window_are_counted_and_told(
     caplog.clear()
     stages.sample(str(root / "package"), str(tmp_path / "a.png"), 2, prompts=("a red square",), steps=1)
     assert "prompts" not in caplog.text
+
+
+@pytest.mark.slow
+def test_pipelines_and_adopted_students_are_rows_of_the_same_table(
+    root: Path, adopted: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    """The teacher's own pipeline draws what the teacher does, and the same student adopted what the student does."""
+    lcm = Path(shutil.copytree(pipeline, tmp_path / "lcm"))
+    scheduler: Any = LCMScheduler()
+    scheduler.save_pretrained(lcm / "scheduler")
+    index = json.loads((lcm / "model_index.json").read_text())
+    (lcm / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "LCMScheduler"]}))
+    baselines = f"lcm={lcm}:2,original={pipeline}:2:3.0,dmd2={adopted / 'run'}"
+    shards, teacher, run = (str(root / name) for name in ("shards", "teacher", "run"))
+    out, gate, page = (str(tmp_path / name) for name in ("evaluation", "gate", "report.html"))
+    changed = config("sdxl-4step-emoji", f"evaluate.baselines={baselines}", "evaluate.metrics=fid")
+    made = stages.evaluate(changed, shards, teacher, run, out)
+    assert {"baseline.lcm", "baseline.original", "baseline.dmd2"} < made.inputs.keys()
+    scores = {name: each["fid"]["value"] for name, each in made.facts["scores"].items()}
+    assert scores["original"] == pytest.approx(scores["teacher"], rel=1e-3)
+    assert scores["dmd2"] == scores["student"]
+    assert scores["lcm"] not in (scores["teacher"], scores["student"])
+    rows = {row[0]: row[1:3] for row in score_table(made.facts)[1]}
+    assert (rows["lcm in 2 steps"], rows["original in 2 steps"]) == (["2", "2"], ["2", "4"])
+    assert rows["dmd2 in 4 steps"] == ["4", "4"]
+    assert (Path(out) / "lcm.png").is_file()
+    stages.gate(changed, out, gate)
+    stages.report(shards, teacher, run, out, gate, page)
+    assert "Lcm in 2 steps, 2 network calls" in Path(page).read_text()
 
 
 def test_an_evaluation_counts_the_captions_that_were_cut(
