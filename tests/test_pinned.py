@@ -39,9 +39,9 @@ from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.order import Order
 from dmd2.io.artifact import Manifest, read_manifest
+from dmd2.provenance import PROVENANCE
 from dmd2.rng import Rng, draw_shared, reseed, seed_of_part
 from dmd2.training.optim import OptimizerState
-from tests.models.test_stable import stable15  # noqa: F401 - a fixture
 
 torch.set_num_threads(1)  # the bits of a sum depend on the number of threads
 
@@ -412,7 +412,7 @@ def test_a_student_is_judged_and_packaged(edm: Path, tmp_path: Path) -> None:
             "counts": [judged.facts[name] for name in COUNTS],
             "pictures": [picture(path) for path in sorted((tmp_path / "evaluation").glob("*.png"))],
             "decision": decided.facts[DECISION],
-            "package": [file.path for file in packaged.files],
+            "package": [file.path for file in packaged.files if file.path != PROVENANCE],
             "form of the network": sha((tmp_path / "package" / NETWORK).read_bytes()),
         },
     )
@@ -445,10 +445,23 @@ def _mended(name: str) -> dict[str, Any]:
         found["distill.fake_prompts"] = "list" if from_list else "independent"
     if full and sdxl:
         found["evaluate.teacher_steps"] = 50
+    found["evaluate.protocol"], pins = PROTOCOL_OF[
+        name.split("-")[int(name.startswith("edm"))] if full else "emoji"
+    ]
+    found |= pins
     return found | MENDED.get(name, {})
 
 
+PROTOCOL_OF: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": ("digits", {}),
+    "emoji": ("emoji", {}),
+    "imagenet64": ("imagenet64-50k", {"evaluate.prompts": "balanced"}),
+    "sd15": ("coco30k-256", {"evaluate.resize": 256}),
+    "sdxl": ("coco10k-1024", {"evaluate.resize": 512}),
+}
+"""Network -> protocol of its evaluation, and what the published one has that version 0.1.0 had not."""
 MENDED: dict[str, dict[str, Any]] = {
+    **{f"edm-digits{variant}": {"gate.factor": 1.75} for variant in ("", "-no-gan", "-no-ttur")},
     "edm-imagenet64": {"distill.dtype": "bfloat16"},
     "edm-imagenet64-no-gan": {"distill.dtype": "bfloat16", "distill.steps": 405_500},
     "sd15-1step-gan": {

@@ -196,7 +196,8 @@ def read_zip_member(uri: str, name: str) -> bytes:
 def check_zip_member(archive: zipfile.ZipFile, uri: str, name: str) -> int:
     """The size of a member of a zip; refused if the file is too short for it, or if it inflates too much."""
     info = archive.getinfo(name)
-    if info.compress_size > os.stat(fetch_file(uri)).st_size:
+    assert archive.fp is not None
+    if info.compress_size > os.fstat(archive.fp.fileno()).st_size:
         raise zipfile.BadZipFile(f"{name} claims {info.compress_size:,} bytes")
     check_inflation(f"{uri}/{name}", info.compress_size, info.file_size)
     return info.file_size

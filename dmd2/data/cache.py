@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmd2.io.artifact import ArtifactFile, copy_verified
-from dmd2.io.local import file_lock
+from dmd2.io.local import delete_least_recently_used, file_lock
 from dmd2.io.storage import cache
 from dmd2.io.store import Store
 
@@ -57,14 +57,4 @@ class ShardCache:
     def _evict(self, limit: int) -> None:
         """Delete the least recently used shards until at most `limit` bytes are left."""
         with file_lock(self.folder / ".lock"):
-            there = sorted(
-                (stat.st_mtime_ns, stat.st_size, path)
-                for path in self.folder.glob("[0-9a-f]*")
-                if (stat := path.stat())
-            )
-            size = sum(size for _, size, _ in there)
-            for _, bytes_there, path in there:
-                if size <= limit:
-                    return
-                path.unlink(missing_ok=True)
-                size -= bytes_there
+            delete_least_recently_used(self.folder.glob("[0-9a-f]*"), limit)

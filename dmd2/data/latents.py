@@ -28,12 +28,13 @@ from torch import Tensor
 
 from dmd2.config import Config
 from dmd2.data.loader import RawBatch, Shards, collate
-from dmd2.data.shards import RESULTS, TRAIN, ShardInfo, ShardWriter, read_unit_files
+from dmd2.data.shard_table import ShardInfo
+from dmd2.data.shards import RESULTS, TRAIN, ShardWriter, read_unit_files
+from dmd2.data.unit_results import UnitResults
 from dmd2.encoders.pipeline_folder import PipelineFiles
 from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae
 from dmd2.errors import Refused
-from dmd2.io.artifact import ArtifactFile
 from dmd2.io.staging import Draft
 from dmd2.progress import Progress
 
@@ -137,7 +138,7 @@ class LatentEncoder:
         cut = self.texts.cut_texts(texts)
         return sum(text in cut for text in texts)
 
-    def _captions_cut(self, results: list[EncodedShard], images: int) -> dict[str, int]:
+    def _captions_cut(self, results: UnitResults[EncodedShard], images: int) -> dict[str, int]:
         """The fact about captions that were cut off, which is logged too; none without text encoders."""
         if not self.texts:
             return {}
@@ -149,7 +150,7 @@ class LatentEncoder:
             )
         return {"captions_cut": count}
 
-    def facts(self, pipeline: PipelineFiles, results: list[EncodedShard]) -> dict[str, Any]:
+    def facts(self, pipeline: PipelineFiles, results: UnitResults[EncodedShard]) -> dict[str, Any]:
         """Facts for the manifest, except the list of shards."""
         count = sum(result.shard.images for result in results)
         spent = Counter[str]()
@@ -172,35 +173,29 @@ class LatentEncoder:
         }
 
 
-def write_latents(encoder: LatentEncoder, draft: Draft, part: tuple[int, int] = (0, 1)) -> list[EncodedShard]:
-    """Encode every shard of this part that has no result file yet, and return the results of the part."""
+def write_latents(
+    encoder: LatentEncoder, draft: Draft, part: tuple[int, int] = (0, 1), show: bool = True
+) -> UnitResults[EncodedShard]:
+    """Encode every shard of this part that has no result file yet, and return the results of the part.
+
+    Args:
+        show: Whether to show a progress bar.
+    """
     numbers = range(len(encoder.shards.files))[part[0] :: part[1]]
-    there = read_unit_files(draft.store, RESULTS)
-    results = {n: EncodedShard.model_validate_json(there[n]) for n in numbers if n in there}
-    counts = encoder.shards.counts
-    total, done = sum(counts[n] for n in numbers), sum(counts[n] for n in results)
-    label = f"encode, process 0 of {part[1]}" if part[1] > 1 else "encode"
-    with Progress(label, total, "images", done) if part[0] == 0 else nullcontext() as progress:
+    there, counts = read_unit_files(draft.store, RESULTS, numbers), encoder.shards.counts
+    results = UnitResults(EncodedShard, there)
+    total, done = sum(counts[n] for n in numbers), sum(counts[n] for n in there)
+    label = f"encode, part {part[0]} of {part[1]}" if part[1] > 1 else "encode"
+    with Progress(label, total, "images", done) if show else nullcontext() as progress:
         count = progress.advance if progress else lambda images: None
         for number in numbers:
             if number not in results:
-                results[number] = _encode_shard(number, encoder, draft, count)
-    return [results[number] for number in numbers]
+                results.add(number, _encode_shard(number, encoder, draft, count))
+    return results
 
 
-def register_shards(results: list[EncodedShard], draft: Draft) -> list[dict[str, Any]]:
-    """Add the shards, which are already in their final place, to the draft's files; return their entries for the manifest."""
-    shards = [result.shard for result in results]
-    draft.stored_files += [
-        ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards
-    ]
-    return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]
-
-
-def _encode_shard(
-    number: int, encoder: LatentEncoder, draft: Draft, count: Callable[[int], None]
-) -> EncodedShard:
-    """Write the latents of one shard, then its result file."""
+def _encode_shard(number: int, encoder: LatentEncoder, draft: Draft, count: Callable[[int], None]) -> bytes:
+    """Write the latents of one shard, then its result file; return the content of that."""
     start, spent, keys = time.monotonic(), Counter[str](), encoder.shards.keys(number)
     cut = 0
     shard = ShardInfo(file=f"{TRAIN}-{number:06d}.tar", split=TRAIN)
@@ -220,8 +215,9 @@ def _encode_shard(
         writer.discard()
     seconds = round(time.monotonic() - start, 3)
     result = EncodedShard(shard=shard, bytes=dict(spent), seconds=seconds, captions_cut=cut)
-    draft.store.write(f"{RESULTS}/{number:06d}.json", result.model_dump_json().encode())
-    return result
+    text = result.model_dump_json().encode()
+    draft.store.write(f"{RESULTS}/{number:06d}.json", text)
+    return text
 
 
 def _batches(number: int, encoder: LatentEncoder) -> Iterator[RawBatch]:

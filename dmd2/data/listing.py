@@ -71,9 +71,7 @@ class Listing:
         return join_uri(self.store.uri, name)
 
     def read(self, name: str) -> bytes:
-        if name in self.dangling:
-            raise Refused(f"{self.uri(name)} is a link to nothing; make the link anew or remove it")
-        return self.store.read(name)
+        return read_file(self.store, self.dangling, name)
 
     def account(self, used: Mapping[str, str], images: Collection[str] = ()) -> Account:
         """What becomes of the files: those that are used, and all others by reason.
@@ -96,7 +94,19 @@ class Listing:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr([self.layout, *map(tuple, self.entries)]).encode()).hexdigest()
+        """The digest of the layout and the entries, written as a list of Python."""
+        total = hashlib.sha256(f"[{self.layout!r}".encode())
+        for entry in self.entries:
+            total.update(f", {tuple(entry)!r}".encode())
+        total.update(b"]")
+        return total.hexdigest()
+
+
+def read_file(store: Store, dangling: Collection[str], name: str) -> bytes:
+    """The content of a file of a listing, of which `dangling` are links to nothing."""
+    if name in dangling:
+        raise Refused(f"{join_uri(store.uri, name)} is a link to nothing; make the link anew or remove it")
+    return store.read(name)
 
 
 def list_files(address: str, known: list[str]) -> Listing:

@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +28,13 @@ from dmd2.config import LoaderConfig
 from dmd2.data.cache import ShardCache
 from dmd2.data.lmdb_table import Table
 from dmd2.data.order import Order
+from dmd2.data.shard_table import ShardTable
 from dmd2.errors import Refused
-from dmd2.io.artifact import ArtifactFile, Manifest, check_file, read_manifest
+from dmd2.io.artifact import Manifest, check_file, read_manifest
 from dmd2.io.storage import join_uri, open_store
 
+EMBEDDINGS = (".emb", ".pool")
+"""Suffixes of stored embeddings of a caption."""
 MAX_OPEN_SHARDS = 400
 """Upper limit of shards that one process keeps open; the usual limit of open files is 1,024."""
 
@@ -42,6 +46,8 @@ class RawBatch(NamedTuple):
     """int64 (B,)."""
     text: tuple[str, ...] = ()
     """Captions; an empty string where there is none."""
+    embeddings: tuple[Tensor, ...] = ()
+    """Of pairs that have no captions: hidden states (B, L, D), float16, and pooled (B, P)."""
 
 
 class RawSample(NamedTuple):
@@ -49,15 +55,22 @@ class RawSample(NamedTuple):
     """Encoded image, NPY, or the array itself."""
     label: int
     text: str
+    embeddings: tuple[np.ndarray, ...] = ()
 
 
 class TarShard:
     """A tar shard on the disk, with the offsets of its samples."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, embeddings: bool = False) -> None:
+        """
+        Args:
+            embeddings: Whether stored embeddings are read with a sample.
+        """
         self.path = path
         self.file = path.open("rb", buffering=0)
-        spans: dict[str, list[tuple[int, int]]] = {".png": [], ".npy": [], ".cls": [], ".txt": []}
+        spans: dict[str, list[tuple[int, int]]] = {
+            suffix: [] for suffix in (".png", ".npy", ".cls", *(EMBEDDINGS if embeddings else ()))
+        }
         keys: list[str] = []
         texts: dict[int, tuple[int, int]] = {}
         with tarfile.open(path) as members:
@@ -72,14 +85,23 @@ class TarShard:
         self.payload = np.array(spans[".png"] or spans[".npy"], dtype=np.int64).reshape(-1, 2)
         self.label = np.array([int(self._read(*span)) for span in spans[".cls"]], dtype=np.int64)
         self.text = texts
-        self.is_complete = len(keys) == len(self.payload) == len(self.label)
+        stored = (spans[suffix] for suffix in EMBEDDINGS if spans.get(suffix))
+        self.embeddings = [np.array(each, dtype=np.int64).reshape(-1, 2) for each in stored]
+        parts = (self.payload, self.label, *self.embeddings)
+        self.is_complete = all(len(part) == len(keys) for part in parts)
 
     def __len__(self) -> int:
         return len(self.payload)
 
     def sample(self, index: int) -> RawSample:
+        data, *embeddings = (
+            self._read(*map(int, spans[index])) for spans in (self.payload, *self.embeddings)
+        )
+        return RawSample(data, *self.label_and_text(index), tuple(map(decode_array, embeddings)))
+
+    def label_and_text(self, index: int) -> tuple[int, str]:
         text = self._read(*self.text[index]).decode() if index in self.text else ""
-        return RawSample(self._read(*map(int, self.payload[index])), int(self.label[index]), text)
+        return int(self.label[index]), text
 
     def keys(self) -> list[str]:
         """Keys of the samples, read from the file again, since training does not need them."""
@@ -113,21 +135,22 @@ class LmdbShard:
         assert isinstance(text, str)
         return RawSample(image, int(label), text)
 
+    def label_and_text(self, index: int) -> tuple[int, str]:
+        sample = self.sample(index)
+        return sample.label, sample.text
+
 
 class Shards:
     """One split of an artifact of shards, latents or pairs."""
 
     def __init__(self, folder: str | Path, split: str, kind: str = "shards", cache_gb: float = 50.0) -> None:
-        self.uri = str(folder)
+        self.uri, self.split = str(folder), split
         self.manifest: Manifest = read_manifest(folder, kind)
-        listed = {file.path: file for file in self.manifest.files}
-        shards = [
-            shard for shard in self.manifest.facts["shards"] if shard["split"] == split and shard["images"]
-        ]
-        if not shards:
+        self.files = ShardTable(folder, self.manifest, split)
+        self.counts = self.files.counts
+        if not self.counts:
             raise Refused(f"{folder} holds no {split} images; shard again with --data.holdout above 0")
-        self.files: list[ArtifactFile] = [listed[shard["file"]] for shard in shards]
-        self.counts: list[int] = [shard["images"] for shard in shards]
+        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         store = open_store(folder)
         self._folder = store.local_folder or Path()
         self._cache = None if store.local_folder else ShardCache(store, int(cache_gb * 1e9))
@@ -137,7 +160,12 @@ class Shards:
         self.max_open = 64
 
     def __len__(self) -> int:
-        return sum(self.counts)
+        return int(self._starts[-1])
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether samples have embeddings of captions in place of the captions."""
+        return bool(self.manifest.facts.get("embeddings"))
 
     def sample(self, shard: int, index: int) -> RawSample:
         return self._open_shard(shard).sample(index)
@@ -148,21 +176,31 @@ class Shards:
 
     def evenly_spaced(self, count: int) -> RawBatch:
         """`count` samples at even distances over the whole split (all samples if there are fewer), so that sorted data is covered evenly."""
-        return self.select(self._even_indices(count))
+        return self.select(self.even_positions(count))
 
     def evenly_spaced_batches(self, count: int, batch: int) -> Iterator[RawBatch]:
         """The samples of `evenly_spaced(count)`, `batch` at a time."""
-        indices = self._even_indices(count)
+        indices = self.even_positions(count)
         for start in range(0, len(indices), batch):
             yield self.select(indices[start : start + batch])
 
-    def _even_indices(self, count: int) -> np.ndarray:
+    def even_positions(self, count: int) -> np.ndarray:
+        """Indices of the samples of `evenly_spaced(count)`."""
         total = len(self)
         return np.arange(min(count, total)) * total // min(count, total)
 
+    def labels_and_texts(self, places: Iterable[int]) -> list[tuple[int, str]]:
+        """Labels and captions of the samples at these indices, without their images."""
+        starts, wanted = self._starts, list(places)
+        shards = np.searchsorted(starts, wanted, side="right") - 1
+        return [
+            self._open_shard(int(shard)).label_and_text(int(place - starts[shard]))
+            for shard, place in zip(shards, wanted, strict=True)
+        ]
+
     def select(self, places: Iterable[int]) -> RawBatch:
         """The samples at these indices of the whole split."""
-        starts, wanted = np.cumsum([0, *self.counts]), list(places)
+        starts, wanted = self._starts, list(places)
         shards = np.searchsorted(starts, wanted, side="right") - 1
         return collate([self.sample(int(s), int(p - starts[s])) for s, p in zip(shards, wanted, strict=True)])
 
@@ -178,7 +216,7 @@ class Shards:
     def _load_shard(self, shard: int) -> TarShard | LmdbShard:
         file = self.files[shard]
         opener: Callable[[Path], TarShard | LmdbShard] = (
-            LmdbShard if file.path.endswith(".lmdb") else TarShard
+            LmdbShard if file.path.endswith(".lmdb") else partial(TarShard, embeddings=self.has_embeddings)
         )
         if self._cache:
             tar = self._cache.open(file, opener)
@@ -235,7 +273,9 @@ class DataLoader:
 def collate(samples: list[RawSample]) -> RawBatch:
     arrays = np.stack([decode_array(sample.data) for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
-    return RawBatch(torch.from_numpy(arrays), labels, tuple(sample.text for sample in samples))
+    parts = zip(*(sample.embeddings for sample in samples), strict=True)
+    embeddings = tuple(torch.from_numpy(np.stack(part)) for part in parts)
+    return RawBatch(torch.from_numpy(arrays), labels, tuple(sample.text for sample in samples), embeddings)
 
 
 def decode_array(data: bytes | np.ndarray) -> np.ndarray:

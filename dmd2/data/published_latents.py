@@ -1,32 +1,45 @@
-"""Latents with captions as the DMD2 reference code stores them: `.pt` files, or an LMDB. They become shards of latents.
+"""Latents with captions as the DMD2 reference code stores them, `.pt` files or an LMDB, and its LMDB of ODE pairs.
 
-They are samples of the VAE's posterior, scaled as the diffusion model sees them; a shard holds them as mean, with a standard
-deviation of 0. Of a `.pt` file, tensors, texts and arrays of texts are read, and nothing in it is executed.
+Latents are samples of the VAE's posterior, scaled as the diffusion model sees them; a shard holds them as mean, with a standard
+deviation of 0. Pairs are noise and the teacher's sample, with the embeddings of a prompt in place of its text. Of a `.pt` file,
+tensors, texts and arrays of texts are read, and nothing in it is executed.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dmd2.data.captions import decode_text
 from dmd2.data.latents import EncodedShard, npy_bytes
 from dmd2.data.reference_lmdb import ReferenceLmdb
-from dmd2.data.shards import RESULTS, TRAIN, ShardInfo, ShardWriter, read_unit_files
+from dmd2.data.shard_table import ShardInfo
+from dmd2.data.shards import RESULTS, TRAIN, ShardWriter, read_unit_files
 from dmd2.errors import Refused, brief
 from dmd2.io.staging import Draft
 from dmd2.progress import Progress
 
-Row = tuple[Tensor, str]
-"""A latent (C, h, w), float16, and its caption."""
+
+class Row(NamedTuple):
+    """A row of the published data, in float16."""
+
+    tensors: Tensor
+    """(2, C, h, w): a latent as mean and standard deviation, or noise and the teacher's sample."""
+    text: str = ""
+    embeddings: Mapping[str, Tensor] = MappingProxyType({})
+    """Of the prompt, by suffix in the shard: hidden states (L, D), and pooled (P,)."""
+
+
 RECONSTRUCT = np.zeros(1).__reduce__()[0]
 TEXT_ARRAY: list[Any] = [
     (RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
@@ -38,7 +51,11 @@ TEXT_ARRAY: list[Any] = [
 ]
 """What a pickle may name, beside tensors: an array of texts."""
 FLOAT16 = 2
-"""Bytes of a value of a latent in the LMDB, which does not say its type."""
+"""Bytes of a value in an LMDB of latents or pairs, which does not say its type."""
+NOISE, SAMPLES = "latents", "images"
+"""Arrays of an LMDB of pairs; the noise may be a whole trajectory, which starts with it."""
+EMBEDDINGS = {"emb": "prompt_embeds_list", "pool": "pooled_prompt_embeds"}
+"""Suffix in a shard -> array of an LMDB of pairs."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +66,23 @@ class Part:
     read: Callable[[], Iterator[Row]]
 
 
-def find_parts(source: Path, per_shard: int) -> list[Part]:
-    """The latents of a folder of .pt files, one such file, or an LMDB, `per_shard` together."""
+def holds_pairs(source: Path) -> bool:
+    """Whether it is an LMDB of ODE pairs."""
+    table = _open_lmdb(source)
+    return table is not None and bool(table.shape(EMBEDDINGS["emb"]))
+
+
+def _open_lmdb(source: Path) -> ReferenceLmdb | None:
     if source.suffix == ".mdb" or (source / "data.mdb").is_file():
-        table = ReferenceLmdb.open(source / "data.mdb" if source.is_dir() else source)
+        return ReferenceLmdb.open(source / "data.mdb" if source.is_dir() else source)
+    return None
+
+
+def find_parts(source: Path, per_shard: int) -> list[Part]:
+    """The rows of a folder of .pt files, one such file, or an LMDB, `per_shard` together."""
+    if table := _open_lmdb(source):
+        if table.shape(EMBEDDINGS["emb"]):
+            return _parts(table.shape(SAMPLES)[0], per_shard, partial(_pair_rows, table, _pair_shapes(table)))
         count, *shape = _lmdb_shape(table)
         return _parts(count, per_shard, partial(_lmdb_rows, table, tuple(shape)))
     paths = [source] if source.is_file() else sorted(source.glob("*.pt"))
@@ -73,7 +103,11 @@ def _parts(count: int, per_shard: int, rows: Callable[[range], Iterator[Row]]) -
 def _pt_rows(path: Path, rows: range) -> Iterator[Row]:
     latents, prompts = _read_pt(path)
     for row in rows:
-        yield latents[row].half(), prompts[row]
+        yield _as_moments(latents[row].half(), prompts[row])
+
+
+def _as_moments(latent: Tensor, text: str) -> Row:
+    return Row(torch.stack((latent, torch.zeros_like(latent))), text)
 
 
 def _read_pt(path: Path) -> tuple[Tensor, list[str]]:
@@ -94,10 +128,6 @@ def _read_pt(path: Path) -> tuple[Tensor, list[str]]:
 
 def _lmdb_shape(table: ReferenceLmdb) -> tuple[int, ...]:
     """(N, C, h, w) of the latents in an LMDB."""
-    if table.shape("prompt_embeds_list"):
-        raise Refused(
-            f"{table.path} holds ODE pairs with embeddings in place of their prompts, which this program does not train on; make pairs with dmd2 pairs"
-        )
     shape = table.shape("latents")
     if len(shape) != 4 or not table.shape("prompts"):
         raise Refused(
@@ -108,9 +138,38 @@ def _lmdb_shape(table: ReferenceLmdb) -> tuple[int, ...]:
 
 def _lmdb_rows(table: ReferenceLmdb, shape: tuple[int, ...], rows: range) -> Iterator[Row]:
     for row in rows:
-        latent = table.row("latents", row, FLOAT16 * math.prod(shape))
-        array = np.frombuffer(latent, np.float16).reshape(shape)
-        yield torch.from_numpy(array.copy()), table.row("prompts", row).decode()
+        latent = _half(table, "latents", row, shape)
+        yield _as_moments(latent, decode_text(table.row("prompts", row), f"{table.path}: prompt {row}"))
+
+
+def _half(table: ReferenceLmdb, array: str, row: int, shape: tuple[int, ...]) -> Tensor:
+    data = table.row(array, row, FLOAT16 * math.prod(shape))
+    return torch.from_numpy(np.frombuffer(data, np.float16).reshape(shape).copy())
+
+
+def _pair_shapes(table: ReferenceLmdb) -> dict[str, tuple[int, ...]]:
+    """Array of an LMDB of pairs -> shape of its rows."""
+    dimensions = {SAMPLES: (4,), NOISE: (4, 5), EMBEDDINGS["emb"]: (3,), EMBEDDINGS["pool"]: (2,)}
+    shapes = {array: table.shape(array) for array in dimensions}
+    count = shapes[SAMPLES][:1]
+    for array, shape in shapes.items():
+        if len(shape) not in dimensions[array] or shape[:1] != count or min(shape) < 1:
+            raise Refused(
+                f"{table.path} holds no ODE pairs as DMD2 stores them: {array} is {shape or 'missing'}; get the file again"
+            )
+    return {array: shape[1:] for array, shape in shapes.items()}
+
+
+def _pair_rows(table: ReferenceLmdb, shapes: dict[str, tuple[int, ...]], rows: range) -> Iterator[Row]:
+    for row in rows:
+        found = {array: _half(table, array, row, shape) for array, shape in shapes.items()}
+        noise = found[NOISE] if found[NOISE].ndim == found[SAMPLES].ndim else found[NOISE][0]
+        embeddings = {suffix: found[array] for suffix, array in EMBEDDINGS.items()}
+        if noise.shape != found[SAMPLES].shape:
+            raise Refused(
+                f"{table.path}: noise {tuple(noise.shape)} and sample {tuple(found[SAMPLES].shape)} of row {row} differ in shape; get the file again"
+            )
+        yield Row(torch.stack((noise, found[SAMPLES])), embeddings=embeddings)
 
 
 def write_published_latents(
@@ -120,7 +179,7 @@ def write_published_latents(
     there = read_unit_files(draft.store, RESULTS)
     results = {number: EncodedShard.model_validate_json(text) for number, text in there.items()}
     total, done = sum(part.count for part in parts), sum(result.shard.images for result in results.values())
-    with Progress("convert", total, "latents", done) as progress:
+    with Progress("convert", total, "samples", done) as progress:
         for number, part in enumerate(parts):
             if number not in results:
                 results[number] = _write_shard(number, part, shape, draft)
@@ -133,20 +192,20 @@ def _write_shard(number: int, part: Part, shape: tuple[int, int, int], draft: Dr
     name = f"{TRAIN}-{number:06d}.tar"
     writer = ShardWriter(name, draft.path, draft.store)
     try:
-        for row, (latent, text) in enumerate(part.read()):
-            _check(latent, shape, f"latent {row} of shard {number}")
-            moments = torch.stack((latent, torch.zeros_like(latent)))
-            writer.add(f"{row:08d}", {"npy": npy_bytes(moments), "cls": b"0", "txt": text.encode()})
+        for place, row in enumerate(part.read()):
+            _check(row, shape, f"row {place} of shard {number}")
+            embeddings = {suffix: npy_bytes(tensor) for suffix, tensor in row.embeddings.items()}
+            text = {} if embeddings else {"txt": row.text.encode()}
+            writer.add(f"{place:08d}", {"npy": npy_bytes(row.tensors), "cls": b"0"} | text | embeddings)
         shard = ShardInfo(file=name, split=TRAIN, images=part.count, histogram={0: part.count})
         return EncodedShard(shard=shard.model_copy(update=writer.close()), bytes={}, seconds=0)
     finally:
         writer.discard()
 
 
-def _check(latent: Tensor, shape: tuple[int, int, int], what: str) -> None:
-    if tuple(latent.shape) != shape:
-        raise Refused(
-            f"{what} has shape {tuple(latent.shape)}, the recipe's network takes {shape}; use its recipe"
-        )
-    if not latent.isfinite().all():
+def _check(row: Row, shape: tuple[int, int, int], what: str) -> None:
+    found = tuple(row.tensors.shape[1:])
+    if found != shape:
+        raise Refused(f"{what} has shape {found}, the recipe's network takes {shape}; use its recipe")
+    if not all(tensor.isfinite().all() for tensor in (row.tensors, *row.embeddings.values())):
         raise Refused(f"{what} has infinite or NaN values; get the file again")

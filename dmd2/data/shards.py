@@ -17,8 +17,8 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -37,15 +37,20 @@ from dmd2.data.account import Account
 from dmd2.data.decode import prepare_image
 from dmd2.data.lmdb_table import Column, TableWriter
 from dmd2.data.loader import TarShard, decode_array
+from dmd2.data.shard_table import ShardInfo, register_shards
 from dmd2.data.sources import Source, SourceImage, optional_caption
+from dmd2.data.unit_results import UnitResults
 from dmd2.errors import Interrupted, Refused, brief
-from dmd2.io.artifact import MANIFEST, ArtifactFile
+from dmd2.io.artifact import MANIFEST
 from dmd2.io.staging import Draft
 from dmd2.io.storage import move_file, open_store
-from dmd2.io.store import Store
+from dmd2.io.store import CONCURRENT_REQUESTS, Store
 from dmd2.log import printable
 from dmd2.progress import Progress
 
+CLIP_WORDS = 75
+"""Words that fit into the window of a CLIP text encoder, 77 tokens with start and end, if each is one token."""
+LONG_CAPTION = f"captions of more than {CLIP_WORDS} words, whose end no CLIP text encoder sees (encode counts all, by the tokenizer)"
 SPLITS = TRAIN, HOLDOUT = "train", "holdout"
 RESULTS, DIGESTS, TARS = ".units", ".digests", ".tars"
 NO_CAPTION = "images without a caption"
@@ -66,21 +71,6 @@ class Unit:
     """Split of its images; None for an archive, where `Selection` says which images are held out."""
     size: int | None
     """Number of images, if known."""
-
-
-class ShardInfo(BaseModel):
-    """One tar file."""
-
-    file: str
-    split: str
-    images: int = 0
-    size: int = 0
-    """Bytes."""
-    sha256: str = ""
-    crc32c: str = ""
-    """Hexadecimal."""
-    histogram: dict[int, int] = {}
-    """Images by class."""
 
 
 class UnitResult(BaseModel):
@@ -165,7 +155,7 @@ def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit
 
 def write_shards(
     source: Source, config: Config, draft: Draft, workers: int, part: tuple[int, int] = (0, 1)
-) -> list[UnitResult]:
+) -> UnitResults[UnitResult]:
     """Write the shards of every unit of this part that has no result file yet, and return the results of the part."""
     units = split_into_units(source, config)
     channels, resolution, _ = config.family.image
@@ -174,16 +164,16 @@ def write_shards(
     choose = config.data.drop_duplicates or (config.data.holdout and source.archives)
     job = replace(job, selection=_select(units, job, workers, part)) if choose else job
     mine = units[part[0] :: part[1]]
-    results = {
-        n: UnitResult.model_validate_json(text) for n, text in read_unit_files(job.store, RESULTS).items()
-    }
+    numbers = {unit.number for unit in mine}
+    results = UnitResults(UnitResult, read_unit_files(job.store, RESULTS, numbers))
     missing = [unit for unit in mine if unit.number not in results]
     label = f"shard, part {part[0]} of {part[1]}" if part[1] > 1 else "shard"
-    _check_broken(list(results.values()), config.data.max_broken)
+    broken = [name for result in results for name in result.broken]
+    _check_broken(broken, config.data.max_broken)
     for unit, text in _run_in_processes(label, write_unit, missing, job, workers):
-        results[unit.number] = UnitResult.model_validate_json(text)
-        _check_broken(list(results.values()), config.data.max_broken)
-    return [results[unit.number] for unit in mine]
+        broken += results.add(unit.number, text).broken
+        _check_broken(broken, config.data.max_broken)
+    return results
 
 
 def needs_captions(config: Config) -> bool:
@@ -191,17 +181,17 @@ def needs_captions(config: Config) -> bool:
     return config.family.prompts == "texts" and not config.data.allow_empty_captions
 
 
-def summarize(source: Source, results: list[UnitResult], config: Config) -> dict[str, Any]:
+def summarize(source: Source, results: Iterable[UnitResult], config: Config) -> dict[str, Any]:
     """Facts for the manifest: images by split and class, unreadable ones, and the account of the source."""
     images: Counter[str] = Counter()
     histogram: Counter[int] = Counter()
-    account = source.account.model_copy(deep=True)
+    account, broken = source.account.model_copy(deep=True), list[str]()
     for result in results:
         account.add(result.account)
+        broken += result.broken
         for shard in result.shards:
             images[shard.split] += shard.images
             histogram.update(shard.histogram)
-    broken = [name for result in results for name in result.broken]
     _remark_on_classes(account, source.classes, histogram, config)
     if images[HOLDOUT] < config.data.holdout:
         wanted = config.data.holdout
@@ -233,22 +223,21 @@ def _remark_on_classes(account: Account, classes: list[str], histogram: Counter[
         )
 
 
-def register_shards(results: list[UnitResult], config: Config, draft: Draft) -> list[dict[str, Any]]:
-    """Add the shards, which are already in their final place, to the draft's files; return their entries for the manifest."""
-    shards = [shard for result in results for shard in result.shards]
-    if not any(shard.split == TRAIN for shard in shards):
+def list_shards(results: Iterable[UnitResult], config: Config, draft: Draft) -> dict[str, Any]:
+    """Add the shards, or the tables that are made of them, to the draft's files; return the facts of the manifest that list them."""
+    if not any(shard.split == TRAIN for result in results for shard in result.shards):
         account = Account()
         for result in results:
             account.add(result.account)
         reasons = "; ".join(account.lines()[2:5]) or "it has none"
         raise Refused(f"no image of the source could be used for training ({reasons}); nothing was written")
-    if config.data.format == "lmdb":
-        return [
-            _write_table(split, [s for s in shards if s.split == split], config, draft) for split in SPLITS
-        ]
-    files = [ArtifactFile(path=shard.file, size=shard.size, sha256=shard.sha256) for shard in shards]
-    draft.stored_files += files
-    return [shard.model_dump(exclude={"size", "sha256"}) for shard in shards]
+    shards = (shard for result in results for shard in result.shards)
+    if config.data.format == "tar":
+        return register_shards(shards, draft)
+    by_split: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
+    for shard in shards:
+        by_split[shard.split].append(shard)
+    return {"shards": [_write_table(split, some, config, draft) for split, some in by_split.items()]}
 
 
 def _output_folder_and_store(data: DataConfig, draft: Draft) -> tuple[Path, Store]:
@@ -327,6 +316,9 @@ def _prepare(
         return None
     for profile, number in profiles.items():
         account.remark(f"images whose colour profile {profile}", record.name, number)
+    told_by_texts = job.needs_captions or data.allow_empty_captions
+    if told_by_texts and len(text.split()) > CLIP_WORDS:
+        account.remark(LONG_CAPTION, record.name)
     return {"png": png} | ({"txt": text.encode()} if text else {})
 
 
@@ -448,7 +440,7 @@ def _select(units: list[Unit], job: ShardingJob, workers: int, part: tuple[int, 
     images have the same, so none is in both splits. Parts that run in parallel share the reading.
     """
     for mine in (units[part[0] :: part[1]], units):
-        there = read_unit_files(job.store, DIGESTS)
+        there = _list_unit_files(job.store, DIGESTS)
         missing = [unit for unit in mine if unit.number not in there]
         for _ in _run_in_processes("read all images once, to choose", hash_unit, missing, job, workers):
             pass
@@ -456,19 +448,18 @@ def _select(units: list[Unit], job: ShardingJob, workers: int, part: tuple[int, 
     tables = [np.frombuffer(digests[unit.number], "V16") for unit in units]
     archives = [table for unit, table in zip(units, tables, strict=True) if unit.split is None]
     smallest = _smallest_digests(archives, job.data.holdout)
-    places, watched = [], []
-    for number, table in enumerate(tables):
-        mask = np.ones(len(table), bool) if job.data.drop_duplicates else np.isin(table, smallest)
-        places += [(number, index) for index in np.flatnonzero(mask).tolist()]
-        watched.append(table[mask])
-    found = np.concatenate(watched)
+    watched = [
+        np.arange(len(table)) if job.data.drop_duplicates else np.flatnonzero(np.isin(table, smallest))
+        for table in tables
+    ]
+    found = np.concatenate([table[indices] for table, indices in zip(tables, watched, strict=True)])
+    unit, index = np.repeat(np.arange(len(tables)), [len(each) for each in watched]), np.concatenate(watched)
     first = np.zeros(len(found), bool)
     first[np.unique(found, return_index=True)[1]] = True
     held_out, selection = first & np.isin(found, smallest), Selection()
     for chosen, sets in ((held_out, selection.held_out), (~first, selection.copies)):
-        for place in np.flatnonzero(chosen).tolist():
-            number, index = places[place]
-            sets.setdefault(units[number].number, set()).add(index)
+        for number, place in zip(unit[chosen].tolist(), index[chosen].tolist(), strict=True):
+            sets.setdefault(units[number].number, set()).add(place)
     return selection
 
 
@@ -510,21 +501,21 @@ def _is_system_error(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
-def read_unit_files(store: Store, folder: str) -> dict[int, bytes]:
-    """{number of the unit: content} of the files that were written for units in this folder."""
-    names = [
-        entry.name
-        for entry in store.list_objects(f"{folder}/")
-        if not entry.name.split("/")[-1].startswith(".")
-    ]
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return {
-            int(Path(name).stem): text for name, text in zip(names, pool.map(store.read, names), strict=True)
-        }
+def read_unit_files(store: Store, folder: str, units: Container[int] | None = None) -> dict[int, bytes]:
+    """{number of the unit: content} of the files that were written for units, or for these units, in this folder."""
+    found = _list_unit_files(store, folder)
+    names = {number: name for number, name in found.items() if units is None or number in units}
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        return dict(zip(names, pool.map(store.read, names.values()), strict=True))
 
 
-def _check_broken(results: Sequence[UnitResult], limit: int) -> None:
-    broken = [name for result in results for name in result.broken]
+def _list_unit_files(store: Store, folder: str) -> dict[int, str]:
+    """{number of the unit: name} of the files in this folder."""
+    listed = (name for name, _, _ in store.list_objects(f"{folder}/"))
+    return {int(Path(name).stem): name for name in listed if not name.split("/")[-1].startswith(".")}
+
+
+def _check_broken(broken: Sequence[str], limit: int) -> None:
     if len(broken) > limit:
         raise Refused(
             f"{len(broken)} files are no readable images, more than data.max_broken allows "
@@ -560,10 +551,15 @@ def _run_in_processes(
             min(workers, len(units)), context, initializer=_end_with_parent, initargs=(os.getpid(),)
         ) as pool,
     ):
-        start, reported, finished = time.monotonic(), 0, 0
-        waiting = {pool.submit(_run_unit, n): unit for n, unit in enumerate(units)}
+        start, reported, finished, begun = time.monotonic(), 0, 0, 0
+        waiting: dict[Future[str], Unit] = {}
         try:
-            while waiting:
+            while waiting or begun < len(units):
+                while (
+                    begun < len(units) and len(waiting) < 2 * workers
+                ):  # more would be looked at in every turn
+                    waiting[pool.submit(_run_unit, begun)] = units[begun]
+                    begun += 1
                 done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 finished += len(done)
                 images, size = counts[:]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 from unicodedata import normalize
 
 import numpy as np
@@ -21,7 +22,7 @@ from dmd2.data.account import Account
 from dmd2.data.archives import Pixels
 from dmd2.data.captions import LONE_SURROGATES
 from dmd2.data.decode import MAX_PIXELS, Decode, check_pixels, decode_image
-from dmd2.data.listing import Listing
+from dmd2.data.listing import Listing, read_file
 from dmd2.errors import Refused
 from dmd2.io.storage import join_uri
 
@@ -83,6 +84,46 @@ class ListedImage(NamedTuple):
     read_text: Callable[[Account], str] | None = None
 
 
+class ListedImages(Sequence[SourceImage]):
+    """The images of a listing, in about 60 bytes each: a `SourceImage` is made when it is asked for."""
+
+    def __init__(
+        self,
+        root: str,
+        rows: Sequence[ListedImage],
+        labels: Mapping[Label, int],
+        read: Callable[[str], bytes],
+    ) -> None:
+        self.root, self.read = root, read
+        self.labels = array("i", (labels[normal_label(row.label)] for row in rows))
+        self.texts = {index: row.text for index, row in enumerate(rows) if row.text}
+        self.captions = {index: row.read_text for index, row in enumerate(rows) if row.read_text}
+        self._names, self._ends = bytearray(), array("q")
+        for row in rows:
+            self._names += row.name.encode("utf-8", "surrogatepass")
+            self._ends.append(len(self._names))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> SourceImage: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[SourceImage]: ...
+
+    def __getitem__(self, index: int | slice) -> SourceImage | list[SourceImage]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        stored = self._names[self._ends[index - 1] if index else 0 : self._ends[index]]
+        name = stored.decode("utf-8", "surrogatepass")
+        read, text = partial(self.read, name), self.texts.get(index, "")
+        return SourceImage(
+            join_uri(self.root, name), self.labels[index], read, text, self.captions.get(index)
+        )
+
+
 def source_of_listing(
     listing: Listing,
     rows: Sequence[ListedImage],
@@ -90,7 +131,7 @@ def source_of_listing(
     read: Callable[[str], bytes] | None = None,
     root: str = "",
 ) -> Source:
-    root, read = root or listing.store.uri, read or listing.read
+    root, read = root or listing.store.uri, read or partial(read_file, listing.store, listing.dangling)
     if not rows:
         raise Refused(
             f"{root} holds no images; the layout {listing.layout} expects some ({'; '.join(account.lines()[2:5]) or 'it is empty'})"
@@ -101,17 +142,9 @@ def source_of_listing(
         if count := sum(row.label is not None for row in rows):
             account.remark("labels that are not used, because the network is told by texts", count=count)
         labels, rows = {None: 0}, [row._replace(label=None) for row in rows]
-    records = [
-        SourceImage(
-            join_uri(root, row.name),
-            labels[normal_label(row.label)],
-            partial(read, row.name),
-            row.text,
-            row.read_text,
-        )
-        for row in rows
-    ]
-    return Source(class_names(labels), listing.fingerprint, records, account=account)
+    return Source(
+        class_names(labels), listing.fingerprint, ListedImages(root, rows, labels, read), account=account
+    )
 
 
 def classes_of_labels(found: Iterable[tuple[str, Any]]) -> dict[Label, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ import torch
 
 from dmd2.encoders.weight_files import VARIANTS, candidates, index_name, weight_files
 from dmd2.errors import Refused, brief
+from dmd2.io.hub import HUB_NAME
 from dmd2.io.json_file import read_json
 from dmd2.io.local import sha256
 from dmd2.io.storage import cache, open_store
@@ -53,7 +53,6 @@ TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextMod
 """The text encoders of Stable Diffusion 1.5 and 2 (the first) and XL (both), by folder."""
 DTYPE_SETTINGS = ("dtype", "torch_dtype")
 """Settings in the config of a network that name its precision: of transformers 5, and before."""
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,19 @@ def find_pipeline(source: str, text: bool, whole: bool = False) -> PipelineFiles
         files |= _network_files(f"{encoder.name}/", encoder, TEXT_WEIGHTS)
         files |= {f"{tokenizer.name}/{name}": path for name, path in tokenizer_files(tokenizer).items()}
     return PipelineFiles(source, root, texts, files)
+
+
+def fetch_configs(source: str) -> Path:
+    """A local folder with the configs and tokenizers of a pipeline, without its weights.
+
+    Args:
+        source: Local folder, gs:// address, or name on the hub.
+    """
+    tokenizers = [f"tokenizer{number}/{name}" for number in ("", "_2") for name in TOKENIZER_FILES]
+    networks = [f"{part}/{CONFIG}" for part in ("unet", "vae", *TEXT_ENCODERS)]
+    return fetch_files(
+        source, ["model_index.json", "scheduler/scheduler_config.json", *networks, *tokenizers]
+    )
 
 
 def _denoiser_files(folder: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from dmd2.encoders.pipeline_folder import (
     read_config,
 )
 from dmd2.errors import Refused
+from dmd2.io.tensors import num_not_finite
 from dmd2.parallel import ranks
 
 MAX_DECODED_PIXELS = 8 * 256**2
@@ -87,10 +89,35 @@ class Vae:
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
-        """Samples, as for `to_pixels` -> images, uint8 (B, C, H, W) on the CPU."""
+        """Samples, as for `to_pixels` -> images, uint8 (B, C, H, W) on the CPU.
+
+        Raises:
+            Refused: Pixels are infinite or NaN, which would become black.
+        """
+        return torch.cat([_as_image(self._require_finite(part, x)) for part in self._pixels(x)])
+
+    @torch.inference_mode()
+    def decode_unchecked(self, x: Tensor) -> Tensor:
+        """Like `decode`, but values that are not finite become black or white pixels."""
+        return torch.cat([_as_image(part) for part in self._pixels(x)])
+
+    def _pixels(self, x: Tensor) -> Iterator[Tensor]:
+        """The pixels of a few samples after the other, as by `to_pixels`."""
         together = max(1, MAX_DECODED_PIXELS // (x.shape[-2] * x.shape[-1] * self.stride**2))
-        parts = [self.to_pixels(part) * 127.5 + 128 for part in x.split(together)]
-        return torch.cat([part.clamp(0, 255).to(torch.uint8).cpu() for part in parts])
+        yield from map(self.to_pixels, x.split(together))
+
+    def _require_finite(self, pixels: Tensor, x: Tensor) -> Tensor:
+        if count := num_not_finite(pixels):
+            raise Refused(
+                f"the VAE of {self.source} decodes samples up to {float(x.abs().max()):.3g} to {count} infinite or NaN values of "
+                f"{pixels.numel()} in {str(self.dtype).removeprefix('torch.')}: its weights are damaged, or the samples are too "
+                "large, as after a run that diverged; use another VAE, or an earlier checkpoint"
+            )
+        return pixels
+
+
+def _as_image(pixels: Tensor) -> Tensor:
+    return (pixels * 127.5 + 128).clamp(0, 255).to(torch.uint8).cpu()
 
 
 def load_vae(folder: Path | str) -> Vae:

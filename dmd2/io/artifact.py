@@ -1,16 +1,20 @@
 """Artifacts: folders with a manifest, local or on a bucket.
 
 Every stage reads artifacts and makes one. An artifact exists if and only if it has a `manifest.json`, which is written
-last and names the kind, the Config, the digests of the inputs, every file with size and sha256, results and versions.
-The digest of an artifact is computed from its kind and files only, so equal content has an equal digest wherever and
-whenever it was made. Reading is here; making is in `dmd2.io.staging`.
+last and names the kind, the Config, the digests of the inputs, every file with size and sha256, results and versions. It ends with a
+sha256 of itself, so that a manifest that was edited is refused by whoever reads it.
+The digest of an artifact is computed from its kind and files, so equal content has an equal digest wherever and whenever it was made. The
+content of an evaluation and of a decision is in the manifest, so their digests cover facts and inputs as well.
+Reading is here; making is in `dmd2.io.staging`.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
+import logging
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,6 +29,8 @@ from dmd2.io.storage import cache, join_uri, open_store
 from dmd2.io.store import Store
 from dmd2.log import UNPRINTABLE
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 """Written last: an artifact exists if and only if its manifest does."""
 RELEVANT_FIELDS: dict[str, tuple[str, ...]] = {
@@ -33,12 +39,16 @@ RELEVANT_FIELDS: dict[str, tuple[str, ...]] = {
     "teacher": ("seed", "family", "loader.shuffle_block", "loader.lanes", "teach"),
     "pairs": ("seed", "family", "pairs"),
     "run": ("seed", "family", "loader.shuffle_block", "loader.lanes", "distill"),
+    "scores": (),
+    "curve": ("seed", "family", "distill", "evaluate"),
     "evaluation": ("family", "evaluate"),
     "gate": ("gate",),
     "package": (),
 }
 """kind -> prefixes of the Config fields that decide the content of an artifact. Only these are compared."""
-IGNORED_FIELDS = ("data.max_broken", "distill.best.inception.uri")
+CONTENT_IN_FACTS = ("evaluation", "scores", "gate")
+"""Kinds whose content is in the facts of the manifest: their digests cover facts and inputs."""
+IGNORED_FIELDS = ("data.max_broken", "distill.best.inception.uri", "evaluate.protocol")
 """Fields below those prefixes that do not change the content."""
 
 
@@ -88,18 +98,39 @@ class Manifest(BaseModel):
     """package -> version."""
     seconds: float
     """Wall-clock time of the stage over all its starts, in seconds."""
+    seal: str = ""
+    """sha256 of everything else in the file; empty in a manifest of version 0.1.0."""
 
     @property
     def digest(self) -> str:
-        files = [file.model_dump() for file in self.files]
-        return hashlib.sha256(json.dumps([self.kind, files], sort_keys=True).encode()).hexdigest()
+        content: list[Any] = [self.kind, [file.model_dump() for file in self.files]]
+        if self.seal and self.kind in CONTENT_IN_FACTS:
+            content += [self.inputs, self.facts]
+        return _sha256_of_json(content)
+
+
+def sealed_text(manifest: Manifest) -> str:
+    """The content of `manifest.json`."""
+    seal = _seal(manifest.model_dump_json())
+    return manifest.model_copy(update={"seal": seal}).model_dump_json(indent=1)
+
+
+def _seal(text: str | bytes) -> str:
+    """The seal that belongs to the text of a manifest."""
+    content = json.loads(text)
+    content.pop("seal", None)
+    return _sha256_of_json(content)
+
+
+def _sha256_of_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path, *kinds: str) -> Manifest:
     """The manifest of an artifact.
 
     Raises:
-        Refused: It has no readable manifest, or is not of one of these kinds.
+        Refused: It has no readable manifest, or one that was edited, or is not of one of these kinds.
     """
     kind = " or ".join(kinds)
     text = _read_manifest_bytes(folder)
@@ -116,7 +147,21 @@ def read_manifest(folder: str | Path, *kinds: str) -> Manifest:
         ) from None
     if manifest.kind not in kinds:
         raise Refused(f"{folder} is a {manifest.kind} folder; a {kind} folder is needed here")
+    if not manifest.seal:
+        _say_unsealed(join_uri(folder, MANIFEST))
+    elif manifest.seal != _seal(text):
+        raise Refused(
+            f"{join_uri(folder, MANIFEST)} was changed after it was written (its seal, a sha256, differs); remove the folder and make it again"
+        )
     return manifest
+
+
+@functools.cache
+def _say_unsealed(name: str) -> None:
+    """Once per manifest."""
+    logger.warning(
+        "%s is of a version that did not seal manifests, so it cannot be told whether it was changed", name
+    )
 
 
 def write_pointer(folder: str | Path, kind: str, path: str | Path) -> dict[str, str]:
@@ -125,6 +170,13 @@ def write_pointer(folder: str | Path, kind: str, path: str | Path) -> dict[str, 
     manifest = read_manifest(folder, kind)
     Path(path).write_bytes(open_store(folder).read(MANIFEST))
     return {"uri": str(folder), "digest": manifest.digest}
+
+
+def write_part(made: Manifest, path: str | Path) -> dict[str, str]:
+    """Write what a part of an artifact has made to `path`, and return which part it is: there is nothing to point to before all
+    parts are put together."""
+    Path(path).write_text(made.model_dump_json())
+    return {"part": made.facts["part"]}
 
 
 def open_artifact(folder: str | Path, manifest: Manifest, *patterns: str) -> Path:
@@ -194,7 +246,10 @@ def find_finished(
         return None
     found = read_manifest(out, kind)
     if found.inputs != inputs:
-        raise Refused(f"{out} was made from other inputs; choose another --out or remove it")
+        names = ", ".join(
+            name for name in found.inputs | inputs if found.inputs.get(name) != inputs.get(name)
+        )
+        raise Refused(f"{out} was made from other inputs ({names}); choose another --out or remove it")
     if change := config_difference(kind, found.config, config):
         raise Refused(
             f"{out} was made with another configuration ({change}); choose another --out or remove it"
@@ -236,4 +291,4 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)

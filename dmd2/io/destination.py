@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dmd2.errors import Refused
-from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest, check_file_name
+from dmd2.io.artifact import MANIFEST, ArtifactFile, Manifest, check_file_name, sealed_text
 from dmd2.io.local import LocalStore, write_text
 from dmd2.io.storage import download_files, upload_files
 from dmd2.io.store import Store
@@ -66,7 +66,7 @@ class LocalDestination:
         """The files of the draft are already where a later start looks for them."""
 
     def publish(self, manifest: Manifest) -> None:
-        write_text(self.draft / MANIFEST, manifest.model_dump_json(indent=1))
+        write_text(self.draft / MANIFEST, sealed_text(manifest))
         self.draft.replace(self.target)
         for hidden in self.target.glob(".*"):
             shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink(missing_ok=True)
@@ -106,7 +106,7 @@ class RemoteDestination:
 
     def publish(self, manifest: Manifest) -> None:
         try:
-            self.store.compare_and_swap(MANIFEST, manifest.model_dump_json(indent=1).encode(), None)
+            self.store.compare_and_swap(MANIFEST, sealed_text(manifest).encode(), None)
         except FileExistsError:
             raise self._finished_by_another() from None
         self._delete_others({file.path for file in manifest.files} | {MANIFEST})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,12 +64,17 @@ class Exchange:
         names = [f"{folder}/{check_file_name(name)}" for name in (*listed, MANIFEST)]
         download_files(self.store, [name for name in names if not (self.folder / name).exists()], self.folder)
 
-    def upload_part(self, path: Path, folder: str, rank: int) -> None:
-        """Upload the files at `path` into `folder`, then their names, sizes and digests for the main process."""
+    def upload_part(self, path: Path, folder: str, rank: int, digests: Mapping[str, str]) -> None:
+        """Upload the files at `path` into `folder`, then their names, sizes and digests for the main process.
+
+        Args:
+            digests: SHA-256 of files by name, as far as it is known.
+        """
 
         def upload(name: str, size: int) -> ArtifactFile:
             self.store.upload(path / name, f"{folder}/{name}")
-            return ArtifactFile(path=f"{folder}/{name}", size=size, sha256=sha256(path / name))
+            digest = digests.get(name) or sha256(path / name)
+            return ArtifactFile(path=f"{folder}/{name}", size=size, sha256=digest)
 
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             found = LocalStore(path).list_objects()

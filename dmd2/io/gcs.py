@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dmd2.errors import Refused, brief
 from dmd2.io.local import atomic_write
@@ -40,9 +41,17 @@ class GcsStore:
                 if not blob.name.endswith("/")  # placeholders of folders, which cloud consoles make
             ]
 
+    def has_objects(self, prefix: str = "") -> bool:
+        with self._translate_errors(prefix):
+            blobs = _client(os.getpid()).list_blobs(
+                self.bucket, prefix=self.prefix + prefix, max_results=2, retry=_retry()
+            )
+            return any(not blob.name.endswith("/") for blob in blobs)
+
     def read(self, name: str) -> bytes:
         with self._translate_errors(name):
-            return self._blob(name).download_as_bytes(checksum="crc32c", retry=_retry())
+            # The client retries less by itself: not while it reads the answer that there is no such object.
+            return _retry()(lambda: self._blob(name).download_as_bytes(checksum="crc32c", retry=None))()
 
     def download(self, name: str, path: Path) -> None:
         from google.cloud.storage import transfer_manager
@@ -63,32 +72,39 @@ class GcsStore:
             blob.chunk_size = CHUNK_BYTES  # larger files are uploaded resumably, in chunks
             blob.upload_from_filename(str(path), checksum="crc32c", retry=_retry())
 
+    def create(self, path: Path, name: str) -> None:
+        with self._translate_errors(name), path.open("rb") as stream:
+            self._write(name, stream, path.stat().st_size, generation=0)
+
     def write(self, name: str, data: bytes) -> None:
         with self._translate_errors(name):
-            self._write(name, data, generation=None)
+            self._write(name, BytesIO(data), len(data), generation=None)
 
     def compare_and_swap(self, name: str, data: bytes, expected: str | None) -> str:
         with self._translate_errors(name):
-            return self._write(name, data, int(expected or 0))
+            return self._write(name, BytesIO(data), len(data), int(expected or 0))
 
-    def _write(self, name: str, data: bytes, generation: int | None) -> str:
+    def _write(self, name: str, stream: IO[bytes], size: int, generation: int | None) -> str:
         """The new generation. A `generation` is required of the object that is there now; 0 means no object."""
-        from google.api_core.exceptions import PreconditionFailed
+        from google.api_core.exceptions import Forbidden, PreconditionFailed
 
         mark = {"writer": uuid.uuid4().hex}
         blob = self._blob(name)
-        blob.metadata = mark
+        blob.metadata, blob.chunk_size = mark, CHUNK_BYTES
         try:
-            blob.upload_from_string(
-                data, "application/octet-stream", checksum="crc32c",
+            blob.upload_from_file(
+                stream, size=size, content_type="application/octet-stream", checksum="crc32c",
                 if_generation_match=generation, retry=_retry(),
             )  # fmt: skip
-        except (
-            PreconditionFailed
-        ):  # caused by this very write if its first answer was lost and it was repeated
+        except (Forbidden, PreconditionFailed):
             blob = self._find_blob(name)
-            if not blob or blob.metadata != mark:
-                raise
+            if blob and blob.metadata == mark:  # the answer to this very write was lost, and it was repeated
+                return str(blob.generation)
+            if blob and generation == 0:  # an account that may only create can be answered Forbidden
+                raise FileExistsError(
+                    errno.EEXIST, "changed by another process meanwhile", f"{self.uri}/{name}"
+                ) from None
+            raise
         return str(blob.generation)
 
     def version(self, name: str) -> str | None:

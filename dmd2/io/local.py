@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +31,17 @@ class LocalStore:
 
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         folder = self.local_folder
-        paths = folder.rglob("*") if folder.is_dir() else ()
+        start = folder / prefix.rpartition("/")[0]
+        paths = start.rglob("*") if start.is_dir() else ()
         whole = (path for path in paths if not TEMPORARY_NAMES.fullmatch(path.name))
         found = [(p.relative_to(folder).as_posix(), state) for p in whole if (state := _stat(p))]
         return sorted(
             ObjectInfo(name, s.st_size, str(s.st_mtime_ns)) for name, s in found if name.startswith(prefix)
         )
+
+    def has_objects(self, prefix: str = "") -> bool:
+        files = (Path(above, name) for above, _, names in os.walk(self.local_folder) for name in names)
+        return any(path.relative_to(self.local_folder).as_posix().startswith(prefix) for path in files)
 
     def read(self, name: str) -> bytes:
         return (self.local_folder / name).read_bytes()
@@ -47,6 +53,17 @@ class LocalStore:
     def upload(self, path: Path, name: str) -> None:
         with atomic_write(self.local_folder / name) as draft:
             shutil.copyfile(path, draft)
+
+    def create(self, path: Path, name: str) -> None:
+        target = self.local_folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            shutil.copyfile(path, draft)
+            fsync(draft)
+            os.link(draft, target)  # unlike renaming, it fails if the name is taken
+        finally:
+            draft.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
         with atomic_write(self.local_folder / name) as draft:
@@ -108,6 +125,18 @@ def fsync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def delete_least_recently_used(files: Iterable[Path], limit: float) -> None:
+    """Delete files, those that were used first first, until the others have at most `limit` bytes. The time of use is that of the
+    last change. Files that are open stay readable until they are closed."""
+    states = [(path, state) for path in files if (state := _stat(path))]
+    size = sum(state.st_size for _, state in states)
+    for path, state in sorted(states, key=lambda pair: pair[1].st_mtime_ns):
+        if size <= limit:
+            return
+        path.unlink(missing_ok=True)
+        size -= state.st_size
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -122,10 +151,10 @@ def _stat(path: Path) -> os.stat_result | None:
     return state if stat.S_ISREG(state.st_mode) else None
 
 
-def content_digest(path: Path) -> str:
-    """The sha256 of a file, or of the names and digests of all files of a folder."""
+def content_digest(path: Path, pattern: str = "**/*") -> str:
+    """The sha256 of a file, or of the names and digests of all files of a folder whose names match the pattern."""
     if path.is_file():
         return sha256(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = sorted(p for p in path.glob(pattern) if p.is_file())
     digests = [(str(p.relative_to(path)), sha256(p)) for p in files]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

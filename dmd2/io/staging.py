@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -35,7 +36,10 @@ from dmd2.io.local import LocalStore, file_lock, sha256
 from dmd2.io.storage import cache, open_store
 from dmd2.io.store import Store
 
-RESUMABLE_FILES = ("checkpoints/[0-9]*", ".units/*", ".digests/*", ".tars/.units/*", ".tars/.digests/*")
+RESUMABLE_FILES = (
+    "checkpoints/[0-9]*", ".units/*", ".digests/*", ".tars/.units/*", ".tars/.digests/*", ".blocks/*/*",
+    "curve/*",
+)  # fmt: skip
 """A draft is kept after a failure if it has one of these."""
 
 
@@ -51,11 +55,20 @@ class Draft:
     """`Manifest.facts`."""
     stored_files: list[ArtifactFile] = field(default_factory=list)
     """Files that the stage has written to `store` by itself."""
+    indexed_files: set[str] = field(default_factory=set)
+    """Names of files that an index lists, which is itself one of the files, and the manifest does not."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of files of the draft that were computed while they were written."""
 
     @property
     def store(self) -> Store:
         """Where the files end up: the folder `path` itself, or a bucket."""
         return self.destination.store
+
+    def list_files(self) -> list[ArtifactFile]:
+        """All files of the draft, sorted by name. They are complete, and not read again for the manifest."""
+        self.stored_files = _list_files(self)
+        return self.stored_files
 
     def save(self) -> None:
         """Save the present files so that another start can resume, on another machine too if `store` is a bucket."""
@@ -156,7 +169,12 @@ def _destination(out: str | Path, kind: str) -> LocalDestination | RemoteDestina
         raise Refused(
             f"{target} exists and is not a finished {kind} folder; choose another --out or remove it"
         )
-    return LocalDestination(target.with_name(f".{target.name}.partial"), target)
+    return LocalDestination(draft_folder(target), target)
+
+
+def draft_folder(target: Path) -> Path:
+    """The folder beside `target` in which an artifact of this machine is made."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def _clean_up(draft: Draft, stopwatch: Stopwatch, keep: bool) -> None:
@@ -209,9 +227,13 @@ def _list_files(draft: Draft) -> list[ArtifactFile]:
     """All files of the draft without hidden ones, sorted by name. A manifest is there if an earlier start was killed
     just before it could publish."""
     files = {file.path: file for file in (*draft.stored_files, *draft.exchange.parts().values())}
-    for name, size, _ in LocalStore(draft.path).list_objects():
-        if name not in (*files, MANIFEST) and not any(part.startswith(".") for part in name.split("/")):
-            files[name] = ArtifactFile(path=name, size=size, sha256=sha256(draft.path / name))
+    known = files.keys() | draft.indexed_files | {MANIFEST}
+    found = [entry for entry in LocalStore(draft.path).list_objects() if entry.name not in known]
+    visible = [entry for entry in found if not any(part.startswith(".") for part in entry.name.split("/"))]
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda e: draft.digests.get(e.name) or sha256(draft.path / e.name), visible)
+        for entry, digest in zip(visible, digests, strict=True):
+            files[entry.name] = ArtifactFile(path=entry.name, size=entry.size, sha256=digest)
     return [files[name] for name in sorted(files)]
 
 

@@ -5,17 +5,20 @@ Code that reads or writes files asks `open_store` for the `Store` of an address,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 from dmd2.errors import Refused
 from dmd2.io.gcs import GcsStore
-from dmd2.io.local import LocalStore, fsync
+from dmd2.io.local import LocalStore, delete_least_recently_used, fsync
 from dmd2.io.store import CONCURRENT_REQUESTS, Store
 
 SCHEMES: dict[str, Callable[[str], Store]] = {"file": LocalStore, "gs": GcsStore}
@@ -58,17 +61,64 @@ def cache() -> Path:
     return Path(named).expanduser() if named else user_cache_path("dmd2")
 
 
+def exists(uri: str | Path) -> bool:
+    """Whether there is a file at this address."""
+    if path := open_store(uri).local_folder:
+        return path.is_file()
+    folder, _, name = str(uri).rpartition("/")
+    return open_store(folder).version(name) is not None
+
+
 def fetch_file(uri: str | Path) -> Path:
-    """A local path with the content of one file: the file itself, or a cached copy of its present version."""
+    """A local path with the content of one file: the file itself, or a cached copy of its present version.
+
+    The copies of all processes have at most `cache_limit` bytes together: the least recently used ones are deleted. A copy is
+    kept for `SPARED_S` seconds, in which its user opens it, and stays readable while it is open."""
     if path := open_store(uri).local_folder:
         return path
     folder, _, name = str(uri).rpartition("/")
     store = open_store(folder)
     version = f"{uri} {store.version(name)}"
     path = cache() / "files" / hashlib.sha256(version.encode()).hexdigest() / name
-    if not path.is_file():
+    with suppress(FileNotFoundError):
+        os.utime(path)
+        return path
+    _delete_old_copies(cache_limit())
+    try:
         store.download(name, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _delete_old_copies(0)
+        store.download(name, path)
+    _delete_old_copies(cache_limit(), path)
     return path
+
+
+SPARED_S = 60
+"""A copy that was used less than so many seconds ago is not deleted: its user may be about to open it."""
+
+
+def cache_limit() -> float:
+    """Bytes of the copies of remote files, sources and teachers, in the cache: `$DMD2_CACHE_GB`, or 50 GB."""
+    named = os.environ.get("DMD2_CACHE_GB", "50")
+    try:
+        if (limit := float(named)) > 0:
+            return limit * 1e9
+    except ValueError:
+        pass
+    raise Refused(f"DMD2_CACHE_GB is {named!r}; give a number of gigabytes above 0")
+
+
+def _delete_old_copies(limit: float, fetched: Path | None = None) -> None:
+    now, old, size = time.time(), [], 0
+    for path in (cache() / "files").glob("*/[!.]*"):
+        with suppress(FileNotFoundError):  # another process deletes copies too
+            state = path.stat()
+            is_old = path != fetched and now - state.st_mtime >= SPARED_S
+            old += [path] if is_old else []
+            size += 0 if is_old else state.st_size
+    delete_least_recently_used(old, limit - size)
 
 
 def upload_files(folder: Path, names: Iterable[str], store: Store) -> None:

@@ -37,6 +37,13 @@ class Store(Protocol):
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         """All files whose name starts with `prefix`, sorted by name; empty if there are none."""
 
+    def has_objects(self, prefix: str = "") -> bool:
+        """Whether there is a file whose name starts with `prefix`, without listing them all.
+
+        Raises:
+            FileNotFoundError: There is no such bucket.
+        """
+
     def read(self, name: str) -> bytes:
         """The content of a file; FileNotFoundError if there is none."""
 
@@ -45,6 +52,13 @@ class Store(Protocol):
 
     def upload(self, path: Path, name: str) -> None:
         """Copy a local file here, whole or not at all."""
+
+    def create(self, path: Path, name: str) -> None:
+        """Like `upload`, but only if there is no such file. It needs no right to overwrite or to delete.
+
+        Raises:
+            FileExistsError: There is a file of this name. Nothing is written.
+        """
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all."""

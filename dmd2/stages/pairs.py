@@ -29,10 +29,10 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
     inputs = sample_digests(samples) | {"teacher": teacher_manifest.digest} | prompts_digest(prompts)
     if done := find_finished(out, "pairs", config, inputs):
         return done
-    from dmd2.data import latents
     from dmd2.data.loader import Shards
     from dmd2.data.pairs import write_pairs
     from dmd2.data.prompts import read_prompts
+    from dmd2.data.shard_table import register_shards
     from dmd2.data.shards import TRAIN
     from dmd2.parallel import ranks
     from dmd2.stages.networks import load_on_device
@@ -48,5 +48,5 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
     with draft_artifact(out, "pairs", config, inputs, resumable=True) as draft:
         results = write_pairs(config, texts, sample, draft)
         draft.facts |= {"classes": [""], "images": settings.count, "guidance": settings.guidance}
-        draft.facts["shards"] = latents.register_shards(results, draft)
+        draft.facts |= register_shards([result.shard for result in results], draft)
     return read_manifest(out, "pairs")

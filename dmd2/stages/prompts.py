@@ -37,10 +37,15 @@ def grid_classes(family: FamilyConfig) -> list[Prompt]:
 
 
 def preview_prompts(family: FamilyConfig, shards: Shards, prompts: str = "") -> list[Prompt]:
-    """One prompt per cell of a picture grid: classes, or texts from the file of prompts or else from the captions."""
+    """One prompt per cell of a picture grid: classes, or texts from the file of prompts or else from the captions.
+
+    Pairs with embeddings in place of captions give the empty text."""
     if family.prompts == "classes":
         return grid_classes(family)
-    texts = read_prompts(prompts) if prompts else read_captions(shards, grid_cells(family))
+    if shards.has_embeddings:  # in place of captions
+        texts = [""]
+    else:
+        texts = read_prompts(prompts) if prompts else read_captions(shards, grid_cells(family))
     return repeat_prompts(texts, grid_cells(family))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from typing import Any
 
 from dmd2.config import Config
 from dmd2.data.account import Account
@@ -12,6 +10,8 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import open_store
+from dmd2.processors import usable_processors
+from dmd2.stages.parts import parse_part, part_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,14 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
     Args:
         source: `digits`, a folder of images with one sub-folder per class, or another layout (README, Data).
         out: Folder to write the shards to, local or gs://.
-        workers: Number of processes; 0 = one per core.
+        workers: Number of processes; 0 = one per processor that this process, or its container, may use.
         part: `i/n`: only the i-th of n parts, counted from 0; empty = all.
     """
     from dmd2.data.layouts import open_source
     from dmd2.data.listing import Wanted
-    from dmd2.data.shards import needs_captions, register_shards, summarize, write_shards
+    from dmd2.data.shards import list_shards, needs_captions, summarize, write_shards
 
-    data, share = config.data, _parse_part(part)
+    data, share = config.data, parse_part(part)
     by_class = config.family.prompts == "classes"
     images = open_source(
         source, Wanted(by_class, needs_captions(config), data.caption_column, data.label_column)
@@ -45,13 +45,13 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         raise Refused(
             "a table on a bucket is made by one machine; leave out --part, or set --data.format tar"
         )
-    workers = workers or os.cpu_count() or 1
+    workers = workers or usable_processors()
     with draft_artifact(out, "shards", config, inputs, resumable=True, part=bool(part)) as draft:
         results = write_shards(images, config, draft, workers, share)
         if part:
-            return _part_manifest("shards", config, inputs, {"part": part, "units": len(results)})
+            return part_manifest("shards", config, inputs, {"part": part, "units": len(results)})
         draft.facts |= {"source": source} | summarize(images, results, config)
-        draft.facts["shards"] = register_shards(results, config, draft)
+        draft.facts |= list_shards(results, config, draft)
     made = read_manifest(out, "shards")
     _tell(made)
     return made
@@ -62,16 +62,3 @@ def _tell(made: Manifest) -> None:
     account = Account.model_validate(made.facts["account"])
     level = logging.WARNING if made.facts["unreadable"] or made.facts.get("without_caption") else logging.INFO
     logger.log(level, "%s: %s", made.facts["source"], "\n  ".join(account.lines()))
-
-
-def _parse_part(text: str) -> tuple[int, int]:
-    """`2/8` -> (2, 8)."""
-    number, _, count = (text or "0/1").partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise Refused(f"part is {text!r}; give i/n with i from 0 to n - 1, for example 0/4")
-    return int(number), int(count)
-
-
-def _part_manifest(kind: str, config: Config, inputs: dict[str, str], facts: dict[str, Any]) -> Manifest:
-    """The result of one part: a manifest that is returned and not written, since the folder is not published yet."""
-    return Manifest(kind=kind, config=config, inputs=inputs, files=[], facts=facts, versions={}, seconds=0)

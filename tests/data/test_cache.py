@@ -8,18 +8,22 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
+from dmd2 import recipes, stages
 from dmd2.data.cache import ShardCache
+from dmd2.io import storage
 from dmd2.io.artifact import ArtifactFile
 from dmd2.io.gcs import GcsStore
-from dmd2.io.storage import open_store
+from dmd2.io.storage import open_store, upload_files
 from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, Proxy
+from tests.conftest import MICRO
 
 SIZE = 1000
 
@@ -207,10 +211,12 @@ def test_a_disk_that_others_have_filled_is_the_disks_error(bucket: str) -> None:
 ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
+from dmd2 import recipes, stages
 from dmd2.data.cache import ShardCache
+from dmd2.io import storage
 from dmd2.io.artifact import ArtifactFile
 from dmd2.io.local import sha256
-from dmd2.io.storage import open_store
+from dmd2.io.storage import open_store, upload_files
 uri, *files = sys.argv[1:]
 cache = ShardCache(open_store(uri), 10**9)
 for text in files:
@@ -235,3 +241,26 @@ def test_on_a_disk_of_one_megabyte_five_shards_of_300_kb_are_read(store: Store, 
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["1 0", "2 0", "3 0", "1 0", "2 0"]
+
+
+def test_archives_that_exceed_the_limit_together_are_sharded_one_after_the_other(
+    pictures: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = tmp_path / "source", recipes.resolve("edm-digits", (*MICRO, "data.holdout=5"))
+    source.mkdir()
+    images = sorted(pictures.rglob("*.png"))
+    for number in range(6):
+        with tarfile.open(source / f"{number}.tar", "w") as tar:
+            for path in images[number::6]:
+                tar.add(path, f"{path.parent.name}-{path.name}")
+    names = [path.name for path in source.iterdir()]
+    upload_files(source, names, open_store(f"{bucket}/source"))
+    sizes = [path.stat().st_size for path in source.iterdir()]
+    limit = 2.5 * max(sizes)
+    monkeypatch.setenv("DMD2_CACHE_GB", str(limit / 1e9))
+    monkeypatch.setattr(storage, "SPARED_S", 0)
+    here = stages.shard(config, str(source), str(tmp_path / "here"), workers=1)
+    there = stages.shard(config, f"{bucket}/source", str(tmp_path / "there"), workers=1)
+    assert there.digest == here.digest
+    kept = [path.stat().st_size for path in (storage.cache() / "files").glob("*/*.tar")]
+    assert 0 < sum(kept) <= limit < sum(sizes)

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from webdataset import TarWriter
 
 from dmd2.config import LoaderConfig
+from dmd2.data import shards as sharding
 from dmd2.data.loader import DataLoader, RawBatch, Shards, collate
 from dmd2.data.shards import UnitResult
 from dmd2.errors import Refused
@@ -165,6 +167,56 @@ def test_any_number_of_workers_makes_the_same_bytes(
 ) -> None:
     work = Work(photos, str(tmp_path / "shards"), tmp_path, "--workers", str(workers))
     assert work.done().digest == undisturbed[0]
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five archives of three pictures."""
+    root, rng = tmp_path_factory.mktemp("archives"), np.random.default_rng(2)
+    for number in range(5):
+        with TarWriter(str(root / f"{number}.tar")) as tar:
+            for index in range(3):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                tar.write({"__key__": f"{number}{index}", "png": Image.fromarray(pixels), "cls": index})
+    return root
+
+
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_killed_while_it_chooses_what_to_hold_out_it_reads_only_the_other_archives_again(
+    archives: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """SIGKILL for the command and its worker, after the first of the images of the fourth archive."""
+    whole = Work(archives, str(tmp_path / "whole"), tmp_path, "--workers", "1").done().digest
+    original, read = sharding.hash_unit, tmp_path / "read.txt"
+
+    def dying(unit: sharding.Unit, job: sharding.ShardingJob, count: sharding.ReportProgress) -> str:
+        with read.open("a") as stream:
+            stream.write(f"{unit.number} ")
+
+        def one(images: int, size: int) -> None:
+            if unit.number == 3 and not (tmp_path / "killed").exists():
+                (tmp_path / "killed").touch()
+                os.killpg(0, signal.SIGKILL)
+            count(images, size)
+
+        return original(unit, job, one)
+
+    monkeypatch.setattr(sharding, "hash_unit", dying)
+    root = request.getfixturevalue("bucket") if place == "bucket" else str(tmp_path)
+    work = Work(archives, f"{root}/shards", tmp_path, "--workers", "1")
+    process = work.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [name for name in list_names(work.draft) if "digests" in name] == [
+        f".digests/{n:06d}" for n in range(3)
+    ]
+    assert work.done().digest == whole
+    assert read.read_text().split() == ["0", "1", "2", "3", "3", "4"]
+    assert list_names(work.out) == names_in_manifest(work.out)
 
 
 def parts(work: Work, nodes: bool) -> list[ForkProcess]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,50 @@ def test_two_processes_make_the_same_bytes_as_one_also_after_a_kill(
     times = {path.stem.removeprefix("train-"): path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert done.items() <= times.items(), "nothing is encoded twice"
     assert read_manifest(out, "latents").digest == read_manifest(encoded, "latents").digest
+
+
+def test_parts_side_by_side_make_the_same_bytes_also_if_one_was_killed(
+    config: Config, shards: Path, vae: Path, encoded: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def start(part: str) -> ForkProcess:
+        def encode() -> None:
+            torch.set_num_threads(1)
+            stages.encode(config, str(shards), str(vae), str(out), part)
+
+        process = multiprocessing.get_context("fork").Process(target=encode)
+        process.start()
+        return process
+
+    running = [start(f"{n}/3") for n in range(3)]
+    wait_until(lambda: len(list((tmp_path / ".out.partial" / ".units").glob("*"))) > 3)
+    running[1].kill()
+    for process in running:
+        process.join()
+    assert not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.tar")}
+    part = stages.encode(config, str(shards), str(vae), str(out), "1/3")
+    assert (part.facts, out.exists()) == ({"part": "1/3", "units": 13}, False)
+    merged = stages.encode(config, str(shards), str(vae), str(out))
+    assert merged.digest == read_manifest(encoded, "latents").digest
+    assert members(out) == members(encoded)
+    assert {out / path.name: path for path in kept}.keys() <= set(out.glob("*.tar"))
+    assert all((out / path.name).stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_a_vae_that_overflows_is_refused_and_only_training_draws_what_it_gives(
+    vae: Path, refusal: Callable[..., str]
+) -> None:
+    found = Vae(find_pipeline(str(vae), text=False), EncodeConfig(), torch.device("cpu"))
+    x = torch.randn(2, *found.moments_shape((3, 16, 16))[1:], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.decode(x), found.decode_unchecked(x))
+    x[1, 0, 0, 0] = 3e38
+    said = refusal(lambda: found.decode(x))
+    assert f"the VAE of {found.source} decodes samples up to 3e+38 to " in said
+    assert "infinite or NaN values of" in said
+    assert "in float32" in said
+    assert found.decode_unchecked(x).dtype == torch.uint8
 
 
 def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -13,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dmd2 import stages
+from dmd2 import recipes, stages
 from dmd2.config import Config
+from dmd2.data import shards
 from dmd2.data.decode import prepare_image
 from dmd2.data.layouts import open_source
 from dmd2.data.layouts.arrays import digits
@@ -22,6 +25,7 @@ from dmd2.data.loader import Shards
 from dmd2.data.shards import write_shards
 from dmd2.errors import Refused
 from dmd2.io.artifact import read_manifest
+from dmd2.io.local import LocalStore
 from dmd2.io.staging import draft_artifact
 
 
@@ -221,3 +225,20 @@ def test_a_table_without_a_holdout_says_so(
     data = micro.data.model_copy(update={"format": "lmdb", "holdout": 0})
     stages.shard(micro.model_copy(update={"data": data}), str(source), str(tmp_path / "out"))
     assert "holds no holdout images" in refusal(lambda: Shards(tmp_path / "out", "holdout"))
+
+
+def test_units_are_given_out_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million units that all wait would each be looked at whenever one of them ends."""
+    waiting: list[int] = []
+
+    def wait(futures: Sized, **settings: Any) -> Any:
+        waiting.append(len(futures))
+        return concurrent.futures.wait(futures, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "wait", wait)
+    units = [shards.Unit(n, lambda account: iter(()), "train", 0) for n in range(30)]
+    data = recipes.get("edm-digits").data
+    job = shards.ShardingJob(data, 8, 1, tmp_path, LocalStore(tmp_path), False, 0)
+    for unit, text in shards._run_in_processes("units", lambda unit, *_: str(unit.number), units, job, 2):
+        assert text == str(unit.number)
+    assert max(waiting) == 4

@@ -33,9 +33,8 @@ from tests.models.test_package_forms import (
     source,
     student_of,
 )
-from tests.models.test_stable import stable15
 
-__all__ = ["kind", "source", "stable15"]  # fixtures
+__all__ = ["kind", "source"]  # fixtures
 Refusal = Callable[[Callable[[], object]], str]
 CLASSES: dict[str, Any] = PARTS | {"unet": UNet2DConditionModel}
 

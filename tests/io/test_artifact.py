@@ -196,4 +196,7 @@ def test_a_manifest_that_is_nested_without_end_is_refused(
     make(tmp_path / "out")
     for deep in ("[" * 200_000 + "]" * 200_000, '{"facts":' * 200_000 + "}" * 200_000, "\0" * 100, "NaN"):
         (tmp_path / "out" / MANIFEST).write_text(deep)
-        assert "is not a manifest" in refusal(lambda: read_manifest(tmp_path / "out", "shards"))
+        sentence = refusal(lambda: read_manifest(tmp_path / "out", "shards"))
+        assert "is not a manifest of this version: I" in sentence, (
+            "Invalid JSON, or Input should be an object"
+        )

@@ -45,6 +45,9 @@ class MemoryStore:
         }
         return [ObjectInfo(name, len(data), version) for name, (data, version) in sorted(found.items())]
 
+    def has_objects(self, prefix: str = "") -> bool:
+        return bool(self.list_objects(prefix))
+
     def read(self, name: str) -> bytes:
         try:
             return self.files[f"{self.uri}/{name}"][0]
@@ -57,6 +60,9 @@ class MemoryStore:
 
     def upload(self, path: Path, name: str) -> None:
         self.write(name, path.read_bytes())
+
+    def create(self, path: Path, name: str) -> None:
+        self.compare_and_swap(name, path.read_bytes(), None)
 
     def write(self, name: str, data: bytes) -> None:
         self.files[f"{self.uri}/{name}"] = data, uuid.uuid4().hex

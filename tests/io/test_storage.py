@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dmd2 import cli
-from dmd2.io import gcs
+from dmd2.io import gcs, storage
 from dmd2.io.storage import cache, fetch_file, open_store, upload_files
 from dmd2.io.store import Store
 from tests.bucket import DOWNLOAD, UPLOAD, Fault, Proxy, start_command, use_host
@@ -160,6 +160,22 @@ def test_eight_threads_that_increment_a_counter_lose_no_update(store: Store) -> 
     assert store.read("count") == b"32"
 
 
+def test_of_many_that_create_a_file_one_does_and_nothing_is_replaced(store: Store, tmp_path: Path) -> None:
+    def create(number: int) -> int:
+        try:
+            store.create(file(tmp_path / str(number), b"%d" % number), "sub/a")
+        except FileExistsError:
+            return -1
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        (first,) = set(pool.map(create, range(8))) - {-1}
+    assert store.read("sub/a") == b"%d" % first
+    assert names(store) == ["sub/a"]
+    store.delete(["sub/a"])
+    assert create(9) == 9
+
+
 def test_deleting_a_missing_file_is_no_error(store: Store) -> None:
     for name in ("a", "b", "c"):
         store.write(name, b"")
@@ -193,6 +209,43 @@ def test_a_file_is_downloaded_once_per_version(bucket: str, proxy: Proxy) -> Non
     store.write("a.npz", b"2")
     assert fetch_file(f"{bucket}/a.npz").read_bytes() == b"2"
     assert paths[0].read_bytes() == b"1"
+
+
+def test_copies_are_deleted_when_they_exceed_the_limit_least_recently_used_first(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMD2_CACHE_GB", "25e-9")
+    monkeypatch.setattr(storage, "SPARED_S", 0)
+    store = open_store(bucket)
+    paths = []
+    for name in "abc":
+        store.write(name, b"ten bytes.")
+        paths.append(fetch_file(f"{bucket}/{name}"))
+        os.utime(paths[-1], (1e9 + len(paths), 1e9 + len(paths)))
+    a, b, _ = paths
+    assert [path.exists() for path in paths] == [False, True, True]
+    with b.open("rb") as opened:
+        monkeypatch.setenv("DMD2_CACHE_GB", "15e-9")
+        assert fetch_file(f"{bucket}/a") == a
+        assert [path.exists() for path in paths] == [True, False, False]
+        assert opened.read() == b"ten bytes."
+    assert proxy.count(DOWNLOAD) == 4
+
+
+def test_a_copy_that_was_just_fetched_is_not_deleted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMD2_CACHE_GB", "1e-9")
+    for name in "ab":
+        open_store(bucket).write(name, b"ten bytes.")
+    assert all(path.exists() for path in [fetch_file(f"{bucket}/{name}") for name in "ab"])
+
+
+def test_a_limit_that_is_no_number_is_refused(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    open_store(bucket).write("a", b"ten bytes.")
+    for limit in ("much", "0", "-1"):
+        monkeypatch.setenv("DMD2_CACHE_GB", limit)
+        assert "give a number of gigabytes above 0" in refusal(lambda: fetch_file(f"{bucket}/a"))
 
 
 def test_a_large_file_goes_up_and_down_in_pieces(
@@ -281,6 +334,15 @@ def test_a_swap_whose_answer_was_lost_succeeds(behind: Store, proxy: Proxy) -> N
     assert behind.version("state") == first
     with pytest.raises(FileExistsError):
         behind.compare_and_swap("state", b"1", None)
+
+
+def test_a_creation_whose_answer_was_lost_succeeds(behind: Store, proxy: Proxy, tmp_path: Path) -> None:
+    proxy.fail(UPLOAD, "lost", times=1)
+    behind.create(file(tmp_path / "a", b"whole"), "a")
+    assert proxy.injected["lost"] == 1
+    assert behind.read("a") == b"whole"
+    with pytest.raises(FileExistsError):
+        behind.create(tmp_path / "a", "a")
 
 
 def test_an_unreachable_bucket_is_an_error_with_the_address_of_the_object(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from dmd2 import recipes, stages
 from dmd2.config import Config, EdmConfig
 from dmd2.io.artifact import read_manifest
-from dmd2.model import load_network
+from dmd2.io.staging import draft_artifact
+from dmd2.model import load_network, save_network
 from dmd2.models.convert.edm_pickle import read_edm_pickle
 from dmd2.stages.networks import starting_weights
+from dmd2.stages.resolve import resolve_or_teach
+from dmd2.stages.smoke_sample import check_draws
 from tests.models.test_convert import edm, network
 
 
@@ -65,3 +69,41 @@ def test_a_published_training_folder_becomes_a_run(pickled: Path, tmp_path: Path
     for name, weight in student.network.state_dict().items():
         assert torch.equal(start.student[name], weight)
         assert torch.equal(start.critic[name], weight + 1), name
+
+
+class Grey(torch.nn.Module):
+    """An EDM network whose denoised image is 0 everywhere, for sigma_data 0.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor, *cond: object, **more: object) -> torch.Tensor:
+        return -0.5 / torch.exp(4 * noise.reshape(-1, 1, 1, 1)) * x * self.weight
+
+
+def test_a_teacher_that_draws_one_colour_or_no_numbers_is_refused(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    teacher = load_network(made / "teacher")
+    check_draws(teacher, "theirs")
+    grey = replace(teacher, network=Grey())
+    assert "theirs draws images of one colour" in refusal(lambda: check_draws(grey, "theirs"))
+    with torch.no_grad():
+        grey.network.get_parameter("weight").fill_(torch.nan)
+    assert "theirs draws nothing" in refusal(lambda: check_draws(grey, "theirs"))
+
+
+def test_a_teacher_folder_with_weights_that_are_no_numbers_is_refused(
+    made: Path, micro: Config, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    teacher = load_network(made / "teacher")
+    weights = teacher.network.state_dict()
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    source = str(tmp_path / "source")
+    with draft_artifact(source, "teacher", micro, {}) as draft:
+        save_network(draft.path, teacher, weights)
+    assert f"{source} has 1 infinite or NaN values" in refusal(
+        lambda: resolve_or_teach(micro, source, "", str(tmp_path / "teacher"))
+    )
+    assert resolve_or_teach(micro, str(made / "teacher"), "", "") == str(made / "teacher")

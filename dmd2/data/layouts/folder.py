@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ def folder(listing: Listing) -> Source:
     rows = [
         ListedImage(
             name,
-            _class(name),
+            sys.intern(label) if (label := _class(name)) else None,
             "",
             partial(_read_caption, listing, captions[name]) if name in captions else None,
         )
@@ -64,9 +65,11 @@ def _images(listing: Listing) -> list[str]:
 
 def _captions(listing: Listing, images: Sequence[str]) -> dict[str, str]:
     """Image -> file of its caption."""
-    names = [entry.name for entry in listing.entries if entry.name not in listing.dangling]
-    there = {_caption_key(*posixpath.splitext(name)): name for name in names}
     suffixes = [".json"] if listing.wanted.caption_column else [*SUFFIXES, ".json"]
+    names = [entry.name for entry in listing.entries if entry.name.lower().endswith(tuple(suffixes))]
+    there = {_caption_key(*posixpath.splitext(n)): n for n in names if n not in listing.dangling}
+    if not there:
+        return {}
     found = {}
     for image in images:
         stems = posixpath.splitext(image)[0], image

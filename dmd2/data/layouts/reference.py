@@ -29,7 +29,7 @@ def reference(listing: Listing) -> Source:
     count, *shape = table.shape("images") or (0,)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise Refused(
-            f"{where} holds no images (N, 1 or 3, H, W); make shards of latents with dmd2 convert, and pairs with dmd2 pairs"
+            f"{where} holds no images (N, 1 or 3, H, W); make shards of latents, or pairs, with dmd2 convert"
         )
     labels = [_label(table, row) for row in range(count)] if table.shape("labels") else [0] * count
     classes = classes_of_labels((f"{where}:{row}", label) for row, label in enumerate(labels))
