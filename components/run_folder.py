@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from dmd2.errors import Refused
 from dmd2.io.storage import is_remote, join_uri
+
+BROWSER = "https://storage.cloud.google.com/"
+"""Where a browser that is signed in at Google reads objects of a bucket."""
 
 
 def run_folder(root: str, run: str, artifact: str) -> str:
@@ -23,3 +28,14 @@ def run_folder(root: str, run: str, artifact: str) -> str:
             "give a root, as gs://bucket/folder"
         )
     return join_uri(before + run, "dmd2")
+
+
+def progress_page(root: str, training: str) -> str:
+    """Address of the page about a training, `first` or `run`, that is rewritten while it goes on."""
+    return join_uri(root, f"progress-{training}.html")
+
+
+def browser_link(uri: str) -> str:
+    """An object on a Google bucket as a link in Markdown, any other address as it is."""
+    scheme, _, path = uri.partition("://")
+    return f"[{uri}]({BROWSER}{quote(path)})" if scheme == "gs" else f"`{uri}`"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,13 +19,14 @@ from google.protobuf.json_format import MessageToDict
 from kfp.dsl.base_component import BaseComponent
 from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType
 
-from components.prepare_run.parameters import check_parameters
+from components.prepare_run.cost import ACCELERATOR, gpu_kind, planned_gpu_hours
+from components.prepare_run.parameters import RunParameters, check_parameters
 from dmd2.errors import Refused, one_sentence
 from dmd2.io.local import write_text
 from dmd2.recipes import override_flags
 from pipelines import cluster, readme
 from pipelines.cluster import ClusterFlags, compile_pipeline
-from pipelines.distill import distill
+from pipelines.distill import H100, distill
 from pipelines.local_run import run_local
 from pipelines.retrain import retrain
 
@@ -31,7 +34,8 @@ logger = logging.getLogger("pipelines")
 
 COMPILED = Path(__file__).parent / "compiled"
 PIPELINES: dict[str, BaseComponent] = {"distill": distill, "retrain": retrain}
-ACCELERATOR = "cloud.google.com/gke-accelerator"
+ANY_TEACHER = "gs://teachers/any"
+"""Stands for the teachers that retraining will find, where settings are checked."""
 RETRAIN = "dmd2-retrain"
 """Default name of the schedule."""
 STRUCT = ParameterType.ParameterTypeEnum.STRUCT
@@ -50,8 +54,8 @@ def compile_all() -> None:
 
 def upload(where: ClusterFlags) -> None:
     """Upload the pipelines to the server. A version that is there already is not uploaded again."""
-    for pipeline in PIPELINES.values():
-        package = compile_pipeline(pipeline)
+    packages = [compile_pipeline(pipeline) for pipeline in PIPELINES.values()]
+    for package in (*packages, cluster.for_retraining(packages[0])):
         cluster.upload(where, package)
         print(f"{package.name}, version {package.version}: uploaded")
 
@@ -61,7 +65,6 @@ def submit(
     parameters: dict[str, Any],
     name: str = "",
     dry_run: bool = False,
-    price: float = 0.0,
     wait: bool = False,
 ) -> None:
     """Start a distillation on the cluster.
@@ -69,7 +72,6 @@ def submit(
     Args:
         name: Name of the run; empty = recipe and time.
         dry_run: Show the run and what it would cost, without a request to a server.
-        price: Price of a GPU for an hour, in any currency, for the cost.
         wait: Wait for the end of the run; the exit status is 0 if it succeeded, 1 if it failed, 130 if it was cancelled.
     """
     package = compile_pipeline(distill)
@@ -77,7 +79,7 @@ def submit(
     _print_run(package, name, parameters)
     if dry_run:
         _print_refusal(parameters)
-        _print_plan(parameters, price)
+        _print_plan(parameters)
         return
     _check_parameters(parameters)
     run_id = cluster.submit(where, package, name, parameters)
@@ -106,11 +108,26 @@ def schedule(
         )
     if empty := [parameter for parameter in ("teachers", "ledger", "root") if not parameters[parameter]]:
         raise Refused(f"{empty[0]} is empty; give its address by --{empty[0]}")
-    package = compile_pipeline(retrain)
+    parameters = _with_plan(parameters)
+    package, distillation = compile_pipeline(retrain), cluster.for_retraining(compile_pipeline(distill))
     _print_run(package, name, parameters)
     print(f"at {cron}")
     if not dry_run:
+        if parameters["pipeline"] == distillation.name:
+            cluster.upload(where, distillation)
         print(f"schedule {cluster.schedule(where, package, name, cron, parameters)}")
+
+
+def _with_plan(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of retraining, with the GPU-hours of the plan if none are given. Settings that every run would refuse
+    are refused."""
+    settings = {"pool": H100, "teacher": ANY_TEACHER} | parameters["settings"]
+    known = {field.name for field in fields(RunParameters)}
+    given = RunParameters(**{name: value for name, value in settings.items() if name in known})
+    check_parameters(given, on_cluster=True)
+    if parameters["gpu_hours"]:
+        return parameters
+    return parameters | {"gpu_hours": math.ceil(10 * planned_gpu_hours(given)) / 10}
 
 
 def unschedule(where: ClusterFlags, name: str = RETRAIN) -> None:
@@ -183,7 +200,11 @@ def _print_run(package: cluster.CompiledPipeline, name: str, parameters: dict[st
 
 def _check_parameters(parameters: dict[str, Any]) -> None:
     """Refuse parameters that the first step of the run would refuse."""
-    check_parameters(**{name: parameters[name] for name in inspect.signature(check_parameters).parameters})
+    check_parameters(_run_parameters(parameters), on_cluster=True)
+
+
+def _run_parameters(parameters: dict[str, Any]) -> RunParameters:
+    return RunParameters(**{field.name: parameters[field.name] for field in fields(RunParameters)})
 
 
 def _print_refusal(parameters: dict[str, Any]) -> None:
@@ -193,24 +214,19 @@ def _print_refusal(parameters: dict[str, Any]) -> None:
         print(f"not yet ready to be submitted: {error}")
 
 
-def _print_plan(parameters: dict[str, Any], price: float) -> None:
-    """Print the plan of the library: memory, time and cost."""
+def _print_plan(parameters: dict[str, Any]) -> None:
+    """Print the plan of the library for each training: memory, time and cost."""
     sys.stdout.flush()
-    kind = parameters["pool"].get(ACCELERATOR, "").removeprefix("nvidia-")
-    if not kind or not parameters["gpus"]:
+    given = _run_parameters(parameters)
+    kind = gpu_kind(given)
+    if not kind or not given.chosen_gpus:
         print(f"no plan without GPUs, or without {ACCELERATOR} in the pool")
-    else:
-        size = {
-            "--gpu": kind,
-            "--gpus-per-node": parameters["gpus"],
-            "--nodes": parameters["nodes"],
-            "--price": price,
-        }
-        words = [
-            *(str(word) for pair in size.items() for word in pair),
-            *override_flags(parameters["overrides"].split()),
-        ]
-        planned = subprocess.run([sys.executable, "-m", "dmd2", "plan", parameters["recipe"], *words])
+        return
+    size = {"gpu": kind, "gpus-per-node": given.chosen_gpus, "nodes": given.nodes, "price": given.price}
+    flags = [f"--{name}={value}" for name, value in size.items()]
+    for training in given.trainings:
+        words = [training.recipe, *flags, *override_flags(training.overrides.split())]
+        planned = subprocess.run([sys.executable, "-m", "dmd2", "plan", *words])
         if planned.returncode:
             raise SystemExit(planned.returncode)
 

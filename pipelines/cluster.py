@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -34,6 +35,7 @@ from kfp_server_api import (
 from urllib3.exceptions import HTTPError
 
 from dmd2.errors import Refused, brief
+from pipelines.pods import PRIORITY, RETRAIN, RUN
 
 STATUS = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 130}
 """Final state of a run -> exit status."""
@@ -42,6 +44,8 @@ POLL_S = 10.0
 PATIENCE = 30
 """Number of failed requests in a row after which waiting is given up."""
 PAGE = 100
+IMAGE = re.compile(r"^ +image: (\S+)$", re.MULTILINE)
+"""An image in a compiled pipeline."""
 ONE_USER = "kubeflow"
 """The namespace argument of kfp.Client on a server without user namespaces."""
 
@@ -66,6 +70,8 @@ class Cluster:
     """KFP experiment of the runs."""
     account: str = ""
     """Kubernetes service account of the runs; empty = the default of KFP."""
+    unpinned: bool = False
+    """Upload pipelines whose images have no digest, though a tag may name another image tomorrow."""
 
     @property
     def client(self) -> Client:
@@ -121,8 +127,23 @@ def compile_pipeline(pipeline: BaseComponent) -> CompiledPipeline:
         return CompiledPipeline(pipeline.name, path.read_text())
 
 
+def for_retraining(package: CompiledPipeline) -> CompiledPipeline:
+    """The same pipeline under a name of its own, whose pods give way to those of runs that a person has started. A label
+    cannot be a parameter of a run."""
+    name, text = f"{package.name}-retrain", package.text
+    assert text.count(f"  name: {package.name}\n") == 1
+    text = text.replace(f"  name: {package.name}\n", f"  name: {name}\n")
+    return CompiledPipeline(name, text.replace(f"{PRIORITY}: {RUN}", f"{PRIORITY}: {RETRAIN}"))
+
+
 def upload(cluster: Cluster, package: CompiledPipeline) -> UploadedVersion:
-    """Upload the pipeline and this version of it if they are not on the server yet."""
+    """Upload the pipeline and this version of it if they are not on the server yet; refused if its images are not pinned."""
+    tags = sorted({image for image in IMAGE.findall(package.text) if "@sha256:" not in image})
+    if tags and not cluster.unpinned:
+        raise Refused(
+            f"pipeline {package.name} would run {tags[0]}, a tag that may name another image tomorrow; push the images by `make images-push`, "
+            "which writes their digests, or allow tags by --unpinned (UNPINNED=1)"
+        )
     client = cluster.client
     with _server_errors(cluster):
         pipeline = client.get_pipeline_id(package.name) or _create_pipeline(client, package.name)

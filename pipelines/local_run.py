@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import subprocess
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import yaml
 from kfp import local
 from kfp.components import load_component_from_text
 from kfp.dsl.base_component import BaseComponent
-from kfp.local import subprocess_task_handler
+from kfp.local import logging_utils, subprocess_task_handler
 from rich.console import Console
 from rich.table import Table
 
+from components.finish_run.outcome import FOLDERS
 from dmd2.errors import Refused
 from dmd2.evaluation.scores import read_scores, sampled_image_sets, score_facts, score_table
 from dmd2.io import artifact
@@ -45,9 +48,17 @@ def run_local(
     teacher: str = "",
     recipe: str = "edm-digits",
     overrides: str = "",
+    first_overrides: str = "",
+    start: str = "",
+    prompts: str = "",
+    pairs: str = "",
+    base: str = "",
+    vae: str = "",
     gate: float = 0.0,
     destination: str = "",
+    scores: str = "",
     gpus: int = -1,
+    parts: int = 1,
 ) -> None:
     """Run the distillation pipeline on this machine, one process per stage, without a cluster.
 
@@ -56,12 +67,20 @@ def run_local(
         source: `digits`, or the address of images in a layout that `dmd2 shard` reads.
         teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
         recipe: Name of a recipe, as `dmd2 --help` lists them.
-        overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
+        overrides: Fields of the recipe to replace, as `field=value`, separated by spaces. Those outside `distill` hold for a first stage too.
+        first_overrides: The same for the first stage alone, where the recipe has one.
+        start: Run to start from, with its student and its critic. Empty: the first stage that the recipe names is run before.
+        prompts: File of prompts of the fake samples and pairs, which some recipes need (.txt, .jsonl, .csv, .parquet).
+        pairs: Pairs of noise and sample for a recipe with a warm-up. Empty: the teacher is sampled.
+        base: For a teacher in a single file: a pipeline folder of diffusers with its configs and tokenizers.
+        vae: Another VAE to use instead of the teacher's own, such as one that was mended for float16.
         gate: Largest accepted score of the student as a multiple of the teacher's; 0 for the recipe's `gate.factor`.
         destination: Folder of models; an accepted package is published there as `<recipe>/<digest>`. Empty: it is not published.
+        scores: Folder that keeps the scores of teachers, so that a teacher is sampled once for all its students. Empty: none are kept.
         gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU, -1 = all GPUs of this machine.
+        parts: Number of processes that share each of sharding, encoding and evaluating.
     """
-    start = time.monotonic()
+    began = time.monotonic()
     root = root.resolve()
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(root / "kfp"))
     logging.getLogger().setLevel(logging.WARNING)
@@ -71,9 +90,10 @@ def run_local(
     with stage_status():
         _without_retries(distill)(
             root=str(root), source=source, teacher=teacher, recipe=recipe, overrides=overrides,
-            gate=gate, destination=destination, gpus=_gpus() if gpus < 0 else gpus, pool={},
+            first_overrides=first_overrides, start=start, prompts=prompts, pairs=pairs, base=base, vae=vae,
+            gate=gate, destination=destination, scores=scores, gpus=_gpus() if gpus < 0 else gpus, pool={}, parts=parts,
         )  # fmt: skip
-    summary = summarize(root, time.monotonic() - start)
+    summary = summarize(root, time.monotonic() - began)
     write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
@@ -82,15 +102,20 @@ def run_local(
 def stage_status() -> Iterator[None]:
     """Raise StageFailed with the exit status of the stage that failed, or KeyboardInterrupt if it was stopped by Ctrl-C.
 
-    kfp's local runner only distinguishes zero from other exit statuses, so its function that runs a process is wrapped.
+    kfp's local runner only distinguishes zero from other exit statuses, so its function that runs a process is replaced.
+    It also replaces `print` and the root logger's handlers while a task runs, and tasks of a loop run in threads: what
+    one of them restores is the other's replacement, so that every later line of this process would be indented.
     """
-    run_process, statuses = subprocess_task_handler.run_local_subprocess, list[int]()
+    statuses = list[int]()
 
-    def run_and_record(*args: Any, **kwargs: Any) -> int:
-        statuses.append(run_process(*args, **kwargs))
+    def run_and_record(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+        statuses.append(_run_stage(full_command, os.environ | (env_vars or {})))
         return statuses[-1]
 
-    subprocess_task_handler.run_local_subprocess = run_and_record
+    logger = logging.getLogger()
+    handlers, level = list(logger.handlers), logger.level
+    kfp_functions = subprocess_task_handler.run_local_subprocess, logging_utils.indented_print
+    subprocess_task_handler.run_local_subprocess, logging_utils.indented_print = run_and_record, nullcontext
     try:
         yield
     except RuntimeError as error:
@@ -101,7 +126,32 @@ def stage_status() -> Iterator[None]:
             raise KeyboardInterrupt from None
         raise StageFailed(re.sub(r"\x1b\[\d+m", "", str(error)).rstrip("."), failed[0]) from None
     finally:
-        subprocess_task_handler.run_local_subprocess = run_process
+        subprocess_task_handler.run_local_subprocess, logging_utils.indented_print = kfp_functions
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+
+
+def _run_stage(command: list[str], environment: dict[str, str]) -> int:
+    """Run a process, print its lines as they come, indented, and return its exit status."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in _without_executor(process.stdout):
+            print(f"    {line}", end="", flush=True)
+        return process.wait()
+
+
+def _without_executor(lines: Iterable[str]) -> Iterator[str]:
+    """The lines without those of kfp's executor, among them the whole input of a task as JSON."""
+    in_json = False
+    for line in lines:
+        if line.startswith("[KFP Executor"):
+            in_json = line.rstrip().endswith("Got executor_input:")
+        elif not in_json:
+            yield line
+        elif line.startswith("}"):
+            in_json = False
 
 
 def _without_retries(pipeline: BaseComponent) -> BaseComponent:
@@ -120,17 +170,19 @@ def _gpus() -> int:
 
 
 STAGES = {
-    "shards": "shard", "teacher": "teach", "latents": "encode", "run": "distill", "evaluation": "evaluate", "gate": "gate",
-    "package": "package",
+    "shards": "shard", "teacher": "teach", "latents": "encode", "pairs": "pairs", "first": "first stage", "run": "distill",
+    "evaluation": "evaluate", "gate": "gate", "package": "package",
 }  # fmt: skip
-"""{kind of an artifact: the stage that makes it}."""
+"""{folder of a run: the stage that makes it}."""
 
 
 def summarize(root: Path, wall_s: float) -> dict[str, Any]:
     """The run as one JSON object, from the manifests of its artifacts: scores, decision, times in seconds."""
-    manifests = {kind: artifact.read_manifest(root / kind, kind) for kind in STAGES if (root / kind).is_dir()}
+    manifests = {
+        name: artifact.read_manifest(root / name, FOLDERS[name]) for name in STAGES if (root / name).is_dir()
+    }
     facts, gate = manifests["evaluation"].facts, manifests["gate"].facts
-    seconds = {STAGES[kind]: manifest.seconds for kind, manifest in manifests.items()}
+    seconds = {STAGES[name]: manifest.seconds for name, manifest in manifests.items()}
     return score_facts(read_scores(facts), sampled_image_sets(facts)) | {
         "nfe_student": facts["nfe_student"],
         "nfe_teacher": facts["nfe_teacher"],
@@ -145,14 +197,14 @@ def summarize(root: Path, wall_s: float) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print a summary."""
+    """Print a summary: a column for each set of images and a row for each score, which fits 80 characters with many metrics."""
     console = Console()
-    table = Table(title=f"{summary['images']} images each; features: {summary['features']}")
+    table = Table("", title=f"{summary['images']} images each; features: {summary['features']}")
     head, rows = score_table(summary)
-    for index, column in enumerate(head):
-        table.add_column(column, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
+    for title in (row[0] for row in rows):
+        table.add_column(title, justify="right")
+    for name, *values in list(zip(head, *rows, strict=True))[1:]:
+        table.add_row(name, *(value.replace(" (", "\n(") for value in values))
     console.print(table)
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["seconds"].items())
     console.print(f"{summary['gate']}: {summary['reason']}\ntime: {spent}", highlight=False)

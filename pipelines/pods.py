@@ -10,10 +10,16 @@ from typing import NamedTuple
 
 from kfp import dsl, kubernetes
 
+from components.prepare_run.disk import TRAINING_DISK_GB
+
 USER = 65532
 """User and group id in the images."""
 QUEUE = "dmd2"
 """Kueue's LocalQueue of pods with a GPU. It is fixed, because a pod label cannot be a parameter of a run."""
+PRIORITY, RUN, RETRAIN = "kueue.x-k8s.io/priority-class", "dmd2-run", "dmd2-retrain"
+"""Label of Kueue's priority, and its values for runs that a person starts and for those of retraining, which give way."""
+READS_HUB, READS_REGISTRY = "dmd2/reads-hub", "dmd2/reads-registry"
+"""Labels of pods that may reach a hub or a Model Registry, where `manifests/components` are taken into the overlay."""
 GPU = "nvidia.com/gpu"
 
 
@@ -22,13 +28,17 @@ class PodResources(NamedTuple):
 
     cpu: tuple[str, str]
     memory: tuple[str, str]
+    disk: str
+    """Largest size of /tmp, beyond which the pod is evicted."""
     shared: str = ""
     """Size of /dev/shm, for processes that exchange tensors; it counts as memory."""
 
 
-LIGHT = PodResources(("500m", "2"), ("2Gi", "8Gi"))
-BUSY = PodResources(("4", "32"), ("8Gi", "64Gi"), "8Gi")
-HEAVY = PodResources(("8", "96"), ("32Gi", "512Gi"), "64Gi")
+LIGHT = PodResources(("500m", "2"), ("2Gi", "8Gi"), "10G")
+COPYING = LIGHT._replace(disk="200G")
+"""A light stage through which a whole package goes: that of SDXL has 20 GB and more."""
+BUSY = PodResources(("4", "32"), ("8Gi", "64Gi"), "2T", "8Gi")
+HEAVY = PodResources(("8", "96"), ("32Gi", "512Gi"), f"{TRAINING_DISK_GB}G", "64Gi")
 
 
 def pod(task: dsl.PipelineTask, resources: PodResources, retries: int = 0) -> dsl.PipelineTask:
@@ -39,7 +49,7 @@ def pod(task: dsl.PipelineTask, resources: PodResources, retries: int = 0) -> ds
     task.set_cpu_request(resources.cpu[0]).set_cpu_limit(resources.cpu[1])
     task.set_memory_request(resources.memory[0]).set_memory_limit(resources.memory[1])
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
-    kubernetes.empty_dir_mount(task, "scratch", "/tmp")
+    kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=resources.disk)
     if resources.shared:
         kubernetes.empty_dir_mount(task, "shared", "/dev/shm", medium="Memory", size_limit=resources.shared)
     return task
@@ -50,8 +60,17 @@ def on_gpus(
 ) -> dsl.PipelineTask:
     """Run the task on a node of the pool, tolerating its taints, after admission by Kueue."""
     task.set_accelerator_type(GPU).set_accelerator_limit(gpus)
+    task.register_pipeline_channels(
+        [gpus]
+    )  # or the compiler gives it to no loop or condition around the task
     kubernetes.add_node_selector_json(task, pool)
     for taint in (GPU, "cloud.google.com/gke-spot", "cloud.google.com/gke-queued"):
         kubernetes.add_toleration(task, key=taint, operator="Exists", effect="NoSchedule")
     kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", QUEUE)
+    kubernetes.add_pod_label(task, PRIORITY, RUN)
     return task
+
+
+def reads_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Let the task fetch a teacher from a hub, if the cluster allows it."""
+    return kubernetes.add_pod_label(task, READS_HUB, "true")

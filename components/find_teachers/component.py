@@ -14,6 +14,8 @@ def find_teachers(
     max_runs: int,
     gpu_hours: float,
     max_gpu_hours: float,
+    pending_hours: float,
+    run_hours: float,
     api: str,
     run_id: str,
     table: dsl.Output[dsl.Markdown],
@@ -28,11 +30,13 @@ def find_teachers(
         pipeline: Name of the uploaded pipeline of a distillation; its newest version is run.
         service_account: Kubernetes service account of the distillations; empty = the default of KFP.
         max_runs: Largest number of distillations at a time.
-        gpu_hours: GPU-hours that one distillation is expected to take.
+        gpu_hours: GPU-hours that one distillation is expected to take, until one has reported what it took; 0 = a recipe on the CPU.
         max_gpu_hours: Largest sum of GPU-hours of the distillations of seven days.
+        pending_hours: Hours that a run, or a step of it, may wait for its machine; then it is stopped and tried again.
+        run_hours: Hours that a run may take; then it is stopped, which counts as a failure.
         api: Address of the KFP API inside the cluster; empty = the one in the namespace `kubeflow`.
         run_id: The KFP id of this run.
-        table: The ledger, for the UI.
+        table: What was found and the ledger, for the UI.
     """
     import json
     import os
@@ -42,7 +46,7 @@ def find_teachers(
     arguments = {
         "teachers": teachers, "ledger": ledger, "root": root, "settings": settings, "pipeline": pipeline,
         "service_account": service_account, "max_runs": max_runs, "gpu_hours": gpu_hours, "max_gpu_hours": max_gpu_hours,
-        "owner": run_id, "api": api,
+        "pending_hours": pending_hours, "run_hours": run_hours, "owner": run_id, "api": api,
     }  # fmt: skip
     # In a process of its own: kfp has no client where this variable is set, as it is in components.
     environment = {name: value for name, value in os.environ.items() if name != "_KFP_RUNTIME"}

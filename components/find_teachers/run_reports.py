@@ -1,15 +1,18 @@
 """What a run that retraining has started reports to the ledger: its start and its end.
 
-A run that a person has started has no claim and reports nothing.
+A run that a person has started has no claim and reports nothing. A failure whose cause the run does not know is left to
+the next watcher, which asks the platform.
 """
 
 from __future__ import annotations
 
 from components.find_teachers.ledger import Claim, Ledger
+from components.find_teachers.runs import cause_of
 from dmd2.io.artifact import read_manifest
 from dmd2.io.storage import join_uri, open_store
 
 NO_CLAIM = "this run belongs to no entry of a ledger"
+UNKNOWN_CAUSE = "the cause is not known here; the next watcher asks the platform"
 
 
 def report_start(claim: str, run: str) -> str:
@@ -28,8 +31,11 @@ def report_start(claim: str, run: str) -> str:
     return Ledger(open_store(held.ledger)).begin(held, run).summary
 
 
-def report_end(claim: str, run: str, root: str, state: str, error: str) -> str:
-    """Record how the run ended: done, with the gate's decision and the package, or failed -> a sentence for the log.
+def report_end(
+    claim: str, run: str, root: str, state: str, error: str, gpu_hours: float | None = None
+) -> str:
+    """Record how the run ended: done, with the gate's decision and the package, or failed if the cause is known -> a
+    sentence for the log.
 
     Args:
         claim: The claim of the run; empty if a person has started it.
@@ -37,16 +43,18 @@ def report_end(claim: str, run: str, root: str, state: str, error: str) -> str:
         root: Folder of the run, with its gate and its package.
         state: SUCCEEDED, FAILED or CANCELLED, as KFP says.
         error: KFP's message about the failure.
+        gpu_hours: What the run has taken; None if it is not known.
     """
     if not claim:
         return NO_CLAIM
     held = Claim.read(claim)
     ledger = Ledger(open_store(held.ledger))
     if state != "SUCCEEDED":
-        reason = error or f"the run ended as {state}"
-        return ledger.failed(held, run, reason, for_good=state == "CANCELLED").summary
+        if (cause := cause_of(error)) == "unknown":
+            return UNKNOWN_CAUSE
+        return ledger.failed(held, run, error, counted=cause == "teacher").summary
     decision = str(read_manifest(join_uri(root, "gate"), "gate").facts["decision"])
     package = join_uri(root, "package") if decision == "accepted" else ""
     if package:
         read_manifest(package, "package")
-    return ledger.done(held, run, decision, package).summary
+    return ledger.done(held, run, decision, package, gpu_hours).summary

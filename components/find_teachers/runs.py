@@ -1,13 +1,17 @@
-"""The runs of a pipeline on KFP: start a run, find it by its name, ask for its state."""
+"""The runs of a pipeline on KFP: start a run, find it by its name, ask for its state, stop it; and whose fault a failure is."""
 
 from __future__ import annotations
 
 import errno
 import json
+import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,16 +20,36 @@ from dmd2.errors import Refused, brief, near_miss
 
 EXPERIMENT = "retrain"
 """Experiment of the runs in the UI."""
+TIMEOUT_S = 60
+"""Seconds to wait for an answer of the API."""
 STATES: dict[str, RunHealth] = {
     "SUCCEEDED": "succeeded", "FAILED": "failed", "SKIPPED": "failed", "CANCELED": "cancelled",
 }  # fmt: skip
 """The states of a run that has ended."""
 RunHealth = Literal["alive", "succeeded", "failed", "cancelled", "gone"]
+Cause = Literal["infrastructure", "teacher", "unknown"]
+CAUSES: dict[Cause, str] = {
+    "teacher": r"exit (code|status) \(?(64|76)\b|OOMKilled|diverged",
+    "infrastructure": r"exit (code|status) \(?(74|75|79|143)\b|pod (was )?deleted|preempt|evict|disrupt|waited for|"
+    r"node .*(lost|shut|drain|unreachable|not ready|low on resource)|imminent node|no space left|"
+    r"ErrImagePull|ImagePullBackOff|unschedulable|exceeded quota|does not answer",
+}
+"""cause of a failure -> what messages of it contain; the first that fits decides."""
+
+
+def cause_of(message: str) -> Cause:
+    """Whether the infrastructure or the teacher made a run fail, from what is said about it."""
+    fitting = (cause for cause, words in CAUSES.items() if re.search(words, message, re.IGNORECASE))
+    return next(fitting, "unknown")
 
 
 class RunState(NamedTuple):
     health: RunHealth
     reason: str = ""
+    waiting: timedelta = timedelta()
+    """How long the run, or a step of it, has been waiting for its machine."""
+    age: timedelta = timedelta()
+    """Time since the run was created."""
 
 
 class PipelineRuns(Protocol):
@@ -41,6 +65,12 @@ class PipelineRuns(Protocol):
 
     def state(self, run: str) -> RunState:
         """Whether a run is alive or how it ended."""
+
+    def stop(self, run: str) -> None:
+        """Request the termination of a run."""
+
+    def now(self) -> datetime:
+        """The time of the platform."""
 
 
 @dataclass
@@ -93,9 +123,33 @@ class UploadedPipeline:
                 found = self._client.get_run(run)
         except FileNotFoundError:
             return RunState("gone", "the platform does not know the run any more: it was deleted")
-        message = f": {brief(Exception(found.error.message))}" if found.error and found.error.message else ""
-        health = STATES.get(found.state, "alive")
-        return RunState(health, f"the run ended as {found.state}{message}" if health != "alive" else "")
+        tasks = (found.run_details and found.run_details.task_details) or []
+        if (health := STATES.get(found.state, "alive")) != "alive":
+            errors = [one.error.message for one in (found, *tasks) if one.error and one.error.message]
+            message = f": {brief(Exception('; '.join(dict.fromkeys(errors))))}" if errors else ""
+            return RunState(health, f"the run ended as {found.state}{message}")
+        now = self.now()
+        since = [task.start_time or task.create_time for task in tasks if task.state == "PENDING"]
+        since += [found.created_at] if found.state == "PENDING" else []
+        waiting = now - min(filter(None, since), default=now)
+        return RunState("alive", "", waiting, now - found.created_at)
+
+    def stop(self, run: str) -> None:
+        with _api_errors(f"run {run}"):
+            self._client.terminate_run(run)
+
+    def now(self) -> datetime:
+        """The time of the platform, by the header `Date` of its first answer and the time since then."""
+        date, then = self._date
+        return date + timedelta(seconds=time.monotonic() - then)
+
+    @cached_property
+    def _date(self) -> tuple[datetime, float]:
+        with _api_errors("the time of the platform"):
+            _, _, headers = self._client._healthz_api.healthz_service_get_healthz_with_http_info()
+        if not headers.get("Date"):
+            raise OSError(errno.EIO, "the answer has no header Date", "the time of the platform")
+        return parsedate_to_datetime(headers["Date"]).astimezone(UTC), time.monotonic()
 
     @cached_property
     def _client(self) -> Any:
@@ -103,7 +157,15 @@ class UploadedPipeline:
 
         with warnings.catch_warnings(), _api_errors("the API of Kubeflow Pipelines"):
             warnings.simplefilter("ignore", FutureWarning)  # about supported server versions
-            return Client(self.api or None)
+            client = Client(self.api or None)
+        rest = client._healthz_api.api_client.rest_client
+        request = rest.request
+
+        def limited(*arguments: Any, **options: Any) -> Any:
+            return request(*arguments, **options | {"_request_timeout": TIMEOUT_S})
+
+        rest.request = limited  # without it, one answer that never comes would stop the watcher
+        return client
 
     @cached_property
     def _experiment(self) -> str:

@@ -25,15 +25,18 @@ def finish_run(
     import logging
     from pathlib import Path
 
+    from components.failure import read_failure
     from components.find_teachers.run_reports import report_end
-    from components.finish_run.outcome import write_outcome
+    from components.finish_run.outcome import gpu_hours, write_outcome
     from components.run_folder import run_folder
     from dmd2.errors import one_sentence
 
     logger = logging.getLogger("components.finish_run")
     with one_sentence():
         folder = run_folder(root, run_id, summary.uri)
-        text = write_outcome(folder, run_id, status.state, status.error_message or "")
+        failure = read_failure(folder, run_id)
+        error = failure.sentence if failure else status.error_message or ""
+        text = write_outcome(folder, run_id, status.state, error)
         Path(summary.path).write_text(text)
         logger.info(text)
-        logger.info(report_end(claim, run_id, folder, status.state, status.error_message or ""))
+        logger.info(report_end(claim, run_id, folder, status.state, error, gpu_hours(folder)))

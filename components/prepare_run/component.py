@@ -7,54 +7,111 @@ from components.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def prepare_run(
-    root: str,
     run_id: str,
     claim: str,
     source: str,
     teacher: str,
     recipe: str,
     overrides: str,
+    first_overrides: str,
+    start: str,
+    prompts: str,
+    pairs: str,
+    base: str,
+    vae: str,
+    gate: float,
     destination: str,
+    scores: str,
+    root: str,
     nodes: int,
     gpus: int,
+    pool: dict,  # type: ignore[type-arg]
+    budget: float,
+    price: float,
+    parts: int,
     settings: dsl.Output[dsl.Artifact],
-) -> NamedTuple("Prepared", root=str, gpu=int):  # type: ignore[valid-type]
-    """Check the parameters before any stage is paid for, and choose the folder of the run.
+    plan: dsl.Output[dsl.Markdown],
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Prepared",
+    root=str,
+    gpus=int,
+    gpu=int,
+    where=str,
+    step_gpus=int,
+    step_pool=dict,
+    pool=dict,
+    parts=list,
+    encode_parts=list,
+    pairs_recipe=str,
+    pairs_overrides=str,
+    pairs=str,
+    first_recipe=str,
+    first_overrides=str,
+    start=str,
+):
+    """Check the parameters before any stage is paid for, decide what the recipe needs first, and choose the folder of the run.
 
     Args:
-        root: Folder of the run; empty for a folder beside the KFP artifacts of the run.
         run_id: The KFP id of the run.
         claim: The claim in the ledger, in a run that retraining has started; otherwise empty.
         source: The images.
-        teacher: The teacher; only EDM recipes can do without one.
+        teacher: The teacher; only digits can do without one.
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
+        first_overrides: The same for the recipe of the first stage, beside those of `overrides` that are not about the distillation.
+        start: Run to start from; empty = the first stage runs, if the recipe has one.
+        prompts: File of prompts of the fake samples, or empty.
+        pairs: Pairs of noise and sample; empty = they are sampled, if they are needed.
+        base: For a checkpoint in a single file: a pipeline folder with its configs, or empty.
+        vae: Another VAE than the teacher's own, or empty.
+        gate: Largest accepted score as a multiple of the teacher's; 0 = that of the recipe.
         destination: Folder of published models, or empty.
+        scores: Folder that keeps the scores of teachers, or empty.
+        root: Folder of the run; empty for a folder beside the KFP artifacts of the run.
         nodes: Number of machines of the distillation.
-        gpus: Number of GPUs of each machine; 0 = CPU.
+        gpus: Number of GPUs of each machine; 0 = CPU, -1 = that of the recipe.
+        pool: Labels of the nodes with GPUs.
+        budget: Largest number of GPU-hours; 0 = no limit.
+        price: Price of a GPU for an hour.
+        parts: Number of pods that share each of sharding, encoding and evaluating.
         settings: The Config of the run, as JSON.
+        plan: What is run, and what it takes: memory, disk, hours and cost.
 
     Returns:
-        `root`: the folder of the run; `gpu`: 1 or 0, the number of GPUs of stages that use at most one.
+        `root`: the folder of the run; `gpus`: the GPUs of a training; `gpu`: 1 or 0, those of stages that use at most one; `where`: whether trainings run in a TrainJob, or in their step, which then has
+        `step_gpus` of nodes with the labels `step_pool`; `pool`: the labels of their nodes; `parts`: the parts of a shared stage as `i/n`, none for 1, and
+        `encode_parts`, none if nothing is encoded;
+        recipe and overrides of the `pairs` and of the `first` stage, empty if they are not run; `pairs` and `start`: their addresses.
     """
     import logging
     from collections import namedtuple
     from pathlib import Path
     from typing import Any
 
+    from components.distill.launch import JobSize, choose
     from components.find_teachers.run_reports import report_start
-    from components.prepare_run.parameters import check_parameters
+    from components.prepare_run.parameters import RunParameters, chain_outputs, check_parameters
+    from components.prepare_run.plan_page import plan_page
+    from components.prepare_run.preflight import check_resources
     from components.run_folder import run_folder
     from dmd2.errors import one_sentence
 
     logger = logging.getLogger("components.prepare_run")
     with one_sentence():
-        config = check_parameters(source, teacher, recipe, overrides, destination, nodes, gpus)
+        given = RunParameters(
+            source, teacher, recipe, overrides, first_overrides, start, prompts, pairs, base, vae, gate, destination, scores, root, nodes, gpus, pool, budget, price, parts,
+        )  # fmt: skip
+        on_cluster = "://" in settings.uri
+        config = check_parameters(given, on_cluster)
         folder = run_folder(root, run_id, settings.uri)
         logger.info(report_start(claim, run_id))
+        check_resources(given, folder)
+        where = choose(JobSize(nodes, given.chosen_gpus)) if on_cluster else "here"
+        Path(plan.path).write_text(plan_page(given, folder))
     text = config.model_dump_json(indent=1)
     Path(settings.path).write_text(text)
     settings.metadata.update(recipe=recipe, root=folder)
     logger.info("folder of the run: %s\n%s", folder, text)
-    Prepared: Any = namedtuple("Prepared", ("root", "gpu"))  # noqa: N806 - a class
-    return Prepared(folder, min(gpus, 1))
+    outputs = {"root": folder} | chain_outputs(given, folder, where)
+    kind: Any = namedtuple  # mypy wants the names as literals
+    return kind("Prepared", outputs)(**outputs)

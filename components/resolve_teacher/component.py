@@ -9,6 +9,8 @@ def resolve_teacher(
     recipe: str,
     overrides: str,
     root: str,
+    base: str,
+    vae: str,
     shards: dsl.Input[dsl.Dataset],
     resolved: dsl.Output[dsl.Model],
 ) -> None:
@@ -19,6 +21,8 @@ def resolve_teacher(
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         root: Folder of the run; a converted or trained teacher goes to `<root>/teacher`.
+        base: For a checkpoint in a single file: a pipeline folder of diffusers with its configs and tokenizers; empty = none.
+        vae: Another VAE to use instead of the teacher's own; empty = its own.
         shards: The shards to train on.
         resolved: Points to the teacher by URI and digest; the file itself is its manifest.
     """
@@ -28,5 +32,6 @@ def resolve_teacher(
 
     with one_sentence():
         config = recipes.resolve(recipe, overrides.split())
-        folder = stages.resolve_or_teach(config, teacher, shards.metadata["uri"], f"{root}/teacher")
+        data, out = shards.metadata["uri"], f"{root}/teacher"
+        folder = stages.resolve_or_teach(config, teacher, data, out, base, vae)
         resolved.metadata.update(artifact.write_pointer(folder, "teacher", resolved.path))

@@ -84,6 +84,7 @@ def test_an_entry_can_be_read_by_people(ledger: Ledger) -> None:
     claim = claimed(ledger)
     ledger.begin(claim, "run-1")
     ledger.done(claim, "run-1", "accepted", "gs://b/package")
+    ledger.settle(claim.key)
     text = ledger.store.read(f"{ENTRIES}{work().key}.json").decode()
     told = json.loads(text)
     assert text.count("\n") > 10

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -67,6 +68,11 @@ class Platform:
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     """Requests that the contract does not know."""
+    refuses: str = ""
+    """Teacher whose runs are refused."""
+    terminates: bool = True
+    """Whether a run that is terminated ends."""
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -83,13 +89,16 @@ class Platform:
             yield self
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> dict[str, Any]:
+        if method == "POST" and path.endswith(":terminate"):
+            return self._terminate(path.removeprefix(f"{V2}/runs/").removesuffix(":terminate"))
         if method == "POST":
             return self._create(path, body)
         if path == f"{V2}/healthz":
             return {"multi_user": False}
         if path == f"{V2}/pipelines":
-            one = {"pipeline_id": "the-pipeline", "display_name": "dmd2-distill", "created_at": _time()}
-            return {"pipelines": _fitting([one], query)}
+            one = {"pipeline_id": "the-pipeline", "created_at": _time()}
+            names = ("dmd2-distill", "dmd2-distill-retrain")
+            return {"pipelines": _fitting([one | {"display_name": name} for name in names], query)}
         if path == f"{V2}/pipelines/the-pipeline/versions":
             assert query["sort_by"] == "created_at desc"
             return {"pipeline_versions": self.versions[: int(query["page_size"])]}
@@ -118,10 +127,18 @@ class Platform:
         parameters = body["runtime_config"]["parameters"]
         if unknown := parameters.keys() - {*PARAMETERS}:
             raise Problem(400, f"Invalid input error: unknown parameters {sorted(unknown)}")
-        run = {"run_id": str(uuid.uuid4()), "state": "RUNNING", **body, "created_at": _time()}
+        if self.refuses and parameters.get("teacher") == self.refuses:
+            raise Problem(400, f"Invalid input error: {self.refuses}")
+        run = {"run_id": str(uuid.uuid4()), "state": "RUNNING", **body, "created_at": _time(self.clock())}
         self.runs[run["run_id"]] = run
         run["begun"] = self.begin(run)
         return self._shown(run)
+
+    def _terminate(self, run: str) -> dict[str, Any]:
+        if run not in self.runs:
+            raise Problem(404, f"{run} not found")
+        self.runs[run]["state"] = "CANCELED" if self.terminates else "CANCELING"
+        return {}
 
     def _shown(self, run: dict[str, Any]) -> dict[str, Any]:
         state = self.health(run)
@@ -153,6 +170,7 @@ class Answers(BaseHTTPRequestHandler):
         data = json.dumps(answer).encode()
         self.send_response_only(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Date", format_datetime(self.platform.clock(), usegmt=True))
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -178,8 +196,8 @@ def _fitting(items: list[dict[str, Any]], query: dict[str, str]) -> list[dict[st
     return items
 
 
-def _time() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+def _time(at: datetime | None = None) -> str:
+    return (at or datetime.now(UTC)).isoformat().replace("+00:00", "Z")
 
 
 def teacher(folder: str, content: str = "weights") -> str:
@@ -223,6 +241,8 @@ class World:
     folder: Path
     """For locks and the journal."""
     limits: RetrainLimits
+    preemptions: int = 0
+    """So many runs of the teacher `preempted` lose their machine."""
 
     def note(self, *words: str) -> None:
         """A line of the journal, whole."""
@@ -242,7 +262,7 @@ def watcher(world: World, seed: int) -> None:
     dice, parent = random.Random(seed), os.getppid()
     runs = Doomed("dmd2-distill", dice=dice, world=world)
     while os.getppid() == parent:  # not longer than the test
-        ledger = Ledger(open_store(world.ledger), lease=LEASE)
+        ledger = Ledger(open_store(world.ledger), runs.now, lease=LEASE)
         watch = Watcher(
             ledger, runs, {"recipe": "edm-digits"}, world.root, 1.0, world.limits, f"watcher-{seed}"
         )
@@ -292,10 +312,15 @@ def distillation(world: World, run: str, parameters: dict[str, str], seed: int) 
         world.note("gave-way", name, run)
         raise SystemExit(64) from None
     world.note("began", name, run)
+    hours = dice.uniform(0.2, 1.0)
+    world.note("spent", f"{hours:.3f}")
     with _alone(world.folder / name) as alone, _one_of(world.limits.runs, world.folder) as room:
         if not alone or not room:
             world.note("overlap" if not alone else "crowded", name, run)
         _maybe_die(dice, world)
+        if "preempted" in name and len(world.noted("preempted")) < world.preemptions:
+            world.note("preempted", run)
+            os.kill(os.getpid(), signal.SIGKILL)
         if "poison" in name:
             run_reports.report_end(claim, run, root, "FAILED", "diverged at step 3")
             raise SystemExit(76)
@@ -308,7 +333,7 @@ def distillation(world: World, run: str, parameters: dict[str, str], seed: int) 
             world.note("found-finished", name, run)
         open_store(join_uri(root, "gate")).write(MANIFEST, _manifest("gate", decision="accepted").encode())
         _maybe_die(dice, world)
-    run_reports.report_end(claim, run, root, "SUCCEEDED", "")
+    run_reports.report_end(claim, run, root, "SUCCEEDED", "", hours)
 
 
 def _manifest(kind: str, **facts: Any) -> str:

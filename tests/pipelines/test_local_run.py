@@ -1,5 +1,7 @@
-"""A run on this machine ends with the exit status of the stage that failed."""
+"""A run on this machine ends with the exit status of the stage that failed, and prints what its stages print."""
 
+import builtins
+import logging
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,35 @@ def test_the_exit_status_of_a_stage_is_that_of_the_run(
         one_stage()
     assert ended.value.code == status
     assert sentence in capfd.readouterr().err
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def say(text: str, folder: str) -> None:
+    """Print a line once the other task of the loop runs too."""
+    import time
+    from pathlib import Path
+
+    Path(folder, text).touch()
+    while len(list(Path(folder).iterdir())) < 2:
+        time.sleep(0.01)
+    time.sleep(0.2 * (text == "b"))
+    print(text)
+
+
+def test_tasks_side_by_side_leave_print_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """kfp replaces `print` while a task runs: with two at a time, the second restored the replacement of the first."""
+    (tmp_path / "begun").mkdir()
+
+    @dsl.pipeline(name="two-at-a-time")
+    def two_at_a_time() -> None:
+        with dsl.ParallelFor(["a", "b"], parallelism=2) as text:
+            say(text=text, folder=str(tmp_path / "begun"))
+
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
+    before = builtins.print, list(logging.getLogger().handlers)
+    with stage_status():
+        two_at_a_time()
+    assert (builtins.print, logging.getLogger().handlers) == before
+    printed = capfd.readouterr().out.splitlines()
+    assert [line for line in printed if line in ("    a", "    b")] == ["    a", "    b"]
+    assert not [line for line in printed if "KFP Executor" in line or "parameterValues" in line]
