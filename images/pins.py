@@ -46,6 +46,11 @@ def reference(name: str, path: Path = PINS) -> str:
     return known[name]
 
 
+def by_tag(path: Path = PINS) -> dict[str, str]:
+    """{reference without digest: reference with digest} of the images that are pinned."""
+    return {found.partition("@")[0]: found for found in pins(path).values() if "@" in found}
+
+
 def pinned(name: str, path: Path = PINS) -> str:
     """The reference of an image; one without a digest is refused."""
     found = reference(name, path)

@@ -17,7 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import images.__main__
-from images.__main__ import PARTS, exported, part
+from images.__main__ import exported, part
+from images.parts import PARTS
 from images.pins import ROOT
 
 LAUNCH = (
@@ -31,8 +32,18 @@ LATE = ("google.cloud.storage.transfer_manager", "huggingface_hub", "kfp", "kfp_
 """What these import where they need it, inside functions."""
 
 
+def entries(name: str) -> list[str]:
+    return re.findall(r"^\S.*\n(?: .*\n)*", part(name).read_text(), flags=re.MULTILINE)
+
+
+def pins(name: str) -> list[Requirement]:
+    """What is installed on this version of Python."""
+    found = [Requirement(entry.split(" \\")[0]) for entry in entries(name)]
+    return [pin for pin in found if not pin.marker or pin.marker.evaluate()]
+
+
 def names(name: str) -> set[str]:
-    return set(re.findall(r"^([a-z0-9-]+)==", part(name).read_text(), flags=re.MULTILINE))
+    return {pin.name for pin in pins(name)}
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -42,11 +53,8 @@ def test_the_committed_requirements_are_what_uv_lock_has_now(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_every_package_is_pinned_and_has_hashes(name: str) -> None:
-    entries = re.findall(r"^\S.*\n(?: .*\n)*", part(name).read_text(), flags=re.MULTILINE)
-    pins = [Requirement(entry.split(" \\")[0]) for entry in entries]
-    installed = [pin.name for pin in pins if not pin.marker or pin.marker.evaluate()]
-    assert sorted(installed) == sorted(names(name))
-    for entry in entries:
+    assert len(pins(name)) == len(names(name)) > 0
+    for entry in entries(name):
         assert re.match(r"[a-z0-9-]+==[\w.+]+ (; .*)?\\\n    --hash=sha256:[0-9a-f]{64}", entry), entry
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dmd2.errors import Refused
 from images import pins
+from images.__main__ import pin_others
 
 KNOWN = "sha256:" + "0123456789abcdef" * 4
 TEXT = f"# why\npython: docker.io/library/python:3.11-slim-bookworm\ndmd2: r/dmd2:1@{KNOWN}\ndmd2-launch: dmd2-launch:1\n"
@@ -26,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_the_committed_file_names_the_base_and_both_images() -> None:
     found = pins.pins()
-    assert found.keys() == {"python", "dmd2", "dmd2-launch"}
+    assert found.keys() == {"python", "dmd2", "dmd2-launch", "tcpx-daemon", "tcpx-installer", "gib", "pause"}
     assert re.fullmatch(rf"docker\.io/library/python:3\.11-slim-bookworm({pins.DIGEST})?", found["python"])
 
 
@@ -79,6 +81,25 @@ def test_a_registry_that_is_not_there_gives_no_digest(path: Path, refusal: Calla
     assert "localhost:1/python:3" in said
     assert "no digest was written" in said
     assert path.read_text() == TEXT
+
+
+def test_every_image_of_others_is_asked_for_and_those_unknown_are_named_together(
+    path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    path.write_text(f"{TEXT}gib: r/gib:1\npause: r/pause:2\n")
+    asked: list[str] = []
+
+    def digest(tagged: str) -> str:
+        asked.append(tagged)
+        if "pause" in tagged or "python" in tagged:
+            raise Refused(f"no registry says what {tagged} is")
+        return KNOWN
+
+    monkeypatch.setattr(pins, "digest", digest)
+    said = refusal(lambda: pin_others(path))
+    assert asked == ["docker.io/library/python:3.11-slim-bookworm", "r/gib:1", "r/pause:2"]
+    assert "python:3.11-slim-bookworm is; no registry says what r/pause:2 is" in said
+    assert path.read_text() == f"{TEXT}gib: r/gib:1@{KNOWN}\npause: r/pause:2\n"
 
 
 def python_m_images(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
