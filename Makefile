@@ -10,20 +10,26 @@ export GOMP_SPINCOUNT ?= 1000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sdxl teacher-emoji test test-slow test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine clean
+.PHONY: help demo demo-page demo-sdxl teacher-emoji test test-slow test-cluster test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push sbom scan submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine bench-evaluation bench-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## Distil a digit teacher, end to end, on this machine (ROOT=runs/demo)
-	$(BIN)/python -m pipelines run-local --root $(ROOT)
+	$(BIN)/python -m pipelines run-local --root $(ROOT) --overrides evaluate.metrics=fid,kid,precision,recall
+
+# What there is of the demos, or a folder that is refused by name.
+SERVED = $(or $(wildcard $(ROOT)/package runs/demo-sdxl/package),$(ROOT)/package)
+
+demo-page: $(READY) ## Draw with the students of `make demo` and `make demo-sdxl` beside their teachers, in a browser (PORT=7860)
+	$(BIN)/dmd2 serve $(SERVED) --teachers $(wildcard $(SERVED:package=teacher)) $(if $(PORT),--port $(PORT))
 
 EMOJI := runs/emoji
 TEACHER ?= tests/emoji/pipeline
 
 demo-sdxl: $(READY) $(EMOJI)/source ## Distil a small SDXL that draws emoji into four steps (needs npm)
 	$(BIN)/python -m pipelines run-local --root runs/demo-sdxl --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji \
-		--overrides "evaluate.metrics=fid,clip evaluate.clip=tests/emoji/clip_model"
+		--overrides "evaluate.metrics=fid,kid,precision,recall,clip evaluate.clip=tests/emoji/clip_model"
 
 teacher-emoji: $(READY) $(EMOJI)/source ## Train that SDXL anew, into runs/emoji/teacher: about half an hour
 	$(BIN)/dmd2 shard sdxl-4step-emoji --source $(EMOJI)/source --out $(EMOJI)/shards
@@ -39,6 +45,9 @@ test: $(READY) ## Run the tests (JOBS=3 files at a time, on two cores: a third o
 
 test-slow: $(READY) ## Repeat what is random, with real processes only; build and run the small image (as root)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow
+
+test-cluster: $(READY) ## Distil on two nodes on the real servers of Kubernetes, Trainer and Kueue (as root; needs Go: `python -m tests.cluster.bed build`)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster tests/cluster
 
 test-images: $(READY) ## Build both images and run the stages in them (as root): 17 GB of disk
 	DMD2_TEST_DMD2=build $(BIN)/pytest -m slow tests/images
@@ -59,7 +68,7 @@ PUBLIC := https://pypi.org/simple
 
 lock: $(READY) ## Pin the dependencies anew: all, the oldest, those of the images
 	$(UV) lock --default-index $(PUBLIC)
-	$(UV) pip compile --quiet --default-index $(PUBLIC) pyproject.toml --extra demo --extra dev --resolution lowest-direct --python-version 3.12 --no-header --no-annotate --output-file tests/oldest.txt
+	$(UV) pip compile --quiet --default-index $(PUBLIC) pyproject.toml --extra demo --extra serve --extra dev --resolution lowest-direct --python-version 3.12 --no-header --no-annotate --output-file tests/oldest.txt
 	$(BIN)/python -m images lock --no-base
 
 check: lint types test ## Everything that must pass before a commit lands
@@ -78,9 +87,11 @@ types: $(READY) ## Check the types
 compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml, and components/README.md
 	$(BIN)/python -m pipelines compile
 
-# What a run is given: SOURCE, TEACHER, OVERRIDES, DESTINATION, RUN_ROOT; HOST is the address of the pipelines' UI.
-GIVEN = $(if $(SOURCE),--source '$(SOURCE)') $(if $(OVERRIDES),--overrides '$(OVERRIDES)') $(if $(DESTINATION),--destination '$(DESTINATION)') $(if $(RUN_ROOT),--root '$(RUN_ROOT)')
-HOW = $(if $(HOST),--host '$(HOST)') $(if $(DRY_RUN),--dry-run)
+# What a run is given: these variables, TEACHER and RUN_ROOT; HOST is the address of the pipelines' UI.
+PARAMETERS = SOURCE OVERRIDES FIRST_OVERRIDES START PROMPTS PAIRS BASE VAE DESTINATION SCORES GPUS BUDGET PARTS
+flag = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
+GIVEN = $(foreach name,$(PARAMETERS),$(if $($(name)),--$(call flag,$(name)) '$($(name))')) $(if $(RUN_ROOT),--root '$(RUN_ROOT)')
+HOW = $(if $(HOST),--host '$(HOST)') $(if $(DRY_RUN),--dry-run) $(if $(UNPINNED),--unpinned)
 PRICED = $(if $(PRICE),--price $(PRICE)) $(if $(WAIT),--wait)
 SDXL ?= stabilityai/stable-diffusion-xl-base-1.0
 
@@ -91,32 +102,39 @@ submit-%: $(READY) ## Run any other recipe there: submit-sd15-1step, ...
 	$(BIN)/python -m pipelines submit --recipe $* $(if $(filter command environment,$(origin TEACHER)),--teacher '$(TEACHER)') $(GIVEN) $(HOW) $(PRICED)
 
 schedule: $(READY) ## Look for new teachers every week (TEACHERS=, LEDGER=, RUN_ROOT=, SETTINGS='{...}', CRON=, HOST=)
-	$(BIN)/python -m pipelines schedule --teachers '$(TEACHERS)' --ledger '$(LEDGER)' --root '$(RUN_ROOT)' --settings '$(or $(SETTINGS),{})' --account '$(or $(ACCOUNT),watcher)' --service-account '$(or $(RUNS_ACCOUNT),steps)' $(if $(CRON),--cron '$(CRON)') $(HOW)
+	$(BIN)/python -m pipelines schedule --teachers '$(TEACHERS)' --ledger '$(LEDGER)' --root '$(RUN_ROOT)' --settings '$(or $(SETTINGS),{})' --account '$(or $(ACCOUNT),watcher)' --service-account '$(or $(RUNS_ACCOUNT),steps)' $(if $(GPU_HOURS),--gpu-hours $(GPU_HOURS)) $(if $(CRON),--cron '$(CRON)') $(HOW)
 
 unschedule: $(READY) ## Look no more
 	$(BIN)/python -m pipelines unschedule $(if $(HOST),--host '$(HOST)')
 
-manifests: $(READY) ## Render the manifests of every overlay to runs/manifests/<overlay>.yaml
-	$(BIN)/python -m manifests
+manifests: $(READY) ## Render the manifests of every overlay to runs/manifests/<overlay>.yaml (TAGS=1: without digests too)
+	$(BIN)/python -m manifests render $(if $(TAGS),--tags)
 
 BUILT = $(if $(BUILDER),--builder '$(BUILDER)')
 
 images: $(READY) ## Build the images (BASE=, INDEX=, WHEELS=, BUILDER=)
 	$(BIN)/python -m images build $(if $(BASE),--base '$(BASE)') $(if $(INDEX),--index '$(INDEX)') $(if $(WHEELS),--wheels '$(WHEELS)') $(BUILT)
 
-images-push: $(READY) ## Send them to a registry, and note their digests in images/images.lock (REGISTRY=)
-	$(BIN)/python -m images push --registry '$(REGISTRY)' $(BUILT)
+images-push: $(READY) ## Send them to a registry, sign them, and note their digests in images/images.lock (REGISTRY=, KEY=, UNSIGNED=1)
+	$(BIN)/python -m images push --registry '$(REGISTRY)' $(BUILT) $(if $(KEY),--key '$(KEY)') $(if $(UNSIGNED),--unsigned)
 
-images-lock: $(READY) ## Pin what the images are built of
+images-lock: $(READY) ## Pin what the images are built of, and the images of others in the manifests
 	$(BIN)/python -m images lock
 
-bench: bench-data bench-ablation bench-sdxl bench-memory bench-engine ## All benchmarks
+sbom: $(READY) ## Write the packages of each image to runs/sbom/<image>.cdx.json (CycloneDX)
+	$(BIN)/python -m images sbom
+
+scan: $(READY) ## Look up the packages of uv.lock in a database of vulnerabilities (SERVICE= a mirror of api.osv.dev)
+	$(BIN)/python -m images scan $(if $(SERVICE),--service '$(SERVICE)')
+
+bench: bench-data bench-ablation bench-sdxl bench-memory bench-engine bench-evaluation ## All benchmarks
 
 bench-ablation: $(READY) ## The ablation of the paper on digits: 3 variants x 3 seeds, about half an hour
 	$(BIN)/python -m tests.bench.ablation
 
-bench-data: $(READY) ## Sharding and reading against plain webdataset, about five minutes (needs npm)
+bench-data: $(READY) ## Sharding and reading against plain webdataset, and at 1,000,000 units and shards, ten minutes (needs npm)
 	$(BIN)/python -m tests.bench.data
+	$(BIN)/python -m tests.bench.scale
 
 bench-sdxl: $(READY) ## Four text-to-image recipes on the emoji teacher, an hour and a half (needs npm)
 	$(BIN)/python -m tests.bench.sdxl --teacher $(TEACHER)
@@ -129,6 +147,12 @@ bench-engine: $(READY) ## Steps against a plain loop, messages of SDXL on 8 and 
 	$(BIN)/python -m tests.bench.collectives
 	$(BIN)/python -m tests.bench.peaks
 	$(BIN)/python -m tests.bench.plan
+
+bench-gpu: $(READY) ## On a GPU: seconds, memory and kernels of each training, 8 minutes a call (docs/measured)
+	$(BIN)/python -m tests.bench.gpu
+
+bench-evaluation: $(READY) ## Evaluation: FID against clean-fid, memory at 1,024 pixels, two processes: an hour (needs npm)
+	$(BIN)/python -m tests.bench.evaluation
 
 clean: ## Remove what runs have made; the environment stays
 	rm -rf runs local_outputs .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """The command line: `dmd2 [--log-format json] VERB [RECIPE] --flags`. One verb per stage; its flags are the stage's parameters.
 
 Exit status: 0 for success, 64 for a wrong input, 74 for the disk or the bucket, 75 stopped by SIGTERM or SIGHUP after
-saving, or a worker was lost, 76 for a diverged training, 130 for Ctrl-C.
+saving, 76 for a diverged training, 79 if another process of the run was lost, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ VERBS = {
     "resolve": "diffusers pipeline, checkpoint or pickle -> teacher",
     "teach": "shards -> teacher (small, for demos and tests)",
     "pairs": "teacher -> pairs of noise and sample, for a regression warm-up",
+    "mirror": "feature networks, decoders and teacher of a recipe -> a folder or bucket of your own",
     "plan": "recipe + hardware -> predicted memory, time and cost",
     "distill": "shards or latents + teacher -> run",
     "adopt": "student distilled elsewhere -> run",
@@ -32,9 +33,21 @@ VERBS = {
     "evaluate": "shards + teacher + run -> evaluation",
     "gate": "evaluation -> accepted or rejected",
     "package": "accepted run + evaluation + gate -> package",
+    "verify": "package -> whether it is what its manifest and provenance say",
     "publish": "package -> folder of published models",
+    "alias": "published model -> a name that moves, such as latest, and remembers",
+    "serve": "packages -> a page and an HTTP API that draw with them",
     "report": "shards, teacher, run, evaluation, gate -> report.html",
 }
+
+POSITIONAL = {
+    "sample": "package",
+    "verify": "package",
+    "publish": "package",
+    "alias": "name",
+    "serve": "packages",
+}
+"""Verb -> the flag that its words before the first flag belong to: `dmd2 verify FOLDER` is `dmd2 verify --package FOLDER`."""
 
 
 def main() -> None:
@@ -75,6 +88,8 @@ def run(arguments: Sequence[str]) -> None:
             raise Refused(f"{program} needs a recipe as its first word: {', '.join(recipes.RECIPES)}")
         config = recipes.get(rest[0])
         program, rest = f"{program} {rest[0]}", rest[1:]
+    if verb in POSITIONAL and rest and not rest[0].startswith("-"):
+        rest = [f"--{POSITIONAL[verb]}", *rest]
     result = stage(**recipes.parse(_arguments(stage, config), rest, program))
     said = f"{verb}: {_facts_line(result.facts)}" if hasattr(result, "facts") else str(result)
     print(log.printable(said))

@@ -7,6 +7,7 @@ imports no torch.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
@@ -36,7 +37,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A part of the Config: frozen, without unknown fields, and each field with its help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -629,6 +630,8 @@ class DistillConfig(Section):
 class EvaluateConfig(Section):
     """The scores of a student, and what they are compared with."""
 
+    protocol: str = "folder"
+    """What the other values are compared with on the card of a result: a row of the table in `evaluation/protocols.py`."""
     metrics: tuple[str, ...] = ("fid",)
     """Metrics that are computed: names of rows of the table in `evaluation/metrics.py`."""
     features: Literal["classifier", "efficientnet", "inception"] = "inception"
@@ -639,8 +642,15 @@ class EvaluateConfig(Section):
     clip: str = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
     """The CLIP of the metric `clip`: a folder of transformers, local or gs://, or a name on the hub, `@revision` to pin it. The default
     is the one of DMD2's paper."""
+    dinov2: str = "facebook/dinov2-large"
+    """The DINOv2 of the metric `dinov2_fd`, named like `clip`."""
     images: PositiveInt = 50_000
     """Number of generated images per score."""
+    prompts: Literal["reference", "balanced"] = "reference"
+    """What is sampled. `reference`: the classes or captions of the reference images. `balanced`: all classes, equally often."""
+    resize: NonNegativeInt = 0
+    """Height and width to which images are cut at their centre and reduced (Lanczos) before the feature network, which has its own size;
+    0 = they are not."""
     batch: PositiveInt = 128
     """Number of images that share a seed; a network call takes at most 64 of them."""
     teacher_steps: Annotated[int, Field(ge=2)] = 18
@@ -650,6 +660,9 @@ class EvaluateConfig(Section):
     """Scale of the teacher's classifier-free guidance, which doubles the network calls of a step; 1 = none."""
     seed: NonNegativeInt = 10
     """Seed of the noise, the same for student and teacher."""
+    baselines: tuple[str, ...] = ()
+    """Further models that are scored, as NAME=SOURCE:STEPS or NAME=SOURCE:STEPS:GUIDANCE: pipelines of diffusers (LCM, Lightning,
+    Turbo) by folder, local or gs://, or by name on the hub, and folders of runs (also of adopted ones), packages and teachers."""
 
 
 class PairsConfig(Section):
@@ -668,13 +681,22 @@ class PairsConfig(Section):
 
 
 class GateConfig(Section):
-    """The score that a student must reach to be packaged."""
+    """The scores that a student must reach to be packaged. A condition is met or violated if it is so over the whole interval of 95 %;
+    otherwise there is not enough evidence, and the student is neither accepted nor rejected."""
 
     factor: PositiveFloat = 1.25
     """Largest accepted score of the student as a multiple of the teacher's: student <= factor * teacher if smaller scores are better,
     student >= teacher / factor if larger ones are."""
     metric: str = "fid"
-    """The metric that is compared; one of `evaluate.metrics`."""
+    """The metric that `factor` and `regression` are about; one of `evaluate.metrics`."""
+    regression: NonNegativeFloat = 1.1
+    """The same as `factor`, as a multiple of the score of the last accepted student of the same teacher, if there is one; 0 = it is not
+    compared."""
+    rules: tuple[str, ...] = ()
+    """Further conditions: METRIC<=NUMBER or METRIC>=NUMBER, where *teacher or *previous after the number makes it a multiple of the
+    teacher's or of the last accepted student's score, as in `clip>=0.3` and `kid<=1.5*teacher`."""
+    teacher: tuple[str, ...] = ("fid<=300",)
+    """Bounds of the scores of the teacher itself, of those metrics that are computed: no student of a teacher beyond them is accepted."""
 
 
 class Config(Section):
@@ -703,10 +725,12 @@ class Config(Section):
                 f"distill.student_timesteps has {top}, beyond the {self.family.num_timesteps} timesteps of the family"
             )
         self.family.check(self.distill)
-        if self.gate.metric not in self.evaluate.metrics:
-            raise ValueError(
-                f"gate.metric is {self.gate.metric!r}, which is not among evaluate.metrics {self.evaluate.metrics}; add it to them"
-            )
+        rules = [("rules", re.split("[<>=]", rule)[0].strip()) for rule in self.gate.rules]
+        for name, metric in [("metric", self.gate.metric), *rules]:
+            if metric not in self.evaluate.metrics:
+                raise ValueError(
+                    f"gate.{name} is {metric!r}, which is not among evaluate.metrics {self.evaluate.metrics}; add it to them"
+                )
         if self.engine.micro_batch > self.distill.batch:
             raise ValueError(
                 f"engine.micro_batch {self.engine.micro_batch} is larger than distill.batch {self.distill.batch}; lower it"

@@ -20,7 +20,9 @@ from dmd2 import log
 logger = logging.getLogger(__name__)
 
 EXIT_RESTARTABLE = 75
-"""Exit status of a process that has saved its work and only needs to be started again."""
+"""Exit status of a process that was told to stop, and has saved its work."""
+EXIT_RANK_LOST = 79
+"""Exit status of a process that lost another one: the cause is that of the other, and this status says nothing about it."""
 
 
 class Refused(Exception):

@@ -136,6 +136,10 @@ class Proxy:
                     return rule.fault
         return None
 
+    def allows(self, request: str, body: bytes) -> bool:
+        """Whether the client has the right to make the request."""
+        return True
+
 
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
@@ -172,12 +176,15 @@ class Handler(BaseHTTPRequestHandler):
         self.behind.close()
 
     def forward(self) -> None:
-        fault = self.proxy.choose(f"{self.command} {unquote(self.path)}")
+        request = f"{self.command} {unquote(self.path)}"
+        fault = self.proxy.choose(request)
         if fault == "drop":
             return self._hang_up()
         body = self._body()
         if fault in ("403", "503"):
             return self._answer(int(fault), HTTPMessage(), b"no")
+        if not self.proxy.allows(request, body):
+            return self._answer(403, HTTPMessage(), b"no such right")
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "transfer-encoding")}
         headers["Content-Length"] = str(len(body))
         if fault == "flip" and self.command in ("POST", "PUT"):

@@ -25,7 +25,7 @@ from dmd2.training.terms import DistributionMatching
 from dmd2.training.trainer import DMD2Trainer
 from tests.bucket import bucket, object_store, proxy  # noqa: F401 - fixtures
 from tests.durations import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401 - hooks
-from tests.tiny_sdxl import pipeline, squares  # noqa: F401 - fixtures
+from tests.tiny_sdxl import pipeline, squares, stable15  # noqa: F401 - fixtures
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread only waits
 

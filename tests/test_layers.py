@@ -9,13 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dmd2"
 LAYERS = [
-    {"config", "errors", "progress", "log", "image_grid"},
+    {"config", "errors", "progress", "log", "image_grid", "processors"},
     {"io", "batch", "rng", "diffusion"},
     {"denoiser", "parallel"},
     {"encoders", "data", "models", "sampler"},
     {"evaluation"},
     {"training"},
-    {"plan", "model", "model_card", "report"},
+    {"plan", "model", "model_card", "provenance", "report"},
     {"recipes", "stages", "cli", "serve", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

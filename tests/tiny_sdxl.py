@@ -45,6 +45,45 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def stable15(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Stable Diffusion 1.5 with random weights, and the VAE of the tiny SDXL: latents of 4x16x16."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from dmd2.models.stable import SCHEDULER, published_pipeline
+    from tests.emoji import teacher as emoji
+
+    torch.manual_seed(0)
+    words = emoji.tokenizer(("a red square", "a blue square"), pad="<|endoftext|>")
+    cross = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        down_block_types=(cross[0], cross[0], "DownBlock2D"),
+        up_block_types=("UpBlock2D", cross[1], cross[1]),
+        attention_head_dim=2,
+        cross_attention_dim=64,
+        norm_num_groups=8,
+    )
+    make: Any = StableDiffusionPipeline
+    whole = make(
+        AutoencoderKL.from_pretrained(pipeline / "vae"),
+        CLIPTextModel(emoji.text_config(words, 64)),
+        words,
+        unet,
+        PNDMScheduler.from_config(json.loads((published_pipeline("sd15") / SCHEDULER).read_text())),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("stable15")
+    whole.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 captioned pictures of 32 pixels: squares in three colours."""
     folder, rng, lines = tmp_path_factory.mktemp("squares"), np.random.default_rng(0), []
