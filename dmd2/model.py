@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,8 @@ from dmd2.io.json_file import read_json
 from dmd2.io.storage import local_path
 from dmd2.io.tensors import num_not_finite
 from dmd2.models.family import ModelFamily, Prompt, make_family
-from dmd2.sampler import Timesteps, generate
+from dmd2.sampler import Timesteps, generate, usual_batch
 from dmd2.training.phase_timer import PhaseTimer
-
-ELEMENTS = 2**20
-"""Numbers in the samples of a network call by default (16 SDXL latents); at most 64 samples."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ class Model:
     @property
     def usual_batch(self) -> int:
         """Images of a network call, where no number is given."""
-        return max(1, min(64, ELEMENTS // math.prod(self.family.shape)))
+        return usual_batch(self.family.shape)
 
     def _start_phase(self, phase: str) -> None:
         if self.timer:

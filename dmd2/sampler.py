@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 
@@ -16,6 +17,14 @@ Timesteps = tuple[int, ...]
 
 Noise = Callable[[Tensor], Tensor]
 """A tensor -> new Gaussian noise of its shape."""
+
+ELEMENTS = 2**20
+"""Numbers in the samples of a network call by default (16 SDXL latents); at most 64 samples."""
+
+
+def usual_batch(shape: tuple[int, ...]) -> int:
+    """Samples (C, H, W) of a network call, where no number is given."""
+    return max(1, min(64, ELEMENTS // math.prod(shape)))
 
 
 def student_inputs(

@@ -28,10 +28,11 @@ from dmd2.models.adm import Adm
 from dmd2.models.convert.edm_pickle import read_edm_critic, read_edm_pickle, read_edm_student
 from dmd2.models.family import AdoptedWeights, ForeignTeacher, Prompt, check_same_family
 from dmd2.models.heads import ConvHead
+from dmd2.models.one_file import one_file
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps, heun
 
-WEIGHTS = "network.safetensors"
+WEIGHTS, LOADER = "network.safetensors", "edm_student.py"
 
 
 class Edm:
@@ -153,11 +154,35 @@ class Edm:
         return load_tensors(folder / WEIGHTS)
 
     def write_forms(self, folder: Path, timesteps: Timesteps, single_file: str) -> dict[str, str]:
-        return {}
+        (folder / LOADER).write_text(one_file("dmd2.models.edm_student"))
+        return {
+            LOADER: "Python with torch and safetensors alone: samples the student, as above; copy it where you need it"
+        }
 
     def usage(self, timesteps: Timesteps) -> str:
         labels = ", ".join(str(label) for label in range(min(3, self.config.classes)))
-        return f"""```python
+        drawn = f"images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)"
+        if self.config.vae_stride:
+            kind = type(self.vae.network).__name__
+            drawn = f"""latents = student.samples([{labels}], seed=0)
+
+from diffusers import {kind}  # for the decoder
+vae = {kind}.from_pretrained("path/of/this/folder/vae")
+latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+images = (vae.decode(latents).sample.detach() * 127.5 + 128).clamp(0, 255).byte()  # (N, C, H, W)"""
+        return f"""With torch and safetensors alone:
+
+```python
+import sys
+sys.path.append("path/of/this/folder")
+from {Path(LOADER).stem} import load
+student = load("path/of/this/folder")
+{drawn}
+```
+
+With the library it was made with, which draws the same:
+
+```python
 from dmd2.model import load
 student = load("path/of/this/folder")
 images = student.sample([{labels}], seed=0)  # uint8 (N, C, H, W)

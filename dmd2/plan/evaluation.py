@@ -16,10 +16,10 @@ from dmd2.config import Config
 from dmd2.evaluation import metrics
 from dmd2.evaluation.baselines import parse_baselines
 from dmd2.evaluation.scores import sets_to_sample
-from dmd2.model import ELEMENTS
 from dmd2.models.family import ModelFamily
 from dmd2.plan.hardware import LIKELY, TERA, Gpu
 from dmd2.plan.passes import PassCost
+from dmd2.sampler import ELEMENTS
 
 MEASURE_TFLOP = {"features": 0.0114, "classes": 0.0114, "clip": 0.53}
 """{measurement: TFLOP for an image}: Inception-v3 at 299 pixels; ViT-g/14 at 224."""

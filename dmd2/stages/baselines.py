@@ -22,9 +22,9 @@ from dmd2.evaluation.scores import ImageSet
 from dmd2.io.artifact import MANIFEST, Manifest, read_manifest
 from dmd2.io.hub import HUB_NAME
 from dmd2.io.storage import exists, join_uri
-from dmd2.model import ELEMENTS
 from dmd2.models.family import Prompt
 from dmd2.models.pipeline import find_pipeline
+from dmd2.sampler import ELEMENTS
 from dmd2.stages.image_sets import Network, SampledSet, precision
 from dmd2.stages.pictures import Sampler
 

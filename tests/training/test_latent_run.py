@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def test_a_student_of_latents_is_judged_and_packaged_with_its_vae(config: Config
     images = load(made / "package").sample([0, 1, 2], seed=3)
     assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.uint8)
     assert (made / "package" / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+    code = re.search(r"```python\n(.*?)```", (made / "package" / "README.md").read_text(), re.DOTALL)
+    assert code
+    exec(code[1].replace("path/of/this/folder", str(made / "package")), names := dict[str, Any]())
+    assert torch.equal(names["images"], load(made / "package").sample([0, 1, 2], seed=0))
 
 
 def test_on_a_bucket_everything_is_the_same(
