@@ -18,6 +18,7 @@ from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import ArtifactFile, Manifest
 from dmd2.io.local import content_digest
+from dmd2.signature import SIGNATURE
 
 PROVENANCE = "provenance.json"
 """Name of the statement in a package."""
@@ -105,7 +106,7 @@ def digest_of_teacher(statement: Statement) -> str:
 
 def check_statement(package: str, manifest: Manifest, found: Statement) -> None:
     """Refuse a package whose manifest says another thing than its statement, or whose chain of digests has a gap."""
-    files = [file for file in manifest.files if file.path != PROVENANCE]
+    files = [file for file in manifest.files if file.path not in (PROVENANCE, SIGNATURE)]
     try:
         dependencies = found["predicate"]["buildDefinition"]["resolvedDependencies"]
         chain = {each["name"]: each for each in dependencies}

@@ -44,6 +44,7 @@ HEAVY = PodResources(("8", "96"), ("32Gi", "512Gi"), f"{TRAINING_DISK_GB}G", "64
 def pod(task: dsl.PipelineTask, resources: PodResources, retries: int = 0) -> dsl.PipelineTask:
     """Run the task in a pod without root, with /tmp as its only writable folder. Retries are for stages that continue."""
     task.set_caching_options(False)
+    task.set_env_variable("DMD2_IMAGE", task.container_spec.image)  # for the provenance of what it makes
     if retries:
         task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
     task.set_cpu_request(resources.cpu[0]).set_cpu_limit(resources.cpu[1])

@@ -177,6 +177,7 @@ class TrainJob:
                 "trainer": {
                     "image": self.pod.image, "numNodes": size.nodes, "numProcPerNode": size.processes,
                     "command": ["python", "-m", "components.distill.node", str(size.gpus), *training.arguments],
+                    "env": [{"name": "DMD2_IMAGE", "value": self.pod.image}],
                 },
                 "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": patch}}],
             },

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ RESUMABLE_FILES = (
     "curve/*",
 )  # fmt: skip
 """A draft is kept after a failure if it has one of these."""
+
+IMAGE = "DMD2_IMAGE"
+"""Variable of the environment with the reference of the image that this process runs in, which the pipeline sets. It counts in pods only:
+kfp's local runner sets it too, and runs no image."""
 
 
 @dataclass
@@ -220,7 +225,10 @@ class Stopwatch:
 
 
 def package_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("dmd2", "torch", "numpy", "pillow", "clean-fid", "webdataset")}
+    """Versions of the packages that decide results, and in a container of a pipeline the reference of its image."""
+    names = ("dmd2", "torch", "numpy", "pillow", "clean-fid", "webdataset")
+    image = os.environ.get(IMAGE) if "KUBERNETES_SERVICE_HOST" in os.environ else None
+    return {name: version(name) for name in names} | ({"image": image} if image else {})
 
 
 def _list_files(draft: Draft) -> list[ArtifactFile]:

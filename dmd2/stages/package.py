@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from datetime import UTC, datetime
 from typing import Literal
@@ -12,6 +13,7 @@ from dmd2.evaluation.scores import read_scores, student_facts
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.local import write_text
 from dmd2.io.staging import draft_artifact, package_versions
+from dmd2.signature import SIGNATURE, key_id, read_private_key, sign
 
 SingleFile = Literal["float16", "bfloat16", "float32", "none"]
 
@@ -25,6 +27,7 @@ def package(
     single_file: SingleFile = "float16",
     teacher: str = "",
     low_rank: int = 0,
+    key: str = "",
 ) -> Manifest:
     """Make a package of an accepted student: weights, model card and sample pictures. Then load it and compare its samples.
 
@@ -36,6 +39,8 @@ def package(
         single_file: For sd15 and sdxl: precision of all networks in one file for ComfyUI, A1111 and Forge; none = no such file.
         teacher: Folder of the run's teacher; only needed with `low_rank`.
         low_rank: Rank of a low-rank update of the teacher that is extracted from a student whose whole network was trained; 0 = none.
+        key: PEM file with the private key (Ed25519) that signs where the package comes from; by default the file that the environment
+            variable DMD2_SIGNING_KEY names. Without either it is not signed.
     """
     options: dict[str, str | int] = {"single_file": single_file, "low_rank": low_rank}
     made, evaluated, decided = (
@@ -52,6 +57,8 @@ def package(
             f"{gate} did not accept this run ({decided.facts['decision']}: {decided.facts['reason']}); nothing is packaged"
         )
     inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
+    signer = read_private_key(path) if (path := key or os.environ.get("DMD2_SIGNING_KEY", "")) else None
+    signed_by = key_id(signer.public_key()) if signer else ""
     if done := find_finished(out, "package", made.config, inputs):
         for name, value in options.items():
             if (was := done.facts.get(name, value)) != value:
@@ -59,6 +66,11 @@ def package(
                 raise Refused(
                     f"{out} was made with --{flag} {was}, not {value}; choose another --out or remove it"
                 )
+        if signer and (was := done.facts.get("signed_by")) != signed_by:
+            raise Refused(
+                f"{out} is {f'signed with the key {was[:16]}' if was else 'not signed'}, and should be with {signed_by[:16]}; choose "
+                "another --out or remove it"
+            )
         return done
     if low_rank:
         _check_extraction(made, teacher, low_rank)
@@ -68,6 +80,7 @@ def package(
     from dmd2.model import load_network, save_network
     from dmd2.model_card import forms_table, model_card
     from dmd2.provenance import PROVENANCE, dependencies_of, make_statement
+    from dmd2.sbom import SBOM, bill_of_materials
     from dmd2.stages.networks import load_artifact_model, save_extraction
     from dmd2.stages.pictures import save_png
     from dmd2.stages.prompts import grid_columns
@@ -91,7 +104,8 @@ def package(
         save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
         if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
             raise Refused("the package, loaded again, does not give the samples of the run; it was discarded")
-        draft.facts |= options
+        write_text(draft.path / SBOM, json.dumps(bill_of_materials(), indent=1))
+        draft.facts |= options | ({"signed_by": signed_by} if signer else {})
         draft.facts["recipe"] = made.config.recipe if made.config else ""
         draft.facts["made"] = datetime.now(UTC).isoformat()
         draft.facts["scored"] = student_facts(evaluated.facts, evaluated.inputs)
@@ -104,7 +118,9 @@ def package(
             package_versions(),
             dependencies_of(made, evaluated, decided),
         )
-        write_text(draft.path / PROVENANCE, json.dumps(statement, indent=1))
+        write_text(draft.path / PROVENANCE, text := json.dumps(statement, indent=1))
+        if signer:
+            write_text(draft.path / SIGNATURE, sign(text.encode(), signer))
     return read_manifest(out, "package")
 
 

@@ -246,6 +246,11 @@ def test_no_pod_is_root_or_without_limits_and_all_have_a_place_to_write(
         assert wanted <= container["resources"].keys()
 
 
+def test_every_step_knows_its_image(documents: list[dict[str, Any]]) -> None:
+    for container, _ in executors(documents).values():
+        assert {"name": "DMD2_IMAGE", "value": container["image"]} in container["env"]
+
+
 def test_stages_with_a_network_get_gpus_from_the_pool_and_shared_memory(
     documents: list[dict[str, Any]],
 ) -> None:

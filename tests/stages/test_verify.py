@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dmd2 import stages
+from dmd2.config import Config
 from dmd2.io.artifact import MANIFEST, Manifest, read_manifest, sealed_text
 from dmd2.io.local import sha256
 from dmd2.provenance import PROVENANCE
+from dmd2.sbom import SBOM
 from tests.bucket import flip_bit
 
 
@@ -72,6 +75,28 @@ def test_the_statement_has_the_form_of_in_toto_and_slsa_and_names_everything(
     assert len(named["code"]["digest"]["sha256"]) == 64
     scores = read_manifest(made / "evaluation", "evaluation").facts["scores"]
     assert named["evaluation"]["annotations"]["scores"] == json.loads(json.dumps(scores))
+
+
+def test_the_bill_of_materials_lists_what_is_installed(original: Path) -> None:
+    bill = json.loads((original / SBOM).read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    parts = {part["purl"]: part["version"] for part in bill["components"] if part["type"] == "library"}
+    for name in ("torch", "safetensors", "clean-fid", "pillow"):
+        assert parts[f"pkg:pypi/{name}@{version(name).replace('+', '%2B')}"] == version(name)
+    assert len(parts) > 50
+    assert bill["metadata"]["component"]["name"] == "dmd2"
+
+
+def test_the_image_of_a_step_is_among_its_versions(
+    micro: Config, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = "registry.example/dmd2@sha256:" + 64 * "5"
+    monkeypatch.setenv("DMD2_IMAGE", image)
+    decided = stages.gate(micro, str(made / "evaluation"), str(tmp_path / "local"))
+    assert "image" not in decided.versions, "kfp's local runner sets the variable too"
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    stages.gate(micro, str(made / "evaluation"), str(tmp_path / "gate"))
+    assert read_manifest(tmp_path / "gate", "gate").versions["image"] == image
 
 
 def test_the_same_run_gives_the_same_package(original: Path, made: Path, tmp_path: Path) -> None:
