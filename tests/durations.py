@@ -28,7 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest are forks of the warm server, which saves each 9 s of imports."""
     warm.announce()
+    if set(workers := getattr(config.option, "tx", ())) == {"popen"}:
+        config.option.tx = [f"popen//python={warm.python()}"] * len(workers)
     if config.getoption("--record-durations"):
         config.pluginmanager.register(Recorder())
 

@@ -25,7 +25,7 @@ from tests.tiny_sdxl import SMALL
 TWO_STEPS = "distill.student_timesteps=999,499"
 TURNS = "distill.critic_updates=2"
 CASES = {
-    "edm": ("edm-digits", (*MICRO, TURNS, "distill.student.ema=0.9"), 5),
+    "edm": ("edm-digits", (*MICRO, TURNS, "distill.student.ema=0.9"), 3),
     "parts": ("edm-digits", (*MICRO, TURNS, "engine.micro_batch=1"), 3),
     "fast": (
         "edm-digits",

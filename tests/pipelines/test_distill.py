@@ -317,7 +317,10 @@ def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(
 ) -> None:
     """As a terminal does it: SIGINT to every process of the group, at some step of the distillation."""
     root = tmp_path / "root"
-    overrides = " ".join((*MICRO, "gate.factor=1e9", "distill.steps=200", "distill.save_every=200"))
+    settings = (*MICRO, "gate.factor=1e9", "distill.steps=200", "distill.save_every=200")
+    config, overrides = recipes.resolve("edm-digits", settings), " ".join(settings)
+    stages.shard(config, str(pictures), str(root / "shards"))  # so that fewer processes are started
+    stages.teach(config, str(root / "shards"), str(root / "teacher"))
     command = [sys.executable, "-m", "pipelines", "run-local", "--root", str(root), "--source", str(pictures)]
     command += ["--overrides", overrides]
     process = subprocess.Popen(
