@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from components.prepare_run.cost import ACCELERATOR, gpu_kind
@@ -20,13 +20,11 @@ if TYPE_CHECKING:
 WEIGHT_BYTES = 4
 """Bytes of a weight in a teacher or student folder."""
 
-logger = logging.getLogger(__name__)
-
 
 def plan_page(given: RunParameters, root: str) -> str:
     """The page, as Markdown; raises Refused if a training does not fit or all together exceed the budget.
 
-    It takes a minute of a processor for SDXL: everything cheaper is checked before.
+    It takes a quarter of a minute of a processor for SDXL, so a run is refused as soon as enough of it is counted.
 
     Args:
         root: Folder of the run, where the pages about its trainings will be.
@@ -39,13 +37,20 @@ def plan_page(given: RunParameters, root: str) -> str:
         if given.budget:
             raise Refused(f"budget is {given.budget:g} GPU-hours, and {missing}; leave the budget out")
         return "\n".join([*head, f"There is no plan: {missing}."])
-    plans = [_plan(given, training) for training in given.trainings]
-    page = "\n".join([*head, _table(plans), "", *_notes(given, plans)])
-    logger.info(page)  # the page of a step that is refused is not kept
-    for made in plans:
-        _check_fits(made)
-    _check_budget(given, plans)
-    return page
+    plans: list[Plan] = []
+    for training in given.trainings:
+        plans.append(_plan(given, training, lambda plan: check_plans(given, [*plans, plan])))
+    return "\n".join([*head, _table(plans), "", *_notes(given, plans)])
+
+
+def check_plans(given: RunParameters, plans: list[Plan]) -> None:
+    """Raise Refused if the last training does not fit, or all together exceed the budget."""
+    _check_fits(plans[-1])
+    if given.budget and (total := sum(made.gpu_hours for made in plans)) > given.budget:
+        raise Refused(
+            f"the trainings take at least {total:.1f} GPU-hours by their plan, more than the budget of {given.budget:g}; raise it, or override "
+            "the steps of the trainings"
+        )
 
 
 def _why_no_plan(given: RunParameters) -> str:
@@ -56,10 +61,10 @@ def _why_no_plan(given: RunParameters) -> str:
     return "" if kind in GPUS else f"the plan does not know the GPU {kind}"
 
 
-def _plan(given: RunParameters, training: Training) -> Plan:
+def _plan(given: RunParameters, training: Training, check: Callable[[Plan], None]) -> Plan:
     from dmd2.plan import predict
 
-    return predict(training.config, gpu_kind(given), given.chosen_gpus, given.nodes, given.price)
+    return predict(training.config, gpu_kind(given), given.chosen_gpus, given.nodes, given.price, check=check)
 
 
 def _table(plans: list[Plan]) -> str:
@@ -109,26 +114,17 @@ def _notes(given: RunParameters, plans: list[Plan]) -> list[str]:
 def _check_fits(made: Plan) -> None:
     config = made.config
     if not made.fits:
-        fewer = made.largest_micro_batch
         advice = (
-            f"override engine.micro_batch={fewer}"
-            if fewer
+            f"override engine.micro_batch with fewer than {made.rows} images, engine.activation_checkpointing=full"
+            if made.rows > 1
             else "override engine.activation_checkpointing=full"
         )
         raise Refused(
-            f"{config.recipe} takes {made.memory_gb:.1f} GB of a GPU by its plan, and a {made.gpu_name} has {USABLE * made.gpu.gb:.1f} for it; "
-            f"{advice}, or take more or larger GPUs"
+            f"{config.recipe} takes at least {made.memory_gb:.1f} GB of a GPU by its plan, and a {made.gpu_name} has "
+            f"{USABLE * made.gpu.gb:.1f} for it; {advice}, or take more or larger GPUs; `dmd2 plan` shows what fits"
         )
     if (needed := disk_gb(config, made.checkpoint, made.weights)) > TRAINING_DISK_GB:
         raise Refused(
             f"{config.recipe} takes {needed:.0f} GB of disk in its pod by its plan, which has {TRAINING_DISK_GB}; override "
             "distill.keep_checkpoints or loader.cache_gb"
-        )
-
-
-def _check_budget(given: RunParameters, plans: list[Plan]) -> None:
-    if given.budget and (total := sum(made.gpu_hours for made in plans)) > given.budget:
-        raise Refused(
-            f"the trainings take {total:.1f} GPU-hours by their plan, more than the budget of {given.budget:g}; raise it, or override the "
-            "steps of the trainings"
         )

@@ -17,7 +17,7 @@ from dmd2.plan.hardware import GPUS
 
 if TYPE_CHECKING:
     from dmd2.models.family import ModelFamily
-    from dmd2.plan.prediction import Plan
+    from dmd2.plan.prediction import Check, Plan
 
 
 def plan(
@@ -50,8 +50,13 @@ def predict(
     price: float = 0.0,
     teacher: str = "",
     compared: Sequence[str] = (),
+    check: Check = lambda plan: None,
 ) -> Plan:
-    """The same as `plan`, without showing it, and with the alternatives of these ways of activation checkpointing only."""
+    """The same as `plan`, without showing it, and with the alternatives of these ways of activation checkpointing only.
+
+    Args:
+        check: Called with what is known of the plan, before and after each pass is counted; see `prediction.make_plan`.
+    """
     from dmd2.plan.prediction import make_plan
     from dmd2.plan.traffic import mesh_shape
 
@@ -60,7 +65,7 @@ def predict(
     if price < 0:
         raise Refused(f"price is {price:g}; give what a GPU costs for an hour, or leave it out")
     mesh = mesh_shape(config, nodes, gpus_per_node)
-    return make_plan(config, _family(config, teacher), gpu, mesh, price, compared)
+    return make_plan(config, _family(config, teacher), gpu, mesh, price, compared, check)
 
 
 def _family(config: Config, teacher: str) -> ModelFamily:

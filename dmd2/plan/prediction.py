@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dmd2.config import Config
@@ -13,10 +13,13 @@ from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, HIGH, LIKELY, LOW, TERA, USA
 from dmd2.plan.passes import (
     ROLLOUT,
     FakeTrainer,
+    PassCost,
+    PassCosts,
     activation_checkpointing,
     fake_trainer,
     mean_calls,
     measure_passes,
+    pass_names,
 )
 from dmd2.plan.published_scheme import PublishedScheme, compare_with_published
 from dmd2.plan.step_costs import (
@@ -68,8 +71,8 @@ class Plan:
     """Whether every GPU keeps the gathered networks."""
     rows: int
     """Rows of a micro-batch on a GPU."""
-    largest_micro_batch: int
-    """The most rows at a time that fit, up to a GPU's rows of the batch; 0 if none fit."""
+    largest_micro_batch: int | None
+    """The most rows at a time that fit, up to a GPU's rows of the batch; 0 if none fit; None if it was not looked for."""
     traffic: Traffic
     seconds: dict[str, float]
     """Predicted, of an average step, by activity."""
@@ -147,8 +150,8 @@ class Plan:
 
 CHECKPOINTING = ("none", "selective", "full")
 """The values of engine.activation_checkpointing."""
-ROWS = (1, 2)
-"""Numbers of rows at which passes are measured: their activations are on the line through both."""
+Check = Callable[[Plan], None]
+"""Raises Refused for a plan that shall not be run."""
 
 
 def make_plan(
@@ -158,58 +161,98 @@ def make_plan(
     mesh: MeshShape,
     price: float = 0.0,
     compared: Sequence[str] = CHECKPOINTING,
+    check: Check = lambda plan: None,
 ) -> Plan:
     """Count and predict.
 
     Args:
-        compared: Ways of activation checkpointing that the alternatives have; each takes as long to count as the recipe's own.
+        compared: Ways of activation checkpointing that the alternatives have; each takes as long to count as the recipe's own. Without
+            any, the largest micro-batch is not looked for either.
+        check: Called before the first pass is counted and after each, with the plan of a training whose other passes take nothing:
+            what that plan exceeds, the whole one exceeds too.
     """
-    gpu, fake, sizes = GPUS[gpu_name], fake_trainer(config, fam), build.sizes(config, fam)
-    weights = _weights(fake)
-    measured = measure_all(fake, compared)
-    share = config.distill.batch // mesh.gpus
-    rows = min(config.engine.micro_batch or share, share)
+    planner = _Planner(config, fam, gpu_name, mesh, price)
+    fake, own, rows = planner.fake, config.engine.activation_checkpointing, planner.rows
+    check(planner.plan({}))
+    with activation_checkpointing(fake, own):
+        costs = measure_passes(fake, rows, counted=lambda costs: check(planner.plan(costs)))
+        others = measure_passes(fake, 1 if rows > 1 else 2) if compared else None
+    made = planner.plan(costs)
+    if others is None:
+        return made
+    measured: dict[str, PassCosts] = {own: costs}
+    for how in compared:
+        if how not in measured:
+            with activation_checkpointing(fake, how):
+                measured[how] = measure_passes(fake, rows, costs)
+    return replace(
+        made,
+        largest_micro_batch=planner.largest_micro_batch(MeasuredCosts(costs, others)),
+        alternatives=tuple(
+            planner.alternative(mesh, resident, how, measured[how])
+            for mesh, resident, how in _alternatives(mesh, compared)
+        ),
+        published=compare_with_published(fake, measured["none"]) if config.recipe == "sdxl-4step" else None,
+    )
 
-    def costs(
-        mesh: MeshShape, resident: bool, of: MeasuredCosts, assumed: Assumption = LIKELY
+
+class _Planner:
+    """From costs of passes to a plan. A pass without costs takes nothing."""
+
+    def __init__(
+        self, config: Config, fam: ModelFamily, gpu_name: str, mesh: MeshShape, price: float
+    ) -> None:
+        self.config, self.fam, self.gpu_name, self.mesh, self.price = config, fam, gpu_name, mesh, price
+        self.gpu, self.fake, self.sizes = GPUS[gpu_name], fake_trainer(config, fam), build.sizes(config, fam)
+        self.weights, self.calls = _weights(self.fake), mean_calls(self.fake)
+        self.resident = _is_resident(config, self.sizes, mesh, self.gpu)
+        share = config.distill.batch // mesh.gpus
+        self.rows = min(config.engine.micro_batch or share, share)
+
+    def plan(self, costs: PassCosts) -> Plan:
+        costs = dict.fromkeys(pass_names(self.fake), PassCost(self.rows, 0)) | costs
+        sent, spent = self._seconds(self.mesh, self.resident, costs)
+        low, high = (
+            sum(self._seconds(self.mesh, self.resident, costs, assumed)[1].values())
+            for assumed in (LOW, HIGH)
+        )
+        return Plan(
+            self.config,
+            self.gpu_name,
+            self.gpu,
+            self.mesh,
+            self.price,
+            self.weights,
+            flops(costs, self.calls, self.config.distill.batch),
+            self._memory(self.mesh, self.resident, costs),
+            self.resident,
+            self.rows,
+            None,
+            sent,
+            spent,
+            (low, high),
+            checkpoint_bytes(self.fake),
+            (),
+            None,
+            evaluation_seconds(self.config, self.fam, costs[ROLLOUT], self.gpu),
+        )
+
+    def alternative(self, mesh: MeshShape, resident: bool, how: str, costs: PassCosts) -> Alternative:
+        gb = memory.total_gb(self._memory(mesh, resident, costs))
+        spent = sum(self._seconds(mesh, resident, costs)[1].values())
+        return Alternative(mesh, resident, how, gb, spent, gb <= USABLE * self.gpu.gb)
+
+    def largest_micro_batch(self, measured: MeasuredCosts) -> int:
+        return largest_micro_batch(self.fake, self.sizes, self.mesh, self.resident, measured, self.gpu)
+
+    def _memory(self, mesh: MeshShape, resident: bool, costs: PassCosts) -> dict[str, float]:
+        return device_memory(self.fake, self.sizes, mesh, resident, MeasuredCosts(costs), self.rows)
+
+    def _seconds(
+        self, mesh: MeshShape, resident: bool, costs: PassCosts, assumed: Assumption = LIKELY
     ) -> tuple[Traffic, dict[str, float]]:
-        sent = traffic(fake, mesh, resident, of.costs, rows)
-        return sent, seconds(fake, mesh, gpu, of.costs, sent, assumed)
-
-    def alternative(mesh: MeshShape, resident: bool, how: str) -> Alternative:
-        of = measured[how]
-        gb = memory.total_gb(device_memory(fake, sizes, mesh, resident, of, rows))
-        spent = sum(costs(mesh, resident, of)[1].values())
-        return Alternative(mesh, resident, how, gb, spent, gb <= USABLE * gpu.gb)
-
-    chosen, resident = (
-        measured[config.engine.activation_checkpointing],
-        _is_resident(config, sizes, mesh, gpu),
-    )
-    sent, spent = costs(mesh, resident, chosen)
-    low, high = (sum(costs(mesh, resident, chosen, assumed)[1].values()) for assumed in (LOW, HIGH))
-    return Plan(
-        config,
-        gpu_name,
-        gpu,
-        mesh,
-        price,
-        weights,
-        flops(chosen.costs, mean_calls(fake), config.distill.batch),
-        device_memory(fake, sizes, mesh, resident, chosen, rows),
-        resident,
-        rows,
-        largest_micro_batch(fake, sizes, mesh, resident, chosen, gpu),
-        sent,
-        spent,
-        (low, high),
-        checkpoint_bytes(fake),
-        tuple(alternative(*one) for one in _alternatives(mesh, compared)),
-        compare_with_published(fake, measured["none"].costs)
-        if compared and config.recipe == "sdxl-4step"
-        else None,
-        evaluation_seconds(config, fam, chosen.costs[ROLLOUT], gpu),
-    )
+        sent = traffic(self.fake, mesh, resident, costs, self.rows)
+        return sent, seconds(self.fake, mesh, self.gpu, costs, sent, assumed)
 
 
 def _is_resident(config: Config, sizes: memory.Sizes, mesh: MeshShape, gpu: Gpu) -> bool:
@@ -226,19 +269,6 @@ def _alternatives(mesh: MeshShape, compared: Sequence[str]) -> Iterator[tuple[Me
         for resident in (True, False) if shards > 1 else (True,):
             for how in compared:
                 yield MeshShape(mesh.gpus, mesh.gpus_per_node, shards), resident, how
-
-
-def measure_all(fake: FakeTrainer, compared: Sequence[str]) -> dict[str, MeasuredCosts]:
-    """The costs of all passes by activation checkpointing; those of the recipe's own at two numbers of rows."""
-    own = fake.config.engine.activation_checkpointing
-    found: dict[str, MeasuredCosts] = {}
-    for how in (own, *(other for other in compared if other != own)):
-        with activation_checkpointing(fake, how):
-            costs = measure_passes(fake, ROWS[1], found[own].others if found else None)
-            found[how] = (
-                MeasuredCosts(costs) if found else MeasuredCosts(measure_passes(fake, ROWS[0]), costs)
-            )
-    return found
 
 
 def _weights(fake: FakeTrainer) -> dict[str, int]:

@@ -9,10 +9,11 @@ import pytest
 
 from components.prepare_run import plan_page
 from components.prepare_run.cost import ACCELERATOR
-from components.prepare_run.parameters import RunParameters
+from components.prepare_run.parameters import RunParameters, Training
 from components.prepare_run.plan_page import disk_gb
 from dmd2 import recipes
 from dmd2.errors import Refused
+from dmd2.plan import passes
 from dmd2.plan.prediction import Plan
 from pipelines.pods import HEAVY
 from tests.conftest import MICRO
@@ -27,7 +28,7 @@ GIVEN = RunParameters(
 @pytest.fixture(scope="module")
 def made() -> Plan:
     """The plan of a small training."""
-    return plan_page._plan(GIVEN, GIVEN.last)
+    return plan_page._plan(GIVEN, GIVEN.last, lambda plan: None)
 
 
 @pytest.fixture
@@ -35,7 +36,13 @@ def planned(made: Plan, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The page, with some of the figures of its plan replaced."""
 
     def call(given: RunParameters = GIVEN, **changes: object) -> str:
-        monkeypatch.setattr(plan_page, "_plan", lambda given, training: replace(made, **changes))  # type: ignore[arg-type]
+        changed = replace(made, **changes)  # type: ignore[arg-type]
+
+        def plan(given: RunParameters, training: Training, check: Callable[[Plan], None]) -> Plan:
+            check(changed)
+            return changed
+
+        monkeypatch.setattr(plan_page, "_plan", plan)
         return plan_page.plan_page(given, ROOT)
 
     return call
@@ -61,17 +68,64 @@ def test_a_run_that_takes_more_than_its_budget_is_refused(
     longer = {"seconds": {"computing": 3600.0}}
     assert "GPU-hours" in planned(replace(GIVEN, budget=81), **longer)
     said = refusal(lambda: planned(replace(GIVEN, budget=79), **longer))
-    assert "the trainings take 80.0 GPU-hours by their plan, more than the budget of 79" in said
+    assert "the trainings take at least 80.0 GPU-hours by their plan, more than the budget of 79" in said
 
 
 def test_a_training_that_does_not_fit_is_refused(planned: Callable[..., str], refusal: Refusal) -> None:
-    said = refusal(lambda: planned(memory={"activations": 90e9}, largest_micro_batch=3))
-    assert "takes 90.0 GB of a GPU" in said
-    assert "override engine.micro_batch=3" in said
-    assert "activation_checkpointing=full" in refusal(
-        lambda: planned(memory={"activations": 90e9}, largest_micro_batch=0)
+    said = refusal(lambda: planned(memory={"activations": 90e9}, rows=3))
+    assert "takes at least 90.0 GB of a GPU" in said
+    assert (
+        "override engine.micro_batch with fewer than 3 images, engine.activation_checkpointing=full" in said
+    )
+    assert "; override engine.activation_checkpointing=full, or take more" in refusal(
+        lambda: planned(memory={"activations": 90e9}, rows=1)
     )
     assert "takes 650 GB of disk" in refusal(lambda: planned(checkpoint=200 * 10**9))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each pass of a network that the plan has run."""
+    runs: list[int] = []
+    measure = passes._measure
+
+    def note(fake: passes.FakeTrainer, rows: int, forward: Callable[[], passes.Backward]) -> passes.PassCost:
+        runs.append(rows)
+        return measure(fake, rows, forward)
+
+    monkeypatch.setattr(passes, "_measure", note)
+    return runs
+
+
+def test_a_refusal_waits_for_no_more_passes_than_it_takes_to_know(
+    made: Plan, counted: list[int], refusal: Refusal
+) -> None:
+    longer = replace(GIVEN, overrides=f"{GIVEN.overrides} distill.steps=1000000000")
+    known: list[Plan] = []
+    plan_page._plan(longer, longer.last, known.append)
+    assert (
+        counted == [made.rows] * 6
+    )  # student without and with its graph; two losses of the student, two of the critic
+    for given, sentence, most in (
+        (replace(longer, overrides=f"{longer.overrides} loader.cache_gb=600"), "GB of disk", 0),
+        (replace(longer, budget=1), "more than the budget of 1;", 0),
+        (replace(longer, budget=0.99 * known[3].gpu_hours), "more than the budget of", 3),
+    ):
+        counted.clear()
+        assert sentence in refusal(lambda given=given: plan_page.plan_page(given, ROOT))  # type: ignore[misc]
+        assert len(counted) <= most
+
+
+def test_a_plan_of_some_passes_is_below_that_of_all(made: Plan) -> None:
+    known: list[Plan] = []
+    whole = plan_page._plan(GIVEN, GIVEN.last, known.append)
+    assert len(known) == 7
+    assert replace(known[-1], evaluation=whole.evaluation) == whole == made
+    for name in ("memory_gb", "gpu_hours"):
+        values = [getattr(plan, name) for plan in known]
+        assert values == sorted(values)
+        assert values[0] < values[-1]
+    assert {plan.checkpoint for plan in known} == {whole.checkpoint}
 
 
 def test_without_a_known_gpu_there_is_no_plan_and_no_budget() -> None:
