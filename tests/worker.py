@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,12 +54,19 @@ WORLDS = {
 """{world size: "case, shards, engine.weights" of the runs}: DDP, HSDP and FSDP."""
 
 
-def played(config: Config, family: ModelFamily, steps: int, world: ranks.World) -> dict[str, Tensor]:
+def played(
+    config: Config,
+    family: ModelFamily,
+    steps: int,
+    world: ranks.World,
+    prepare: Callable[[DMD2Trainer], None] = lambda trainer: None,
+) -> dict[str, Tensor]:
     """Metrics of each step, and the trained and inference weights after it, from a teacher with random weights."""
     torch.manual_seed(1)
     teacher = {name: 0.1 * torch.randn_like(p) for name, p in family.network().state_dict().items()}
     trainer = build.trainer(config, family, teacher if world.is_main else {}, world)
     assert isinstance(trainer, DMD2Trainer)
+    prepare(trainer)
     found: dict[str, Tensor] = {}
     for step in range(steps):
         for name, value in trainer.step(real(config, family, step, world), step).items():

@@ -2,6 +2,7 @@
 
 `share_tensors` makes a second network from the same tensors; only its modules are new. Student and critic can each have a
 low-rank update on one shared base, which is also the teacher. No adapter is switched on or off between forward passes.
+`MergedNetwork` is a plain network with the update in its weights, for calls without gradient.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dmd2.config import LoraConfig
+from dmd2.parallel import sharding
 
 ADAPTER = "default"
 OVERSAMPLING = 16
@@ -41,6 +44,70 @@ def add_low_rank_update(base: nn.Module, targets: Sequence[str], settings: LoraC
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return network
+
+
+class MergedNetwork:
+    """A network without adapters whose weights are those of the base with a low-rank update merged, in the type of the base.
+
+    For calls without gradient, which then launch the kernels of the plain network, half as many. Weights that the update does not
+    change are the base's own tensors. The others are computed from the base and the gathered factors, when they are first asked for
+    after `sharding.reshard`: once per optimizer step.
+    """
+
+    def __init__(self, base: nn.Module, low_rank: nn.Module, settings: LoraConfig) -> None:
+        """`low_rank` is what `add_low_rank_update` made of `base`."""
+        self.network = share_tensors(base)
+        self.low_rank = low_rank
+        self.scale = settings.alpha / settings.rank
+        self.layers: list[tuple[Any, Any]] = []
+        """(layer with a merged weight, layer with its base and its factors)."""
+        for name, layer in low_rank.named_modules():
+            if isinstance(layer, LoraLayer):
+                plain: Any = self.network.get_submodule(name)
+                plain.weight = nn.Parameter(torch.empty_like(plain.weight), requires_grad=False)
+                self.layers.append((plain, layer))
+        self.is_current = False
+        sharding.ON_RESHARD[low_rank] = self._expire
+
+    def weights(self) -> list[nn.Parameter]:
+        """Those that are not the base's."""
+        return [plain.weight for plain, _ in self.layers]
+
+    def current(self) -> nn.Module:
+        """The network with the update as it is now. All ranks must call it."""
+        if not self.is_current:
+            sharding.unshard(self.low_rank)
+            self.merge()
+            self.is_current = True
+        return self.network
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """weight = base + alpha / rank * up @ down, computed in float32."""
+        # Always the same numbers, so that equal factors give equal weights on all ranks and after a restart.
+        draw = torch.Generator(self.weights()[0].device).manual_seed(0)
+        for plain, layer in self.layers:
+            base, down, up = (
+                one.weight.detach().flatten(1).float()
+                for one in (layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+            )
+            merged = torch.addmm(base, up, down, alpha=self.scale).view_as(plain.weight)
+            rounds = plain.weight.dtype == torch.bfloat16
+            plain.weight.copy_(round_stochastically(merged, draw) if rounds else merged)
+
+    def _expire(self) -> None:
+        self.is_current = False
+
+
+def round_stochastically(x: Tensor, draw: torch.Generator) -> Tensor:
+    """float32 -> float32 values that bfloat16 has, up or down with the probability that keeps the mean.
+
+    The base is exact in bfloat16. To the nearest, updates of less than half its last digit would all be rounded to nothing, and the
+    merged student would stay behind the one that learns.
+    """
+    bits = x.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, x.shape, generator=draw, dtype=torch.int32, device=x.device)
+    return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
 
 
 def merge_low_rank_update(

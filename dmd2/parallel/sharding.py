@@ -9,7 +9,7 @@ and micro-batches, and their gradients are reduced once. Frozen weights of resid
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from dmd2.parallel.ranks import World
 
 RESIDENT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Networks that stay all-gathered, and whose full gradients accumulate until the last pass reduces them."""
+ON_RESHARD: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
+"""What else to do when a network is resharded: whatever was computed from its gathered weights is out of date then."""
 
 
 def shard(
@@ -132,6 +134,15 @@ def reshard(module: nn.Module) -> None:
     """Free the gathered weights: the module's parameters are again the sharded float32 ones that the optimizer updates."""
     for fsdp_module in _fsdp_modules(module):
         fsdp_module.reshard()
+    for one in module.modules():
+        if one in ON_RESHARD:
+            ON_RESHARD[one]()
+
+
+def unshard(module: nn.Module) -> None:
+    """Gather the weights, as a forward pass does. All ranks must call it."""
+    for fsdp_module in _fsdp_modules(module):
+        fsdp_module.unshard()
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
@@ -141,8 +152,7 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
     if isinstance(module, FSDPModule) and module in RESIDENT:
         module.set_requires_gradient_sync(enabled)
         if not enabled:
-            for fsdp_module in _fsdp_modules(module):
-                fsdp_module.unshard()  # a module that the forward pass skipped must be gathered to accumulate nothing
+            unshard(module)  # a module that the forward pass skipped must be gathered to accumulate nothing
 
 
 def sharded_like(tensor: Tensor, shard: Tensor) -> Tensor:

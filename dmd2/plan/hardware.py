@@ -99,3 +99,5 @@ DISK_GB_S = 1.0
 """1e9 bytes/s at which a node writes a checkpoint: an assumption."""
 UPDATE_BYTES = 36
 """Bytes read and written per update of a weight: 28 by AdamW, 8 by gradient clipping; 12 more per EMA."""
+MERGE_BYTES = 44
+"""Bytes read and written per weight that a low-rank update is merged into: base in float32, sum, rounding noise, rounded, copied."""

@@ -34,6 +34,8 @@ from dmd2.training.terms import CriticPass, LossTerm, critic_passes
 
 ROLLOUT, STUDENT = "student rollout", "student forward + backward"
 """The passes of the student itself: a call without gradient, and the call whose graph takes the gradient at the samples."""
+MERGING = "merge of the student's update"
+"""No pass of a batch: once per update of a low-rank student."""
 
 
 def student_pass(term: LossTerm) -> str:
@@ -107,7 +109,17 @@ class FakeTrainer:
 
     @cached_property
     def student(self) -> Denoiser:
-        return build.learning_denoiser(self.config, self.family, self.nets, self.nets.student)
+        return build.student_denoiser(self.config, self.family, self.nets)
+
+    @cached_property
+    def merging(self) -> PassCost | None:
+        """What it takes to merge a student's low-rank update into weights for its calls without gradient, once per update."""
+        if not (merged := self.nets.merged):
+            return None
+        with self.mode, Meter(*self.modules) as meter:
+            merged.current()
+        meter.release()
+        return PassCost(0, meter.flops, kernels=meter.kernels, cast_bytes=meter.cast_bytes, peak=meter.peak)
 
     @cached_property
     def critic_passes(self) -> list[CriticPass]:
@@ -120,7 +132,7 @@ class FakeTrainer:
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [*self.nets.named().values(), *self.term_modules]
+        return [*self.nets.called(), *self.term_modules]
 
 
 def fake_trainer(config: Config, fam: ModelFamily) -> FakeTrainer:
@@ -131,11 +143,11 @@ def fake_trainer(config: Config, fam: ModelFamily) -> FakeTrainer:
     fake = FakeTrainer(config, fam, nets, critic_modules, terms, FakeTensorMode(allow_non_fake_inputs=True))
     with fake.mode:
         replaced: dict[int, Tensor] = {}
-        for network in nets.named().values():
+        for network in nets.called():
             _replace_tensors(network, getattr(torch, config.distill.dtype), replaced)
         for module in fake.term_modules:
             _replace_tensors(module, torch.float32, replaced)
-    norms_as_on_cuda(*nets.named().values())
+    norms_as_on_cuda(*nets.called())
     return fake
 
 
@@ -195,6 +207,8 @@ def measure_passes(
         counted: Called after each pass with the costs so far.
     """
     found: PassCosts = {}
+    if fake.nets.merged:
+        assert fake.merging, "merged before the calls that would do it"
     with fake.mode:
         forwards = _forwards(fake, rows)
     for name in pass_names(fake):

@@ -13,6 +13,7 @@ from dmd2.plan.hardware import (
     GB,
     LIKELY,
     LINK_EFFICIENCY,
+    MERGE_BYTES,
     TERA,
     UPDATE_BYTES,
     USABLE,
@@ -126,7 +127,8 @@ def seconds(
         size / (LINK_EFFICIENCY * (gpu.inside_gb_s if link[kind] else gpu.between_gb_s) * GB) + calls * CALL_S
         for kind, (calls, size) in sent.items()
     )
-    return {"computing": computing, "communicating": sending, "updating": _updating(fake, mesh, gpu)}
+    updating = _updating(fake, mesh, gpu) + _merging(fake, gpu, assumed)
+    return {"computing": computing, "communicating": sending, "updating": updating}
 
 
 def _computing(cost: PassCost, config: Config, gpu: Gpu, assumed: Assumption) -> float:
@@ -149,6 +151,15 @@ def _updating(fake: FakeTrainer, mesh: MeshShape, gpu: Gpu) -> float:
         for name, rate in update_rates(fake.config).items()
     )
     return moved / mesh.shards / (gpu.memory_gb_s * GB)
+
+
+def _merging(fake: FakeTrainer, gpu: Gpu, assumed: Assumption) -> float:
+    """Seconds of merging a low-rank update into weights for calls without gradient."""
+    if not (cost := fake.merging):
+        return 0.0
+    merged = sum(p.numel() for p in fake.nets.merged.weights()) if fake.nets.merged else 0
+    device = MERGE_BYTES * merged / (gpu.memory_gb_s * GB) + cost.flops / (gpu.fp32 * TERA)
+    return update_rates(fake.config)["student"] * max(device, cost.kernels * assumed.kernel_s)
 
 
 def trained_weights(fake: FakeTrainer) -> dict[str, int]:

@@ -81,7 +81,7 @@ def trainer(
         for network in (nets.student, nets.critic):
             apply_activation_checkpointing(fam, network, engine.activation_checkpointing)
     if engine.compile:
-        for network in nets.named().values():
+        for network in nets.called():
             compile_units(fam, network)
     if settings.regression:
         return _regression_trainer(config, settings.regression, fam, nets, world.device)
@@ -90,7 +90,7 @@ def trainer(
         trainable("student", nets.student, settings.student, settings.steps),
         trainable("critic", critic_modules, settings.critic, settings.steps),
         terms,
-        sample_student(config, learning_denoiser(config, fam, nets, nets.student)),
+        sample_student(config, student_denoiser(config, fam, nets)),
         settings.critic_updates,
         engine.micro_batch,
         continues_rollouts=settings.continue_rollouts,
@@ -221,7 +221,7 @@ def _regression_trainer(
     settings = config.distill
     return RegressionTrainer(
         trainable("student", nets.student, settings.student, settings.steps),
-        learning_denoiser(config, fam, nets, nets.student),
+        student_denoiser(config, fam, nets),
         settings.student_timesteps[0],
         _image_distance(regression, fam, device, _dtype(config)),
         config.engine.micro_batch,
@@ -279,6 +279,13 @@ def learning_denoiser(
 ) -> Denoiser:
     """The denoiser of student or critic."""
     return Denoiser(network, fam.diffusion, nets.autocast, config.distill.no_grad_dtype == "tf32")
+
+
+def student_denoiser(config: c.Config, fam: ModelFamily, nets: DistillNetworks) -> Denoiser:
+    """The denoiser of the student, which calls merged weights where no gradient is asked for."""
+    denoiser = learning_denoiser(config, fam, nets, nets.student)
+    denoiser.no_grad_network = nets.merged.current if nets.merged else None
+    return denoiser
 
 
 def _teacher(denoiser: Denoiser, guidance: float) -> TeacherPrediction:

@@ -38,6 +38,8 @@ class Sizes:
     """Of the largest unit."""
     critic_passes: int
     """Backward passes of the critic per step and micro-batch."""
+    merged: int = 0
+    """Of the weights that a low-rank update of the student is merged into, for its calls without gradient."""
 
 
 def sizes(
@@ -47,7 +49,8 @@ def sizes(
     outer, unit = (max(map(num_weights, some), default=0) for some in (outermost(units), units))
     added = sum(num_weights(module) for name, module in critic_modules.items() if name != NETWORK)
     trained = num_trained(nets.student), num_trained(nets.critic)
-    return Sizes(num_weights(nets.teacher), *trained, added, outer, unit, critic_passes)
+    merged = sum(p.numel() for p in nets.merged.weights()) if nets.merged else 0
+    return Sizes(num_weights(nets.teacher), *trained, added, outer, unit, critic_passes, merged)
 
 
 def static(
@@ -68,6 +71,7 @@ def static(
     learned_width = gathered_width(config)
     in_transit = 2.0 * learned_width * (of.outer_unit if resident else of.unit)
     found = {"teacher": width * of.network / (1 if resident or low_rank else shards)}
+    found["student: merged weights"] = float(width * of.merged)
     gathered = in_transit if sharded or not resident else 0.0
     for name, optimizer, trained in (
         ("student", settings.student, of.student),

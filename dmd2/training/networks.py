@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from dmd2.errors import Refused
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
 from dmd2.parallel.ranks import World
+
+if TYPE_CHECKING:
+    from dmd2.models.lora import MergedNetwork
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,17 @@ class DistillNetworks:
     """The teacher where the recipe has no critic (regression)."""
     autocast: torch.dtype = torch.float32
     """The type to which autocast casts at every call; float32 = none, because the weights have the compute type already."""
+    merged: MergedNetwork | None = None
+    """The student's calls without gradient, if it is a low-rank update."""
 
     def named(self) -> dict[str, nn.Module]:
         """Each network once, by its role."""
         critic = {} if self.critic is self.teacher else {"critic": self.critic}
         return {"teacher": self.teacher, "student": self.student} | critic
+
+    def called(self) -> list[nn.Module]:
+        """All networks that are called."""
+        return [*self.named().values(), *([self.merged.network] if self.merged else [])]
 
 
 @dataclass(frozen=True)
@@ -119,10 +129,18 @@ def _networks(
     if settings.regression:
         return DistillNetworks(teacher, student, teacher, autocast)
     critic = low_rank(teacher, lora) if lora and lora.shared_base else whole("critic")
-    return DistillNetworks(teacher, student, critic, autocast)
+    return DistillNetworks(
+        teacher, student, critic, autocast, merged(teacher, student, lora) if lora else None
+    )
 
 
 def with_lora(teacher: nn.Module, fam: ModelFamily, lora: LoraConfig) -> nn.Module:
     from dmd2.models import lora as adapters  # peft takes seconds to import
 
     return adapters.add_low_rank_update(teacher, fam.lora_targets, lora)
+
+
+def merged(teacher: nn.Module, student: nn.Module, lora: LoraConfig) -> MergedNetwork:
+    from dmd2.models import lora as adapters
+
+    return adapters.MergedNetwork(teacher, student, lora)

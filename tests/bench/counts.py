@@ -22,6 +22,7 @@ from dmd2.io.local import write_text
 from dmd2.models.family import make_family
 from dmd2.plan.hardware import GB, TERA
 from dmd2.plan.passes import (
+    MERGING,
     STUDENT,
     PassCosts,
     activation_checkpointing,
@@ -49,7 +50,13 @@ def counted(config: Config) -> tuple[PassCosts, dict[str, float]]:
     """The cost of every pass with one image, and how often a mean step makes it."""
     fake = fake_trainer(config, make_family(config.family))
     with activation_checkpointing(fake, config.engine.activation_checkpointing):
-        return measure_passes(fake, rows=1), mean_calls(fake)
+        costs, calls = measure_passes(fake, rows=1), mean_calls(fake)
+    if fake.merging:
+        costs, calls = (
+            costs | {MERGING: fake.merging},
+            calls | {MERGING: 1 / config.distill.critic_updates},
+        )
+    return costs, calls
 
 
 def mean_step(costs: PassCosts, calls: dict[str, float]) -> Counts:

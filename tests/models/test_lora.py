@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
@@ -17,16 +20,21 @@ from dmd2.config import LoraConfig, StableConfig
 from dmd2.io.tensors import save_tensors
 from dmd2.models.family import make_family
 from dmd2.models.lora import (
+    MergedNetwork,
     add_low_rank_update,
     export_low_rank_update,
     extract_low_rank_update,
     merge_low_rank_update,
+    round_stochastically,
     share_tensors,
 )
 from dmd2.models.stable import Stable, Unet, published_pipeline
+from dmd2.parallel import sharding
+from dmd2.plan.meter import Meter
 from dmd2.training import build
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, teacher_of
+from tests.worker import played, resolved
 
 SMALL = LoraConfig(rank=4, alpha=2)
 
@@ -91,6 +99,91 @@ def test_merged_weights_are_the_network_with_its_update(pipeline: Path) -> None:
     update = {name: p for name, p in student.named_parameters() if p.requires_grad}
     plain.load_state_dict(merge_low_rank_update(weights, update, SMALL))
     torch.testing.assert_close(plain(*inputs), student(*inputs), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calls_without_gradient_follow_the_update_and_cost_what_the_base_does(
+    dtype: torch.dtype, pipeline: Path
+) -> None:
+    _, base, inputs = tiny(pipeline)
+    exact = add_low_rank_update(share_tensors(base), Stable.lora_targets, SMALL)
+    base = copy.deepcopy(base).to(dtype)
+    student = add_low_rank_update(base, Stable.lora_targets, SMALL)
+    merged = MergedNetwork(base, student, SMALL)
+    assert torch.equal(merged.current()(*inputs), base(*inputs)), "an update that is zero"
+    assert {id(p) for p in base.parameters()} & {id(p) for p in merged.network.parameters()}, (
+        "some are shared"
+    )
+    torch.manual_seed(0)
+    for (name, p), like in zip(student.named_parameters(), exact.parameters(), strict=True):
+        if ".lora_" in name:
+            like.copy_(p.normal_(std=0.1))
+    assert torch.equal(merged.current()(*inputs), base(*inputs)), "not asked to change yet"
+    sharding.reshard(student)
+    wanted, found = exact(*inputs), merged.current()(*inputs).float()
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=2e-6 * float(wanted.abs().max()))
+    else:
+        with torch.autocast("cpu", dtype):
+            apart = (student(*inputs).float() - wanted).norm()
+        assert (found - wanted).norm() < 2 * apart < 0.2 * (wanted - base(*inputs)).norm()
+    first = [weight.clone() for weight in merged.weights()]
+    sharding.reshard(student)
+    merged.current()
+    assert all(map(torch.equal, first, merged.weights())), "equal factors, equal weights"
+    with Meter() as plain:
+        base(*inputs)
+    with Meter() as ours:
+        merged.current()(*inputs)
+    assert ours.kernels == plain.kernels
+
+
+def test_updates_that_are_smaller_than_the_last_digit_of_bfloat16_are_there_on_average() -> None:
+    base, last_digit = torch.full((100_000,), 1.5), 2.0**-7
+    for share in (0.0, 0.1, 0.25, 0.9):
+        rounded = round_stochastically(base + share * last_digit, torch.Generator().manual_seed(0))
+        assert torch.equal(rounded, rounded.bfloat16().float())
+        assert set(rounded.tolist()) <= {1.5, 1.5 + last_digit}
+        assert float((rounded - base).mean() / last_digit) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(
+            (
+                "engine.activation_checkpointing=full",
+                "engine.micro_batch=1",
+                "distill.continue_rollouts=True",
+            ),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_student_that_samples_with_merged_weights_learns_what_it_learns_without(
+    more: tuple[str, ...], pipeline: Path
+) -> None:
+    found = []
+    for merges in (True, False):
+        config, family, steps = resolved("shared-base", pipeline, "distill.student.ema=0.9", *more)
+
+        def prepare(trainer: DMD2Trainer, merges: bool = merges) -> None:
+            student = cast(Any, trainer.generate).student
+            assert student.no_grad_network
+            if not merges:
+                student.no_grad_network = None
+
+        found.append(played(config, family, steps, ALONE, prepare))
+    for name, value in found[0].items():
+        torch.testing.assert_close(
+            value,
+            found[1][name],
+            rtol=1e-5,
+            atol=1e-4 if ":" in name else 1e-6,
+            msg=partial("{}: {}".format, name),
+        )
 
 
 def test_trainables_on_one_base_move_their_own_updates_and_nothing_else(pipeline: Path) -> None:

@@ -61,7 +61,13 @@ def predicted(config: Config, fam: ModelFamily) -> list[float]:
     calls = [
         passes.calls_per_step(fake, step % updates == 0, sampler.stop(step)) for step in range(updates + 1)
     ]
-    return [sum(step_costs.flops(costs, each, config.distill.batch).values()) for each in calls]
+    found, is_merged = [], False
+    for each in calls:
+        merges = fake.merging is not None and each[passes.ROLLOUT] > 0 and not is_merged
+        found.append(sum(step_costs.flops(costs, each, config.distill.batch).values()))
+        found[-1] += fake.merging.flops if merges and fake.merging else 0
+        is_merged = (is_merged or merges) and passes.STUDENT not in each
+    return found
 
 
 @pytest.mark.parametrize(

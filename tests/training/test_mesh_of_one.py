@@ -112,8 +112,12 @@ def test_autocast_is_left_to_weights_that_are_gathered_in_float32(pipeline: Path
     assert gathered.flops == autocast.flops
 
 
-def test_a_run_is_resumed_bit_for_bit(pipeline: Path, meshed: World, tmp_path: Path) -> None:
-    config, family = made("edm-digits", pipeline, "distill.dtype=bfloat16", "distill.student.ema=0.9")
+@pytest.mark.parametrize(
+    "recipe", ["edm-digits", pytest.param("sdxl-4step-shared-emoji", marks=pytest.mark.slow)]
+)
+def test_a_run_is_resumed_bit_for_bit(recipe: str, pipeline: Path, meshed: World, tmp_path: Path) -> None:
+    """A low-rank student samples with merged weights, which no checkpoint has."""
+    config, family = made(recipe, pipeline, "distill.dtype=bfloat16", "distill.student.ema=0.9")
 
     def steps(trainer: DMD2Trainer, some: range) -> list[dict[str, Tensor]]:
         return [trainer.step(real(config, family, step, meshed), step) for step in some]
