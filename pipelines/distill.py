@@ -133,6 +133,7 @@ def distill(
             run_id=run, claim=claim, source=source, teacher=teacher, recipe=recipe, overrides=overrides,
             first_overrides=first_overrides, start=start, prompts=prompts, pairs=pairs, base=base, vae=vae, gate=gate,
             destination=destination, scores=scores, root=root, nodes=nodes, gpus=gpus, pool=pool, budget=budget, price=price, parts=parts,
+            queue=queue,
         )  # fmt: skip
         chosen = reads_hub(pod(prepared, LIGHT)).outputs
         folder, gpu, nodes_with_gpus = chosen["root"], chosen["gpu"], chosen["pool"]

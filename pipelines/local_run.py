@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from components.finish_run.outcome import FOLDERS
+from components.prepare_run.cost import ACCELERATOR
 from dmd2.errors import Refused
 from dmd2.evaluation.scores import read_scores, sampled_image_sets, score_facts, score_table
 from dmd2.io import artifact
 from dmd2.io.local import write_text
+from dmd2.plan.hardware import BY_DEVICE_NAME
 from pipelines.cluster import compile_pipeline
 from pipelines.distill import distill
 
@@ -58,6 +60,8 @@ def run_local(
     destination: str = "",
     scores: str = "",
     gpus: int = -1,
+    budget: float = 0.0,
+    price: float = 0.0,
     parts: int = 1,
 ) -> None:
     """Run the distillation pipeline on this machine, one process per stage, without a cluster.
@@ -78,6 +82,8 @@ def run_local(
         destination: Folder of models; an accepted package is published there as `<recipe>/<digest>`. Empty: it is not published.
         scores: Folder that keeps the scores of teachers, so that a teacher is sampled once for all its students. Empty: none are kept.
         gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU, -1 = all GPUs of this machine.
+        budget: Largest number of GPU-hours that the trainings may take by their plan; 0 = no limit. It needs a GPU that the plan knows.
+        price: Price of a GPU for an hour in any currency, for the cost in the plan.
         parts: Number of processes that share each of sharding, encoding and evaluating.
     """
     began = time.monotonic()
@@ -91,7 +97,8 @@ def run_local(
         _without_retries(distill)(
             root=str(root), source=source, teacher=teacher, recipe=recipe, overrides=overrides,
             first_overrides=first_overrides, start=start, prompts=prompts, pairs=pairs, base=base, vae=vae,
-            gate=gate, destination=destination, scores=scores, gpus=_gpus() if gpus < 0 else gpus, pool={}, parts=parts,
+            gate=gate, destination=destination, scores=scores,
+            gpus=_gpus() if gpus < 0 else gpus, pool=_pool() if gpus else {}, budget=budget, price=price, parts=parts,
         )  # fmt: skip
     summary = summarize(root, time.monotonic() - began)
     write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -167,6 +174,14 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _pool() -> dict[str, str]:
+    """The label by which nodes with this machine's GPU would be known, for the plan; empty without a GPU that it knows."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {ACCELERATOR: f"nvidia-{BY_DEVICE_NAME[name]}"} if name in BY_DEVICE_NAME else {}
 
 
 STAGES = {

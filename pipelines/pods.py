@@ -11,11 +11,10 @@ from typing import NamedTuple
 from kfp import dsl, kubernetes
 
 from components.prepare_run.disk import TRAINING_DISK_GB
+from components.prepare_run.queues import QUEUE
 
 USER = 65532
 """User and group id in the images."""
-QUEUE = "dmd2"
-"""Kueue's LocalQueue of pods with a GPU. It is fixed, because a pod label cannot be a parameter of a run."""
 PRIORITY, RUN, RETRAIN = "kueue.x-k8s.io/priority-class", "dmd2-run", "dmd2-retrain"
 """Label of Kueue's priority, and its values for runs that a person starts and for those of retraining, which give way."""
 READS_HUB, READS_REGISTRY = "dmd2/reads-hub", "dmd2/reads-registry"

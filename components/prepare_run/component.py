@@ -29,6 +29,7 @@ def prepare_run(
     budget: float,
     price: float,
     parts: int,
+    queue: str,
     settings: dsl.Output[dsl.Artifact],
     plan: dsl.Output[dsl.Markdown],
 ) -> NamedTuple(  # type: ignore[valid-type]
@@ -74,6 +75,7 @@ def prepare_run(
         budget: Largest number of GPU-hours; 0 = no limit.
         price: Price of a GPU for an hour.
         parts: Number of pods that share each of sharding, encoding and evaluating.
+        queue: Kueue's LocalQueue of a distillation in a TrainJob; empty = it is not queued.
         settings: The Config of the run, as JSON.
         plan: What is run, and what it takes: memory, disk, hours and cost.
 
@@ -93,13 +95,14 @@ def prepare_run(
     from components.prepare_run.parameters import RunParameters, chain_outputs, check_parameters
     from components.prepare_run.plan_page import plan_page
     from components.prepare_run.preflight import check_resources
+    from components.prepare_run.queues import check_queues
     from components.run_folder import run_folder
     from dmd2.errors import one_sentence
 
     logger = logging.getLogger("components.prepare_run")
     with one_sentence():
         given = RunParameters(
-            source, teacher, recipe, overrides, first_overrides, start, prompts, pairs, base, vae, gate, destination, scores, root, nodes, gpus, pool, budget, price, parts,
+            source, teacher, recipe, overrides, first_overrides, start, prompts, pairs, base, vae, gate, destination, scores, root, nodes, gpus, pool, budget, price, parts, queue,
         )  # fmt: skip
         on_cluster = "://" in settings.uri
         config = check_parameters(given, on_cluster)
@@ -107,6 +110,7 @@ def prepare_run(
         logger.info(report_start(claim, run_id))
         check_resources(given, folder)
         where = choose(JobSize(nodes, given.chosen_gpus)) if on_cluster else "here"
+        check_queues(given, where)
         Path(plan.path).write_text(plan_page(given, folder))
     text = config.model_dump_json(indent=1)
     Path(settings.path).write_text(text)

@@ -71,6 +71,7 @@ class RunParameters:
     budget: float = 0.0
     price: float = 0.0
     parts: int = 1
+    queue: str = "dmd2"
 
     @cached_property
     def last(self) -> Training:

@@ -14,8 +14,9 @@ import yaml
 from components.distill.kube import Pod
 from components.distill.launch import JobSize, Training
 from components.distill.trainjob import TrainJob
+from components.prepare_run.queues import QUEUE
 from manifests.__main__ import render
-from pipelines.pods import BUSY, HEAVY, PRIORITY, QUEUE, RUN, PodResources
+from pipelines.pods import BUSY, HEAVY, PRIORITY, RUN, PodResources
 from tests.cluster.conftest import NAMESPACE, ROOT, Cluster, Json, wait_for
 from tests.manifests.test_policies import OVERLAYS, rendered
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from kfp import dsl, local
 
-from dmd2.errors import one_sentence
-from pipelines.local_run import stage_status
+from dmd2.errors import Refused, one_sentence
+from pipelines.local_run import run_local, stage_status
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -76,3 +76,13 @@ def test_tasks_side_by_side_leave_print_as_it_was(tmp_path: Path, capfd: pytest.
     printed = capfd.readouterr().out.splitlines()
     assert [line for line in printed if line in ("    a", "    b")] == ["    a", "    b"]
     assert not [line for line in printed if "KFP Executor" in line or "parameterValues" in line]
+
+
+def test_a_budget_without_a_gpu_is_refused_as_in_the_pipeline(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, one_sentence():
+        run_local(tmp_path, gpus=0, budget=5.0)
+    assert ended.value.code == Refused.status
+    assert "budget is 5 GPU-hours, and the run uses no GPU; leave the budget out" in capfd.readouterr().out
+    assert not (tmp_path / "shards").exists()
