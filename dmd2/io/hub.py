@@ -1,9 +1,11 @@
-"""Names on the Hugging Face Hub."""
+"""Names on the Hugging Face Hub, and publishing there."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from dmd2.errors import Refused, brief
 
@@ -40,3 +42,65 @@ def _refusal(repository: str, revision: str | None, file: str, timeout_s: float)
     except Exception as error:  # those of the HTTP library have no class in common with the hub's
         return brief(error)
     return ""
+
+
+HUB = "hf://"
+"""Scheme of an address on the hub: `hf://owner/name`."""
+
+
+def commit_to_hub(address: str, tag: str, files: Mapping[str, Path | bytes], message: str) -> None:
+    """Make these files the content of a repository of the hub, in one commit with a tag that is never moved.
+
+    A repository that is not there is made, for its owner only. Other files leave its main branch; the tags of earlier commits
+    still have them. Interrupted, it is completed by the same call. The account is that of `HF_TOKEN`, or of `hf auth login`.
+
+    Args:
+        address: `hf://owner/name`.
+        files: Name -> local path, or content.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    name, api = _repository(address), HfApi()
+    with _hub_errors(address):
+        api.create_repo(name, exist_ok=True, private=True)
+        head = api.repo_info(name).sha
+        stale = {*api.list_repo_files(name, revision=head)} - {*files, ".gitattributes"}
+        additions = [
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path, content in files.items()
+        ]
+        deletions = [CommitOperationDelete(path) for path in sorted(stale)]
+        made = api.create_commit(name, [*additions, *deletions], commit_message=message, parent_commit=head)
+        api.create_tag(name, tag=tag, revision=made.oid)
+
+
+def read_from_hub(address: str, tag: str, file: str) -> bytes | None:
+    """The content of a small file under a tag of a repository; None if there is no such repository or tag."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    name, api = _repository(address), HfApi()
+    with _hub_errors(address):
+        try:
+            commits = [ref.target_commit for ref in api.list_repo_refs(name).tags if ref.name == tag]
+        except RepositoryNotFoundError:
+            return None
+        return Path(api.hf_hub_download(name, file, revision=commits[0])).read_bytes() if commits else None
+
+
+def _repository(address: str) -> str:
+    name = address.removeprefix(HUB).rstrip("/")
+    if not HUB_NAME.fullmatch(name) or "@" in name:
+        raise Refused(f"{address} is no repository of the hub; give {HUB}owner/name")
+    return name
+
+
+@contextmanager
+def _hub_errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # those of the HTTP library have no class in common with the hub's
+        raise Refused(
+            f"{address} cannot be used ({brief(error)}); check the name, the connection and the account (HF_TOKEN, with the right "
+            "to write)"
+        ) from None

@@ -8,6 +8,9 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, open_artifact, read_manifest
 from dmd2.io.storage import join_uri, open_store
 
+OF_THE_HUB = (".gitattributes", ".cache/huggingface/")
+"""What a download from the Hugging Face Hub has beside the package."""
+
 
 def verify(package: str, *, digest: str = "", key: str = "") -> Manifest:
     """Check a package without a network: every file by its digest, and manifest and provenance.json against each other.
@@ -26,7 +29,8 @@ def verify(package: str, *, digest: str = "", key: str = "") -> Manifest:
     signer = read_public_key(key) if key else None
     manifest = read_manifest(package, "package")
     names = {file.path for file in manifest.files}
-    if others := {info.name for info in open_store(package).list_objects()} - names - {MANIFEST}:
+    found = {info.name for info in open_store(package).list_objects()}
+    if others := {name for name in found - names - {MANIFEST} if not name.startswith(OF_THE_HUB)}:
         raise Refused(
             f"{join_uri(package, min(others))} is not in the manifest; remove it, or get the package again"
         )
