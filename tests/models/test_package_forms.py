@@ -20,8 +20,10 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
 )
 from diffusers.loaders import single_file_utils
 from safetensors import safe_open
@@ -489,6 +491,46 @@ def test_the_lines_of_the_model_card_run_as_printed_without_this_library(
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout.startswith("(32, 32)")
+
+
+def steps_of(pipe: Any, timesteps: tuple[int, ...], **more: Any) -> Tensor:
+    """The image of the pipeline's call in several steps, with noise of a seed."""
+    noise = torch.Generator().manual_seed(0)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 32, "output_type": "pt"}
+    return pipe(PROMPT, timesteps=list(timesteps), guidance_scale=0, generator=noise, **size, **more).images
+
+
+@pytest.mark.parametrize("timesteps", [(999,), (999, 749, 499, 249)])
+def test_a_t2i_adapter_steers_a_student_of_sdxl_at_its_own_timesteps(
+    timesteps: tuple[int, ...], pipeline: Path, tmp_path: Path
+) -> None:
+    """One that has learned nothing yet and adds nothing changes nothing; one with random weights does, each the more by its scale."""
+    student = replace(student_of("sdxl", pipeline, tmp_path), timesteps=timesteps)
+    pipe = StableDiffusionXLPipeline.from_pretrained(save_package(student, tmp_path / "package"))
+    assert isinstance(pipe.scheduler, LCMScheduler)
+    make: Any = T2IAdapter
+    adapter = make(
+        channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
+    )
+    steered = StableDiffusionXLAdapterPipeline(**pipe.components, adapter=adapter)
+    drawing: dict[str, Any] = {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    plain = steps_of(pipe, timesteps)
+    off = steps_of(steered, timesteps, adapter_conditioning_scale=0.0, **drawing)
+    torch.testing.assert_close(off, plain, atol=1e-5, rtol=0)
+    seen = record_timesteps(steered)
+    full = steps_of(steered, timesteps, adapter_conditioning_scale=1.0, **drawing)
+    assert seen == list(timesteps)
+    assert (full - plain).abs().max() > 1 / 255
+    half = steps_of(steered, timesteps, adapter_conditioning_scale=0.5, **drawing)
+    assert 0 < (half - plain).abs().mean() < (full - plain).abs().mean()
+
+
+def record_timesteps(pipe: Any) -> list[int]:
+    """A list that gets the timestep of each call of the U-Net."""
+    seen: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
+    return seen
 
 
 def test_a_controlnet_steers_the_student(kind: str, source: Path, tmp_path: Path) -> None:
