@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from dmd2.config import Config
+from dmd2.errors import Refused
 from dmd2.evaluation.scores import markdown_table, score_table
 from dmd2.io.artifact import Manifest
 
 
-def model_card(run: Manifest, evaluation: Manifest, gate: Manifest, usage: str) -> str:
+class Terms(NamedTuple):
+    """Under which terms the weights may be used, as whoever packages them says."""
+
+    license: str = "other"
+    """Identifier of the Hugging Face Hub, such as openrail++; `other` for one without."""
+    link: str = ""
+    restrictions: str = ""
+    """What users must not do, in Markdown."""
+
+    def check(self) -> None:
+        """Raise Refused for what the Hub does not take."""
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,62}", self.license):
+            raise Refused(
+                f"license is {self.license[:80]!r}; give an identifier of the Hugging Face Hub, such as openrail++ or apache-2.0, or other"
+            )
+        if self.link and not re.fullmatch(r"https?://[^\s<>()]+", self.link):
+            raise Refused(f"license-link is {self.link[:80]!r}; give an address that starts with https://")
+
+
+UNSTATED = Terms()
+
+
+def model_card(
+    run: Manifest, evaluation: Manifest, gate: Manifest, usage: str, terms: Terms = UNSTATED
+) -> str:
     """README.md of the package: use, scores, provenance and recipe of the student, from the manifests of its run.
 
     `usage` is a text about sampling it, from the family."""
@@ -18,20 +46,21 @@ def model_card(run: Manifest, evaluation: Manifest, gate: Manifest, usage: str) 
     timesteps = config.distill.student_timesteps
     calls = f"{len(timesteps)} network call" + ("s" if len(timesteps) > 1 else "")
     return f"""---
-library_name: dmd2
-license: other
-tags: [diffusion, distillation, dmd2]
+{_header(config, terms)}
 ---
 # {config.recipe}: a {len(timesteps)}-step student
 
 Distilled with DMD2 (arXiv 2405.14867) by recipe `{config.recipe}`. Sampling one image takes {calls}; with the teacher it takes {facts["nfe_teacher"]}.
-The licences of the teacher and of its training data apply to these weights.
 
 ![Samples](samples.png)
 
 ## Use
 
 {usage}
+
+## Licence and restrictions of use
+
+{_terms_of_use(terms)}
 
 ## Metrics
 
@@ -54,6 +83,38 @@ Versions: {", ".join(f"{k} {v}" for k, v in run.versions.items())}.
 {json.dumps(config.model_dump(mode="json", include={"recipe", "seed", "family", "distill"}), indent=1)}
 ```
 """
+
+
+def _header(config: Config, terms: Terms) -> str:
+    """The metadata by which the Hub shows and finds a model, as YAML."""
+    from huggingface_hub import ModelCardData
+
+    texts = config.family.prompts == "texts"
+    data = ModelCardData(
+        library_name="diffusers" if texts else "dmd2",
+        license=terms.license,
+        license_link=terms.link or None,
+        pipeline_tag="text-to-image" if texts else "unconditional-image-generation",
+        tags=["diffusion", "distillation", "dmd2"],
+    )
+    return data.to_yaml()
+
+
+def _terms_of_use(terms: Terms) -> str:
+    told = f"License: `{terms.license}`" + (f", {terms.link}" if terms.link else "") + "."
+    if terms.license == "other" and not terms.link:
+        told = "Whoever made this package has not said which these are: ask where the teacher and the data come from before you use it."
+    restrictions = "\n".join(f"> {line}" for line in terms.restrictions.splitlines())
+    return "\n\n".join(
+        filter(
+            None,
+            [
+                "The weights are made from the teacher and its training data, whose licences and restrictions of use apply to them.",
+                told,
+                restrictions,
+            ],
+        )
+    )
 
 
 def forms_table(forms: Mapping[str, str], sizes: Mapping[str, int]) -> str:

@@ -13,6 +13,7 @@ from dmd2.evaluation.scores import read_scores, student_facts
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.local import write_text
 from dmd2.io.staging import draft_artifact, package_versions
+from dmd2.model_card import Terms
 from dmd2.signature import SIGNATURE, key_id, read_private_key, sign
 
 SingleFile = Literal["float16", "bfloat16", "float32", "none"]
@@ -27,6 +28,9 @@ def package(
     single_file: SingleFile = "float16",
     teacher: str = "",
     low_rank: int = 0,
+    license: str = "other",
+    license_link: str = "",
+    restrictions: str = "",
     key: str = "",
 ) -> Manifest:
     """Make a package of an accepted student: weights, model card and sample pictures. Then load it and compare its samples.
@@ -39,10 +43,17 @@ def package(
         single_file: For sd15 and sdxl: precision of all networks in one file for ComfyUI, A1111 and Forge; none = no such file.
         teacher: Folder of the run's teacher; only needed with `low_rank`.
         low_rank: Rank of a low-rank update of the teacher that is extracted from a student whose whole network was trained; 0 = none.
+        license: Licence of the weights, which that of the teacher decides: an identifier of the Hugging Face Hub, such as openrail++; other
+            = none of those. For the model card.
+        license_link: Address of its text.
+        restrictions: What users must not do, for the model card.
         key: PEM file with the private key (Ed25519) that signs where the package comes from; by default the file that the environment
             variable DMD2_SIGNING_KEY names. Without either it is not signed.
     """
+    terms = Terms(license, license_link, restrictions)
+    terms.check()
     options: dict[str, str | int] = {"single_file": single_file, "low_rank": low_rank}
+    options |= {"license": license, "license_link": license_link, "restrictions": restrictions}
     made, evaluated, decided = (
         read_manifest(run, "run"),
         read_manifest(evaluation, "evaluation"),
@@ -98,7 +109,7 @@ def package(
             forms |= {name: f"{use}; {held}" for name, use in forms.items() if name.startswith("lora/")}
         sizes = {name: (draft.path / name).stat().st_size for name in forms}
         usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
-        (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage))
+        (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage, terms))
         prompts = made.facts["prompts"]
         images = model.sample(prompts, seed=0)
         save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")

@@ -124,18 +124,19 @@ def test_a_package_samples_what_the_run_samples(made: Path, packaged: Path) -> N
     assert torch.equal(run.sample([0, 1, 2], seed=5), loaded.sample([0, 1, 2], seed=5))
     assert {f.path for f in read_manifest(packaged, "package").files} == {
         "README.md",
+        "edm_student.py",
         "network.json",
         "network.safetensors",
         "provenance.json",
         "samples.png",
+        "sbom.cdx.json",
     }
 
 
 def test_the_three_lines_of_the_model_card_work(packaged: Path, tmp_path: Path) -> None:
     card = (packaged / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
-    assert code
-    lines = code[1].replace("path/of/this/folder", str(packaged)).strip()
+    _, code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    lines = code.replace("path/of/this/folder", str(packaged)).strip()
     assert len(lines.splitlines()) == 3
     printed = subprocess.run(
         [warm.python(), "-c", lines + "\nprint(images.shape, images.dtype)"],
@@ -164,6 +165,45 @@ def test_the_model_card_shows_metrics_recipe_and_provenance(made: Path, packaged
         ("evaluation", "evaluation"),
     ):
         assert read_manifest(made / folder, kind).digest in card
+
+
+def test_the_hub_reads_the_model_card_with_licence_and_restrictions(
+    made: Path, packaged: Path, tmp_path: Path
+) -> None:
+    from huggingface_hub import ModelCard
+
+    plain = ModelCard.load(packaged / "README.md")
+    assert (plain.data.license, plain.data.library_name, plain.data.tags) == (
+        "other", "dmd2", ["diffusion", "distillation", "dmd2"],
+    )  # fmt: skip
+    assert "has not said which these are" in plain.text
+    link = "https://example.org/licence"
+    terms = {
+        "license": "openrail++",
+        "license_link": link,
+        "restrictions": "No portraits: of anyone.\n---\nNot for sale.",
+    }
+    folders, out = paths(made, "run", "evaluation", "gate"), tmp_path / "package"
+    stages.package(**folders, out=str(out), **terms)  # type: ignore[arg-type]
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data.license_link) == ("openrail++", link)
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert f"License: `openrail++`, {link}." in card.text
+    assert "> No portraits: of anyone.\n> ---\n> Not for sale." in card.text
+    stages.package(**folders, out=str(out), **terms)  # type: ignore[arg-type]
+
+
+def test_terms_that_the_hub_does_not_take_are_refused(
+    made: Path, packaged: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    folders, out = paths(made, "run", "evaluation", "gate"), str(tmp_path / "package")
+    for terms, words in (
+        ({"license": "My own"}, "give an identifier of the Hugging Face Hub"),
+        ({"license_link": "javascript:alert(1)"}, "starts with https://"),
+    ):
+        assert words in refusal(lambda terms=terms: stages.package(**folders, out=out, **terms))  # type: ignore[misc, arg-type]
+    said = refusal(lambda: stages.package(**folders, out=str(packaged), license="mit"))
+    assert "was made with --license other, not mit" in said
 
 
 def test_a_tampered_package_is_not_loaded(
