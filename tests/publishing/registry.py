@@ -23,7 +23,10 @@ PARENTS = {
     "model_artifact": ("artifacts", "parent"),
 }
 """What is found by its name -> (table, field with the id of what it belongs to)."""
-VALUES = {"MetadataStringValue": ("string_value", str), "MetadataDoubleValue": ("double_value", (int, float))}
+VALUES: dict[str, tuple[str, Any]] = {
+    "MetadataStringValue": ("string_value", str),
+    "MetadataDoubleValue": ("double_value", (int, float)),
+}
 
 
 class Registry(BaseHTTPRequestHandler):

@@ -201,7 +201,7 @@ def test_terms_that_the_hub_does_not_take_are_refused(
         ({"license": "My own"}, "give an identifier of the Hugging Face Hub"),
         ({"license_link": "javascript:alert(1)"}, "starts with https://"),
     ):
-        assert words in refusal(lambda terms=terms: stages.package(**folders, out=out, **terms))  # type: ignore[misc, arg-type]
+        assert words in refusal(lambda terms=terms: stages.package(**folders, out=out, **terms))
     said = refusal(lambda: stages.package(**folders, out=str(packaged), license="mit"))
     assert "was made with --license other, not mit" in said
 
