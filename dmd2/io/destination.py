@@ -24,6 +24,8 @@ STARTED_WITH = ".begun.json"
 """Of an unfinished artifact: the configuration and inputs it was started with."""
 SECONDS = ".seconds"
 """Of an unfinished artifact: the wall-clock time of earlier starts."""
+STARTS = ".starts"
+"""Of an unfinished artifact: how often it was started."""
 CONTENTS = ".contents.json"
 """Of an unfinished artifact on a bucket: the list of its files, written after them."""
 LOCAL_ONLY = ".tars/"
@@ -113,7 +115,7 @@ class RemoteDestination:
         shutil.rmtree(self.draft)
 
     def release(self) -> None:
-        marks = {STARTED_WITH, SECONDS, CONTENTS}
+        marks = {STARTED_WITH, SECONDS, STARTS, CONTENTS}
         with suppress(OSError, Refused):
             self._claim()
             if {info.name for info in self.store.list_objects()} <= marks:

@@ -28,6 +28,7 @@ from dmd2.io.destination import (
     CONTENTS,
     SECONDS,
     STARTED_WITH,
+    STARTS,
     Destination,
     LocalDestination,
     RemoteDestination,
@@ -64,6 +65,8 @@ class Draft:
     """Names of files that an index lists, which is itself one of the files, and the manifest does not."""
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of files of the draft that were computed while they were written."""
+    stopwatch: Stopwatch | None = None
+    """Of the process that publishes the draft."""
 
     @property
     def store(self) -> Store:
@@ -105,7 +108,7 @@ def draft_artifact(
         if part:
             yield draft
             return
-        stopwatch = Stopwatch(draft.store if resumable else None)
+        draft.stopwatch = stopwatch = Stopwatch(draft.store if resumable else None)
         try:
             yield draft
             files, seconds = _list_files(draft), round(stopwatch.elapsed(), 2)
@@ -204,13 +207,16 @@ def _is_resumable(draft: Draft, error: BaseException) -> bool:
 
 
 class Stopwatch:
-    """Wall-clock seconds of a stage, over all its starts if there is a store to remember them."""
+    """Wall-clock seconds of a stage and the number of its starts, over all starts if there is a store to remember them."""
 
     def __init__(self, store: Store | None) -> None:
-        self.store, self.before = store, 0.0
+        self.store, self.before, self.restarts = store, 0.0, 0
         if store:
             with suppress(FileNotFoundError):
                 self.before = float(store.read(SECONDS))
+            with suppress(FileNotFoundError):
+                self.restarts = int(store.read(STARTS))
+            store.write(STARTS, str(self.restarts + 1).encode())
         self.start = time.monotonic()
 
     def elapsed(self) -> float:

@@ -17,7 +17,16 @@ from dmd2.stages.inputs import (
 
 
 def distill(
-    config: Config, data: str, teacher: str, out: str, start: str = "", prompts: str = "", progress: str = ""
+    config: Config,
+    data: str,
+    teacher: str,
+    out: str,
+    start: str = "",
+    prompts: str = "",
+    progress: str = "",
+    *,
+    price: float = 0.0,
+    budget: float = 0.0,
 ) -> Manifest:
     """Distil a teacher into a one- or few-step student with DMD2.
 
@@ -28,7 +37,9 @@ def distill(
         out: Folder to write the run to.
         start: Run to start from instead of the teacher: its student, and its critic if it had one.
         prompts: File of prompts to sample instead of those of the data.
-        progress: HTML file that is rewritten while it trains: curves, previews, time left. Empty: none.
+        progress: HTML file that is rewritten while it trains: curves, previews, time left, cost. Empty: none.
+        price: Price of a GPU for an hour, in any currency: the page and the metrics then say what it has cost so far.
+        budget: Number of GPU-hours that the page and the metrics compare with what was spent. It ends no training.
     """
     check_start(config, start)
     check_prompts(config, prompts)
@@ -47,5 +58,5 @@ def distill(
             return done
         distillation = Distillation.open(config, world, data, samples, teacher, original, prompts)
     with draft_for_all_ranks(world, out, "run", config, inputs) as draft:
-        distillation.run(draft, start, progress)
+        distillation.run(draft, start, progress, price, budget)
     return read_manifest(out, "run")

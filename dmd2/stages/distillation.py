@@ -29,7 +29,10 @@ from dmd2.stages.pictures import preview_family, sample_grid
 from dmd2.stages.progress_page import ProgressPage
 from dmd2.stages.prompts import preview_prompts, with_fake_prompts
 from dmd2.training import build
+from dmd2.training.exporter import Exporter, metrics_endpoint
 from dmd2.training.loop import LoopSettings, ScoreFunction, load_best, train
+from dmd2.training.metrics_log import read_metrics
+from dmd2.training.spending import Spending, training_seconds
 from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
 
 
@@ -66,11 +69,15 @@ class Distillation:
         world.local_rows(config.distill.batch)
         return cls(config, world, data, samples, teacher, teacher_manifest, prompts, model)
 
-    def run(self, draft: Draft, start: str, progress: str = "") -> None:
+    def run(
+        self, draft: Draft, start: str, progress: str = "", price: float = 0.0, budget: float = 0.0
+    ) -> None:
         """Train from the newest checkpoint in the draft, or from the run `start` or the teacher, and save the student.
 
         Args:
             progress: Address of a page about the training while it goes on; empty for none.
+            price: Price of a GPU for an hour, for the page and the metrics; 0 = unknown.
+            budget: Largest number of GPU-hours, for the same; 0 = no limit.
         """
         settings = self.config.distill
         loop_settings = LoopSettings(
@@ -90,10 +97,13 @@ class Distillation:
         preview = self._preview(student, trainer, draft)
         score = self._score(student, trainer)
         recipe = self.config.recipe
-        page = ProgressPage(progress, recipe, draft.path, settings.steps, settings.batch, self.world)
-        with page.from_start_to_end():
+        spending = self._spending(draft, price, budget)
+        page = ProgressPage(progress, recipe, draft.path, settings.steps, spending, self.world)
+        exporter = Exporter(recipe, draft.path, settings.steps, spending)
+        with metrics_endpoint(exporter, self.world.is_main), page.from_start_to_end():
             train(
-                "distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score, page.update
+                "distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score, page.update,
+                exporter.report,
             )  # fmt: skip
         if score:
             draft.facts |= load_best(draft, trainer.student, self.world)
@@ -102,6 +112,15 @@ class Distillation:
             save_student(draft, self.config, student, weights, self.teacher, self.teacher_manifest)
             draft.facts |= training_facts(trainer.student.module, settings.steps, settings.batch)
             draft.facts["gpus"] = self.world.size if self.world.device.type == "cuda" else 0
+
+    def _spending(self, draft: Draft, price: float, budget: float) -> Spending:
+        gpus = self.world.size if self.world.device.type == "cuda" else 0
+        watch = draft.stopwatch
+        if not watch:  # of another process than the main one
+            return Spending(gpus)
+        # What was killed could not say how long it had run: then its steps count.
+        before = max(watch.before, training_seconds(read_metrics(draft.path), self.config.distill.batch))
+        return Spending(gpus, before, watch.restarts, price, budget, watch.start)
 
     def _trainer(self, start: str) -> DMD2Trainer | RegressionTrainer:
         weights = self.model.network.state_dict() if self.world.is_main else {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from dmd2.parallel.ranks import World
 from dmd2.stages.output_file import local_output
 from dmd2.training.metrics_log import read_metrics
+from dmd2.training.spending import Spending
 
 logger = logging.getLogger(__name__)
 EVERY_S = 120.0
@@ -29,7 +30,7 @@ class ProgressPage:
     folder: Path
     """Folder with the metrics and previews of the training."""
     steps: int
-    batch: int
+    spending: Spending
     world: World
     _next: float = 0.0
 
@@ -72,23 +73,4 @@ class ProgressPage:
 
         self._next = time.monotonic() + EVERY_S
         with local_output(self.out) as path:
-            write_progress(path, self.title, [f"{status}.", *self._spent()], self.folder)
-
-    def _spent(self) -> list[str]:
-        """GPU-hours of all steps up to now, over all starts of the training, by their speed in the metrics."""
-        if self.world.device.type != "cuda":
-            return []
-        hours = training_seconds(read_metrics(self.folder), self.batch) * self.world.size / 3600
-        return [
-            f"{hours:.2f} GPU-hours of {self.world.size} GPUs so far, without starting, saving and scoring."
-        ]
-
-
-def training_seconds(metrics: list[dict[str, float]], batch: int) -> float:
-    """Seconds of the steps in a log of metrics: each line holds the mean speed since the one before."""
-    seconds, before = 0.0, 0
-    for line in metrics:
-        if speed := line.get("samples_per_s"):
-            seconds += (int(line["step"]) - before) * batch / speed
-            before = int(line["step"])
-    return seconds
+            write_progress(path, self.title, [f"{status}.", *self.spending.sentences()], self.folder)

@@ -66,6 +66,7 @@ def train(
     world: World,
     score: ScoreFunction | None = None,
     on_log: Callable[[int, float], None] = lambda step, eta_s: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Train from the newest checkpoint in the draft, or from the start, to the last step.
 
@@ -75,6 +76,7 @@ def train(
         preview: Called with the number of steps made, every `preview_every` steps.
         score: Scores each checkpoint that `save_every` asked for; the best one is kept.
         on_log: Called with the number of steps made and the seconds left, after each line of metrics.
+        on_progress: Called with the number of steps made, after each step, saved checkpoint and scored batch.
 
     Raises:
         Interrupted: A signal stopped the run, after saving; or another rank was lost.
@@ -91,6 +93,11 @@ def train(
             stop_signals() as requested,
             watchdog(settings.hang_timeout_s) as reset_watchdog,
         ):
+
+            def report_progress() -> None:
+                reset_watchdog()
+                on_progress(progress.done)
+
             log = MetricsLog(draft.path, first, settings.throughput, world)
             flags = HostFlags(world, requested)
             run = _Run(
@@ -102,7 +109,7 @@ def train(
                 log,
                 flags,
                 progress,
-                reset_watchdog,
+                report_progress,
                 score,
                 on_log,
             )
@@ -121,7 +128,7 @@ class _Run:
     log: MetricsLog
     flags: HostFlags
     progress: Progress
-    reset_watchdog: Callable[[], None]
+    report_progress: Callable[[], None]
     score: ScoreFunction | None
     on_log: Callable[[int, float], None]
 
@@ -146,7 +153,7 @@ class _Run:
             if self._saves_after(step, stop):
                 self._save(step, stop)
             self.flags.send(self.checkpoints.is_saving)
-            self.reset_watchdog()
+            self.report_progress()
         self.log.close()
 
     def _make_step(self, stream: Iterator[Batch], step: int) -> None:
@@ -199,7 +206,7 @@ class _Run:
             if self.world.is_main:
                 self.draft.save()
             self.world.barrier()
-            self.reset_watchdog()
+            self.report_progress()
 
     def _has_no_score(self, step: int) -> bool:
         """Whether the run was stopped between saving the checkpoint of this step, which was due, and scoring it."""
@@ -210,7 +217,7 @@ class _Run:
 
     def _score_checkpoint(self, score: ScoreFunction, step: int) -> None:
         def report(note: str) -> None:
-            self.reset_watchdog()
+            self.report_progress()
             self.progress.advance(0, note)
             if stop := self.flags.exchange_stop():
                 raise Interrupted(
@@ -219,7 +226,7 @@ class _Run:
 
         self.log.log_score(step, score(report))
         self._update_best()
-        self.reset_watchdog()
+        self.report_progress()
 
     def _update_best(self) -> None:
         """Protect the best checkpoint from deletion, which is the main process's work."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,8 +105,8 @@ def test_what_a_recipe_needs_and_cannot_use_is_said_before_anything_is_read(
     recipe: str, given: dict[str, str], sentence: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     nothing = str(tmp_path / "nothing")
-    arguments = {"data": nothing, "teacher": nothing, "out": str(tmp_path / "run")}
-    assert sentence in refusal(lambda: stages.distill(recipes.get(recipe), **arguments, **given))
+    arguments: dict[str, Any] = {"data": nothing, "teacher": nothing, "out": str(tmp_path / "run")} | given
+    assert sentence in refusal(lambda: stages.distill(recipes.get(recipe), **arguments))
 
 
 @pytest.mark.parametrize("field", ["distill.fake_prompts=independent", "distill.fake_prompts=list"])

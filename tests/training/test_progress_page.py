@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from dmd2 import stages
 from dmd2.config import Config
 from dmd2.io.storage import open_store
-from dmd2.parallel.ranks import World
 from dmd2.stages import output_file, progress_page
-from dmd2.stages.progress_page import ProgressPage, training_seconds
-from dmd2.training.metrics_log import METRICS, read_metrics
+from dmd2.stages.progress_page import ProgressPage
+from dmd2.training.spending import Spending, training_seconds
 from tests.conftest import ALONE
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -83,7 +81,9 @@ def test_a_run_that_fails_says_so_on_its_page(
 def test_a_page_that_cannot_be_written_ends_no_training_that_has_begun(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    page = ProgressPage(str(tmp_path / "pages" / "page.html"), "digits", tmp_path / "run", 10, 8, ALONE)
+    page = ProgressPage(
+        str(tmp_path / "pages" / "page.html"), "digits", tmp_path / "run", 10, Spending(), ALONE
+    )
     with caplog.at_level(logging.WARNING), page.from_start_to_end():
         (tmp_path / "pages" / "page.html").unlink()
         (tmp_path / "pages" / "page.html").mkdir()
@@ -99,15 +99,21 @@ def test_an_address_that_is_none_is_refused_before_the_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_gpu_hours_are_those_of_the_steps(tmp_path: Path) -> None:
-    lines = [
-        '{"step": 100, "samples_per_s": 16}',
-        '{"step": 100, "checkpoint/fid": 3}',
-        '{"step": 300, "samples_per_s": 8}',
+def test_gpu_hours_and_money_count_all_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmd2.training.spending.time.monotonic", lambda: 2800.0)
+    spending = Spending(gpus=4, before_s=900, restarts=2, price=2.5, budget=10, start=1000)
+    assert spending.gpu_hours == (900 + 1800) * 4 / 3600
+    assert spending.sentences() == [
+        "3.00 of at most 10 GPU-hours of 4 GPUs so far, over 3 starts, 7.50 at 2.5 an hour."
     ]
-    (tmp_path / METRICS).write_text("\n".join(lines) + "\n")
-    metrics = read_metrics(tmp_path)
-    assert training_seconds(metrics, batch=8) == 100 * 8 / 16 + 200 * 8 / 8
-    world = World(torch.device("cuda"), size=4)
-    page = ProgressPage("", "digits", tmp_path, 1000, 8, world)
-    assert page._spent() == ["0.28 GPU-hours of 4 GPUs so far, without starting, saving and scoring."]
+    assert Spending(gpus=4, start=1000).sentences() == ["2.00 GPU-hours of 4 GPUs so far."]
+    assert Spending(price=2.5).sentences() == []
+
+
+def test_a_start_that_was_killed_counts_with_its_steps() -> None:
+    lines = [
+        {"step": 100, "samples_per_s": 16.0},
+        {"step": 100, "checkpoint/fid": 3.0},
+        {"step": 300, "samples_per_s": 8.0},
+    ]
+    assert training_seconds(lines, batch=8) == 100 * 8 / 16 + 200 * 8 / 8

@@ -59,7 +59,7 @@ def root(pipeline: Path, squares: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def distilled(
-    root: Path, out: Path, recipe: str, *overrides: str, data: str = "latents", **more: str
+    root: Path, out: Path, recipe: str, *overrides: str, data: str = "latents", **more: Any
 ) -> Path:
     """A run without previews, unless the overrides say when to make them."""
     changed = config(recipe, "distill.preview_every=100", *overrides)
