@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmd2.config import EvaluateConfig
+from dmd2.encoders.safety import SafetyChecker
 from dmd2.encoders.text import count_cut_texts
 from dmd2.encoders.vae import Vae
 from dmd2.model import Model
@@ -41,6 +42,7 @@ class Student:
     """How its teacher was sampled in the evaluation: the defaults of comparisons."""
     teacher: Teacher | None = None
     tiny_vae: Vae | None = None
+    safety: SafetyChecker | None = None
 
     @property
     def offer(self) -> Offer:
@@ -60,7 +62,9 @@ class Images:
     pixels: Tensor
     """uint8 (N, C, H, W)."""
     seconds: dict[str, float]
-    """Part (`text`, `steps`, `decode`) -> seconds."""
+    """Part (`text`, `steps`, `decode`, and `safety` with a safety checker) -> seconds."""
+    withheld: int = 0
+    """Images that the safety checker has replaced by black ones."""
 
     @property
     def per_second(self) -> float:
@@ -94,9 +98,14 @@ def draw(
             of_teacher = _draw_teacher(
                 student, student.teacher.model, request, lambda done: progress(0.5 + 0.5 * done)
             )
-    note = (
-        f"The prompt is longer than the {cut.window} tokens that the text encoder sees." if cut.texts else ""
-    )
+    withheld = images.withheld + (of_teacher.withheld if of_teacher else 0)
+    notes = [
+        f"The prompt is longer than the {cut.window} tokens that the text encoder sees." if cut.texts else "",
+        f"The safety checker of the package has replaced {withheld} of the images by black ones."
+        if withheld
+        else "",
+    ]
+    note = " ".join(filter(None, notes))
     return Drawing(student, request, images, of_teacher, note)
 
 
@@ -107,7 +116,7 @@ def _draw_student(student: Student, request: Request, progress: Progress) -> Ima
     def samples(timed: Model, prompts: Sequence[int | str]) -> Tensor:
         return timed.samples(prompts, request.seed)
 
-    return _timed(model, request, samples, vae, request.steps, progress)
+    return _timed(model, request, samples, vae, student.safety, request.steps, progress)
 
 
 def _draw_teacher(student: Student, teacher: Model, request: Request, progress: Progress) -> Images:
@@ -121,7 +130,7 @@ def _draw_teacher(student: Student, teacher: Model, request: Request, progress: 
         steps, guidance = request.teacher_steps, request.guidance
         return timed.teacher_samples(prompts, request.seed, steps, guidance, noises=request.steps)
 
-    return _timed(teacher, request, samples, vae, calls, progress)
+    return _timed(teacher, request, samples, vae, student.safety, calls, progress)
 
 
 def _timed(
@@ -129,6 +138,7 @@ def _timed(
     request: Request,
     samples: Callable[[Model, Sequence[int | str]], Tensor],
     vae: Vae | None,
+    safety: SafetyChecker | None,
     calls: int,
     progress: Progress,
 ) -> Images:
@@ -138,8 +148,12 @@ def _timed(
         x = samples(replace(model, timer=timer), [request.prompt] * request.images)
     timer.start("decode")
     pixels = vae.decode(x) if vae else model.family.decode(x)
+    withheld = 0
+    if safety:
+        timer.start("safety")
+        pixels, withheld = safety.withhold(pixels)
     timer.stop()
-    return Images(pixels, timer.read())
+    return Images(pixels, timer.read(), withheld)
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def _blocks(students: Students, limits: Limits) -> Any:
             with gr.Column(scale=2, min_width=280):
                 result = gr.HTML("<p>Nothing is drawn yet.</p>", elem_id="result")
         gr.Markdown(
-            "The packages have no safety checker: no image is withheld. Images are kept nowhere; the link and the settings repeat them on this server."
+            f"{_safety(students)} Images are kept nowhere; the link and the settings repeat them on this server."
         )
         one_at_a_time: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1}
         private: dict[str, Any] = {"api_visibility": "private"}
@@ -230,6 +230,17 @@ def _blocks(students: Students, limits: Limits) -> Any:
         gr.api(draw_by_api, api_name="draw", **one_at_a_time)
         gr.api(packages, api_name="packages", queue=False)
     return blocks
+
+
+def _safety(students: Students) -> str:
+    """Which packages have a safety checker."""
+    without = [name for name, student in students.items() if not student.safety]
+    if len(without) == len(students):
+        return "The packages have no safety checker: no image is withheld."
+    said = "Images that the safety checker of their package finds are replaced by black ones."
+    return (
+        f"{said} No image is withheld of {', '.join(without)}, without a safety checker." if without else said
+    )
 
 
 def _fields(students: Students, first: Student, limits: Limits) -> list[Any]:

@@ -92,6 +92,7 @@ def answer(drawing: Drawing) -> dict[str, Any]:
         "settings": settings(drawing),
         "link": link(drawing),
         "note": drawing.note,
+        "withheld": drawing.images.withheld,
     }
 
 

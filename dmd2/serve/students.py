@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from dmd2.config import EvaluateConfig
+from dmd2.encoders.safety import FILES, SafetyChecker
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, open_artifact
@@ -79,4 +80,11 @@ def _student(name: str, package: Found, dtype: torch.dtype, vae: Vae | None) -> 
     manifest, model = package[1], _load(package, dtype)
     evaluate = manifest.config.evaluate if manifest.config else EvaluateConfig()
     tiny = vae if vae and vae.stride == model.config.vae_stride else None
-    return Student(name, manifest.digest, model, evaluate, tiny_vae=tiny)
+    return Student(name, manifest.digest, model, evaluate, tiny_vae=tiny, safety=_safety_checker(*package))
+
+
+def _safety_checker(folder: str, manifest: Manifest) -> SafetyChecker | None:
+    """That of the package, if it has one."""
+    if not {file.path for file in manifest.files} >= {*FILES}:
+        return None
+    return SafetyChecker(open_artifact(folder, manifest, *FILES), ranks.device())

@@ -31,6 +31,7 @@ def package(
     license: str = "other",
     license_link: str = "",
     restrictions: str = "",
+    safety_checker: str = "",
     key: str = "",
 ) -> Manifest:
     """Make a package of an accepted student: weights, model card and sample pictures. Then load it and compare its samples.
@@ -47,13 +48,19 @@ def package(
             = none of those. For the model card.
         license_link: Address of its text.
         restrictions: What users must not do, for the model card.
+        safety_checker: Pipeline of Stable Diffusion 1.5 (folder, gs:// or name on the hub) whose safety checker the package gets; empty = none.
         key: PEM file with the private key (Ed25519) that signs where the package comes from; by default the file that the environment
             variable DMD2_SIGNING_KEY names. Without either it is not signed.
     """
     terms = Terms(license, license_link, restrictions)
     terms.check()
     options: dict[str, str | int] = {"single_file": single_file, "low_rank": low_rank}
-    options |= {"license": license, "license_link": license_link, "restrictions": restrictions}
+    options |= {
+        "safety_checker": safety_checker,
+        "license": license,
+        "license_link": license_link,
+        "restrictions": restrictions,
+    }
     made, evaluated, decided = (
         read_manifest(run, "run"),
         read_manifest(evaluation, "evaluation"),
@@ -87,6 +94,7 @@ def package(
         _check_extraction(made, teacher, low_rank)
     import torch
 
+    from dmd2.encoders.safety import add_safety_checker
     from dmd2.image_grid import image_grid
     from dmd2.model import load_network, save_network
     from dmd2.model_card import forms_table, model_card
@@ -110,6 +118,8 @@ def package(
         sizes = {name: (draft.path / name).stat().st_size for name in forms}
         usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
         (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage, terms))
+        if safety_checker:
+            add_safety_checker(safety_checker, draft.path)
         prompts = made.facts["prompts"]
         images = model.sample(prompts, seed=0)
         save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
