@@ -455,7 +455,7 @@ INCEPTION = WeightsConfig(
     uri="https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
     sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
 )
-"""clean-fid's network, as TorchScript."""
+"""clean-fid's network: the published TorchScript program or, from `dmd2 mirror`, a `.safetensors` file, of which nothing is executed."""
 
 
 class BestConfig(Section):
@@ -468,7 +468,7 @@ class BestConfig(Section):
     features: Literal["efficientnet", "inception"] = "inception"
     """Network whose features are compared; see evaluate.features."""
     inception: WeightsConfig = INCEPTION
-    """clean-fid's network, as TorchScript."""
+    """clean-fid's network: the published TorchScript program or, from `dmd2 mirror`, a `.safetensors` file, of which nothing is executed."""
     seed: NonNegativeInt = 20
     """Seed of the noise of the samples, the same at every checkpoint."""
 
@@ -638,7 +638,7 @@ class EvaluateConfig(Section):
     """Feature network. `inception`: clean-fid's. `efficientnet`: EfficientNet-Lite0 trained on ImageNet, from an installed package.
     `classifier`: a small network that the stage trains on the training shards."""
     inception: WeightsConfig = INCEPTION
-    """clean-fid's network, as TorchScript."""
+    """clean-fid's network: the published TorchScript program or, from `dmd2 mirror`, a `.safetensors` file, of which nothing is executed."""
     clip: str = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
     """The CLIP of the metric `clip`: a folder of transformers, local or gs://, or a name on the hub, `@revision` to pin it. The default
     is the one of DMD2's paper."""

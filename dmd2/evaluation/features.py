@@ -21,7 +21,7 @@ from dmd2.config import INCEPTION, BestConfig, Config, EvaluateConfig, WeightsCo
 from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT, TRAIN
 from dmd2.errors import Refused
-from dmd2.evaluation import classifier, efficientnet
+from dmd2.evaluation import classifier, efficientnet, inception
 from dmd2.evaluation.weights import fetch_weights
 from dmd2.io.local import sha256
 from dmd2.models.family import Prompt
@@ -115,16 +115,34 @@ def _efficientnet(device: torch.device) -> FeatureExtractor:
 
 
 def _inception(settings: WeightsConfig, option: str, device: torch.device) -> FeatureExtractor:
+    network: torch.nn.Module
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.uri.endswith(inception.SUFFIX):
+            path = Path(folder) / f"inception{inception.SUFFIX}"
+            fetch_weights(settings, path, option)
+            network, digest = inception.load(path), sha256(path)
+        else:
+            _fetch_program(settings, Path(folder), option)
+            network, digest = InceptionV3W(folder, download=False), INCEPTION.sha256
+    facts = {"features": f"Inception-v3 of clean-fid, sha256 {digest[:12]}"}
+    return FeatureExtractor(network.to(device), build_resizer("clean"), facts, device, digest)
+
+
+def fetch_inception_tensors(settings: WeightsConfig, folder: Path, option: str) -> Path:
+    """The published program, which is run once, as a file of tensors in the folder."""
+    program = _fetch_program(settings, folder, option)
+    inception.convert(program, out := program.with_suffix(inception.SUFFIX))
+    return out
+
+
+def _fetch_program(settings: WeightsConfig, folder: Path, option: str) -> Path:
     if not any(digest.startswith(settings.sha256) for digest in TRUSTED_PROGRAMS):
         raise Refused(
             f"{option}.sha256 is {settings.sha256}, which is not clean-fid's Inception ({INCEPTION.sha256}); the file is a program "
-            f"(TorchScript), so no other one is run; set {option}.uri alone to use a copy"
+            f"(TorchScript), so no other one is run; set {option}.uri alone to use a copy, or use tensors (`dmd2 mirror`)"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        fetch_weights(settings, Path(folder) / "inception-2015-12-05.pt", option)
-        network = InceptionV3W(folder, download=False).to(device)
-    facts = {"features": f"Inception-v3 of clean-fid, sha256 {settings.sha256[:12]}"}
-    return FeatureExtractor(network, build_resizer("clean"), facts, device, INCEPTION.sha256)
+    fetch_weights(settings, path := folder / "inception-2015-12-05.pt", option)
+    return path
 
 
 def _bicubic(size: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -20,6 +20,7 @@ from dmd2.errors import Refused
 from dmd2.evaluation.confidence import margin
 from dmd2.evaluation.efficientnet import EfficientNet
 from dmd2.evaluation.features import load_pretrained, reduced_to
+from dmd2.evaluation.inception import Inception
 from dmd2.evaluation.influence import scrambled
 from dmd2.evaluation.measurements import Measurement
 from dmd2.evaluation.metrics import Score
@@ -49,6 +50,8 @@ def _classes_of(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     """(B, 3, h, w) with values 0 to 255 -> probabilities (B, K)."""
     if isinstance(network, EfficientNet):
         return lambda images: network.logits(images).softmax(1)
+    if isinstance(network, Inception):
+        return network.probabilities
     assert isinstance(network, InceptionV3W)
     return lambda images: network.base(images, no_output_bias=True)
 

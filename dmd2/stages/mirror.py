@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 def mirror(config: Config, out: str, teacher: str = "") -> str:
     """Copy the feature networks and decoders of a recipe, and a teacher, and say by which overrides they are used.
 
-    A copy has the digest of its content in its address: what is there already is not copied again, and never changes.
+    A copy has the digest of its content in its address: what is there already is not copied again, and never changes. Inception, which is
+    published as a program (TorchScript), is run here once and copied as tensors.
 
     Args:
         out: Folder to write to, local or gs://.
         teacher: Teacher to resolve into `<out>/teacher`, as `dmd2 resolve` does; empty = none.
     """
-    overrides = {f"{field}.uri": _copy_file(field, of, out) for field, of in pretrained_files(config).items()}
+    overrides: dict[str, str] = {}
+    for field, weights in pretrained_files(config).items():
+        overrides |= _copy_file(field, weights, out)
     overrides |= {field: _copy_folder(field, name, out) for field, name in pretrained_folders(config).items()}
     lines = [f"{field}={address}" for field, address in overrides.items()]
     if teacher:
@@ -70,14 +73,21 @@ def _read_by_metrics(config: Config) -> set[str]:
     return {metric.reads for metric in metrics.select(config.evaluate.metrics)}
 
 
-def _copy_file(field: str, weights: WeightsConfig, out: str) -> str:
+def _copy_file(field: str, weights: WeightsConfig, out: str) -> dict[str, str]:
+    """Overrides that use the copy."""
     from dmd2.evaluation.weights import fetch_weights
 
-    name = weights.uri.rpartition("/")[2]
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / name
-        fetch_weights(weights, path, f"--{field}")
-        return _store({name: path}, out, sha256(path)) + f"/{name}"
+        path = Path(scratch) / weights.uri.rpartition("/")[2]
+        if field.endswith(".inception") and path.suffix != ".safetensors":
+            from dmd2.evaluation.features import fetch_inception_tensors
+
+            path = fetch_inception_tensors(weights, Path(scratch), f"--{field}")
+        else:
+            fetch_weights(weights, path, f"--{field}")
+        digest = sha256(path)
+        found = {f"{field}.uri": _store({path.name: path}, out, digest) + f"/{path.name}"}
+        return found if digest.startswith(weights.sha256) else found | {f"{field}.sha256": digest}
 
 
 def _copy_folder(field: str, source: str, out: str) -> str:
