@@ -391,6 +391,9 @@ def summary(config: Config) -> str:
         "" if distill.regression else f"critic x{distill.critic_updates}",
         "noised real inputs" if distill.inputs == "noised-real" else "",
         "" if not distill.lora else "LoRA student and critic" if distill.lora.shared_base else "LoRA student",
+        "rollouts continued" if distill.continue_rollouts else "",
+        "denoising pass reused for the GAN" if distill.gan and distill.gan.reuse_denoising_pass else "",
+        f"after {distill.first_stage}" if distill.first_stage != "teacher" else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -70,7 +70,7 @@ def run_local(
         root: Folder of everything the run makes; the same root continues a run.
         source: `digits`, or the address of images in a layout that `dmd2 shard` reads.
         teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
-        recipe: Name of a recipe, as `dmd2 --help` lists them.
+        recipe: Name of a recipe, as `dmd2 recipes` lists them.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces. Those outside `distill` hold for a first stage too.
         first_overrides: The same for the first stage alone, where the recipe has one.
         start: Run to start from, with its student and its critic. Empty: the first stage that the recipe names is run before.

@@ -176,7 +176,7 @@ def test_recipes_are_listed_with_what_they_need_and_what_was_published(
     entry = shown[shown.index("\nsdxl-1step\n") :].split("\n")[1:5]
     assert entry == [
         "sdxl-1step",
-        "  1 step, 1024 px, DMD, GAN, critic x5; 24,000 steps of batch 128",
+        "  1 step, 1024 px, DMD, GAN, critic x5, after sdxl-1step-warmup; 24,000 steps of batch 128",
         "  needs a run of sdxl-1step-warmup (--start) and a file of prompts (--prompts)",
         "  published: FID 19.01, 3,648 A100-hours (64 GPUs, 57 hours)",
     ]
