@@ -89,12 +89,12 @@ def with_average(config: Config) -> Config:
 def test_a_killed_run_goes_on_from_its_last_checkpoint(micro: Config, made: Path, tmp_path: Path) -> None:
     """SIGKILL in a real process, wherever it happens to be; then the same command."""
     slow = micro.model_copy(
-        update={"distill": micro.distill.model_copy(update={"steps": 120, "save_every": 3})}
+        update={"distill": micro.distill.model_copy(update={"steps": 60, "save_every": 3})}
     )
     distill(slow, made, tmp_path / "whole")
     command = [
         *warm.dmd2("distill", "edm-digits"), "--data", str(made / "shards"), "--teacher", str(made / "teacher"),
-        "--out", str(tmp_path / "killed"), *flags((*MICRO, "distill.steps=120", "distill.save_every=3")),
+        "--out", str(tmp_path / "killed"), *flags((*MICRO, "distill.steps=60", "distill.save_every=3")),
     ]  # fmt: skip
     process = subprocess.Popen(command, env=warm.environment(), stderr=subprocess.PIPE)
     checkpoints = tmp_path / ".killed.partial" / "checkpoints"
