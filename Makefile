@@ -10,13 +10,14 @@ export GOMP_SPINCOUNT ?= 1000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-page demo-sdxl teacher-emoji test test-slow test-cluster test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push sbom scan submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine bench-evaluation bench-gpu clean
+.PHONY: help demo demo-page demo-sdxl demo-sdxl-forms teacher-emoji test test-slow test-cluster test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push sbom scan submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine bench-evaluation bench-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## Distil a digit teacher, end to end, on this machine (ROOT=runs/demo)
 	$(BIN)/python -m pipelines run-local --root $(ROOT) --overrides evaluate.metrics=fid,kid,precision,recall
+	test ! -d $(ROOT)/package || $(BIN)/dmd2 verify $(ROOT)/package
 
 # What there is of the demos, or a folder that is refused by name.
 SERVED = $(or $(wildcard $(ROOT)/package runs/demo-sdxl/package),$(ROOT)/package)
@@ -25,11 +26,21 @@ demo-page: $(READY) ## Draw with the students of `make demo` and `make demo-sdxl
 	$(BIN)/dmd2 serve $(SERVED) --teachers $(wildcard $(SERVED:package=teacher)) $(if $(PORT),--port $(PORT))
 
 EMOJI := runs/emoji
+SDXL_ROOT := runs/demo-sdxl
 TEACHER ?= tests/emoji/pipeline
 
 demo-sdxl: $(READY) $(EMOJI)/source ## Distil a small SDXL that draws emoji into four steps (needs npm)
-	$(BIN)/python -m pipelines run-local --root runs/demo-sdxl --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji \
+	$(BIN)/python -m pipelines run-local --root $(SDXL_ROOT) --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji \
 		--overrides "evaluate.metrics=fid,kid,precision,recall,clip evaluate.clip=tests/emoji/clip_model"
+	test ! -d $(SDXL_ROOT)/package || $(MAKE) --no-print-directory demo-sdxl-forms
+
+# All forms of an accepted student: a second package has a low-rank update, extracted from the whole network.
+SDXL_PARTS = $(foreach part,run evaluation gate,--$(part) $(SDXL_ROOT)/$(part))
+demo-sdxl-forms: $(READY)
+	$(BIN)/dmd2 verify $(SDXL_ROOT)/package
+	$(BIN)/dmd2 package $(SDXL_PARTS) --low-rank 16 --teacher $(SDXL_ROOT)/teacher --out $(SDXL_ROOT)/package-lora
+	$(BIN)/dmd2 verify $(SDXL_ROOT)/package-lora
+	$(BIN)/dmd2 report $(SDXL_PARTS) --data $(SDXL_ROOT)/shards --teacher $(SDXL_ROOT)/teacher --package $(SDXL_ROOT)/package-lora --out $(SDXL_ROOT)/report.html
 
 teacher-emoji: $(READY) $(EMOJI)/source ## Train that SDXL anew, into runs/emoji/teacher: about half an hour
 	$(BIN)/dmd2 shard sdxl-4step-emoji --source $(EMOJI)/source --out $(EMOJI)/shards

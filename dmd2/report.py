@@ -119,6 +119,7 @@ def write_report(
         _account(manifests.get("shards")),
         _training("First stage", manifests["start"], start) if start else "",
         _training("Training", manifests["run"], run),
+        _package(manifests["package"]) if "package" in manifests else "",
         "<h2>Time</h2>",
         _times(manifests),
         "<h2>Recipe</h2>",
@@ -356,6 +357,15 @@ def _previews(run: Path) -> str:
     paths = sorted((run / "previews").glob("*.png"))
     selected = [p for p in paths if p in (paths[0], paths[len(paths) // 2], paths[-1])]
     return _grid(_picture(p.read_bytes(), f"Student after step {int(p.stem)}") for p in selected)
+
+
+def _package(package: Manifest) -> str:
+    """What users get, by size."""
+    files = sorted(package.files, key=lambda file: -file.size)
+    rows = [[f"<code>{escape(file.path)}</code>", f"{file.size / 1e6:,.1f}"] for file in files]
+    total = ["all files", f"{sum(file.size for file in files) / 1e6:,.1f}"]
+    note = "Which program reads which file is in the model card, README.md."
+    return f"<h2>Package</h2><p>{note}</p>{_table(['file', 'MB'], [*rows, total])}"
 
 
 def _times(manifests: dict[str, Manifest]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from dmd2.data.loader import Shards
 from dmd2.data.shards import HOLDOUT, TRAIN
 from dmd2.image_grid import image_grid
-from dmd2.io.artifact import Manifest, read_manifest
+from dmd2.io.artifact import ArtifactFile, Manifest, read_manifest
 from dmd2.model import load_network
 from dmd2.report import panel_metrics, write_report
 from dmd2.rng import seed_of_part
@@ -114,6 +115,22 @@ def poisoned(manifest: Manifest) -> dict[str, Any]:
         "facts": poison(manifest.facts),
         "versions": {name + script: script for name in manifest.versions},
     }
+
+
+def test_the_page_shows_the_files_of_the_package_by_size(made: Path, tmp_path: Path) -> None:
+    manifests = {kind: read_manifest(made / kind, kind) for kind in ("run", "evaluation", "gate")}
+    write_report(tmp_path / "report.html", manifests, made / "run", made / "evaluation")
+    assert "<h2>Package</h2>" not in (tmp_path / "report.html").read_text()
+    files = [
+        {"path": f"{name}.safetensors", "size": size, "sha256": 64 * "0"}
+        for name, size in (("a", 10**6), ("b", 2 * 10**9))
+    ]
+    manifests["package"] = manifests["run"].model_copy(
+        update={"kind": "package", "files": [ArtifactFile(**f) for f in files]}
+    )
+    write_report(tmp_path / "report.html", manifests, made / "run", made / "evaluation")
+    text = re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text())
+    assert re.search(r"b.safetensors\s+2,000.0\s+a.safetensors\s+1.0\s+all files\s+2,001.0", text)
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY = 4_000_000
 """Bytes of a request to the server. A longer prompt than is allowed is refused by a sentence, up to this."""
 MAX_CONNECTIONS = 512
+SESSIONS = 200
+"""Sessions that gradio remembers, each with a copy of the form of 50 kB. By default it keeps 10,000: every call of the API is one."""
 REFUSED = (
     "upload",
     "file",
@@ -76,6 +78,7 @@ def make_app(students: Students, limits: Limits, queue: int) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/ready")(lambda: {"packages": list(students)})
     blocks = _blocks(students, limits).queue(max_size=queue, api_open=False)
+    blocks.state_session_capacity = SESSIONS
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {
         "ssr_mode": False,

@@ -312,7 +312,7 @@ def test_twenty_clients_at_a_time_are_served_in_turn_within_bounded_memory(addre
     assert failed == []
     assert max(counts) - min(counts) <= 3
     assert min(counts) > 0
-    assert grown < 100
+    assert grown < 50
 
 
 def test_a_full_queue_is_said_and_a_client_that_goes_away_frees_its_place(
