@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dmd2.config import BestConfig
@@ -18,10 +20,14 @@ from dmd2.data.loader import RawBatch, Shards
 from dmd2.errors import Refused
 from dmd2.evaluation.frechet import FrechetState
 from dmd2.evaluation.metrics import ImageBatch
+from dmd2.io.local import atomic_write
+from dmd2.io.tensors import load_tensors, save_tensors
 from dmd2.models.family import ModelFamily, Prompt
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng, seed_of_part
 
+MOMENTS = "moments"
+"""The tensor in a file of kept moments."""
 CHUNK = 16
 """Samples that share a seed and a network call."""
 
@@ -68,8 +74,11 @@ def load_scorer(
     family: ModelFamily,
     prompts_for: Callable[[range, RawBatch], Sequence[Prompt]],
     world: World,
+    kept: Path | None = None,
 ) -> CheckpointScorer:
     """Compute the features of the training samples and return the scorer; a collective call.
+
+    Their moments are read from the file `kept` of the main process, if it is there, and are written to it otherwise.
 
     `prompts_for(rows, batch)` gives the prompts of the student's samples with these row numbers, from the training samples with the
     same numbers. One chunk is sampled at once, so that an error of sampling shows before the first training step."""
@@ -79,16 +88,38 @@ def load_scorer(
             f"{shards.uri} has {count} training image; scores of checkpoints need at least 2, better thousands"
         )
     positions, prompts, state = evenly_spaced(count, shards), {}, FrechetState()
+    known = _read_moments(kept, world)
     for rows in chunks_of_rank(settings.images, world):
         batch = shards.select([positions[row % count] for row in rows])
         prompts[rows] = prompts_for(rows, batch)
+        if known is not None:
+            continue
         x = family.read(batch, Rng.at(settings.seed, 0, rows, world.device)).x
         counted = max(0, count - rows.start)
         state.update(first_of(features, family.decode_unchecked(x).cpu(), prompts[rows], counted))
-    state.all_reduce(world)
+    if known is None:
+        state.all_reduce(world)
+        _write_moments(kept, state.moments, world)
+    else:
+        state.moments = known
     scorer = CheckpointScorer(features, sample, prompts, settings.images, settings.seed, state, world)
     scorer.images(next(iter(prompts)))
     return scorer
+
+
+def _read_moments(kept: Path | None, world: World) -> Tensor | None:
+    """On all processes what the file of the main process holds; None if there is no file. A collective call."""
+    found = load_tensors(kept)[MOMENTS] if kept and world.is_main and kept.exists() else None
+    size = world.broadcast_int(0 if found is None else len(found))
+    if not size:
+        return None
+    return world.all_reduce_sum(torch.zeros(size, size, dtype=torch.float64) if found is None else found)
+
+
+def _write_moments(kept: Path | None, moments: Tensor, world: World) -> None:
+    if kept and world.is_main:
+        with atomic_write(kept) as scratch:
+            save_tensors({MOMENTS: moments}, scratch)
 
 
 def first_of(

@@ -20,6 +20,7 @@ from torchvision.models import inception_v3
 
 from dmd2.errors import Refused
 from dmd2.io.local import atomic_write
+from dmd2.io.tensors import save_tensors
 
 SIZE, WIDTH, CLASSES = 299, 2048, 1008
 SUFFIX = ".safetensors"
@@ -123,7 +124,7 @@ def convert(program: Path, out: Path) -> None:
                     "was written, use the program itself"
                 )
     with atomic_write(out) as scratch:
-        safetensors.torch.save_file(state, scratch)
+        save_tensors(state, scratch)
 
 
 def renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from dmd2.config import Config
 from dmd2.data.loader import RawBatch, Shards
@@ -27,11 +28,16 @@ def checkpoint_score(
     samples: Manifest,
     prompts: str,
     world: World,
+    folder: Path | None = None,
 ) -> ScoreFunction:
     """A function that samples the student with its current weights and returns the FID to the training samples.
 
     Inside `weights()`, the student has its inference weights. Where the recipe scores no checkpoints during training, images and
-    features are those of its evaluation."""
+    features are those of its evaluation.
+
+    Args:
+        folder: Of the run, where the moments of the training samples are kept for its next start, by the digest of the feature network.
+    """
     best = config.distill.best
     settings = best if best.images else best.model_copy(update={"images": config.evaluate.images})
     texts = read_prompts(prompts) if prompts else ()
@@ -45,8 +51,9 @@ def checkpoint_score(
         else:
             extract = features.load_extractor(config, data, world.device)
     train = Shards(data, TRAIN, samples.kind, config.loader.cache_gb)
+    kept = folder / f"training-features-{extract.digest[:16]}.safetensors" if folder else None
     scorer = load_scorer(
-        settings, extract, student.sample_unchecked, train, student.family, prompts_for, world
+        settings, extract, student.sample_unchecked, train, student.family, prompts_for, world, kept
     )
 
     def score(report: Callable[[str], None]) -> float:

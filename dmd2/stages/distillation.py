@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from dmd2.batch import Batch
@@ -95,7 +96,7 @@ class Distillation:
             self.config.family, Shards(self.data, TRAIN, self.samples.kind), self.prompts
         )
         preview = self._preview(student, trainer, draft)
-        score = self._score(student, trainer)
+        score = self._score(student, trainer, draft.path)
         recipe = self.config.recipe
         spending = self._spending(draft, price, budget)
         page = ProgressPage(progress, recipe, draft.path, settings.steps, spending, self.world)
@@ -153,7 +154,9 @@ class Distillation:
 
         return preview
 
-    def _score(self, student: Model, trainer: DMD2Trainer | RegressionTrainer) -> ScoreFunction | None:
+    def _score(
+        self, student: Model, trainer: DMD2Trainer | RegressionTrainer, folder: Path
+    ) -> ScoreFunction | None:
         """Scores checkpoints against training samples, if the recipe keeps the best one."""
         if not self.config.distill.best.images:
             return None
@@ -161,5 +164,5 @@ class Distillation:
 
         weights = trainer.student.swap_in_inference_weights
         return checkpoint_score(
-            self.config, student, weights, self.data, self.samples, self.prompts, self.world
+            self.config, student, weights, self.data, self.samples, self.prompts, self.world, folder
         )

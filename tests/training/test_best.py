@@ -18,6 +18,7 @@ from dmd2.data.loader import Shards
 from dmd2.errors import Interrupted
 from dmd2.evaluation import features
 from dmd2.evaluation.checkpoint_score import CheckpointScorer, chunks_of_rank, evenly_spaced
+from dmd2.evaluation.features import FeatureExtractor
 from dmd2.io.artifact import open_artifact, read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load_network
@@ -98,7 +99,15 @@ def test_a_run_that_is_stopped_ends_with_the_same_student(
 ) -> None:
     """Where a checkpoint is due, which is then scored when the run goes on, and where none is."""
     stopped(made, tmp_path / "run", after, monkeypatch)
+    scored, chunks = len(checkpoint_scores(tmp_path / ".run.partial")), []
+    compute = FeatureExtractor.__call__
+    monkeypatch.setattr(
+        FeatureExtractor, "__call__", lambda self, images: chunks.append(len(images)) or compute(self, images)
+    )
     distill(recipes.resolve("edm-digits", WORSE), made, tmp_path / "run")
+    assert len(chunks) == 2 * (3 - scored), (
+        "two chunks of the student's samples for each score, none of training samples"
+    )
     assert checkpoint_scores(tmp_path / "run") == checkpoint_scores(whole)
     assert_same(tmp_path / "run", whole)
 
