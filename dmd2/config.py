@@ -360,8 +360,8 @@ class EncodeConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the VAE and the text encoders. SDXL's VAE overflows in float16; in `bfloat16` it does not, but is less exact."""
     text: bool = False
-    """Encode the captions too, with the text encoders of the VAE's pipeline. Text embeddings often need more space than
-    latents."""
+    """Encode the captions too, with the text encoders of the VAE's pipeline, so that training does not. Text embeddings often need more
+    space than latents."""
 
 
 class OptimizerConfig(Section):
@@ -523,12 +523,19 @@ class EngineConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations that are recomputed in the backward pass instead of stored. `full`: all inside a unit, which saves most memory
     for a third more compute. `selective`: all but the outputs of matrix products, convolutions and attention."""
-    compile: bool = False
-    """Compile each unit with torch.compile: it takes a minute or more at the start and makes steps faster."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile each unit with torch.compile: it takes minutes at the start and makes steps faster. `auto`: on GPUs, where there are
+    triton, a C compiler and Python's headers, unless `deterministic`; the log says how it was decided."""
     deterministic: bool = False
     """Use deterministic kernels, so that two runs on the same hardware and number of processes are bit-identical; slower."""
     hang_timeout_s: PositiveFloat = 1800.0
     """Seconds without a finished step after which a process writes its stack traces and ends, so that it can be restarted."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _read_old_switch(cls, value: Any) -> Any:
+        """Version 0.1.0 stored a truth value."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class DistillConfig(Section):

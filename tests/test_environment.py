@@ -55,6 +55,24 @@ def test_threads_do_not_spin_unless_the_user_says_how(
     assert done.stdout.strip() == str(there), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("users", "there"),
+    [
+        ({}, [None, "expandable_segments:True"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ["backend:native", None]),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, [None, "backend:native"]),
+    ],
+)
+def test_memory_of_gpus_grows_unless_the_user_says_how(
+    users: dict[str, str], there: list[str | None]
+) -> None:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    env = {name: value for name, value in os.environ.items() if name not in names} | users
+    code = f"import os, dmd2; print([os.environ.get(name) for name in {names}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == str(there), done.stderr
+
+
 def test_it_is_said_before_torch_loads_openmp() -> None:
     code = "import dmd2, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

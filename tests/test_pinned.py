@@ -451,6 +451,7 @@ def _mended(name: str) -> dict[str, Any]:
         name.split("-")[int(name.startswith("edm"))] if full else "emoji"
     ]
     found |= pins
+    found["engine.compile"] = "auto"
     return found | MENDED.get(name, {})
 
 

@@ -158,6 +158,14 @@ class World:
         shape = (self.size // shards, shards)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
 
+    def extend_collective_timeout(self, timeout: timedelta, mesh: DeviceMesh | None) -> None:
+        """Let collectives of the mesh and of all ranks wait that long from now on."""
+        groups = [*([dist.group.WORLD] if self.host_group else []), *(mesh.get_all_groups() if mesh else [])]
+        # Before torch 2.13 it had a private name.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        for group in groups:
+            set_timeout(timeout, group)
+
     def mesh_of_one(self) -> DeviceMesh:
         """A mesh of this process alone. It opens a process group if there is none."""
         if not dist.is_initialized():
@@ -181,7 +189,14 @@ def init_distributed() -> World:
             f"cpu:gloo,{here.type}:{dist.get_default_backend_for_device(here)}" if accelerator else "gloo"
         )
         store = _rendezvous_store(rank, size)
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=size)
+        dist.init_process_group(
+            backend,
+            timeout=COLLECTIVE_TIMEOUT,
+            store=store,
+            rank=rank,
+            world_size=size,
+            device_id=here if accelerator else None,  # NCCL then connects now, and guesses no device
+        )
         atexit.register(time.sleep, GLOO_EXIT_DELAY_S)
     if size == 1:
         return World(here)

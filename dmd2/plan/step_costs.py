@@ -131,6 +131,11 @@ def seconds(
     return {"computing": computing, "communicating": sending, "updating": updating}
 
 
+def is_compiled(config: Config) -> bool:
+    """Whether a training surely compiles its units. With `auto` it does where the image has a compiler, which is not known here."""
+    return config.engine.compile == "on"
+
+
 def _computing(cost: PassCost, config: Config, gpu: Gpu, assumed: Assumption) -> float:
     """Seconds of a pass on the device or, if it takes longer to launch its kernels, on the host. In float32, PyTorch uses TF32
     for convolutions and not for matrix products."""
@@ -138,7 +143,7 @@ def _computing(cost: PassCost, config: Config, gpu: Gpu, assumed: Assumption) ->
         rated = cost.flops / gpu.bf16
     else:
         rated = cost.convolution_flops / gpu.tf32 + (cost.flops - cost.convolution_flops) / gpu.fp32
-    reached = assumed.efficiency * gpu.efficiency.reached(config.engine.compile)
+    reached = assumed.efficiency * gpu.efficiency.reached(is_compiled(config))
     return max(rated / (reached * TERA), cost.kernels * assumed.kernel_s)
 
 

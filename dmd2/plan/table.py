@@ -10,6 +10,7 @@ from rich.table import Table
 from dmd2.plan.hardware import DISK_GB_S, GB, HIGH, LIKELY, LINK_EFFICIENCY, LOW, TERA, USABLE
 from dmd2.plan.prediction import Plan
 from dmd2.plan.published_scheme import SECONDS_PER_UNIT_CALL, PublishedScheme
+from dmd2.plan.step_costs import is_compiled
 from dmd2.plan.traffic import update_rates
 
 
@@ -129,7 +130,8 @@ def _word(resident: bool) -> str:
 def limitations(made: Plan) -> list[str]:
     """What the plan assumes and what it leaves out, in sentences."""
     efficiency = made.gpu.efficiency
-    reached = efficiency.reached(made.config.engine.compile)
+    compiled = is_compiled(made.config)
+    reached = efficiency.reached(compiled)
     lines = [
         f"The rates are those of the data sheet ({made.gpu.source}). It is assumed that {reached:.0%} of the peak FLOP/s "
         f"({efficiency.source}) and {LINK_EFFICIENCY:.0%} of the bandwidth of the links are reached; nothing was measured on a GPU. "
@@ -144,9 +146,14 @@ def limitations(made: Plan) -> list[str]:
         "Memory is the sum of the maxima of its parts. Activations are those that PyTorch keeps, without the workspace of "
         f"convolutions; {1 - USABLE:.0%} of the memory is reserved for that, the driver and fragmentation.",
     ]
-    if made.config.engine.compile:
+    if compiled:
         lines.append(
             "Launches and memory that torch.compile saves are not included, nor the time of compiling."
+        )
+    elif made.config.engine.compile == "auto":
+        lines.append(
+            f"Units are compiled where the image has a C compiler; {efficiency.compiled:.0%} of the peak is assumed then "
+            "(--engine.compile on)."
         )
     if made.published:
         lines.append(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from dmd2.errors import Refused
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
 
@@ -37,17 +39,24 @@ def apply_activation_checkpointing(fam: ModelFamily, network: nn.Module, how: st
         else noop_context_fn
     )
     for unit in sharding.innermost(fam.blocks(network)):
-        unit.forward = partial(checkpoint, unit.forward, use_reentrant=False, context_fn=context)
+        # The state of the generators is kept only where something draws: reading it makes the host wait.
+        draws = any(isinstance(one, nn.Dropout) and one.p > 0 for one in unit.modules())
+        settings = {"use_reentrant": False, "context_fn": context, "preserve_rng_state": draws}
+        unit.forward = partial(checkpoint, unit.forward, **settings)
+
+
+def missing_for_compiling(device: torch.device) -> str:
+    """What torch.compile needs and this machine lacks; empty if nothing."""
+    if not (os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang"))):
+        return "a C compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "the headers of Python"
+    return "triton" if device.type == "cuda" and not find_spec("triton") else ""
 
 
 def compile_units(fam: ModelFamily, network: nn.Module) -> None:
-    """Compile each innermost unit, without the code around the units. Raises Refused where there is no C compiler."""
+    """Compile each innermost unit, without the code around the units."""
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = 16 * RECOMPILE_LIMIT
-    if not (os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))):
-        raise Refused(
-            "engine.compile is on, and torch.compile needs a C compiler; there is none here: leave it out, or make the image on a base "
-            "that has one (make images BASE=...)"
-        )
     for unit in sharding.innermost(fam.blocks(network)):
         unit.forward = torch.compile(unit.forward, dynamic=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from dmd2.parallel import ranks, sharding
 from dmd2.parallel.ranks import World
 from dmd2.rng import reseed
 from dmd2.training import losses, memory, networks
-from dmd2.training.activation import apply_activation_checkpointing, compile_units
+from dmd2.training.activation import apply_activation_checkpointing, compile_units, missing_for_compiling
 from dmd2.training.networks import DistillNetworks, Start
 from dmd2.training.optim import NETWORK, trainable
 from dmd2.training.rollout import BackwardSimulation, ContinuedRollouts, NoisedReal, SampleStudent
@@ -38,6 +39,9 @@ from dmd2.training.terms import (
 from dmd2.training.trainer import DiffusionTrainer, DMD2Trainer, RegressionTrainer
 
 logger = logging.getLogger(__name__)
+
+COMPILE_TIMEOUT = timedelta(hours=1)
+"""How long a rank waits in a collective for one that still compiles. A rank that hangs is found by engine.hang_timeout_s."""
 
 
 def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
@@ -80,7 +84,8 @@ def trainer(
     if engine.activation_checkpointing != "none":
         for network in (nets.student, nets.critic):
             apply_activation_checkpointing(fam, network, engine.activation_checkpointing)
-    if engine.compile:
+    if compiles(engine, world):
+        world.extend_collective_timeout(COMPILE_TIMEOUT, mesh)
         for network in nets.called():
             compile_units(fam, network)
     if settings.regression:
@@ -209,6 +214,34 @@ def is_resident(config: c.Config, fam: ModelFamily, shards: int, world: World) -
             f"of a device, {'at most' if resident else 'more than'} {memory.MAX_STATIC_FRACTION:.0%} (--engine.weights chooses)",
         )
     return resident
+
+
+def compiles(engine: c.EngineConfig, world: World) -> bool:
+    """Whether units are compiled; says on the main process how `auto` was decided. Raises Refused where it is on and cannot be."""
+    missing = missing_for_compiling(world.device)
+    if engine.compile == "on" and missing:
+        raise Refused(
+            f"engine.compile is on, and torch.compile needs {missing}, which this machine lacks; set it to auto or off, or install it"
+        )
+    if engine.compile != "auto":
+        return engine.compile == "on"
+    against = [
+        *(["this is no GPU"] if world.device.type != "cuda" else []),
+        *(["engine.deterministic is on"] if engine.deterministic else []),
+        *([f"torch.compile needs {missing}, which is not here"] if missing else []),
+    ]
+    # Machines may differ, and all ranks must compute alike.
+    off = bool(world.all_reduce_sum(torch.tensor(int(bool(against)))))
+    if world.is_main:
+        reason = (
+            against[0]
+            if against
+            else "another machine cannot"
+            if off
+            else "GPUs, triton and a C compiler are here"
+        )
+        logger.info(f"compile {'off' if off else 'on'}: {reason} (--engine.compile chooses)")
+    return not off
 
 
 def _regression_trainer(

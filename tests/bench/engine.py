@@ -178,12 +178,12 @@ LOWER = {} if ranks.is_emulated(CPU, torch.bfloat16) else {"dtype": "bfloat16"}
 LESS: dict[str, Any] = {"reuse_denoising_pass": True, "continue_rollouts": True}
 SWITCHES: dict[str, dict[str, Any]] = {
     "parity": {},
-    "parity, compile": {"compile": True},
+    "parity, compile": {"compile": "on"},
     **({"parity, bfloat16": LOWER} if LOWER else {}),
     "parity, reused denoising pass": {"reuse_denoising_pass": True},
     "parity, continued rollouts": {"continue_rollouts": True},
     "fast without compile": LESS | LOWER,
-    "fast": LESS | LOWER | {"compile": True},
+    "fast": LESS | LOWER | {"compile": "on"},
 }
 Step = Callable[[int], object]
 """(step) -> anything; makes one training step."""
@@ -252,7 +252,7 @@ def plain(net: Net, kind: type[Baseline]) -> Step:
 
 def engine(net: Net, switches: dict[str, Any]) -> DMD2Trainer:
     switches = dict(switches)
-    units = net.config.engine.model_copy(update={"compile": switches.pop("compile", False)})
+    units = net.config.engine.model_copy(update={"compile": switches.pop("compile", "off")})
     gan = net.config.distill.gan
     assert gan
     gan = gan.model_copy(update={"reuse_denoising_pass": switches.pop("reuse_denoising_pass", False)})

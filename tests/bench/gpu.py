@@ -64,7 +64,7 @@ class Training:
 
 EDM = "distill.batch=40 distill.dtype="  # of 280, as each of the reference's seven GPUs had
 SHARED, SDXL = "sdxl-4step-shared", "distill.batch=4 engine.micro_batch=2"
-FULL, COMPILE = " engine.activation_checkpointing=full", " engine.compile=True"
+EAGER, FULL, COMPILE = " engine.compile=off", " engine.activation_checkpointing=full", " engine.compile=on"
 TRAININGS = {
     "edm-float32": Training("edm-imagenet64", EDM + "float32", profiled=True),
     "edm-tf32": Training("edm-imagenet64", EDM + "float32", tf32=True),
@@ -93,7 +93,8 @@ def setting(case: Training, tiny: bool) -> tuple[Config, ModelFamily]:
     """Config and family, with a seed whose timed rollouts have the mean length."""
     kind = case.recipe.partition("-")[0]
     name = f"{case.recipe}-emoji" if tiny and kind == "sdxl" else case.recipe
-    config = recipes.resolve(name, (case.overrides + (TINY[kind] if tiny else "")).split())
+    mode = "" if COMPILE in case.overrides else EAGER
+    config = recipes.resolve(name, (case.overrides + mode + (TINY[kind] if tiny else "")).split())
     if tiny and kind == "sdxl":
         config = config.model_copy(
             update={"distill": config.distill.model_copy(update={"dtype": "bfloat16"})}

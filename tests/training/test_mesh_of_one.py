@@ -7,7 +7,9 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +97,14 @@ def test_losses_and_gradients_are_those_of_autocast_within_the_noise_of_bfloat16
     assert ((gathered - exact).abs() < 0.02 * exact.abs() + 2e-4).all()
     exact, autocast, gathered = gradients
     assert (gathered - exact).norm() < 1.5 * (autocast - exact).norm() < 0.15 * exact.norm()
+
+
+def test_collectives_wait_longer_for_a_process_that_compiles(meshed: World) -> None:
+    mesh = meshed.mesh_of_one()
+    meshed.extend_collective_timeout(timedelta(hours=1), mesh)
+    (group,) = mesh.get_all_groups()
+    backend: Any = group._get_backend(meshed.device)
+    assert backend.options._timeout == timedelta(hours=1)
 
 
 def test_autocast_is_left_to_weights_that_are_gathered_in_float32(pipeline: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
-from dmd2.config import Config, DmdConfig, OptimizerConfig
+from dmd2.config import Config, DmdConfig, EngineConfig, OptimizerConfig
+from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
 from dmd2.diffusion import Diffusion, edm_preconditioning, karras_schedule
 from dmd2.models.family import make_family
+from dmd2.parallel.ranks import World
 from dmd2.rng import Rng
 from dmd2.training import build, optim
 from dmd2.training.ema import Ema
 from dmd2.training.terms import DistributionMatching
 from dmd2.training.trainer import DMD2Trainer
-from tests.conftest import MICRO, make_trainer, teacher_of
+from tests import worker
+from tests.conftest import ALONE, MICRO, make_trainer, teacher_of
+from tests.worker import resolved
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -68,10 +73,46 @@ def test_compiling_is_refused_where_there_is_no_compiler(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    engine = micro.engine.model_copy(update={"compile": True})
+    engine = micro.engine.model_copy(update={"compile": "on"})
     network = make_family(micro.family).network()
     said = refusal(lambda: make_trainer(micro.model_copy(update={"engine": engine}), network))
     assert "engine.compile is on, and torch.compile needs a C compiler" in said
+
+
+def test_units_are_compiled_by_themselves_on_gpus_where_a_compiler_is(
+    micro: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that is only named, for nothing is computed on it."""
+    caplog.set_level("INFO")
+    engine, gpu = micro.engine, World(torch.device("cuda"))
+    exact = engine.model_copy(update={"deterministic": True})
+    assert build.compiles(engine, gpu)
+    assert "compile on" in caplog.text
+    for settings, world, reason in ((engine, ALONE, "no GPU"), (exact, gpu, "engine.deterministic is on")):
+        assert not build.compiles(settings, world)
+        assert reason in caplog.text
+    assert not build.compiles(engine.model_copy(update={"compile": "off"}), gpu)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert not build.compiles(engine, gpu)
+    assert "compile off: torch.compile needs a C compiler" in caplog.text
+
+
+def test_configs_of_old_versions_say_whether_to_compile_by_a_truth_value(micro: Config) -> None:
+    for old, new in ((False, "off"), (True, "on")):
+        assert EngineConfig.model_validate({"compile": old}).compile == new
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_that_of_the_same_networks_without(micro: Config, real: Batch) -> None:
+    network = make_family(micro.family).network()
+    found = []
+    for how in ("off", "on"):
+        engine = micro.engine.model_copy(update={"compile": how})
+        trainer = make_trainer(micro.model_copy(update={"engine": engine}), network)
+        found.append([trainer.step(real, step) for step in range(2)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_deterministic_mode_refuses_what_is_not_repeatable_and_ends_with_its_trainer(
@@ -140,9 +181,10 @@ class Waits(TorchDispatchMode):
 
     names = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount")
 
-    def __init__(self) -> None:
+    def __init__(self, *more: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
+        self.names += more
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -171,6 +213,35 @@ def test_no_step_waits_for_the_device(micro: Config, real: Batch, overrides: tup
         assert not waits.found
         float(sample.x.sum())
     assert waits.found == ["_local_scalar_dense"], "the last line, to see that they are counted"
+
+
+def test_a_step_of_sdxl_waits_for_the_device_neither_with_a_low_rank_student_nor_in_checkpointing(
+    pipeline: Path,
+) -> None:
+    config, family, _ = resolved("shared-base", pipeline, "engine.activation_checkpointing=full")
+    trainer = build.trainer(config, family, family.network().state_dict(), ALONE)
+    sample = worker.real(config, family, 0, ALONE)
+    with Waits() as waits:
+        for step in range(2):
+            trainer.step(sample, step)
+    assert not waits.found
+
+
+def test_stored_embeddings_are_read_without_a_copy_of_numbers_that_would_make_the_host_wait(
+    pipeline: Path,
+) -> None:
+    """`lift_fresh` is what `torch.tensor` does with numbers of the host, which on a GPU waits for the copy."""
+    _, family, _ = resolved("sdxl", pipeline)
+    cond = family.condition(["a red square", "a cat"]).cond
+    parts = tuple(cond[name].half() for name in ("text", "pooled"))
+    raw = RawBatch(torch.zeros(2, 2, *family.shape), torch.zeros(2, dtype=torch.int64), ("", ""), parts)
+    rng = Rng.at(0, 0, range(2), torch.device("cpu"))
+    with Waits("lift_fresh") as waits:
+        found = family.read(raw, rng)
+        assert not waits.found
+        torch.tensor([1.0])
+    assert waits.found == ["lift_fresh"], "to see that they are counted"
+    assert found.cond["size"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
 
 
 def test_gradient_through_the_samples_equals_the_plain_backward(trainer: DMD2Trainer, real: Batch) -> None:
