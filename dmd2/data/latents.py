@@ -1,7 +1,7 @@
 """Encoding training images with a VAE once, so that no training step has to run it.
 
 A sample is `<key>.npy`: mean and standard deviation of the VAE posterior, so that training draws a new latent every time. Label and
-caption are copied; `<key>.emb` and `<key>.pool` hold the text encoders' embeddings of the caption. The unit of work is one input
+caption are copied; `<key>.emb` and `<key>.pool` hold the text encoders' embeddings of the caption, which training then reads. The unit of work is one input
 shard. Batches never span two shards, so any number of processes writes the same bytes, and interrupted work continues with the shards that
 have no result file yet.
 """
@@ -165,6 +165,7 @@ class LatentEncoder:
             "shift_factor": self.vae.shift,
             "dtype": self.config.encode.dtype,
             "vae": pipeline.digest,
+            **({"text_encoders": pipeline.text_digest} if self.texts else {}),
             "bytes": sum(result.shard.size for result in results),
             "bytes_of": kinds,
             "bytes_per_image": {kind: round(size / count, 1) for kind, size in kinds.items()},

@@ -47,7 +47,7 @@ class RawBatch(NamedTuple):
     text: tuple[str, ...] = ()
     """Captions; an empty string where there is none."""
     embeddings: tuple[Tensor, ...] = ()
-    """Of pairs that have no captions: hidden states (B, L, D), float16, and pooled (B, P)."""
+    """Stored embeddings of the captions: hidden states (B, L, D), float16, and pooled (B, P)."""
 
 
 class RawSample(NamedTuple):
@@ -167,6 +167,11 @@ class Shards:
         """Whether samples have embeddings of captions in place of the captions."""
         return bool(self.manifest.facts.get("embeddings"))
 
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether samples have embeddings of captions, in place of the captions or beside them."""
+        return self.has_embeddings or bool(self.manifest.facts.get("text_encoders"))
+
     def sample(self, shard: int, index: int) -> RawSample:
         return self._open_shard(shard).sample(index)
 
@@ -216,7 +221,7 @@ class Shards:
     def _load_shard(self, shard: int) -> TarShard | LmdbShard:
         file = self.files[shard]
         opener: Callable[[Path], TarShard | LmdbShard] = (
-            LmdbShard if file.path.endswith(".lmdb") else partial(TarShard, embeddings=self.has_embeddings)
+            LmdbShard if file.path.endswith(".lmdb") else partial(TarShard, embeddings=self.reads_embeddings)
         )
         if self._cache:
             tar = self._cache.open(file, opener)

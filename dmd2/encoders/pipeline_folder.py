@@ -51,6 +51,8 @@ VAES = ("AutoencoderKL", "AutoencoderTiny")
 """The second only decodes, quickly, the latents of the first."""
 TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 """The text encoders of Stable Diffusion 1.5 and 2 (the first) and XL (both), by folder."""
+TEXT_FOLDERS = ("text_encoder/", "text_encoder_2/", "tokenizer/", "tokenizer_2/")
+TEXT_FILES = (CONFIG, *TOKENIZER_FILES)
 DTYPE_SETTINGS = ("dtype", "torch_dtype")
 """Settings in the config of a network that name its precision: of transformers 5, and before."""
 
@@ -75,6 +77,12 @@ class PipelineFiles:
             json.dumps([(name, sha256(path)) for name, path in sorted(self.files.items())]).encode()
         ).hexdigest()
 
+    @property
+    def text_digest(self) -> str:
+        """sha256 of the text encoders and tokenizers alone."""
+        texts = {name: path for name, path in self.files.items() if name.startswith(TEXT_FOLDERS)}
+        return text_digest({name: sha256(path) for name, path in texts.items()})
+
     def with_vae(self, other: PipelineFiles) -> PipelineFiles:
         """The same with the VAE of another; no file of its own VAE is left, which may have other names."""
         files = {name: path for name, path in self.files.items() if not name.startswith("vae/")}
@@ -85,6 +93,13 @@ class PipelineFiles:
         for name, path in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
+
+
+def text_digest(digests: Mapping[str, str]) -> str:
+    """sha256 of the text encoders and tokenizers of a pipeline, from the sha256 of each of its files; other files do not count."""
+    names = [name for name in sorted(digests) if name.startswith(TEXT_FOLDERS)]
+    read = [n for n in names if n.endswith((".safetensors", ".index.json")) or Path(n).name in TEXT_FILES]
+    return hashlib.sha256(json.dumps([(name, digests[name]) for name in read]).encode()).hexdigest()
 
 
 def find_pipeline(source: str, text: bool, whole: bool = False) -> PipelineFiles:

@@ -22,7 +22,9 @@ class Sdxl(Stable):
         assert pooled is not None, "SDXL has a second text encoder"
         side = float(self.config.resolution)
         # Original size, corner of the crop, target size (ibid., sec. 2.2): the same for all, real or fake.
-        size = torch.tensor([[side, side, 0, 0, side, side]], device=states.device).repeat(len(states), 1)
+        # Filled on the device: numbers copied from the host would make it wait.
+        size = torch.full((len(states), 6), side, device=states.device)
+        size[:, 2:4].zero_()
         cond = Conditioning(text=states, pooled=pooled, size=size)
         empty, empty_pooled = self._uncond(states, pooled)
         return CondPair(cond, Conditioning(text=empty, pooled=empty_pooled, size=size))

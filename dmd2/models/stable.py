@@ -259,20 +259,25 @@ class Stable(ABC):
                 f"(2, {', '.join(map(str, self.shape))}); make them with the VAE of the teacher and this recipe's resolution"
             )
         x = sample_posterior(to_device(batch.image, rng.device), rng.normal(*self.shape))
-        return Batch(x, *self.condition(batch.text), rng)
+        return Batch(x, *self._read_condition(batch, rng), rng)
 
     def read_pairs(self, batch: RawBatch, rng: Rng) -> Batch:
-        pair = self._stored_condition(batch.embeddings) if batch.embeddings else self.condition(batch.text)
-        return Batch(batch.image.float(), *pair, rng)
+        return Batch(batch.image.float(), *self._read_condition(batch, rng), rng)
 
-    def _stored_condition(self, embeddings: tuple[Tensor, ...]) -> CondPair:
+    def _read_condition(self, batch: RawBatch, rng: Rng) -> CondPair:
+        """The conditioning of a batch from stored embeddings of its captions, or else by the text encoders."""
+        if not batch.embeddings:
+            return self.condition(batch.text)
+        return self._stored_condition([to_device(part, rng.device).float() for part in batch.embeddings])
+
+    def _stored_condition(self, embeddings: Sequence[Tensor]) -> CondPair:
         """The conditioning from stored embeddings of the prompts, whose sizes must be those that the network takes."""
-        states, *pooled = (part.float() for part in embeddings)
+        states, *pooled = embeddings
         wanted = self.placeholder_condition(len(states))
         for name, part in zip(("text", "pooled"), (states, *pooled), strict=False):
             if name not in wanted or part.shape != wanted[name].shape:
                 raise Refused(
-                    f"the pairs hold embeddings {name} {tuple(part.shape[1:])}, the network takes "
+                    f"the data holds embeddings {name} {tuple(part.shape[1:])}, the network takes "
                     f"{tuple(wanted[name].shape[1:]) if name in wanted else 'none'}; make them with its text encoders"
                 )
         return self._conditioning(states, pooled[0] if pooled else None)

@@ -20,6 +20,7 @@ from dmd2.parallel.ranks import World
 from dmd2.plan.utilization import training_throughput
 from dmd2.stages.distributed import batch_reader, training_facts
 from dmd2.stages.networks import (
+    check_same_text_encoders,
     check_same_vae,
     load_artifact_model,
     save_student,
@@ -67,6 +68,8 @@ class Distillation:
         model = load_artifact_model(teacher, teacher_manifest, weights=world.is_main)
         check_same_family(model.config, config.family)
         check_same_vae(open_artifact(teacher, teacher_manifest, "vae/*"), samples, data)
+        if config.family.prompts != "classes":
+            check_same_text_encoders(teacher_manifest, samples, data)
         world.local_rows(config.distill.batch)
         return cls(config, world, data, samples, teacher, teacher_manifest, prompts, model)
 

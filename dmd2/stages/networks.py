@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dmd2.config import Config
-from dmd2.encoders.pipeline_folder import find_pipeline
+from dmd2.encoders.pipeline_folder import find_pipeline, text_digest
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, open_artifact, read_manifest
 from dmd2.io.staging import Draft
@@ -107,6 +107,16 @@ def check_same_vae(teacher: Path, samples: Manifest, data: str) -> None:
     if samples.kind == "latents" and samples.facts["vae"] != find_pipeline(str(teacher), text=False).digest:
         raise Refused(
             f"the latents in {data} were made with another VAE than the teacher's; encode the shards again with --vae set to the teacher's folder"
+        )
+
+
+def check_same_text_encoders(teacher: Manifest, samples: Manifest, data: str) -> None:
+    """Raise Refused if the samples have embeddings of other text encoders than the teacher's."""
+    stored = samples.facts.get("text_encoders") if samples.kind == "latents" else None
+    if stored and stored != text_digest({file.path: file.sha256 for file in teacher.files}):
+        raise Refused(
+            f"the captions in {data} were encoded with other text encoders than the teacher's; encode the shards again with --vae set to the "
+            "teacher's folder, or without --encode.text"
         )
 
 

@@ -21,6 +21,7 @@ from diffusers import (
 from PIL import Image
 
 from dmd2 import recipes, stages
+from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.data.loader import Shards
 from dmd2.data.shards import TRAIN
@@ -29,12 +30,15 @@ from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.io.tensors import load_tensors
 from dmd2.model import load, load_network
 from dmd2.models.convert.student_weights import read_unet
+from dmd2.models.family import ModelFamily
 from dmd2.models.lora import export_low_rank_update
 from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA
 from dmd2.sampler import generate
+from dmd2.stages.distributed import batch_reader
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
 from dmd2.training.metrics_log import checkpoint_scores, read_metrics
+from tests.conftest import ALONE
 from tests.tiny_sdxl import SMALL
 
 
@@ -84,6 +88,46 @@ def adopted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stages.evaluate(config(), str(root / "shards"), str(root / "teacher"), run, evaluation)
     stages.gate(config(), evaluation, gate)
     return folder
+
+
+def first_batch(root: Path, data: Path) -> tuple[ModelFamily, Batch]:
+    family = load_network(root / "teacher").family
+    batches = batch_reader(config(), str(data), 4, ALONE, "latents", family.read)
+    return family, next(batches(0))
+
+
+def test_captions_that_were_encoded_once_are_those_that_training_encodes(
+    root: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(root / "teacher", changed)
+    (changed / "text_encoder" / "config.json").write_text(
+        (root / "teacher" / "text_encoder" / "config.json").read_text() + " "
+    )
+    for name, source in (("stored", root / "teacher"), ("others", changed)):
+        stages.encode(
+            config("sdxl-4step-emoji", "encode.text=True"),
+            str(root / "shards"),
+            str(source),
+            str(tmp_path / name),
+        )
+    (encoding, wanted), (reading, found) = (
+        first_batch(root, root / "latents"),
+        first_batch(root, tmp_path / "stored"),
+    )
+    assert "text_encoders" in vars(encoding)
+    assert "text_encoders" not in vars(reading), "they take no memory"
+    assert torch.equal(found.x, wanted.x)
+    for mine, theirs in ((found.cond, wanted.cond), (found.uncond, wanted.uncond)):
+        assert mine.keys() == theirs.keys()
+        for part, value in mine.items():
+            assert torch.equal(value, theirs[part].half().float()), "as they are stored"
+    said = refusal(
+        lambda: stages.distill(
+            config(), str(tmp_path / "others"), str(root / "teacher"), str(tmp_path / "run")
+        )
+    )
+    assert "were encoded with other text encoders than the teacher's" in said
 
 
 def learned(run: Path, *names: str) -> torch.Tensor:

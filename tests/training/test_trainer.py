@@ -179,7 +179,14 @@ def test_the_teacher_never_changes(micro: Config, real: Batch) -> None:
 class Waits(TorchDispatchMode):
     """Counts what makes the host wait for the device: numbers read from it, and shapes that depend on its numbers."""
 
-    names = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount")
+    names: tuple[str, ...] = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "masked_select",
+        "unique",
+        "bincount",
+    )
 
     def __init__(self, *more: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
