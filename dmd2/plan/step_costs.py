@@ -84,6 +84,7 @@ def device_memory(
     config, costs = fake.config, measured.at(rows)
     micro_batches = -(-config.distill.batch // mesh.gpus // rows)
     found = memory.static(config, sizes, mesh.shards, resident, micro_batches, early_weights(fake, costs))
+    found |= frozen_memory(fake)
     if mesh.gpus == 1 and not networks.gathers_alone(config):
         found.pop("unreduced gradients", None)
         if memory.compute_width(config) == memory.FLOAT32 and micro_batches == 1:
@@ -91,6 +92,23 @@ def device_memory(
             peak = activations(fake, costs, with_gradients=True)
             return found | {"activations and gradients": max(peak, gradients)}
     return found | {"activations": activations(fake, costs)}
+
+
+VAE, TEXT = "VAE", "text encoders, unless embeddings are stored"
+"""Parts of the memory beside the networks of the distillation."""
+VAE_WEIGHTS = 84_000_000
+TEXT_ENCODER_WEIGHTS = {768: 123_000_000, 1024: 340_000_000, 2048: 818_000_000}
+"""Width of the hidden states -> weights of the published text encoders that make them: of Stable Diffusion 1.5, 2 and XL."""
+
+
+def frozen_memory(fake: FakeTrainer) -> dict[str, float]:
+    """Bytes of what encodes prompts and decodes previews, in float32; other text encoders than the published ones are not known."""
+    text = fake.family.placeholder_condition(1).get("text")
+    weights = {
+        TEXT: 0 if text is None else TEXT_ENCODER_WEIGHTS.get(text.shape[-1], 0),
+        VAE: VAE_WEIGHTS if fake.config.family.vae_stride else 0,
+    }
+    return {name: float(memory.FLOAT32 * count) for name, count in weights.items() if count}
 
 
 def largest_micro_batch(

@@ -36,6 +36,7 @@ from dmd2.models.family import ModelFamily, make_family
 from dmd2.parallel.ranks import World
 from dmd2.plan.hardware import BY_DEVICE_NAME, GB, TERA
 from dmd2.plan.prediction import make_plan
+from dmd2.plan.step_costs import TEXT, VAE
 from dmd2.plan.traffic import MeshShape
 from dmd2.plan.utilization import peak_flops_per_s
 from dmd2.rng import Rng, draw_shared
@@ -125,7 +126,7 @@ def predicted(case: Training, tiny: bool, gpu: str) -> Row:
     low, high = plan.range_s
     return {
         "plan s/step": [low, plan.seconds_per_step, high],
-        "plan GB": plan.memory_gb,
+        "plan GB": sum(size for part, size in plan.memory.items() if part not in (VAE, TEXT)) / GB,
         "TFLOP": sum(model.flops.values()) / TERA,
     }
 
