@@ -16,7 +16,7 @@ from components.sample_pairs.component import sample_pairs
 from components.shard_dataset.component import shard_dataset
 from dmd2.recipes import RECIPES
 from pipelines.parts import encode_parts, evaluate_parts, shard_parts
-from pipelines.pods import BUSY, COPYING, HEAVY, LIGHT, on_gpus, pod, reads_hub
+from pipelines.pods import BUSY, COPYING, HEAVY, LIGHT, on_gpus, pod, reads_hub, with_signing_key
 
 H100 = {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
 
@@ -193,7 +193,7 @@ def distill(
         }  # fmt: skip
         with dsl.If(decision.output == "accepted", name="accepted"):
             packaged = package_model(root=folder, run=student, evaluation=evaluation)
-            package = pod(packaged, BUSY).outputs["package"]
+            package = with_signing_key(pod(packaged, BUSY)).outputs["package"]
             pod(report(decision=decision.output, **made), LIGHT).after(packaged)
             with dsl.If(destination != "", name="published"):
                 published = publish_model(destination=destination, recipe=recipe, package=package)

@@ -20,6 +20,8 @@ PRIORITY, RUN, RETRAIN = "kueue.x-k8s.io/priority-class", "dmd2-run", "dmd2-retr
 READS_HUB, READS_REGISTRY = "dmd2/reads-hub", "dmd2/reads-registry"
 """Labels of pods that may reach a hub or a Model Registry, where `manifests/components` are taken into the overlay."""
 GPU = "nvidia.com/gpu"
+SIGNING_KEY = "dmd2-signing-key"
+"""Secret with the private key that signs packages, and its folder below /var/run."""
 
 
 class PodResources(NamedTuple):
@@ -69,6 +71,11 @@ def on_gpus(
     kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", QUEUE)
     kubernetes.add_pod_label(task, PRIORITY, RUN)
     return task
+
+
+def with_signing_key(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Let the task read the key that signs packages, if the namespace has one."""
+    return kubernetes.use_secret_as_volume(task, SIGNING_KEY, f"/var/run/{SIGNING_KEY}", optional=True)
 
 
 def reads_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:

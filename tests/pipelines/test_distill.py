@@ -246,6 +246,21 @@ def test_no_pod_is_root_or_without_limits_and_all_have_a_place_to_write(
         assert wanted <= container["resources"].keys()
 
 
+def test_only_the_step_that_packages_reads_the_signing_key_and_goes_without_it_where_there_is_none(
+    documents: list[dict[str, Any]],
+) -> None:
+    secrets = {
+        name: pod["secretAsVolume"]
+        for name, (_, pod) in executors(documents).items()
+        if "secretAsVolume" in pod
+    }
+    assert secrets.keys() == {"exec-package-model"}
+    (mount,) = secrets["exec-package-model"]
+    body = executors(documents)["exec-package-model"][0]
+    assert f"{mount['mountPath']}/key.pem" in str(body["command"])
+    assert (mount["secretName"], mount["optional"]) == ("dmd2-signing-key", True)
+
+
 def test_every_step_knows_its_image(documents: list[dict[str, Any]]) -> None:
     for container, _ in executors(documents).values():
         assert {"name": "DMD2_IMAGE", "value": container["image"]} in container["env"]
