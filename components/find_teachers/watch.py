@@ -103,10 +103,23 @@ class Watcher:
 
     def _reconcile_entry(self, entry: LedgerEntry) -> None:
         claim = self._claim_of(entry)
-        if self.ledger.lease_expired(entry):
+        if entry.was_released(entry.claim):
+            self._stop_late_run(entry, claim)
+        elif self.ledger.lease_expired(entry):
             self._find_run(entry, claim)
         elif entry.state == "running":
             self._reconcile_run(entry, claim, self.runs.state(entry.run))
+
+    def _stop_late_run(self, entry: LedgerEntry, claim: Claim) -> None:
+        """Stop a run that the platform has made after its claim was released. It would be refused, but not before it has its machine."""
+        if self.ledger.clock() - entry.changed > self.limits.pending:
+            return
+        run = self.runs.find(run_name(entry.teacher, claim))
+        if run and self.runs.state(run).health == "alive":
+            self.problems.append(
+                f"entry {claim.key}: run {run} is of a claim that was released, and is stopped"
+            )
+            self.runs.stop(run)
 
     def _find_run(self, entry: LedgerEntry, claim: Claim) -> None:
         if run := self.runs.find(run_name(entry.teacher, claim)):

@@ -263,6 +263,26 @@ def test_a_run_whose_creation_was_not_answered_is_found_and_not_started_again(
     assert (only(watch).state, only(watch).run) == ("running", started[0])
 
 
+def test_a_run_that_is_there_after_its_claim_was_released_is_stopped(
+    watch: Watcher, platform: Platform, faults: Proxy
+) -> None:
+    """The platform answers an error, knows no run, and makes it all the same; it waits for a machine and cannot refuse itself."""
+    faults.fail(CREATE, "503", times=1)
+    assert watch.start(TEACHERS[:1]) == []
+    released = only(watch)
+    claim = Claim(watch.ledger.store.uri, released.work.key, released.claim)
+    late = watch.runs.start(run_name(released.teacher, claim), {"claim": claim.text})
+    watch.reconcile()
+    assert watch.runs.state(late).health == "cancelled"
+    assert f"run {late} is of a claim that was released, and is stopped" in watch.problems[-1]
+    problems = len(watch.problems)
+    watch.reconcile()
+    assert len(watch.problems) == problems, "it is stopped once"
+    (run,) = watch.start(TEACHERS[:1])
+    watch.reconcile()
+    assert watch.runs.state(run).health == "alive"
+
+
 def test_a_run_that_could_not_be_created_gives_its_claim_back_and_is_not_counted(
     watch: Watcher, platform: Platform, faults: Proxy
 ) -> None:
