@@ -47,6 +47,7 @@ def test_the_compiler_of_the_package_builds_with_the_headers_of_python(
     pytest.importorskip("ziglang", reason="the group `compiler` is only in the image")
     for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), *sys.path]))
     program = tmp_path / "dmd2-cc"
     program.write_text(f"#!{sys.executable}\nfrom dmd2.c_compiler import main\nmain()\n")
     program.chmod(0o755)
