@@ -64,6 +64,7 @@ def submit(
     where: ClusterFlags,
     parameters: dict[str, Any],
     name: str = "",
+    cost_centre: str = "",
     dry_run: bool = False,
     wait: bool = False,
 ) -> None:
@@ -71,10 +72,11 @@ def submit(
 
     Args:
         name: Name of the run; empty = recipe and time.
+        cost_centre: Team or project that pays: the label `dmd2/cost-centre` of all pods of the run.
         dry_run: Show the run and what it would cost, without a request to a server.
         wait: Wait for the end of the run; the exit status is 0 if it succeeded, 1 if it failed, 130 if it was cancelled.
     """
-    package = compile_pipeline(distill)
+    package = cluster.for_cost_centre(compile_pipeline(distill), cost_centre)
     name = name or f"{parameters['recipe']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     _print_run(package, name, parameters)
     if dry_run:

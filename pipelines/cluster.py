@@ -35,7 +35,7 @@ from kfp_server_api import (
 from urllib3.exceptions import HTTPError
 
 from dmd2.errors import Refused, brief
-from pipelines.pods import PRIORITY, RETRAIN, RUN
+from pipelines.pods import COST_CENTRE, NOBODY, PRIORITY, RETRAIN, RUN
 
 STATUS = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 130}
 """Final state of a run -> exit status."""
@@ -134,6 +134,18 @@ def for_retraining(package: CompiledPipeline) -> CompiledPipeline:
     assert text.count(f"  name: {package.name}\n") == 1
     text = text.replace(f"  name: {package.name}\n", f"  name: {name}\n")
     return CompiledPipeline(name, text.replace(f"{PRIORITY}: {RUN}", f"{PRIORITY}: {RETRAIN}"))
+
+
+def for_cost_centre(package: CompiledPipeline, name: str) -> CompiledPipeline:
+    """The same pipeline, whose pods say who pays: a label cannot be a parameter of a run, so it is a version of its own."""
+    if not name:
+        return package
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
+        raise Refused(
+            f"the cost centre is {name!r}; give a label of Kubernetes: at most 63 letters, digits, '-', '_' and '.'"
+        )
+    text = package.text.replace(f"{COST_CENTRE}: {NOBODY}\n", f"{COST_CENTRE}: {json.dumps(name)}\n")
+    return CompiledPipeline(package.name, text)
 
 
 def upload(cluster: Cluster, package: CompiledPipeline) -> UploadedVersion:

@@ -16,7 +16,17 @@ from components.sample_pairs.component import sample_pairs
 from components.shard_dataset.component import shard_dataset
 from dmd2.recipes import RECIPES
 from pipelines.parts import encode_parts, evaluate_parts, shard_parts
-from pipelines.pods import BUSY, COPYING, HEAVY, LIGHT, on_gpus, pod, reads_hub, with_signing_key
+from pipelines.pods import (
+    BUSY,
+    COPYING,
+    HEAVY,
+    LIGHT,
+    on_gpus,
+    pod,
+    reads_hub,
+    with_metrics,
+    with_signing_key,
+)
 
 H100 = {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
 
@@ -72,7 +82,7 @@ def first_stage_if_needed(
             recipe=recipe, overrides=overrides, root=root, folder="first", start="", pairs=pairs, prompts=prompts,
             nodes=nodes, gpus=gpus, pool=pool, queue=queue, where=where, samples=samples, teacher=teacher, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )  # fmt: skip
-        on_gpus(pod(distilled, HEAVY, retries=3), step_gpus, step_pool)
+        on_gpus(with_metrics(pod(distilled, HEAVY, retries=3)), step_gpus, step_pool)
 
 
 @dsl.pipeline(name="dmd2-distill")
@@ -177,7 +187,9 @@ def distill(
             **training,
             **settings,
         ).after(before)
-        trained = on_gpus(pod(distilled, HEAVY, retries=3), chosen["step_gpus"], chosen["step_pool"])
+        trained = on_gpus(
+            with_metrics(pod(distilled, HEAVY, retries=3)), chosen["step_gpus"], chosen["step_pool"]
+        )
         student = trained.outputs["run"]
         in_parts = evaluate_parts(
             parts=chosen["parts"], run=student, scores=scores, **images, **on_pool, **settings

@@ -19,6 +19,12 @@ PRIORITY, RUN, RETRAIN = "kueue.x-k8s.io/priority-class", "dmd2-run", "dmd2-retr
 """Label of Kueue's priority, and its values for runs that a person starts and for those of retraining, which give way."""
 READS_HUB, READS_REGISTRY = "dmd2/reads-hub", "dmd2/reads-registry"
 """Labels of pods that may reach a hub or a Model Registry, where `manifests/components` are taken into the overlay."""
+STAGE, COST_CENTRE = "dmd2/stage", "dmd2/cost-centre"
+"""Labels of all pods of a run, by which their cost is divided: the step, and who pays."""
+NOBODY = "none"
+"""Cost centre of runs that are submitted without one."""
+METRICS_PORT = 9400
+"""Port on which a training serves its metrics."""
 GPU = "nvidia.com/gpu"
 SIGNING_KEY = "dmd2-signing-key"
 """Secret with the private key that signs packages, and its folder below /var/run."""
@@ -50,6 +56,8 @@ def pod(task: dsl.PipelineTask, resources: PodResources, retries: int = 0) -> ds
         task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
     task.set_cpu_request(resources.cpu[0]).set_cpu_limit(resources.cpu[1])
     task.set_memory_request(resources.memory[0]).set_memory_limit(resources.memory[1])
+    kubernetes.add_pod_label(task, STAGE, task.component_spec.name)
+    kubernetes.add_pod_label(task, COST_CENTRE, NOBODY)
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=resources.disk)
     if resources.shared:
@@ -76,6 +84,11 @@ def on_gpus(
 def with_signing_key(task: dsl.PipelineTask) -> dsl.PipelineTask:
     """Let the task read the key that signs packages, if the namespace has one."""
     return kubernetes.use_secret_as_volume(task, SIGNING_KEY, f"/var/run/{SIGNING_KEY}", optional=True)
+
+
+def with_metrics(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Let the training in the task, or in the TrainJob that it makes, serve its metrics."""
+    return task.set_env_variable("DMD2_METRICS_PORT", str(METRICS_PORT))
 
 
 def reads_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:

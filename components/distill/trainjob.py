@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import re
 import sys
@@ -46,6 +47,8 @@ RUNTIME = "dmd2-torch"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 RUN, WORK = "dmd2/run", "dmd2/work"
 """Label with the KFP id of the run; annotation with the digest of what the job computes."""
+RECIPE, COST_CENTRE = "dmd2/recipe", "dmd2/cost-centre"
+"""Labels by which the cost of a training is divided."""
 MANAGER = "dmd2.invalid/launcher"
 RUN_S = 168 * 3600
 """Longest time that a training may run, from its last start; the time in a queue does not count."""
@@ -163,7 +166,10 @@ class TrainJob:
             for key, value in (self.pod.workflow or {}).items()
             if key in ("apiVersion", "kind", "name", "uid")
         }
-        node = {"metadata": {"labels": {RUN: training.run_id}}, "spec": {"nodeSelector": training.pool}}
+        costs = {RUN: training.run_id, RECIPE: training.arguments[1]}
+        costs |= {key: value for key, value in self.pod.labels.items() if key == COST_CENTRE}
+        labels |= costs
+        node = {"metadata": {"labels": costs}, "spec": {"nodeSelector": training.pool}}
         patch = {"spec": {"replicatedJobs": [{"name": CONTAINER, "template": {"spec": {"template": node}}}]}}
         return {
             "apiVersion": f"{GROUP}/{VERSION}", "kind": "TrainJob",
@@ -177,7 +183,7 @@ class TrainJob:
                 "trainer": {
                     "image": self.pod.image, "numNodes": size.nodes, "numProcPerNode": size.processes,
                     "command": ["python", "-m", "components.distill.node", str(size.gpus), *training.arguments],
-                    "env": [{"name": "DMD2_IMAGE", "value": self.pod.image}],
+                    "env": [{"name": "DMD2_IMAGE", "value": self.pod.image}, *_metrics_port()],
                 },
                 "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": patch}}],
             },
@@ -347,6 +353,13 @@ class TrainJob:
         except ApiException as error:
             if error.status not in (404, 409):
                 logger.warning("TrainJob %s cannot be deleted (%s)", self.name, message_of(error))
+
+
+def _metrics_port() -> list[Json]:
+    """The trainer serves its metrics on the port on which this step would."""
+    return [
+        {"name": name, "value": os.environ[name]} for name in ("DMD2_METRICS_PORT",) if name in os.environ
+    ]
 
 
 @dataclass

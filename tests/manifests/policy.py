@@ -23,7 +23,7 @@ Objects = list[Object]
 Rule = Callable[[Objects], Iterator[str]]
 
 CLUSTER_WIDE = (
-    "Namespace", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ResourceFlavor", "ClusterQueue", "Topology", "WorkloadPriorityClass", "Network", "GKENetworkParamSet",
+    "Namespace", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ClusterRules", "ResourceFlavor", "ClusterQueue", "Topology", "WorkloadPriorityClass", "Network", "GKENetworkParamSet",
 )  # fmt: skip
 PRIVATE = {"10.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"}
 SIDECARS = {"cpu": 0.2, "memory": 2 * 2**28}

@@ -41,12 +41,38 @@ CUSTOM = {
         "v1alpha1",
         ("trainingruntimes",),
     ),
+    "github.com/prometheus-operator/prometheus-operator@v0.85.0": (
+        "example/prometheus-operator-crd/monitoring.coreos.com_{}.yaml",
+        "v1",
+        ("podmonitors", "prometheusrules"),
+    ),
     "github.com/GoogleCloudPlatform/gke-networking-api@v0.2.11": (
         "config/crds/networking.gke.io_{}.yaml",
         "v1",
         ("networks", "gkenetworkparamsets"),
     ),
 }
+_TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_LABELS: Schema = {"from": {"type": "string"}, "to": {"type": "string"}}
+_RULE: Schema = {
+    "alert": {"type": "string"},
+    "expr": {"type": "string"},
+    "for": {"type": "string"},
+    "labels": _TEXTS,
+    "annotations": _TEXTS,
+}
+MANAGED: dict[str, Schema] = {
+    "ClusterRules": {
+        "groups": [{"name": {"type": "string"}, "interval": {"type": "string"}, "rules": [_RULE]}],
+    },
+    "PodMonitoring": {
+        "selector": {"$ref": "#/$defs/io.k8s.apimachinery.pkg.apis.meta.v1.LabelSelector"},
+        "endpoints": [{"port": {"type": ["integer", "string"]}, "interval": {"type": "string"}}],
+        "targetLabels": {"metadata": {"type": "array", "items": {"enum": ["pod", "container", "node"]}}, "fromPod": [_LABELS]},
+    },
+}  # fmt: skip
+"""The fields in use of the specs of Google's managed Prometheus, as its Go types have them (prometheus-engine, apis/monitoring/v1): its
+module is not on the proxy."""
 PROSE = ("description", "example", "default", "externalDocs", "title")
 
 
@@ -135,11 +161,36 @@ def custom() -> Iterator[tuple[str, Schema]]:
             yield named(f"{spec['group']}/{version}", spec["names"]["kind"]), schema
 
 
+def with_known_fields(fields: Any) -> Schema:
+    """Fields -> the schema of an object, and of its parts, that has no others. A list has such objects as items."""
+    if isinstance(fields, list):
+        return {"type": "array", "minItems": 1, "items": with_known_fields(fields[0])}
+    if "$ref" in fields or isinstance(fields.get("type"), str | list):
+        return fields
+    parts = {name: with_known_fields(part) for name, part in fields.items()}
+    return {"type": "object", "properties": parts, "additionalProperties": False}
+
+
+def managed() -> Iterator[tuple[str, Schema]]:
+    parts = parts_of("apis__batch__v1")
+    metadata = closed("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta", parts)
+    selector = closed("io.k8s.apimachinery.pkg.apis.meta.v1.LabelSelector", parts)
+    for kind, spec in MANAGED.items():
+        fields = {name: {"type": "string"} for name in ("apiVersion", "kind")}
+        known = with_known_fields({"spec": spec}) | {"required": ["apiVersion", "kind", "metadata", "spec"]}
+        known["properties"] |= fields | {"metadata": {"$ref": metadata["$ref"]}}
+        known["properties"]["spec"]["required"] = [name for name in spec if name != "targetLabels"]
+        yield (
+            named("monitoring.googleapis.com/v1", kind),
+            known | {"$defs": metadata["$defs"] | selector["$defs"]},
+        )
+
+
 def main() -> None:
     HERE.mkdir(exist_ok=True)
     for old in HERE.glob("*.json"):
         old.unlink()
-    for name, schema in [*built_in(), *custom()]:
+    for name, schema in [*built_in(), *custom(), *managed()]:
         (HERE / name).write_text(json.dumps(schema, sort_keys=True, separators=(",", ":")) + "\n")
         print(HERE / name)
 

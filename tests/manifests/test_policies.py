@@ -35,9 +35,9 @@ EXCEPTIONS: dict[str, dict[str, set[str]]] = {
 """What GPUDirect-TCPX's daemon can not do without, and the hubs that one may read from while trying things out."""
 
 
-STRICTEST = "gke-a3-ultra+topology"
-"""An overlay with a component that a user may add."""
-OVERLAYS = [*overlays(), STRICTEST, "spot+topology"]
+STRICTEST = "gke-a3-ultra+topology+monitoring"
+"""An overlay with components that a user may add."""
+OVERLAYS = [*overlays(), STRICTEST, "spot+topology", "dev+prometheus-operator"]
 
 
 def take(copy: Path, overlay: str, component: str) -> None:
@@ -169,7 +169,7 @@ MISTAKES: list[tuple[str, str, Callable[[Objects], Any]]] = [
     ("references", "no ClusterQueue", lambda o: drop(o, "ClusterQueue")),
     ("references", "no ResourceFlavor", lambda o: drop(o, "ResourceFlavor", "dmd2-gpu")),
     ("references", "no Topology", lambda o: drop(o, "Topology")),
-    ("references", "no ConfigMap kfp-launcher", lambda o: drop(o, "ConfigMap")),
+    ("references", "no ConfigMap kfp-launcher", lambda o: drop(o, "ConfigMap", "kfp-launcher")),
     ("references", "no TrainingRuntime dmd2-torch", lambda o: drop(o, "TrainingRuntime")),
     ("references", "no Network rdma-7", lambda o: drop(o, "Network", "rdma-7")),
     ("references", "no GKENetworkParamSet rdma-0", lambda o: drop(o, "GKENetworkParamSet", "rdma-0")),

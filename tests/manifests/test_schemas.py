@@ -49,6 +49,10 @@ def test_no_schema_is_kept_that_nothing_needs() -> None:
     assert {path.name for path in schemas.HERE.glob("*.json")} == used
 
 
+def rule(item: Object) -> Object:
+    return item["spec"]["groups"][0]["rules"][0]
+
+
 MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("ClusterQueue", "'cohort' was unexpected", lambda o: o["spec"].update(cohort="x")),  # its name in v1beta1
     ("ClusterQueue", "is not one of", lambda o: o["spec"].update(queueingStrategy="Fifo")),
@@ -56,6 +60,10 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("ResourceFlavor", "'taint' was unexpected", lambda o: o["spec"].update(taint=[])),
     ("WorkloadPriorityClass", "is not of type 'integer'", lambda o: o.update(value="high")),
     ("Topology", "'levels' is a required", lambda o: o["spec"].pop("levels")),
+    ("ClusterRules", "'expression' was unexpected", lambda o: rule(o).update(expression="up")),
+    ("PrometheusRule", "'expression' was unexpected", lambda o: rule(o).update(expression="up")),
+    ("PodMonitoring", "'ports' was unexpected", lambda o: o["spec"]["endpoints"][0].update(ports=9400)),
+    ("PodMonitor", "'endpoints' was unexpected", lambda o: o["spec"].update(endpoints=[])),
     ("Network", "is not one of", lambda o: o["spec"].update(type="Fast")),
     ("GKENetworkParamSet", "is not one of", lambda o: o["spec"].update(deviceMode="NIC")),
     ("NetworkPolicy", "'ingres' was unexpected", lambda o: o["spec"].update(ingres=[])),
@@ -78,7 +86,7 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("kind", "message", "mistake"), MISTAKES, ids=[f"{kind}: {text}" for kind, text, _ in MISTAKES]
 )
 def test_a_schema_refuses_the_mistake(kind: str, message: str, mistake: Callable[[Object], Any]) -> None:
-    item = one(rendered(STRICTEST), kind)
+    item = one(rendered(STRICTEST) + rendered("dev+prometheus-operator"), kind)
     mistake(item)
     assert any(message in error for error in errors(item))
 

@@ -434,3 +434,16 @@ def test_the_contract_knows_its_offenders() -> None:
     assert wrong({"run_details": {"task_details": [{"state": "DONE"}]}}, "V2beta1Run")
     assert wrong({"runtime_config": {"parameters": []}}, "V2beta1Run")
     assert str(Answer(404, "x")) == "x"
+
+
+def test_all_pods_of_a_run_say_who_pays(refusal: Callable[..., str]) -> None:
+    package = cluster.compile_pipeline(PIPELINES["distill"])
+    paid = cluster.for_cost_centre(package, "4711")
+    assert cluster.for_cost_centre(package, "") == package
+    assert paid.version != package.version
+    labels = [line.strip() for line in paid.text.splitlines() if "dmd2/cost-centre" in line]
+    assert set(labels) == {'dmd2/cost-centre: "4711"'}
+    assert len(labels) == package.text.count("dmd2/stage:")
+    assert "the cost centre is 'a b'; give a label" in refusal(
+        lambda: cluster.for_cost_centre(package, "a b")
+    )
