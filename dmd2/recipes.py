@@ -492,7 +492,12 @@ def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **s
             )
     except SystemExit as end:
         if end.code:
-            raise Refused(f"{program}: {_sentence(output.getvalue())}") from None
+            said = (
+                _sentence(output.getvalue())
+                .replace(f"Missing from {program}:", "missing:")
+                .replace(" (required)", "")
+            )
+            raise Refused(f"{program}: {said}") from None
         raise
     except ValueError as error:  # what a Config says of its own fields: not every tyro prints that
         raise Refused(f"{program}: {error}") from None

@@ -190,6 +190,12 @@ def test_a_recipe_is_shown_with_all_its_settings_and_overrides(capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["distill"]["steps"] == 7
 
 
+def test_a_flag_that_is_missing_is_told_with_its_meaning(refusal: Callable[..., str]) -> None:
+    said = refusal(lambda: run(["plan", "edm-digits"]))
+    assert "dmd2 plan edm-digits: missing: --gpu STR Kind of GPU: a100-40gb, " in said
+    assert "required" not in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [(["show"], "takes no words, or"), (["list"], "takes no words"), (["show", "x"], "unknown recipe")],
