@@ -156,5 +156,5 @@ def _recipe_help(verb: str, stage: Callable[..., Any]) -> str:
 
 def _facts_line(facts: dict[str, Any]) -> str:
     """The numbers and texts among the facts of a manifest, on one line."""
-    short = {k: v for k, v in facts.items() if isinstance(v, (int, float, str))}
+    short = {k: v for k, v in facts.items() if isinstance(v, (int, float, str)) and v != ""}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())

@@ -93,7 +93,9 @@ def test_a_signed_package_is_verified_with_the_public_key_alone(
     signed: Path, keys: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(["verify", str(signed), "--key", keys[1]])
-    assert "signed_by " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "signed_by " in said
+    assert "restrictions" not in said, "what nobody has set is not listed"
     stages.verify(str(signed))
 
 
