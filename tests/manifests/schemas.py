@@ -26,7 +26,7 @@ BUILT_IN = {
         "ValidatingAdmissionPolicy",
         "ValidatingAdmissionPolicyBinding",
     ),
-    "apis__batch__v1": ("Job",),
+    "apis__batch__v1": ("Job", "CronJob"),
     "apis__networking.k8s.io__v1": ("NetworkPolicy",),
     "apis__rbac.authorization.k8s.io__v1": ("Role", "RoleBinding"),
 }

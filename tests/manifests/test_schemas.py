@@ -60,6 +60,7 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("ResourceFlavor", "'taint' was unexpected", lambda o: o["spec"].update(taint=[])),
     ("WorkloadPriorityClass", "is not of type 'integer'", lambda o: o.update(value="high")),
     ("Topology", "'levels' is a required", lambda o: o["spec"].pop("levels")),
+    ("CronJob", "'cron' was unexpected", lambda o: o["spec"].update(cron="")),
     ("ClusterRules", "'expression' was unexpected", lambda o: rule(o).update(expression="up")),
     ("PrometheusRule", "'expression' was unexpected", lambda o: rule(o).update(expression="up")),
     ("PodMonitoring", "'ports' was unexpected", lambda o: o["spec"]["endpoints"][0].update(ports=9400)),
@@ -86,7 +87,7 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("kind", "message", "mistake"), MISTAKES, ids=[f"{kind}: {text}" for kind, text, _ in MISTAKES]
 )
 def test_a_schema_refuses_the_mistake(kind: str, message: str, mistake: Callable[[Object], Any]) -> None:
-    item = one(rendered(STRICTEST) + rendered("dev+prometheus-operator"), kind)
+    item = one(rendered(STRICTEST) + rendered("dev+prometheus-operator+reaper"), kind)
     mistake(item)
     assert any(message in error for error in errors(item))
 
