@@ -179,6 +179,6 @@ def test_pairs_that_do_not_fit_are_refused(
     stages.convert(config(), str(pairs(tmp_path / "source", states[..., :8], pooled)), made)
     stages.resolve(config(), str(pipeline), teacher)
     warm_up = recipes.resolve("sdxl-1step-warmup-emoji", (*SMALL, "distill.steps=1", "distill.batch=2"))
-    assert "the pairs hold embeddings text (" in refusal(
+    assert "the data holds embeddings text (" in refusal(
         lambda: stages.distill(warm_up, made, teacher, str(tmp_path / "run"))
     )
