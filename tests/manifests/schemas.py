@@ -21,11 +21,14 @@ Schema = dict[str, Any]
 HERE = Path(__file__).parent / "schemas"
 KUBERNETES = "k8s.io/kubernetes@v1.37.0"
 BUILT_IN = {
-    "api__v1": ("Namespace", "ServiceAccount", "ConfigMap", "ResourceQuota", "LimitRange"),
+    "api__v1": ("Namespace", "ServiceAccount", "ConfigMap", "ResourceQuota", "LimitRange", "Service"),
     "apis__admissionregistration.k8s.io__v1": (
         "ValidatingAdmissionPolicy",
         "ValidatingAdmissionPolicyBinding",
     ),
+    "apis__apps__v1": ("Deployment",),
+    "apis__autoscaling__v2": ("HorizontalPodAutoscaler",),
+    "apis__policy__v1": ("PodDisruptionBudget",),
     "apis__batch__v1": ("Job", "CronJob"),
     "apis__networking.k8s.io__v1": ("NetworkPolicy",),
     "apis__rbac.authorization.k8s.io__v1": ("Role", "RoleBinding"),

@@ -122,7 +122,7 @@ def _steps() -> dict[str, tuple[dict[str, str], dict[str, str]]]:
 
 
 def test_with_the_operator_the_same_alerts_are_a_prometheus_rule() -> None:
-    objects = rendered("dev+prometheus-operator+reaper")
+    objects = rendered("dev+prometheus-operator+reaper+serving")
     assert one(objects, "PrometheusRule")["spec"]["groups"][0]["rules"] == rules()
     assert not of(objects, "PodMonitoring", "ClusterRules")
     policy = one(objects, "NetworkPolicy", "metrics")["spec"]["ingress"][0]["from"]

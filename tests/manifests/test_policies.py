@@ -37,7 +37,7 @@ EXCEPTIONS: dict[str, dict[str, set[str]]] = {
 
 STRICTEST = "gke-a3-ultra+topology+monitoring"
 """An overlay with components that a user may add."""
-OVERLAYS = [*overlays(), STRICTEST, "spot+topology", "dev+prometheus-operator+reaper"]
+OVERLAYS = [*overlays(), STRICTEST, "spot+topology", "dev+prometheus-operator+reaper+serving"]
 
 
 def take(copy: Path, overlay: str, component: str) -> None:

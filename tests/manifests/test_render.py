@@ -36,7 +36,7 @@ known = cache(render)
 LISTS = ("resources", "components", "patches", "replacements")
 ALLOWING = {"hub": READS_HUB, "registry": READS_REGISTRY}
 """Components that a user adds, and that open the network: for the pods of which label."""
-OPTIONAL = [*ALLOWING, "topology", "monitoring", "prometheus-operator", "reaper"]
+OPTIONAL = [*ALLOWING, "topology", "monitoring", "prometheus-operator", "reaper", "serving"]
 
 
 @pytest.fixture

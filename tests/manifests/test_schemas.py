@@ -61,6 +61,10 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("WorkloadPriorityClass", "is not of type 'integer'", lambda o: o.update(value="high")),
     ("Topology", "'levels' is a required", lambda o: o["spec"].pop("levels")),
     ("CronJob", "'cron' was unexpected", lambda o: o["spec"].update(cron="")),
+    ("Deployment", "'replica' was unexpected", lambda o: o["spec"].update(replica=2)),
+    ("Service", "'port' is a required", lambda o: o["spec"]["ports"][0].pop("port")),
+    ("HorizontalPodAutoscaler", "'maxReplicas' is a required", lambda o: o["spec"].pop("maxReplicas")),
+    ("PodDisruptionBudget", "'minUnavailable' was unexpected", lambda o: o["spec"].update(minUnavailable=1)),
     ("ClusterRules", "'expression' was unexpected", lambda o: rule(o).update(expression="up")),
     ("PrometheusRule", "'expression' was unexpected", lambda o: rule(o).update(expression="up")),
     ("PodMonitoring", "'ports' was unexpected", lambda o: o["spec"]["endpoints"][0].update(ports=9400)),
@@ -87,7 +91,7 @@ MISTAKES: list[tuple[str, str, Callable[[Object], Any]]] = [
     ("kind", "message", "mistake"), MISTAKES, ids=[f"{kind}: {text}" for kind, text, _ in MISTAKES]
 )
 def test_a_schema_refuses_the_mistake(kind: str, message: str, mistake: Callable[[Object], Any]) -> None:
-    item = one(rendered(STRICTEST) + rendered("dev+prometheus-operator+reaper"), kind)
+    item = one(rendered(STRICTEST) + rendered("dev+prometheus-operator+reaper+serving"), kind)
     mistake(item)
     assert any(message in error for error in errors(item))
 
