@@ -71,6 +71,8 @@ def first_stage_if_needed(
     pool: dict,  # type: ignore[type-arg]
     queue: str,
     where: str,
+    price: float,
+    budget: float,
     step_gpus: int,
     step_pool: dict,  # type: ignore[type-arg]
     samples: dsl.Input[dsl.Dataset],
@@ -80,7 +82,7 @@ def first_stage_if_needed(
     with dsl.If(recipe != "", name="needed"):
         distilled = distill_stage(
             recipe=recipe, overrides=overrides, root=root, folder="first", start="", pairs=pairs, prompts=prompts,
-            nodes=nodes, gpus=gpus, pool=pool, queue=queue, where=where, samples=samples, teacher=teacher, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            price=price, budget=budget, nodes=nodes, gpus=gpus, pool=pool, queue=queue, where=where, samples=samples, teacher=teacher, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )  # fmt: skip
         on_gpus(with_metrics(pod(distilled, HEAVY, retries=3)), step_gpus, step_pool)
 
@@ -137,7 +139,7 @@ def distill(
         claim: Set by retraining for the runs that it starts; leave it empty.
     """
     run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    finished = pod(finish_run(root=root, run_id=run, claim=claim), LIGHT, retries=2)
+    finished = pod(finish_run(root=root, run_id=run, claim=claim, price=price), LIGHT, retries=2)
     with dsl.ExitHandler(finished, name="distil"):
         prepared = prepare_run(
             run_id=run, claim=claim, source=source, teacher=teacher, recipe=recipe, overrides=overrides,
@@ -171,6 +173,7 @@ def distill(
         )
         training = {
             "pairs": chosen["pairs"], "nodes": nodes, "gpus": chosen["gpus"], "queue": queue, "where": chosen["where"],
+            "price": price, "budget": budget,
         }  # fmt: skip
         step = {"step_gpus": chosen["step_gpus"], "step_pool": chosen["step_pool"]}
         before = first_stage_if_needed(

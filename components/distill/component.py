@@ -18,6 +18,8 @@ def distill(
     start: str,
     pairs: str,
     prompts: str,
+    price: float,
+    budget: float,
     samples: dsl.Input[dsl.Dataset],
     teacher: dsl.Input[dsl.Model],
     run: dsl.Output[dsl.Model],
@@ -43,6 +45,8 @@ def distill(
         start: Run to start from instead of the teacher: its student and its critic; empty = the teacher.
         pairs: Pairs of noise and sample, for a recipe with a regression.
         prompts: File of prompts of the fake samples; recipes with prompts of their own leave it out. Empty = none.
+        price: Price of a GPU for an hour, for the page and the metrics of the training; 0 = unknown.
+        budget: Number of GPU-hours of the run, for the same; 0 = none.
         samples: Real images, or their latents.
         teacher: The teacher.
         run: Points to the student by URI and digest; the file itself is the manifest of the run.
@@ -68,6 +72,8 @@ def distill(
             "start": start,
             "prompts": prompts if recipes.draws_prompts(config) else "",
             "progress": progress_page(root, folder),
+            "price": f"{price:g}" if price else "",
+            "budget": f"{budget:g}" if budget else "",
         }
         flags = [word for name, value in given.items() if value for word in (f"--{name}", value)]
         arguments = ["distill", recipe, *flags, *recipes.override_flags(overrides.split())]

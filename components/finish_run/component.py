@@ -8,6 +8,7 @@ def finish_run(
     root: str,
     run_id: str,
     claim: str,
+    price: float,
     status: dsl.PipelineTaskFinalStatus,
     summary: dsl.Output[dsl.Markdown],
 ) -> None:
@@ -19,6 +20,7 @@ def finish_run(
         root: Folder of the run; empty for the folder beside the KFP artifacts of the run.
         run_id: The KFP id of the run.
         claim: The claim in the ledger, in a run that retraining has started; otherwise empty.
+        price: Price of a GPU for an hour; 0 = unknown.
         status: How the other tasks ended.
         summary: The outcome as a page of the UI.
     """
@@ -36,7 +38,7 @@ def finish_run(
         folder = run_folder(root, run_id, summary.uri)
         failure = read_failure(folder, run_id)
         error = failure.sentence if failure else status.error_message or ""
-        text = write_outcome(folder, run_id, status.state, error)
+        text = write_outcome(folder, run_id, status.state, error, price)
         Path(summary.path).write_text(text)
         logger.info(text)
         logger.info(report_end(claim, run_id, folder, status.state, error, gpu_hours(folder)))

@@ -25,7 +25,7 @@ GPU_FOLDERS = ("latents", "pairs", "evaluation")
 """Those that are made on one GPU if the training has any."""
 
 
-def write_outcome(root: str, run: str, state: str, error: str) -> str:
+def write_outcome(root: str, run: str, state: str, error: str, price: float = 0.0) -> str:
     """Write `outcome.json` into the root -> the page, as Markdown.
 
     Args:
@@ -33,6 +33,7 @@ def write_outcome(root: str, run: str, state: str, error: str) -> str:
         run: The KFP id of the run.
         state: SUCCEEDED, FAILED or CANCELLED, as KFP says.
         error: KFP's message about the failure.
+        price: Price of a GPU for an hour, in any currency; 0 = unknown.
     """
     finished = {
         name: join_uri(root, name) for name in FOLDERS if open_store(join_uri(root, name)).version(MANIFEST)
@@ -46,7 +47,8 @@ def write_outcome(root: str, run: str, state: str, error: str) -> str:
         "decision": gate.get("decision"),
         "reason": gate.get("reason"),
         "scores": scores_by_set(read_scores(evaluation)) if evaluation else {},
-        "gpu_hours": gpu_hours(root),
+        "gpu_hours": (hours := gpu_hours(root)),
+        "cost": round(hours * price, 2) if hours is not None and price else None,
         "root": root,
         "folders": {name: read_manifest(uri, FOLDERS[name]).digest for name, uri in finished.items()},
     }
@@ -54,6 +56,9 @@ def write_outcome(root: str, run: str, state: str, error: str) -> str:
     lines = [f"# {state.lower()}: {gate.get('reason') or error or 'no gate was reached'}", ""]
     lines += [markdown_table(*score_table(evaluation)), ""] if evaluation else []
     lines += [f"- {name}: `{uri}`" for name, uri in finished.items()]
+    if hours:
+        cost = f", {hours * price:,.2f} at {price:g} an hour" if price else ""
+        lines.append(f"- spent: {hours:.2f} GPU-hours{cost}")
     for name in ("first", "run"):
         page = progress_page(root, name)
         if open_store(root).version(page.rpartition("/")[2]):

@@ -15,5 +15,5 @@ def stage(fail: bool) -> None:
 
 @dsl.pipeline
 def recorded(claim: str, run: str, root: str, fail: bool) -> None:
-    with dsl.ExitHandler(finish_run(claim=claim, run_id=run, root=root)):
+    with dsl.ExitHandler(finish_run(claim=claim, run_id=run, root=root, price=0.0)):
         stage(fail=fail)

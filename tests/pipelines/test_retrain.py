@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -30,7 +31,7 @@ from components.find_teachers.watch import (
     run_name,
     table,
 )
-from components.finish_run.outcome import gpu_hours
+from components.finish_run.outcome import gpu_hours, write_outcome
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest
 from dmd2.io.storage import join_uri, open_store
@@ -691,6 +692,10 @@ def test_the_gpu_hours_of_a_run_are_those_of_its_stages(tmp_path: Path) -> None:
     finished("first", "run", 1, gpus=8)
     finished("shards", "shards", 100)
     assert gpu_hours(str(tmp_path)) == 90
+    assert "- spent: 90.00 GPU-hours, 225.00 at 2.5 an hour" in write_outcome(
+        str(tmp_path), "a", "FAILED", "", 2.5
+    )
+    assert json.loads((tmp_path / "outcome.json").read_text())["cost"] == 225
     finished("run", "run", 10)
     assert gpu_hours(str(tmp_path)) is None, "by an older version"
     finished("run", "run", 10, gpus=0)
