@@ -6,15 +6,21 @@ import json
 import os
 import shutil
 from datetime import UTC, datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dmd2.errors import Refused
 from dmd2.evaluation.scores import read_scores, student_facts
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.local import write_text
-from dmd2.io.staging import draft_artifact, package_versions
+from dmd2.io.staging import Draft, draft_artifact, package_versions
 from dmd2.model_card import Terms
 from dmd2.signature import SIGNATURE, key_id, read_private_key, sign
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from dmd2.model import Model
+    from dmd2.models.family import Prompt
 
 SingleFile = Literal["float16", "bfloat16", "float32", "none"]
 
@@ -61,11 +67,42 @@ def package(
         "license_link": license_link,
         "restrictions": restrictions,
     }
-    made, evaluated, decided = (
-        read_manifest(run, "run"),
-        read_manifest(evaluation, "evaluation"),
-        read_manifest(gate, "gate"),
-    )
+    made, evaluated, decided = _accepted(run, evaluation, gate)
+    inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
+    signer = read_private_key(path) if (path := key or os.environ.get("DMD2_SIGNING_KEY", "")) else None
+    signed_by = key_id(signer.public_key()) if signer else ""
+    if done := find_finished(out, "package", made.config, inputs):
+        _check_same_options(done, out, options, signed_by)
+        return done
+    if low_rank:
+        _check_extraction(made, teacher, low_rank)
+    from dmd2.encoders.safety import add_safety_checker
+    from dmd2.model_card import forms_table, model_card
+    from dmd2.stages.networks import load_artifact_model
+
+    model = load_artifact_model(run, made)
+    with draft_artifact(out, "package", made.config, inputs) as draft:
+        forms = _write_networks(draft, run, made, model, single_file, teacher, low_rank)
+        sizes = {name: (draft.path / name).stat().st_size for name in forms}
+        usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
+        (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage, terms))
+        if safety_checker:
+            add_safety_checker(safety_checker, draft.path)
+        _write_samples(draft, model, made.facts["prompts"])
+        draft.facts |= options | ({"signed_by": signed_by} if signer else {})
+        draft.facts["recipe"] = made.config.recipe if made.config else ""
+        draft.facts["made"] = datetime.now(UTC).isoformat()
+        draft.facts["scored"] = student_facts(evaluated.facts, evaluated.inputs)
+        for scores in read_scores(evaluated.facts):
+            draft.facts[f"{scores.name}_student"] = scores.values["student"]
+        _write_provenance(draft, made, evaluated, decided, signer)
+    return read_manifest(out, "package")
+
+
+def _accepted(run: str, evaluation: str, gate: str) -> tuple[Manifest, Manifest, Manifest]:
+    """The manifests, or Refused if they do not belong together or the gate did not accept the run."""
+    made = read_manifest(run, "run")
+    evaluated, decided = read_manifest(evaluation, "evaluation"), read_manifest(gate, "gate")
     if evaluated.inputs["run"] != made.digest or decided.inputs["evaluation"] != evaluated.digest:
         raise Refused(
             f"{evaluation} and {gate} do not belong to the run in {run}; evaluate that run and pass it through the gate"
@@ -74,75 +111,71 @@ def package(
         raise Refused(
             f"{gate} did not accept this run ({decided.facts['decision']}: {decided.facts['reason']}); nothing is packaged"
         )
-    inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
-    signer = read_private_key(path) if (path := key or os.environ.get("DMD2_SIGNING_KEY", "")) else None
-    signed_by = key_id(signer.public_key()) if signer else ""
-    if done := find_finished(out, "package", made.config, inputs):
-        for name, value in options.items():
-            if (was := done.facts.get(name, value)) != value:
-                flag = name.replace("_", "-")
-                raise Refused(
-                    f"{out} was made with --{flag} {was}, not {value}; choose another --out or remove it"
-                )
-        if signer and (was := done.facts.get("signed_by")) != signed_by:
+    return made, evaluated, decided
+
+
+def _check_same_options(done: Manifest, out: str, options: dict[str, str | int], signed_by: str) -> None:
+    """Raise Refused if a finished package was made with other options, or should be signed with a key and is not."""
+    for name, value in options.items():
+        if (was := done.facts.get(name, value)) != value:
+            flag = name.replace("_", "-")
             raise Refused(
-                f"{out} is {f'signed with the key {was[:16]}' if was else 'not signed'}, and should be with {signed_by[:16]}; choose "
-                "another --out or remove it"
+                f"{out} was made with --{flag} {was}, not {value}; choose another --out or remove it"
             )
-        return done
+    if signed_by and (was := done.facts.get("signed_by")) != signed_by:
+        raise Refused(
+            f"{out} is {f'signed with the key {was[:16]}' if was else 'not signed'}, and should be with {signed_by[:16]}; choose "
+            "another --out or remove it"
+        )
+
+
+def _write_networks(
+    draft: Draft, run: str, made: Manifest, model: Model, single_file: SingleFile, teacher: str, low_rank: int
+) -> dict[str, str]:
+    """Write the student in all its forms. {file: what it is used for}, for the model card."""
+    from dmd2.model import save_network
+    from dmd2.stages.networks import save_extraction
+
+    save_network(draft.path, model, model.network.state_dict())
+    if _has_update(made):
+        shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
     if low_rank:
-        _check_extraction(made, teacher, low_rank)
+        draft.facts["low_rank_share"] = save_extraction(draft, model, teacher, low_rank)
+    forms = model.family.write_forms(draft.path, model.timesteps, single_file)
+    if low_rank:
+        held = f"rank {low_rank}, extracted: it holds {draft.facts['low_rank_share']:.1%} of the squared change of the weights"
+        forms |= {name: f"{use}; {held}" for name, use in forms.items() if name.startswith("lora/")}
+    return forms
+
+
+def _write_samples(draft: Draft, model: Model, prompts: list[Prompt]) -> None:
+    """Write sample pictures, and compare them with those of the package as users load it."""
     import torch
 
-    from dmd2.encoders.safety import add_safety_checker
     from dmd2.image_grid import image_grid
-    from dmd2.model import load_network, save_network
-    from dmd2.model_card import forms_table, model_card
-    from dmd2.provenance import PROVENANCE, dependencies_of, make_statement
-    from dmd2.sbom import SBOM, bill_of_materials
-    from dmd2.stages.networks import load_artifact_model, save_extraction
+    from dmd2.model import load_network
     from dmd2.stages.pictures import save_png
     from dmd2.stages.prompts import grid_columns
 
-    model = load_artifact_model(run, made)
-    with draft_artifact(out, "package", made.config, inputs) as draft:
-        save_network(draft.path, model, model.network.state_dict())
-        if _has_update(made):
-            shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
-        if low_rank:
-            draft.facts["low_rank_share"] = save_extraction(draft, model, teacher, low_rank)
-        forms = model.family.write_forms(draft.path, model.timesteps, single_file)
-        if low_rank:
-            held = f"rank {low_rank}, extracted: it holds {draft.facts['low_rank_share']:.1%} of the squared change of the weights"
-            forms |= {name: f"{use}; {held}" for name, use in forms.items() if name.startswith("lora/")}
-        sizes = {name: (draft.path / name).stat().st_size for name in forms}
-        usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
-        (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage, terms))
-        if safety_checker:
-            add_safety_checker(safety_checker, draft.path)
-        prompts = made.facts["prompts"]
-        images = model.sample(prompts, seed=0)
-        save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
-        if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
-            raise Refused("the package, loaded again, does not give the samples of the run; it was discarded")
-        write_text(draft.path / SBOM, json.dumps(bill_of_materials(), indent=1))
-        draft.facts |= options | ({"signed_by": signed_by} if signer else {})
-        draft.facts["recipe"] = made.config.recipe if made.config else ""
-        draft.facts["made"] = datetime.now(UTC).isoformat()
-        draft.facts["scored"] = student_facts(evaluated.facts, evaluated.inputs)
-        for scores in read_scores(evaluated.facts):
-            draft.facts[f"{scores.name}_student"] = scores.values["student"]
-        statement = make_statement(
-            draft.list_files(),
-            made.config,
-            draft.facts,
-            package_versions(),
-            dependencies_of(made, evaluated, decided),
-        )
-        write_text(draft.path / PROVENANCE, text := json.dumps(statement, indent=1))
-        if signer:
-            write_text(draft.path / SIGNATURE, sign(text.encode(), signer))
-    return read_manifest(out, "package")
+    images = model.sample(prompts, seed=0)
+    save_png(image_grid(images, grid_columns(model.config)), draft.path / "samples.png")
+    if not torch.equal(load_network(draft.path).sample(prompts, seed=0), images):
+        raise Refused("the package, loaded again, does not give the samples of the run; it was discarded")
+
+
+def _write_provenance(
+    draft: Draft, made: Manifest, evaluated: Manifest, decided: Manifest, signer: Ed25519PrivateKey | None
+) -> None:
+    """Write the list of the environment's packages and where every file comes from, signed if there is a key."""
+    from dmd2.provenance import PROVENANCE, dependencies_of, make_statement
+    from dmd2.sbom import SBOM, bill_of_materials
+
+    write_text(draft.path / SBOM, json.dumps(bill_of_materials(), indent=1))
+    dependencies = dependencies_of(made, evaluated, decided)
+    statement = make_statement(draft.list_files(), made.config, draft.facts, package_versions(), dependencies)
+    write_text(draft.path / PROVENANCE, text := json.dumps(statement, indent=1))
+    if signer:
+        write_text(draft.path / SIGNATURE, sign(text.encode(), signer))
 
 
 def _has_update(run: Manifest) -> bool:
