@@ -231,7 +231,7 @@ def compiles(engine: c.EngineConfig, world: World) -> bool:
         *([f"torch.compile needs {missing}, which is not here"] if missing else []),
     ]
     # Machines may differ, and all ranks must compute alike.
-    off = bool(world.all_reduce_sum(torch.tensor(int(bool(against)))))
+    off = bool(world.all_reduce_sum(torch.tensor(int(bool(against)), device="cpu")))
     if world.is_main:
         reason = (
             against[0]

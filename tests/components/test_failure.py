@@ -20,7 +20,7 @@ def train(root: Path, run: str, **given: Any) -> None:
     artifact = SimpleNamespace(metadata={"uri": str(root / "nothing")})
     distill.python_func(
         run_id=run, recipe="edm-digits", overrides="", root=str(root), nodes=1, gpus=0, pool={}, queue="", where="here", folder="run", start="",
-        pairs="", prompts="", samples=artifact, teacher=artifact, run=artifact, **given,
+        pairs="", prompts="", price=0.0, budget=0.0, samples=artifact, teacher=artifact, run=artifact, **given,
     )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def test_the_end_of_the_run_tells_the_cause(tmp_path: Path) -> None:
         root=str(tmp_path),
         run_id="run-1",
         claim="",
+        price=0.0,
         status=status,
         summary=SimpleNamespace(uri="", path=str(page)),
     )
