@@ -31,6 +31,7 @@ from dmd2.io.local import write_text
 from dmd2.plan.hardware import BY_DEVICE_NAME
 from pipelines.cluster import compile_pipeline
 from pipelines.distill import distill
+from pipelines.pods import METRICS
 
 INTERRUPTED = 130
 """Exit status of a stage that was stopped by Ctrl-C."""
@@ -116,7 +117,8 @@ def stage_status() -> Iterator[None]:
     statuses = list[int]()
 
     def run_and_record(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-        statuses.append(_run_stage(full_command, os.environ | (env_vars or {})))
+        given = {name: value for name, value in (env_vars or {}).items() if name != METRICS}
+        statuses.append(_run_stage(full_command, os.environ | given))
         return statuses[-1]
 
     logger = logging.getLogger()

@@ -23,8 +23,8 @@ STAGE, COST_CENTRE = "dmd2/stage", "dmd2/cost-centre"
 """Labels of all pods of a run, by which their cost is divided: the step, and who pays."""
 NOBODY = "none"
 """Cost centre of runs that are submitted without one."""
-METRICS_PORT = 9400
-"""Port on which a training serves its metrics."""
+METRICS, METRICS_PORT = "DMD2_METRICS_PORT", 9400
+"""Environment variable and port by which a training serves its metrics in a pod; a local run opens none by itself."""
 GPU = "nvidia.com/gpu"
 SIGNING_KEY = "dmd2-signing-key"
 """Secret with the private key that signs packages, and its folder below /var/run."""
@@ -88,7 +88,7 @@ def with_signing_key(task: dsl.PipelineTask) -> dsl.PipelineTask:
 
 def with_metrics(task: dsl.PipelineTask) -> dsl.PipelineTask:
     """Let the training in the task, or in the TrainJob that it makes, serve its metrics."""
-    return task.set_env_variable("DMD2_METRICS_PORT", str(METRICS_PORT))
+    return task.set_env_variable(METRICS, str(METRICS_PORT))
 
 
 def reads_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:

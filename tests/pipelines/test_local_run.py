@@ -9,6 +9,7 @@ from kfp import dsl, local
 
 from dmd2.errors import Refused, one_sentence
 from pipelines.local_run import run_local, stage_status
+from pipelines.pods import with_metrics
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -76,6 +77,26 @@ def test_tasks_side_by_side_leave_print_as_it_was(tmp_path: Path, capfd: pytest.
     printed = capfd.readouterr().out.splitlines()
     assert [line for line in printed if line in ("    a", "    b")] == ["    a", "    b"]
     assert not [line for line in printed if "KFP Executor" in line or "parameterValues" in line]
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def write_port(file: str) -> None:
+    """Write the port for metrics that the environment names."""
+    import os
+    from pathlib import Path
+
+    Path(file).write_text(os.environ.get("DMD2_METRICS_PORT", "none"))
+
+
+def test_a_local_run_opens_no_port_for_metrics(tmp_path: Path) -> None:
+    @dsl.pipeline(name="metrics")
+    def metrics() -> None:
+        with_metrics(write_port(file=str(tmp_path / "port")))
+
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
+    with stage_status():
+        metrics()
+    assert (tmp_path / "port").read_text() == "none"
 
 
 def test_a_budget_without_a_gpu_is_refused_as_in_the_pipeline(
