@@ -30,6 +30,8 @@ TIMEOUT = (5.0, 30.0)
 """Seconds to connect, and to wait for an answer."""
 WATCH_S = 60
 """Seconds after which a watch is begun anew, so that a connection that died silently costs no more."""
+LOG_S = 300.0
+"""Seconds without a line after which a log is asked for anew, for the same reason."""
 PAUSE_S = 1.0
 PATIENCE_S = 600.0
 """Seconds for which a server that does not answer is asked again."""
@@ -108,10 +110,11 @@ class Kube:
             time.sleep(PAUSE_S)
 
     def log_lines(self, pod: str, container: str) -> Iterator[tuple[str, str]]:
-        """(time, line) of a container's log, followed to its end."""
+        """(time, line) of a container's log, followed to its end, or until the connection breaks or is silent for LOG_S."""
         answer = self.core.read_namespaced_pod_log(
-            pod, self.namespace, container=container, follow=True, timestamps=True, _preload_content=False
-        )
+            pod, self.namespace, container=container, follow=True, timestamps=True, _preload_content=False,
+            _request_timeout=(TIMEOUT[0], LOG_S),
+        )  # fmt: skip
         for line in iter_resp_lines(answer):
             at, _, text = line.partition(" ")
             yield at, text

@@ -382,16 +382,17 @@ class IdleRestarts:
     """Restarts of the gang that JobSet does not count, since the last one that found a newer checkpoint."""
 
     training: Training
-    uncounted: int = 0
+    uncounted: int | None = None
+    """As last seen; what was before the first look is another launcher's."""
     checkpoint: int = -1
     idle: int = 0
 
     def count(self, jobset: Json) -> int:
         status = jobset.get("status", {})
         uncounted = status.get("restarts", 0) - status.get("restartsCountTowardsMax", 0)
-        if uncounted > self.uncounted:
-            newest = newest_checkpoint(self.training.out)
-            self.idle = self.idle + uncounted - self.uncounted if newest <= self.checkpoint else 0
+        if self.uncounted is None or uncounted > self.uncounted:
+            newest, before = newest_checkpoint(self.training.out), self.uncounted or 0
+            self.idle = self.idle + uncounted - before if newest <= self.checkpoint else 0
             self.uncounted, self.checkpoint = uncounted, newest
         return self.idle
 
@@ -408,30 +409,37 @@ class RankZeroLog:
     def __init__(self, kube: Kube) -> None:
         self.kube = kube
         self.threads: dict[str, threading.Thread] = {}
+        self.running: set[str] = set()
+        """Pods that have not ended, by their uid."""
 
     def follow(self, pods: list[Json]) -> None:
+        phases = {pod["metadata"]["uid"]: pod.get("status", {}).get("phase") for pod in pods}
+        self.running = {uid for uid, phase in phases.items() if phase == "Running"}
         for pod in pods:
             labels, uid = pod["metadata"].get("labels", {}), pod["metadata"]["uid"]
             first = labels.get("batch.kubernetes.io/job-completion-index") == "0"
-            begun = pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")
+            begun = phases[uid] in ("Running", "Succeeded", "Failed")
             if first and begun and uid not in self.threads:
-                thread = threading.Thread(target=self._print, args=(pod["metadata"]["name"],), daemon=True)
-                self.threads[uid] = thread
-                thread.start()
+                name = pod["metadata"]["name"]
+                self.threads[uid] = threading.Thread(target=self._print, args=(name, uid), daemon=True)
+                self.threads[uid].start()
 
-    def _print(self, pod: str) -> None:
+    def _print(self, pod: str, uid: str) -> None:
         """Print the log to its end; after a broken connection go on behind the last line."""
         last = ""
         while True:
+            seen = last
             try:
                 for at, line in self.kube.log_lines(pod, CONTAINER):
-                    if at > last:
+                    if at > seen:
                         last = at
                         print(line, flush=True)
-                return
+                if uid not in self.running:
+                    return
             except ApiException as error:
                 if error.status in (400, 403, 404):
-                    logger.info("the log of %s cannot be read (%s)", pod, message_of(error))
+                    if not last:
+                        logger.info("the log of %s cannot be read (%s)", pod, message_of(error))
                     return
             except (HTTPError, OSError):
                 pass
