@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -44,7 +45,14 @@ def object_store() -> Iterator[str]:
         os.environ.pop(HOST)  # only tests with a bucket use it
         log = server._process.stderr
         threading.Thread(target=lambda: [None for _ in log], daemon=True).start()  # a full pipe would stop it
-        yield server.url
+        guard = [
+            "sh",
+            "-c",
+            f"read _; kill {server._process.pid}",
+        ]  # its input ends when this process is killed
+        with subprocess.Popen(guard, stdin=subprocess.PIPE) as guarding:
+            yield server.url
+            guarding.kill()
 
 
 @pytest.fixture

@@ -36,7 +36,11 @@ FOLDER = Path("runs/testbed")
 """Default folder of a running test bed."""
 KUBERNETES = "v1.36.3"
 HOST = "127.0.0.1"
+ACCOUNTS = "dmd2"
+"""Namespace of the accounts whose requests are recorded."""
 READY_S = 120.0
+TIED = ("setpriv", "--pdeathsig", "KILL")
+"""In front of a command: its process is killed when the one that started it is gone."""
 SERVERS = {
     "etcd": "go.etcd.io/etcd/server/v3",
     "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
@@ -102,6 +106,8 @@ class Bed:
     """The folder of a running test bed."""
 
     folder: Path = FOLDER
+    is_tied: bool = False
+    """Whether the servers end with the process that starts them, however it ends."""
     ports: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,6 +157,10 @@ class Bed:
         )  # fmt: skip
 
     def start_api_server(self) -> None:
+        """What our accounts ask is written to audit.log."""
+        rule = {"level": "Metadata", "userGroups": [f"system:serviceaccounts:{ACCOUNTS}"], "omitStages": ["RequestReceived"]}  # fmt: skip
+        policy = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": [rule, {"level": "None"}]}
+        self._write("audit.yaml", json.dumps(policy))
         self._start(
             "kube-apiserver", "--etcd-servers", f"http://{HOST}:{self.ports['etcd']}", "--secure-port", self.ports["api"],
             "--bind-address", HOST, "--advertise-address", HOST, "--endpoint-reconciler-type", "none",
@@ -159,6 +169,7 @@ class Bed:
             "--service-account-issuer", "https://kubernetes.default.svc",
             "--service-account-key-file", "tls.key", "--service-account-signing-key-file", "tls.key",
             "--service-cluster-ip-range", "10.96.0.0/16", "--kubelet-preferred-address-types", "InternalIP",
+            "--audit-policy-file", "audit.yaml", "--audit-log-path", "audit.log", "--audit-log-mode", "blocking-strict",
         )  # fmt: skip
         self._wait_until_ready(f"{self.url}/readyz")
 
@@ -233,10 +244,7 @@ class Bed:
         return config | {"internalCertManagement": {"enable": False}}
 
     def kubectl(self, *words: str, given: str = "") -> str:
-        done = subprocess.run([kubectl(), *words], env=self.env, input=given, capture_output=True, text=True)
-        if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
-        return done.stdout
+        return run_kubectl(self.kubeconfig, *words, given=given)
 
     def apply(self, paths: Iterable[Path]) -> None:
         files = [word for path in paths for word in ("-f", str(path))]
@@ -254,9 +262,10 @@ class Bed:
         return ["unshare", "--mount", "sh", "-ec", f'{mounted}; exec "$0" "$@"']
 
     def _start(self, name: str, *words: Any, first: Sequence[str] = ()) -> None:
+        tied = TIED if self.is_tied else ()
         with open(self.folder / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
-                [*first, str(PROGRAMS / name), *map(str, words)],
+                [*tied, *first, str(PROGRAMS / name), *map(str, words)],
                 cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         (self.folder / "pids").mkdir(exist_ok=True)
@@ -342,6 +351,15 @@ def _free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def run_kubectl(config: Path, *words: str, given: str = "") -> str:
+    """What kubectl says; CalledProcessError with what it says if it fails."""
+    env = os.environ | {"KUBECONFIG": str(config)}
+    done = subprocess.run([kubectl(), *words], env=env, input=given, capture_output=True, text=True)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
+    return done.stdout
 
 
 def kubeconfig(url: str, ca: Path, token: str) -> dict[str, Any]:

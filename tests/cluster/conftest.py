@@ -1,9 +1,14 @@
-"""A cluster for the tests of this folder: the test bed with played nodes, and what the overlay `dev` puts there."""
+"""A cluster for the tests of this folder: the test bed with played nodes and the overlay `dev`, or another one.
+
+With KUBECONFIG, DMD2_TEST_IMAGE (an image of dmd2 by digest) and DMD2_TEST_BUCKET (a folder on a bucket) all set, it is that cluster,
+where Trainer, Kueue and an overlay without GPUs are installed. What only the bed can do is skipped there.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,16 +22,24 @@ from typing import Any
 import pytest
 
 from components.distill.trainjob import RUNTIME
+from dmd2.io import artifact
 from dmd2.io.storage import open_store, upload_files
 from manifests.__main__ import render
+from tests import conftest
 from tests.bucket import HOST
-from tests.cluster.bed import Bed, missing
+from tests.cluster import step
+from tests.cluster.bed import TIED, Bed, missing, run_kubectl
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE, IMAGE = "dmd2", "dmd2.invalid/dmd2:unset"
+ELSEWHERE = ("KUBECONFIG", "DMD2_TEST_IMAGE", "DMD2_TEST_BUCKET")
+"""Environment variables that name another cluster."""
+STEP = Path(str(step.__file__)).read_text()
+TOOLS = ("ip", "nsenter", "setpriv", "unshare", "openssl")
 LIMIT_S = 900.0
 """Seconds after which something that should happen has not."""
 Json = dict[str, Any]
+LONG = " ".join((*conftest.MICRO, "distill.steps=40", "distill.save_every=10", "engine.shards=1"))
 WORKFLOWS = {
     "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": "workflows.argoproj.io"},
     "spec": {
@@ -59,10 +72,19 @@ def wait_for(what: Callable[[], Any], limit: float = LIMIT_S) -> Any:
 class Cluster:
     """A cluster, as its administrator sees it."""
 
-    bed: Bed
+    kubeconfig: Path
+    image: str
+    own_bed: Bed | None = None
+
+    @property
+    def bed(self) -> Bed:
+        if not self.own_bed:
+            pytest.skip("only the test bed can do this")
+        return self.own_bed
 
     def kubectl(self, *words: str, given: Any = None) -> str:
-        return self.bed.kubectl("-n", NAMESPACE, *words, given="" if given is None else json.dumps(given))
+        given = "" if given is None else json.dumps(given)
+        return run_kubectl(self.kubeconfig, "-n", NAMESPACE, *words, given=given)
 
     def create(self, *objects: Json) -> None:
         for one in objects:
@@ -81,6 +103,9 @@ class Cluster:
 
     def pods_of(self, job: str) -> list[Json]:
         return self.all("pods", f"jobset.sigs.k8s.io/jobset-name={job}")
+
+    def patch(self, kind: str, name: str, change: Json) -> None:
+        self.kubectl("patch", kind, name, "--type", "merge", "--patch", json.dumps(change))
 
     def log(self, pod: str) -> str:
         return self.kubectl("logs", pod, "--tail=-1")
@@ -105,21 +130,34 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory, object_store: str) -> Iterator[Cluster]:
-    """The test bed with two nodes and the overlay `dev`."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The cluster that the environment names, or the test bed."""
+    kubeconfig, image, _ = (os.environ.get(name, "") for name in ELSEWHERE)
+    if all(os.environ.get(name) for name in ELSEWHERE):
+        yield Cluster(Path(kubeconfig), image)
+    else:
+        yield from bed_with_nodes(
+            request.getfixturevalue("tmp_path_factory"), request.getfixturevalue("object_store")
+        )
+
+
+def bed_with_nodes(tmp_path_factory: pytest.TempPathFactory, object_store: str) -> Iterator[Cluster]:
+    """The test bed with two nodes and the overlay `dev`. It ends with this process, also if that is killed."""
     if os.getuid():
         pytest.skip("the test bed plays nodes, which takes root")
+    if absent := [name for name in TOOLS if not shutil.which(name)]:
+        pytest.skip(f"the test bed takes {', '.join(absent)}, which are not installed")
     if names := missing():
         pytest.skip(
             f"{', '.join(names)} are not built: run `python -m tests.cluster.bed build`, which takes Go and half an hour"
         )
-    bed = Bed(tmp_path_factory.mktemp("cluster") / "bed")
+    bed = Bed(tmp_path_factory.mktemp("cluster") / "bed", is_tied=True)
     try:
         bed.up()
         with kubelet(bed, object_store):
-            found = Cluster(bed)
-            bed.kubectl("apply", "--server-side", "--validate=strict", "-f", "-", given=render("dev"))
-            bed.kubectl("apply", "--server-side", "-f", "-", given=json.dumps(WORKFLOWS))
+            found = Cluster(bed.kubeconfig, IMAGE, bed)
+            for text in (render("dev"), json.dumps(WORKFLOWS)):
+                bed.kubectl("apply", "--server-side", "--validate=strict", "-f", "-", given=text)
             counted = "count/trainjobs.trainer.kubeflow.org"
             wait_for(lambda: counted in found.get("resourcequota", "dmd2").get("status", {}).get("used", {}))
             yield found
@@ -139,12 +177,13 @@ def kubelet(bed: Bed, object_store: str, nodes: list[Json] | None = None) -> Ite
     image = {"user": 65532, "env": env, "workdir": "/tmp", "keep": keep}
     (bed.folder / "images.json").write_text(json.dumps({"dmd2.invalid/*": image}))
     words = ["--kubeconfig", str(bed.kubeconfig), "--images", str(bed.folder / "images.json")]
+    words += ["--ports", object_store.rpartition(":")[2]]
     if nodes:
         (bed.folder / "nodes.json").write_text(json.dumps(nodes))
         words += ["--nodes", str(bed.folder / "nodes.json")]
     with open(bed.folder / "kubelet.log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster.kubelet", *words], cwd=ROOT, stdout=log, stderr=log
+            [*TIED, sys.executable, "-m", "tests.cluster.kubelet", *words], cwd=ROOT, stdout=log, stderr=log
         )
     try:
         yield
@@ -161,19 +200,18 @@ class Run:
     root: str
     name: str
     parameters: Json
+    priority: str = "dmd2-run"
     starts: int = 0
 
     def start(self) -> str:
         """Make the pod of the step, for the first time or again -> its name."""
         owner = self.cluster.get("workflow", self.name)
         if not owner:
-            self.cluster.create(
-                {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": self.name}}
-            )
+            self.cluster.create(workflow(self.name))
             owner = self.cluster.get("workflow", self.name)
         self.starts += 1
         pod = f"{self.name}-step-{self.starts}"
-        self.cluster.create(step_pod(pod, owner, self.parameters))
+        self.cluster.create(step_pod(pod, owner, self.cluster.image, self.priority, self.parameters))
         return pod
 
     def wait(self, pod: str) -> int:
@@ -193,22 +231,50 @@ class Run:
         found: Json = json.loads(store.read(name))
         return found
 
-    def training_pods(self) -> list[Json]:
-        """The pods of the training, once steps are being made."""
+    def running_pods(self, attempt: int = 0) -> list[Json]:
+        """The pods of the training when all of them run, after some restarts; rank 0 first."""
         job = self.job
 
         def running() -> list[Json]:
-            found = [pod for pod in self.cluster.pods_of(job) if pod["status"].get("phase") == "Running"]
-            return found if len(found) == 2 else []
+            found = [
+                pod
+                for pod in self.cluster.pods_of(job)
+                if pod["status"].get("phase") == "Running"
+                and pod["metadata"]["labels"]["jobset.sigs.k8s.io/restart-attempt"] == str(attempt)
+            ]
+            return found if len(found) == self.parameters["nodes"] else []
 
-        found = wait_for(running)
+        return sorted(wait_for(running), key=lambda pod: str(pod["metadata"]["name"]))
+
+    def training_pods(self) -> list[Json]:
+        """The same, once steps are being made."""
+        found = self.running_pods()
         rank_0 = next(pod["metadata"]["name"] for pod in found if "-node-0-0-" in pod["metadata"]["name"])
         wait_for(lambda: "weights" in self.cluster.log(rank_0))
         time.sleep(4)
-        return sorted(found, key=lambda pod: str(pod["metadata"]["name"]))
+        return found
+
+    def wait_for_line(self, pod: str, text: str) -> None:
+        """Until the step has logged this."""
+
+        def logged() -> bool:
+            with suppress(subprocess.CalledProcessError):
+                return text in self.cluster.log(pod)
+            return False
+
+        wait_for(logged, 120)
 
 
-def step_pod(name: str, workflow: Json, parameters: Json) -> Json:
+def workflow(name: str) -> Json:
+    """A run of KFP that only exists: where Argo is, it waits."""
+    templates = [{"name": "wait", "suspend": {}}]
+    return {
+        "apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": name},
+        "spec": {"entrypoint": "wait", "suspend": True, "templates": templates},
+    }  # fmt: skip
+
+
+def step_pod(name: str, workflow: Json, image: str, priority: str, parameters: Json) -> Json:
     """The pod of the step as Argo makes it, without the containers of KFP and Argo beside it."""
     meta = workflow["metadata"]
     owner = {
@@ -223,11 +289,11 @@ def step_pod(name: str, workflow: Json, parameters: Json) -> Json:
         "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
     }  # fmt: skip
     main = {
-        "name": "main", "image": IMAGE, "command": ["python", "-m", "tests.cluster.step", json.dumps(parameters)], "securityContext": secure,
+        "name": "main", "image": image, "command": ["python", "-c", STEP, json.dumps(parameters)], "securityContext": secure,
         "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "2Gi"}},
         "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
     }  # fmt: skip
-    labels = {"workflows.argoproj.io/workflow": meta["name"], "kueue.x-k8s.io/priority-class": "dmd2-run"}
+    labels = {"workflows.argoproj.io/workflow": meta["name"], "kueue.x-k8s.io/priority-class": priority}
     return {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels, "ownerReferences": [owner]},
@@ -239,38 +305,82 @@ def step_pod(name: str, workflow: Json, parameters: Json) -> Json:
 
 
 @pytest.fixture
-def new_run(cluster: Cluster, bucket: str, made: Path) -> Callable[..., Run]:
-    """A run on a bucket of its own that holds shards and a teacher."""
-    for folder in ("shards", "teacher"):
-        files = [
-            str(path.relative_to(made / folder)) for path in (made / folder).rglob("*") if path.is_file()
-        ]
-        upload_files(made / folder, files, open_store(f"{bucket}/{folder}"))
+def place(cluster: Cluster, request: pytest.FixtureRequest) -> str:
+    """An empty folder on a bucket that pods can reach."""
+    if cluster.own_bed:
+        return str(request.getfixturevalue("bucket"))
+    return f"{os.environ[ELSEWHERE[2]].rstrip('/')}/test-{uuid.uuid4().hex[:12]}"
 
-    def make(overrides: str, **given: Any) -> Run:
+
+@pytest.fixture
+def new_run(cluster: Cluster, place: str) -> Callable[..., Run]:
+    """A run whose nodes run a script, or train on what is at `data`, with a folder of its own."""
+
+    def make(**given: Any) -> Run:
         name = f"run-{uuid.uuid4().hex[:8]}"
-        root = f"{bucket}/{name}"
-        parameters = {
-            "run_id": name,
-            "root": root,
-            "data": bucket,
-            "overrides": overrides,
-            "nodes": 2,
-            "queue": "",
-            **given,
-        }
-        return Run(cluster, root, name, parameters)
+        root = f"{place}/{name}"
+        priority = given.pop("priority", "dmd2-run")
+        own = {"run_id": name, "root": root, "data": place, "nodes": 2, "queue": ""}
+        return Run(cluster, root, name, own | given, priority)
 
     return make
 
 
-def scripted(name: str, one: str, other: str) -> Json:
+@pytest.fixture
+def new_training(new_run: Callable[..., Run], place: str, made: Path) -> Callable[..., Run]:
+    """A run that trains, beside shards and a teacher."""
+    for folder in ("shards", "teacher"):
+        files = [
+            str(path.relative_to(made / folder)) for path in (made / folder).rglob("*") if path.is_file()
+        ]
+        upload_files(made / folder, files, open_store(f"{place}/{folder}"))
+    return lambda overrides, **given: new_run(overrides=overrides, **given)
+
+
+@pytest.fixture(scope="session")
+def weights(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the weights of the same training in two processes of this machine."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    words = [
+        "distill",
+        "edm-digits",
+        "--data",
+        str(made / "shards"),
+        "--teacher",
+        str(made / "teacher"),
+        "--out",
+        str(out),
+    ]
+    for change in LONG.split():
+        name, _, value = change.partition("=")
+        words += [f"--{name}", value]
+    subprocess.run([sys.executable, "-m", "components.distill.launch", "2", *words], check=True)
+    return student(str(out))
+
+
+def student(run: str) -> dict[str, str]:
+    files = artifact.read_manifest(run, "run").files
+    return {
+        one.path: one.sha256
+        for one in files
+        if one.path.endswith(".safetensors") and "checkpoints/" not in one.path
+    }
+
+
+def wait_until_gone(cluster: Cluster, job: str) -> None:
+    """Until there is nothing left of a training."""
+    wait_for(
+        lambda: not (cluster.get("trainjob", job) or cluster.get("jobset", job) or cluster.pods_of(job)), 120
+    )
+
+
+def scripted(name: str, image: str, one: str, other: str) -> Json:
     """A TrainJob of two nodes that only end: node 1 does the one thing, node 0 the other."""
     script = f'if [ "$PET_NODE_RANK" = 1 ]; then {one}; else {other}; fi'
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": {"name": name, "namespace": NAMESPACE},
         "spec": {
             "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME},
-            "trainer": {"image": IMAGE, "numNodes": 2, "numProcPerNode": 1, "command": ["sh", "-c", script]},
+            "trainer": {"image": image, "numNodes": 2, "numProcPerNode": 1, "command": ["sh", "-c", script]},
         },
     }  # fmt: skip

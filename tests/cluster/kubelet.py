@@ -2,7 +2,7 @@
 
 A container becomes a process on this machine, in namespaces of its own: an overlay of this machine's root as its file system
 (read-only if the pod says so), the pod's volumes, host name, /etc/hosts, user, environment and service account token.
-It sees its own processes only. The network is shared: each pod has an address 127.1.x.y. Needs root.
+It sees its own processes only. Each pod has an address and ports of its own (`network.py`). Needs root.
 
 * Logs are served to the API server, which serves them to kubectl and the clients.
 * An image that nobody described is one that cannot be pulled.
@@ -29,7 +29,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,6 +39,7 @@ from urllib.parse import parse_qs, urlparse
 import tyro
 
 from dmd2.errors import one_sentence
+from tests.cluster.network import Bridge, PodNetwork
 
 Json = dict[str, Any]
 BACK_S = 60.0
@@ -75,13 +76,20 @@ class Api:
         return urllib.request.urlopen(request, context=self.tls, timeout=timeout)
 
     def try_to(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Json | None:
-        """None where there is no such object (any more), or another one in its place."""
-        try:
-            return self(method, path, body, kind)
-        except urllib.error.HTTPError as error:
-            if error.code in (404, 409):
-                return None
-            raise RuntimeError(f"{method} {path}: {error.code} {error.read().decode()[:500]}") from None
+        """None where there is no such object (any more), or another one in its place. A server that is away is waited for."""
+        while True:
+            try:
+                return self(method, path, body, kind)
+            except urllib.error.HTTPError as error:
+                if error.code in (404, 409):
+                    return None
+                told = f"{method} {path}: {error.code} {error.read().decode()[:500]}"
+                if error.code < 500 and error.code != 429:
+                    raise RuntimeError(told) from None
+                print(told, flush=True)
+            except OSError as error:
+                print(f"{method} {path}: {error}", flush=True)
+            time.sleep(1)
 
     def watched(self, path: str) -> Iterator[tuple[str, Json]]:
         """What is there, then what happens; from the start again whenever the server is away or has forgotten."""
@@ -118,10 +126,13 @@ class Container:
         root, self.started = self.pod.folder / f"{self.name}.root", now()
         self.message.touch()
         self.message.chmod(0o666)
+        assert self.pod.network
         words = [
             "setpriv",
             "--pdeathsig",
             "KILL",
+            "nsenter",
+            f"--net={self.pod.network.path}",
             "unshare",
             "--mount",
             "--uts",
@@ -299,8 +310,9 @@ class Container:
 class Pod:
     """A pod that is bound to one of our nodes, from its start to its end, in a thread of its own."""
 
-    def __init__(self, kubelet: Kubelet, pod: Json, address: str) -> None:
-        self.kubelet, self.object, self.spec, self.address = kubelet, pod, pod["spec"], address
+    def __init__(self, kubelet: Kubelet, pod: Json, number: int) -> None:
+        self.kubelet, self.object, self.spec, self.number = kubelet, pod, pod["spec"], number
+        self.address = f"10.244.{number // 250}.{number % 250 + 1}"
         meta = pod["metadata"]
         self.name, self.namespace, self.uid = meta["name"], meta["namespace"], meta["uid"]
         self.path = f"/api/v1/namespaces/{self.namespace}/pods/{self.name}"
@@ -310,6 +322,7 @@ class Pod:
         self.hosts = self.folder / "hosts"
         self.init: list[Container] = []
         self.containers: list[Container] = []
+        self.network: PodNetwork | None = None
         self.lost = False
         self.ending = threading.Event()
         self.grace: float = 30
@@ -324,6 +337,9 @@ class Pod:
                 self._gone()
                 return
             self._fill()
+            self.network = PodNetwork(
+                self.kubelet.bridge, self.address, f"pod{self.number}", self.kubelet.ports
+            )
             self.init = [
                 Container(self, spec, self._image(spec)) for spec in self.spec.get("initContainers", [])
             ]
@@ -377,6 +393,8 @@ class Pod:
 
     def _gone(self) -> None:
         """Remove what it has made, but for its logs; and, if it is being deleted, the pod itself."""
+        if self.network:
+            self.network.close()
         self.kubelet.introduce()
         if self.lost:
             return
@@ -481,9 +499,10 @@ class Pod:
             path = (
                 f"/api/v1/namespaces/{self.namespace}/serviceaccounts/{self.spec['serviceAccountName']}/token"
             )
-            made = self.kubelet.api(
-                "POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-            )
+            asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+            made = self.kubelet.api.try_to("POST", path, asked)
+            if made is None:
+                raise ValueError(f"{self.spec['serviceAccountName']} gets no token")
             return {ref["path"]: made["status"]["token"].encode()}
         raise ValueError(f"a volume of this kind is not played: {', '.join(source)}")
 
@@ -530,8 +549,9 @@ def expanded(text: str, env: dict[str, str]) -> str:
 class Kubelet:
     """All nodes of the test bed."""
 
-    def __init__(self, api: Api, folder: Path, nodes: list[Json], images: Json) -> None:
+    def __init__(self, api: Api, folder: Path, nodes: list[Json], images: Json, ports: Sequence[int]) -> None:
         self.api, self.folder, self.images = api, folder.resolve(), images
+        self.bridge, self.ports = Bridge(), [int(urlparse(api.url).port or 443), *ports]
         self.pods: dict[str, Pod] = {}
         self.lost: set[str] = set()
         """Pods whose node is gone; they are never started again."""
@@ -564,7 +584,7 @@ class Kubelet:
                     self.api.try_to("DELETE", path, {"gracePeriodSeconds": 0})
                 return None
             self.count += 1
-            mine = self.pods[uid] = Pod(self, pod, f"127.1.{self.count // 250}.{self.count % 250 + 1}")
+            mine = self.pods[uid] = Pod(self, pod, self.count)
         if mine and meta.get("deletionTimestamp"):
             mine.grace = min(
                 mine.grace if mine.ending.is_set() else 1e9, meta.get("deletionGracePeriodSeconds") or 0
@@ -716,17 +736,18 @@ CPU = {"cpu": "64", "memory": "256Gi", "ephemeral-storage": "1Ti", "pods": "110"
 NODES = [{"name": f"node-{i}", "labels": {"dmd2/pool": "cpu"}, "capacity": CPU} for i in range(2)]
 
 
-def main(kubeconfig: Path, images: Path, nodes: Path | None = None) -> None:
+def main(kubeconfig: Path, images: Path, nodes: Path | None = None, ports: tuple[int, ...] = ()) -> None:
     """Play nodes until killed; the processes of the pods end with this one.
 
     Args:
         images: JSON: pattern of an image -> env, user, group, workdir, entrypoint, cmd, keep (folders of this machine that it shows).
         nodes: JSON: list of name, labels, taints, capacity. Two with CPUs if not given.
+        ports: Of this machine, beside the API server's, that the pods reach at 127.0.0.1.
     """
     folder = kubeconfig.parent / "kubelet"
     shutil.rmtree(folder, ignore_errors=True)
     known = json.loads(nodes.read_text()) if nodes else NODES
-    kubelet = Kubelet(Api(kubeconfig), folder, known, json.loads(images.read_text()))
+    kubelet = Kubelet(Api(kubeconfig), folder, known, json.loads(images.read_text()), ports)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     kubelet.run()
 

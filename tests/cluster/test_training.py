@@ -2,81 +2,41 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from components.failure import read_failure
-from dmd2.io import artifact
 from dmd2.io.storage import open_store
-from tests import conftest
-from tests.cluster.conftest import Cluster, Json, Run, scripted, wait_for
+from tests.cluster.conftest import LONG, Cluster, Json, Run, scripted, student, wait_for, wait_until_gone
 
-LONG = " ".join((*conftest.MICRO, "distill.steps=40", "distill.save_every=10", "engine.shards=1"))
 NewRun = Callable[..., Run]
 
 
-@pytest.fixture(scope="module")
-def weights(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Digests of the weights of the same training in two processes of this machine."""
-    out = tmp_path_factory.mktemp("local") / "run"
-    words = [
-        "distill",
-        "edm-digits",
-        "--data",
-        str(made / "shards"),
-        "--teacher",
-        str(made / "teacher"),
-        "--out",
-        str(out),
-    ]
-    for change in LONG.split():
-        name, _, value = change.partition("=")
-        words += [f"--{name}", value]
-    subprocess.run([sys.executable, "-m", "components.distill.launch", "2", *words], check=True)
-    return student(str(out))
-
-
-def student(run: str) -> dict[str, str]:
-    files = artifact.read_manifest(run, "run").files
-    return {
-        one.path: one.sha256
-        for one in files
-        if one.path.endswith(".safetensors") and "checkpoints/" not in one.path
-    }
-
-
-def gone(cluster: Cluster, job: str) -> bool:
-    return not cluster.get("trainjob", job) and not cluster.get("jobset", job) and not cluster.pods_of(job)
-
-
-@pytest.mark.parametrize("queue", ["", "dmd2"], ids=["plain", "through Kueue"])
-def test_two_nodes_learn_what_two_processes_of_one_machine_learn(
-    cluster: Cluster, new_run: NewRun, weights: dict[str, str], queue: str
+def test_two_trainings_at_once_plain_and_through_kueue_learn_what_two_processes_of_one_machine_learn(
+    cluster: Cluster, new_training: NewRun, weights: dict[str, str]
 ) -> None:
-    run = new_run(LONG, queue=queue)
-    pod = run.start()
-    job = run.job
-    assert run.wait(pod) == 0, cluster.log(pod)
-    assert student(f"{run.root}/run") == weights
-    said = cluster.log(pod)
-    assert f"TrainJob {job}: 2 nodes" in said
-    assert "steps/s" in said or "distill: " in said, "the log of rank 0"
-    wait_for(lambda: gone(cluster, job), 60)
-    record = run.record()
-    assert record["exit_status"] == 0
-    assert record["trainjob"]["metadata"]["name"] == job
-    owners = record["trainjob"]["metadata"]["ownerReferences"]
-    assert [owner["name"] for owner in owners] == [run.name]
+    runs = [new_training(LONG, queue=queue) for queue in ("", "dmd2")]
+    pods = [run.start() for run in runs]
+    jobs = [run.job for run in runs]
+    for run, pod, job in zip(runs, pods, jobs, strict=True):
+        assert run.wait(pod) == 0, cluster.log(pod)
+        assert student(f"{run.root}/run") == weights
+        said = cluster.log(pod)
+        assert f"TrainJob {job}: 2 nodes" in said
+        assert "steps/s" in said or "distill: " in said, "the log of rank 0"
+        wait_until_gone(cluster, job)
+        record = run.record()
+        assert record["exit_status"] == 0
+        assert record["trainjob"]["metadata"]["name"] == job
+        owners = record["trainjob"]["metadata"]["ownerReferences"]
+        assert [owner["name"] for owner in owners] == [run.name]
 
 
 def test_a_pod_that_is_evicted_costs_a_restart_that_is_not_counted_and_no_step(
-    cluster: Cluster, new_run: NewRun, weights: dict[str, str]
+    cluster: Cluster, new_training: NewRun, weights: dict[str, str]
 ) -> None:
-    run = new_run(LONG)
+    run = new_training(LONG)
     pod = run.start()
     cluster.evict(run.training_pods()[1]["metadata"]["name"])
     assert run.wait(pod) == 0, cluster.log(pod)
@@ -86,9 +46,9 @@ def test_a_pod_that_is_evicted_costs_a_restart_that_is_not_counted_and_no_step(
 
 
 def test_a_launcher_that_starts_again_follows_the_job_that_is_there(
-    cluster: Cluster, new_run: NewRun, weights: dict[str, str]
+    cluster: Cluster, new_training: NewRun, weights: dict[str, str]
 ) -> None:
-    run = new_run(LONG)
+    run = new_training(LONG)
     first = run.start()
     run.training_pods()
     (job,) = cluster.all("trainjobs", f"dmd2/run={run.name}")
@@ -106,9 +66,9 @@ def test_a_launcher_that_starts_again_follows_the_job_that_is_there(
     ids=["wrong input", "diverged"],
 )
 def test_what_would_fail_again_fails_at_once_and_the_step_says_why(
-    cluster: Cluster, new_run: NewRun, change: str, status: int, sentence: str
+    cluster: Cluster, new_training: NewRun, change: str, status: int, sentence: str
 ) -> None:
-    run = new_run(f"{LONG} {change}")
+    run = new_training(f"{LONG} {change}")
     pod = run.start()
     job = run.job
     assert run.wait(pod) == status, cluster.log(pod)
@@ -119,16 +79,16 @@ def test_what_would_fail_again_fails_at_once_and_the_step_says_why(
     failure = read_failure(run.root, run.name)
     assert failure
     assert failure.status == status
-    wait_for(lambda: gone(cluster, job), 60)
+    wait_until_gone(cluster, job)
 
 
-def test_the_workflow_takes_its_training_with_it(cluster: Cluster, new_run: NewRun) -> None:
-    run = new_run(f"{LONG} distill.steps=100000")
+def test_the_workflow_takes_its_training_with_it(cluster: Cluster, new_training: NewRun) -> None:
+    run = new_training(f"{LONG} distill.steps=100000")
     run.start()
     run.training_pods()
     job = run.job
     cluster.kubectl("delete", "workflow", run.name)
-    wait_for(lambda: gone(cluster, job), 120)
+    wait_until_gone(cluster, job)
     assert open_store(run.root).has_objects("run/"), "what was saved stays"
 
 
@@ -148,7 +108,7 @@ def test_only_what_kubernetes_takes_away_restarts_without_being_counted(
     cluster: Cluster, one: str, other: str, restarts: int, counted: int, request: pytest.FixtureRequest
 ) -> None:
     name = f"scripted-{abs(hash((one, other))) % 10**8}"
-    cluster.create(scripted(name, one, other))
+    cluster.create(scripted(name, cluster.image, one, other))
     try:
         wait_for(lambda: ended(cluster.get("trainjob", name)), 300)
         status: Json = cluster.get("jobset", name)["status"]
