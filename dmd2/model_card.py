@@ -16,15 +16,15 @@ from dmd2.io.artifact import Manifest
 class Terms(NamedTuple):
     """Under which terms the weights may be used, as whoever packages them says."""
 
-    license: str = "other"
-    """Identifier of the Hugging Face Hub, such as openrail++; `other` for one without."""
+    license: str = ""
+    """Identifier of the Hugging Face Hub, such as openrail++; `other` for one without; empty = not said."""
     link: str = ""
     restrictions: str = ""
     """What users must not do, in Markdown."""
 
     def check(self) -> None:
         """Raise Refused for what the Hub does not take."""
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,62}", self.license):
+        if self.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,62}", self.license):
             raise Refused(
                 f"license is {self.license[:80]!r}; give an identifier of the Hugging Face Hub, such as openrail++ or apache-2.0, or other"
             )
@@ -92,7 +92,7 @@ def _header(config: Config, terms: Terms) -> str:
     texts = config.family.prompts == "texts"
     data = ModelCardData(
         library_name="diffusers" if texts else "dmd2",
-        license=terms.license,
+        license=terms.license or "other",
         license_link=terms.link or None,
         pipeline_tag="text-to-image" if texts else "unconditional-image-generation",
         tags=["diffusion", "distillation", "dmd2"],
@@ -102,7 +102,7 @@ def _header(config: Config, terms: Terms) -> str:
 
 def _terms_of_use(terms: Terms) -> str:
     told = f"License: `{terms.license}`" + (f", {terms.link}" if terms.link else "") + "."
-    if terms.license == "other" and not terms.link:
+    if terms.license in ("", "other") and not terms.link:
         told = "Whoever made this package has not said which these are: ask where the teacher and the data come from before you use it."
     restrictions = "\n".join(f"> {line}" for line in terms.restrictions.splitlines())
     return "\n\n".join(

@@ -8,7 +8,7 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from dmd2.recipes import override_flags
 from pipelines import cluster, readme
 from pipelines.cluster import ClusterFlags, compile_pipeline
 from pipelines.distill import H100, distill
-from pipelines.local_run import run_local
+from pipelines.local_run import CLUSTER, run_local
 from pipelines.retrain import retrain
 
 logger = logging.getLogger("pipelines")
@@ -233,9 +233,12 @@ def _print_plan(parameters: dict[str, Any]) -> None:
             raise SystemExit(planned.returncode)
 
 
-def with_parameters(action: Callable[..., None], pipeline: BaseComponent) -> Callable[..., None]:
-    """The action with a flag for each parameter of the pipeline, with the pipeline's descriptions and defaults."""
-    described = pipeline.pipeline_spec.root.input_definitions.parameters
+def with_parameters(
+    action: Callable[..., None], pipeline: BaseComponent, without: Collection[str] = ()
+) -> Callable[..., None]:
+    """The action with a flag for each parameter of the pipeline but some, with the pipeline's descriptions and defaults."""
+    parameters = pipeline.pipeline_spec.root.input_definitions.parameters
+    described = {name: spec for name, spec in parameters.items() if name not in without}
     own = [p for p in inspect.signature(action, eval_str=True).parameters.values() if p.name != "parameters"]
     flagged = [_flag(name, MessageToDict(spec)) for name, spec in sorted(described.items())]
 
@@ -265,7 +268,7 @@ def _flag(name: str, spec: dict[str, Any]) -> inspect.Parameter:
 
 VERBS: dict[str, Callable[..., None]] = {
     "compile": compile_all,
-    "run-local": run_local,
+    "run-local": with_parameters(run_local, distill, without=CLUSTER),
     "upload": upload,
     "submit": with_parameters(submit, distill),
     "schedule": with_parameters(schedule, retrain),

@@ -23,8 +23,9 @@ from pipelines.pods import (
     LIGHT,
     on_gpus,
     pod,
-    reads_hub,
+    with_hub,
     with_metrics,
+    with_registry,
     with_signing_key,
 )
 
@@ -100,7 +101,13 @@ def distill(
     base: str = "",
     vae: str = "",
     gate: float = 0.0,
+    license: str = "",
+    license_link: str = "",
+    restrictions: str = "",
+    safety_checker: str = "",
     destination: str = "",
+    hub: str = "",
+    model_registry: str = "",
     scores: str = "",
     root: str = "",
     nodes: int = 1,
@@ -126,28 +133,37 @@ def distill(
         base: For a teacher in a single file: a pipeline folder of diffusers with its configs and tokenizers.
         vae: Another VAE to use instead of the teacher's own, such as one that was mended for float16.
         gate: Largest accepted score of the student as a multiple of the teacher's; 0 for the recipe's `gate.factor`.
+        license: Licence of the student's weights, an identifier of the Hugging Face Hub, for the model card. Empty: that of the teacher, if it says one.
+        license_link: Address of its text.
+        restrictions: What users must not do, for the model card.
+        safety_checker: Pipeline of Stable Diffusion 1.5 (folder, gs:// or name on the hub) whose safety checker the package gets. Empty: none.
         destination: Folder of models; an accepted package is published there as `<recipe>/<digest>`. Empty: it is not published.
+        hub: Repository of the Hugging Face Hub, `hf://owner/name`, where it is published too; the token is in the Secret `dmd2-hub-token`. Empty: none.
+        model_registry: Address of a Kubeflow Model Registry in which the published package is noted. Empty: none.
         scores: Folder that keeps the scores of teachers, so that a teacher is sampled once for all its students. Empty: none are kept.
         root: Folder of everything the run makes; the same root continues a run. Empty: a folder beside the run's KFP artifacts.
         nodes: Number of machines of the distillation. More than 1 needs Kubeflow Trainer, and the account `launcher`.
-        gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU, -1 = the recipe decides.
+        gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU, -1 = the recipe decides; without a cluster, all GPUs of the machine.
         pool: Labels of the nodes with GPUs, as JSON; `{}` = any node.
-        budget: Largest number of GPU-hours that the trainings may take by their plan; 0 = no limit.
+        budget: Largest number of GPU-hours that the trainings may take by their plan, which needs a GPU; 0 = no limit.
         price: Price of a GPU for an hour in any currency, for the cost in the plan.
         parts: Number of pods that share the sharding, and those that share encoding and evaluating, each with a GPU; the results are the same.
         queue: Kueue's LocalQueue of a distillation in a TrainJob; empty = it is not queued.
         claim: Set by retraining for the runs that it starts; leave it empty.
     """
     run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    terms = {
+        "license": license, "license_link": license_link, "restrictions": restrictions, "safety_checker": safety_checker,
+    }  # fmt: skip
     finished = pod(finish_run(root=root, run_id=run, claim=claim, price=price), LIGHT, retries=2)
     with dsl.ExitHandler(finished, name="distil"):
         prepared = prepare_run(
             run_id=run, claim=claim, source=source, teacher=teacher, recipe=recipe, overrides=overrides,
             first_overrides=first_overrides, start=start, prompts=prompts, pairs=pairs, base=base, vae=vae, gate=gate,
-            destination=destination, scores=scores, root=root, nodes=nodes, gpus=gpus, pool=pool, budget=budget, price=price, parts=parts,
+            destination=destination, hub=hub, model_registry=model_registry, scores=scores, **terms, root=root, nodes=nodes, gpus=gpus, pool=pool, budget=budget, price=price, parts=parts,
             queue=queue,
         )  # fmt: skip
-        chosen = reads_hub(pod(prepared, LIGHT)).outputs
+        chosen = with_registry(with_hub(pod(prepared, LIGHT))).outputs
         folder, gpu, nodes_with_gpus = chosen["root"], chosen["gpu"], chosen["pool"]
         settings = {"recipe": recipe, "overrides": overrides, "root": folder}
 
@@ -156,7 +172,7 @@ def distill(
         sharded = pod(shard_dataset(source=source, part="", **settings), BUSY, retries=2).after(in_parts)
         shards = sharded.outputs["shards"]
         resolved = resolve_teacher(teacher=teacher, base=base, vae=vae, shards=shards, **settings)
-        original = reads_hub(pod(resolved, BUSY, retries=2)).outputs["resolved"]
+        original = with_hub(pod(resolved, BUSY, retries=2)).outputs["resolved"]
         images = {"shards": shards, "teacher": original}
         in_parts = encode_parts(parts=chosen["encode_parts"], **images, **on_pool, **settings)
         encoded = encode_latents(part="", **images, **settings).after(in_parts)
@@ -207,12 +223,18 @@ def distill(
             "start": chosen["start"], "pairs": chosen["pairs"],
         }  # fmt: skip
         with dsl.If(decision.output == "accepted", name="accepted"):
-            packaged = package_model(root=folder, run=student, evaluation=evaluation)
-            package = with_signing_key(pod(packaged, BUSY)).outputs["package"]
+            packaged = package_model(root=folder, run=student, evaluation=evaluation, **terms)
+            package = with_hub(with_signing_key(pod(packaged, BUSY))).outputs["package"]
             pod(report(decision=decision.output, **made), LIGHT).after(packaged)
             with dsl.If(destination != "", name="published"):
-                published = publish_model(destination=destination, recipe=recipe, package=package)
-                pod(published, COPYING, retries=2)
+                published = publish_model(
+                    destination=destination,
+                    recipe=recipe,
+                    hub=hub,
+                    model_registry=model_registry,
+                    package=package,
+                )
+                with_registry(with_hub(pod(published, COPYING, retries=2)))
         with dsl.Else(name="rejected"):
             pod(report(decision=decision.output, **made), LIGHT)
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,47 +45,16 @@ class StageFailed(Refused):
         self.status = status
 
 
-def run_local(
-    root: Path = Path("runs/demo"),
-    source: str = "digits",
-    teacher: str = "",
-    recipe: str = "edm-digits",
-    overrides: str = "",
-    first_overrides: str = "",
-    start: str = "",
-    prompts: str = "",
-    pairs: str = "",
-    base: str = "",
-    vae: str = "",
-    gate: float = 0.0,
-    destination: str = "",
-    scores: str = "",
-    gpus: int = -1,
-    budget: float = 0.0,
-    price: float = 0.0,
-    parts: int = 1,
-) -> None:
+CLUSTER = ("root", "nodes", "pool", "queue", "claim")
+"""Parameters of the pipeline that mean a cluster, or are chosen here."""
+
+
+def run_local(parameters: Mapping[str, Any], root: Path = Path("runs/demo")) -> None:
     """Run the distillation pipeline on this machine, one process per stage, without a cluster.
 
     Args:
+        parameters: Those of the pipeline, without `CLUSTER`. Without `gpus`, all GPUs of this machine.
         root: Folder of everything the run makes; the same root continues a run.
-        source: `digits`, or the address of images in a layout that `dmd2 shard` reads.
-        teacher: Folder of a teacher, a pipeline of diffusers, or a checkpoint; empty to train a small one on the source.
-        recipe: Name of a recipe, as `dmd2 recipes` lists them.
-        overrides: Fields of the recipe to replace, as `field=value`, separated by spaces. Those outside `distill` hold for a first stage too.
-        first_overrides: The same for the first stage alone, where the recipe has one.
-        start: Run to start from, with its student and its critic. Empty: the first stage that the recipe names is run before.
-        prompts: File of prompts of the fake samples and pairs, which some recipes need (.txt, .jsonl, .csv, .parquet).
-        pairs: Pairs of noise and sample for a recipe with a warm-up. Empty: the teacher is sampled.
-        base: For a teacher in a single file: a pipeline folder of diffusers with its configs and tokenizers.
-        vae: Another VAE to use instead of the teacher's own, such as one that was mended for float16.
-        gate: Largest accepted score of the student as a multiple of the teacher's; 0 for the recipe's `gate.factor`.
-        destination: Folder of models; an accepted package is published there as `<recipe>/<digest>`. Empty: it is not published.
-        scores: Folder that keeps the scores of teachers, so that a teacher is sampled once for all its students. Empty: none are kept.
-        gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU, -1 = all GPUs of this machine.
-        budget: Largest number of GPU-hours that the trainings may take by their plan; 0 = no limit. It needs a GPU that the plan knows.
-        price: Price of a GPU for an hour in any currency, for the cost in the plan.
-        parts: Number of processes that share each of sharding, encoding and evaluating.
     """
     began = time.monotonic()
     root = root.resolve()
@@ -95,12 +64,9 @@ def run_local(
     warnings.filterwarnings("ignore", "You may be attem", RuntimeWarning)
     warnings.filterwarnings("ignore", ".*have no effect in the current local runner", UserWarning)
     with stage_status():
-        _without_retries(distill)(
-            root=str(root), source=source, teacher=teacher, recipe=recipe, overrides=overrides,
-            first_overrides=first_overrides, start=start, prompts=prompts, pairs=pairs, base=base, vae=vae,
-            gate=gate, destination=destination, scores=scores,
-            gpus=_gpus() if gpus < 0 else gpus, pool=_pool() if gpus else {}, budget=budget, price=price, parts=parts,
-        )  # fmt: skip
+        gpus = parameters.get("gpus", -1)
+        machine = {"gpus": _gpus() if gpus < 0 else gpus, "pool": _pool() if gpus else {}}
+        _without_retries(distill)(**{**parameters, **machine, "root": str(root)})
     summary = summarize(root, time.monotonic() - began)
     write_text(root / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)

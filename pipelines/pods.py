@@ -17,8 +17,10 @@ USER = 65532
 """User and group id in the images."""
 PRIORITY, RUN, RETRAIN = "kueue.x-k8s.io/priority-class", "dmd2-run", "dmd2-retrain"
 """Label of Kueue's priority, and its values for runs that a person starts and for those of retraining, which give way."""
-READS_HUB, READS_REGISTRY = "dmd2/reads-hub", "dmd2/reads-registry"
+USES_HUB, USES_REGISTRY = "dmd2/uses-hub", "dmd2/uses-registry"
 """Labels of pods that may reach a hub or a Model Registry, where `manifests/components` are taken into the overlay."""
+HUB_TOKEN = "dmd2-hub-token"
+"""Secret with the token of an account of the Hugging Face Hub."""
 STAGE, COST_CENTRE = "dmd2/stage", "dmd2/cost-centre"
 """Labels of all pods of a run, by which their cost is divided: the step, and who pays."""
 NOBODY = "none"
@@ -91,6 +93,12 @@ def with_metrics(task: dsl.PipelineTask) -> dsl.PipelineTask:
     return task.set_env_variable(METRICS, str(METRICS_PORT))
 
 
-def reads_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Let the task fetch a teacher from a hub, if the cluster allows it."""
-    return kubernetes.add_pod_label(task, READS_HUB, "true")
+def with_hub(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Let the task reach a hub, if the cluster allows it, with the account of the namespace, if it has one."""
+    kubernetes.use_secret_as_env(task, HUB_TOKEN, {"token": "HF_TOKEN"}, optional=True)
+    return kubernetes.add_pod_label(task, USES_HUB, "true")
+
+
+def with_registry(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Let the task reach a Model Registry, if the cluster allows it."""
+    return kubernetes.add_pod_label(task, USES_REGISTRY, "true")

@@ -3,7 +3,7 @@
 from kfp import dsl, kubernetes
 
 from components.find_teachers.component import find_teachers
-from pipelines.pods import READS_REGISTRY, PodResources, pod, reads_hub
+from pipelines.pods import PodResources, pod, with_hub, with_registry
 
 WATCH = PodResources(("250m", "1"), ("512Mi", "1Gi"), "2G")
 API = "http://ml-pipeline.dmd2.svc.cluster.local:8888"
@@ -48,5 +48,4 @@ def retrain(
         max_runs=max_runs, gpu_hours=gpu_hours, max_gpu_hours=max_gpu_hours, pending_hours=pending_hours, run_hours=run_hours,
         api=api, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )  # fmt: skip
-    kubernetes.set_timeout(pod(task, WATCH, retries=2), LIMIT_S)
-    kubernetes.add_pod_label(reads_hub(task), READS_REGISTRY, "true")
+    kubernetes.set_timeout(with_registry(with_hub(pod(task, WATCH, retries=2))), LIMIT_S)

@@ -168,10 +168,38 @@ def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
             server.shutdown()
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Forwards a request and its answer, with the fault that the proxy chooses."""
+class QuietHandler(BaseHTTPRequestHandler):
+    """Reads the body of a request, however long it says it is, and answers with a length."""
 
     protocol_version = "HTTP/1.1"
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def send(self, status: int, data: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_json(self, value: Any, status: int = 200) -> None:
+        self.send(status, json.dumps(value).encode(), Content_Type="application/json")
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+class Handler(QuietHandler):
+    """Forwards a request and its answer, with the fault that the proxy chooses."""
+
     proxy: Proxy
 
     def setup(self) -> None:
@@ -188,7 +216,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.proxy.choose(request)
         if fault == "drop":
             return self._hang_up()
-        body = self._body()
+        body = self.body()
         if fault in ("403", "503"):
             return self._answer(int(fault), HTTPMessage(), b"no")
         if not self.proxy.allows(request, body):
@@ -212,16 +240,6 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = forward  # noqa: N815 - as the base class calls them
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
     def _answer(self, status: int, headers: HTTPMessage, data: bytes, half: bool = False) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
@@ -238,9 +256,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def flip_bit(path: Path, at: int) -> None:

@@ -25,6 +25,8 @@ from dmd2.training.terms import DistributionMatching
 from dmd2.training.trainer import DMD2Trainer
 from tests.bucket import bucket, object_store, proxy  # noqa: F401 - fixtures
 from tests.durations import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401 - hooks
+from tests.publishing.hub import hub  # noqa: F401 - a fixture
+from tests.publishing.registry import registry  # noqa: F401 - a fixture
 from tests.tiny_sdxl import pipeline, squares, stable15  # noqa: F401 - fixtures
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread only waits

@@ -5,7 +5,14 @@ from components.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def package_model(
-    root: str, run: dsl.Input[dsl.Model], evaluation: dsl.Input[dsl.Artifact], package: dsl.Output[dsl.Model]
+    root: str,
+    license: str,
+    license_link: str,
+    restrictions: str,
+    safety_checker: str,
+    run: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
+    package: dsl.Output[dsl.Model],
 ) -> None:
     """Make a package of an accepted student, load it again and compare its samples with the student's.
 
@@ -13,6 +20,10 @@ def package_model(
 
     Args:
         root: Folder of the run; the package goes to `<root>/package`.
+        license: Licence of the weights, for the model card; empty = that of the teacher.
+        license_link: Address of its text, or empty.
+        restrictions: What users must not do, for the model card.
+        safety_checker: Pipeline whose safety checker the package gets, or empty.
         run: The student.
         evaluation: Its scores.
         package: Points to the package by URI and digest; the file itself is its manifest.
@@ -27,5 +38,15 @@ def package_model(
     with one_sentence():
         made, scores = run.metadata["uri"], evaluation.metadata["uri"]
         signed = key if os.path.exists(key) else ""
-        stages.package(made, scores, f"{root}/gate", f"{root}/package", key=signed)
+        stages.package(
+            made,
+            scores,
+            f"{root}/gate",
+            f"{root}/package",
+            license=license,
+            license_link=license_link,
+            restrictions=restrictions,
+            safety_checker=safety_checker,
+            key=signed,
+        )
         package.metadata.update(artifact.write_pointer(f"{root}/package", "package", package.path))

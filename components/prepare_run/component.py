@@ -20,7 +20,13 @@ def prepare_run(
     base: str,
     vae: str,
     gate: float,
+    license: str,
+    license_link: str,
+    restrictions: str,
+    safety_checker: str,
     destination: str,
+    hub: str,
+    model_registry: str,
     scores: str,
     root: str,
     nodes: int,
@@ -66,7 +72,13 @@ def prepare_run(
         base: For a checkpoint in a single file: a pipeline folder with its configs, or empty.
         vae: Another VAE than the teacher's own, or empty.
         gate: Largest accepted score as a multiple of the teacher's; 0 = that of the recipe.
+        license: Licence of the student's weights; empty = that of the teacher.
+        license_link: Address of its text, or empty.
+        restrictions: What users must not do.
+        safety_checker: Pipeline whose safety checker the package gets, or empty.
         destination: Folder of published models, or empty.
+        hub: Repository of the Hugging Face Hub where the package is published too, or empty.
+        model_registry: Address of a Kubeflow Model Registry in which it is noted, or empty.
         scores: Folder that keeps the scores of teachers, or empty.
         root: Folder of the run; empty for a folder beside the KFP artifacts of the run.
         nodes: Number of machines of the distillation.
@@ -102,7 +114,7 @@ def prepare_run(
     logger = logging.getLogger("components.prepare_run")
     with one_sentence():
         given = RunParameters(
-            source, teacher, recipe, overrides, first_overrides, start, prompts, pairs, base, vae, gate, destination, scores, root, nodes, gpus, pool, budget, price, parts, queue,
+            source, teacher, recipe, overrides, first_overrides, start, prompts, pairs, base, vae, gate, license, license_link, restrictions, safety_checker, destination, hub, model_registry, scores, root, nodes, gpus, pool, budget, price, parts, queue,
         )  # fmt: skip
         on_cluster = "://" in settings.uri
         config = check_parameters(given, on_cluster)

@@ -14,8 +14,10 @@ from dmd2 import recipes
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.evaluation import metrics
-from dmd2.io.hub import HUB_NAME
+from dmd2.io.hub import HUB_NAME, repository_name
+from dmd2.io.model_registry import check_registry_address
 from dmd2.io.storage import is_remote, join_uri, open_store
+from dmd2.model_card import Terms
 from dmd2.stages.inputs import check_prompts
 
 MIN_HOLDOUT = 2
@@ -62,7 +64,13 @@ class RunParameters:
     base: str = ""
     vae: str = ""
     gate: float = 0.0
+    license: str = ""
+    license_link: str = ""
+    restrictions: str = ""
+    safety_checker: str = ""
     destination: str = ""
+    hub: str = ""
+    model_registry: str = ""
     scores: str = ""
     root: str = ""
     nodes: int = 1
@@ -116,6 +124,7 @@ class RunParameters:
             "pairs",
             "base",
             "vae",
+            "safety_checker",
             "destination",
             "scores",
             "root",
@@ -137,6 +146,7 @@ def check_parameters(given: RunParameters, on_cluster: bool) -> Config:
         _check_training(given, training)
     _check_parts(given)
     _check_data(given)
+    _check_package(given)
     metrics.select(config.evaluate.metrics)
     for name, address in given.addresses.items():
         _check_address(name, address, on_cluster)
@@ -220,12 +230,26 @@ def _check_data(given: RunParameters) -> None:
         raise Refused("base and vae belong to a teacher that is given; leave them out")
 
 
+def _check_package(given: RunParameters) -> None:
+    """What is said of an accepted student, and where its package goes."""
+    Terms(given.license, given.license_link, given.restrictions).check()
+    for name, address in (("hub", given.hub), ("model_registry", given.model_registry)):
+        if address and not given.destination:
+            raise Refused(
+                f"{name} is {address}, which comes after a folder of models; give it as destination"
+            )
+    if given.hub:
+        repository_name(given.hub)
+    if given.model_registry:
+        check_registry_address(given.model_registry)
+
+
 def _check_address(name: str, address: str, on_cluster: bool) -> None:
     """Refuse an unknown scheme and, on a cluster, what is not on a bucket."""
     open_store(address)
     if not on_cluster or is_remote(address):
         return
-    if name in ("teacher", "base", "vae") and HUB_NAME.fullmatch(address):
+    if name in ("teacher", "base", "vae", "safety_checker") and HUB_NAME.fullmatch(address):
         return
     kept = (
         "would be lost with its pod" if name in ("root", "destination", "scores") else "is not there in a pod"

@@ -17,7 +17,8 @@ from dmd2.config import Config, FamilyConfig
 from dmd2.errors import Refused, brief
 from dmd2.evaluation.baselines import parse_baselines
 from dmd2.io.artifact import MANIFEST, read_manifest
-from dmd2.io.hub import HUB_NAME, check_hub_file
+from dmd2.io.hub import HUB_NAME, check_hub_account, check_hub_file
+from dmd2.io.model_registry import ModelRegistry
 from dmd2.io.storage import exists, join_uri, open_store
 from dmd2.stages.mirror import pretrained_files, pretrained_folders
 
@@ -40,7 +41,7 @@ def check_resources(given: RunParameters, root: str) -> None:
         list(pool.map(lambda check: check(), _checks(given, root)))
 
 
-def _checks(given: RunParameters, root: str) -> Iterator[Callable[[], None]]:
+def _checks(given: RunParameters, root: str) -> Iterator[Callable[[], object]]:
     config = given.last.config
     yield partial(_check_root, root, config)
     if given.source != "digits":
@@ -59,6 +60,12 @@ def _checks(given: RunParameters, root: str) -> Iterator[Callable[[], None]]:
     for name, folder in {"base": given.base, "vae": given.vae}.items():
         if folder:
             yield partial(_check_folder, name, folder, PIPELINE, NETWORK, f"vae/{NETWORK}")
+    if given.safety_checker:
+        yield partial(_check_folder, "safety_checker", given.safety_checker, f"safety_checker/{NETWORK}")
+    if given.hub:
+        yield partial(check_hub_account, given.hub)
+    if given.model_registry:
+        yield partial(ModelRegistry, given.model_registry)
     for training in given.trainings:
         yield from _checks_of_weights(training.config)
 

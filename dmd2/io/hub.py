@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dmd2.errors import Refused, brief
@@ -60,7 +60,7 @@ def commit_to_hub(address: str, tag: str, files: Mapping[str, Path | bytes], mes
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    name, api = _repository(address), HfApi()
+    name, api = repository_name(address), HfApi()
     with _hub_errors(address):
         api.create_repo(name, exist_ok=True, private=True)
         head = api.repo_info(name).sha
@@ -74,12 +74,26 @@ def commit_to_hub(address: str, tag: str, files: Mapping[str, Path | bytes], mes
         api.create_tag(name, tag=tag, revision=made.oid)
 
 
+def check_hub_account(address: str) -> None:
+    """Raise Refused unless there is a token with which the repository can be written to. One that is not there yet would be made."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    name, api = repository_name(address), HfApi()
+    with _hub_errors(address):
+        account = api.whoami()
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise Refused(f"the token of {account['name']} may only read")
+        with suppress(RepositoryNotFoundError):
+            api.auth_check(name, write=True)
+
+
 def read_from_hub(address: str, tag: str, file: str) -> bytes | None:
     """The content of a small file under a tag of a repository; None if there is no such repository or tag."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    name, api = _repository(address), HfApi()
+    name, api = repository_name(address), HfApi()
     with _hub_errors(address):
         try:
             commits = [ref.target_commit for ref in api.list_repo_refs(name).tags if ref.name == tag]
@@ -88,7 +102,8 @@ def read_from_hub(address: str, tag: str, file: str) -> bytes | None:
         return Path(api.hf_hub_download(name, file, revision=commits[0])).read_bytes() if commits else None
 
 
-def _repository(address: str) -> str:
+def repository_name(address: str) -> str:
+    """`owner/name` of an address; raises Refused if it is none."""
     name = address.removeprefix(HUB).rstrip("/")
     if not HUB_NAME.fullmatch(name) or "@" in name:
         raise Refused(f"{address} is no repository of the hub; give {HUB}owner/name")

@@ -25,12 +25,17 @@ TIMEOUT_S = 60
 Properties = Mapping[str, str | float]
 
 
+def check_registry_address(address: str) -> None:
+    """Raise Refused for what is no address of a web server."""
+    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).netloc:
+        raise Refused(f"the registry {address!r:.80} is no address; give http:// or https:// with a host")
+
+
 class ModelRegistry:
     """A Model Registry at an address such as http://model-registry-service.kubeflow.svc:8080."""
 
     def __init__(self, address: str) -> None:
-        if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).netloc:
-            raise Refused(f"the registry {address!r:.80} is no address; give http:// or https:// with a host")
+        check_registry_address(address)
         self.address = address.rstrip("/")
         self.api = ""
         for version in VERSIONS:

@@ -34,7 +34,7 @@ def package(
     single_file: SingleFile = "float16",
     teacher: str = "",
     low_rank: int = 0,
-    license: str = "other",
+    license: str = "",
     license_link: str = "",
     restrictions: str = "",
     safety_checker: str = "",
@@ -50,8 +50,8 @@ def package(
         single_file: For sd15 and sdxl: precision of all networks in one file for ComfyUI, A1111 and Forge; none = no such file.
         teacher: Folder of the run's teacher; only needed with `low_rank`.
         low_rank: Rank of a low-rank update of the teacher that is extracted from a student whose whole network was trained; 0 = none.
-        license: Licence of the weights, which that of the teacher decides: an identifier of the Hugging Face Hub, such as openrail++; other
-            = none of those. For the model card.
+        license: Licence of the weights, which that of the teacher decides: an identifier of the Hugging Face Hub, such as openrail++; other,
+            or empty = none of those. For the model card.
         license_link: Address of its text.
         restrictions: What users must not do, for the model card.
         safety_checker: Pipeline of Stable Diffusion 1.5 (folder, gs:// or name on the hub) whose safety checker the package gets; empty = none.
@@ -63,7 +63,7 @@ def package(
     options: dict[str, str | int] = {"single_file": single_file, "low_rank": low_rank}
     options |= {
         "safety_checker": safety_checker,
-        "license": license,
+        "license": license or "other",
         "license_link": license_link,
         "restrictions": restrictions,
     }

@@ -16,6 +16,7 @@ from dmd2 import stages
 from dmd2.config import Config
 from dmd2.io.storage import open_store
 from tests.conftest import MICRO
+from tests.publishing.hub import TOKEN
 
 Refusal = Callable[[Callable[[], object]], str]
 ON_BUCKET: dict[str, Any] = {
@@ -69,6 +70,15 @@ def test_good_parameters_pass_on_a_cluster() -> None:
         ({"recipe": "edm-digits", "prompts": "gs://b/p.txt"}, "conditioned on classes"),
         ({"recipe": "edm-digits", "teacher": "", "vae": "gs://b/vae"}, "base and vae belong to a teacher"),
         ({"first_overrides": "seed=1"}, "has no first stage to run"),
+        ({"license": "My own"}, "license is 'My own'; give an identifier of the Hugging Face Hub"),
+        ({"license_link": "LICENSE.md"}, "license-link is 'LICENSE.md'"),
+        ({"safety_checker": "/models/sd15"}, "safety_checker is /models/sd15, a path of one machine"),
+        ({"hub": "hf://owner/name", "destination": ""}, "hub is hf://owner/name, which comes after a folder of models"),
+        ({"model_registry": "http://registry", "destination": ""}, "model_registry is http://registry, which comes after"),
+        ({"hub": "hf://name"}, "hf://name is no repository of the hub"),
+        ({"hub": "gs://b/models"}, "gs://b/models is no repository of the hub"),
+        ({"hub": "hf://owner/name@main"}, "hf://owner/name@main is no repository of the hub"),
+        ({"model_registry": "registry:8080"}, "the registry 'registry:8080' is no address"),
         ({"pairs": "gs://b/pairs"}, "no training of this run has a regression"),
         ({"recipe": "sd15-1step-gan", "prompts": "gs://b/p.txt", "first_overrides": "distill.first_stage=sd15-1step"},
          "starts from a run of sd15-1step, which starts from a run itself"),
@@ -140,6 +150,7 @@ def test_what_can_be_read_passes_and_the_folder_of_the_run_has_its_settings(
         ({"start": "{bucket}/nowhere"}, "has no manifest.json"),
         ({"pairs": "{made}/run"}, "is a run folder; a pairs folder is needed"),
         ({"prompts": "{bucket}/given/other.txt"}, "prompts {bucket}/given/other.txt does not exist"),
+        ({"safety_checker": "{here}"}, "safety_checker {here} has no safety_checker/config.json"),
         ({"vae": "{here}"}, "vae {here} has no model_index.json or config.json"),
         ({"destination": "gs://no-such-bucket-of-dmd2/models"}, "is in a bucket that does not exist"),
         ({"scores": "gs://no-such-bucket-of-dmd2/scores"}, "scores gs://no-such-bucket-of-dmd2/scores is in a bucket that does not exist"),
@@ -189,6 +200,37 @@ def test_a_name_on_the_hub_that_cannot_be_read_is_refused(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://127.0.0.1:9")
     said = refusal(lambda: check_resources(replace(good, teacher="owner/name"), str(tmp_path)))
     assert "teacher owner/name is no local folder, and as a name on the hub it cannot be read" in said
+
+
+def test_the_hub_and_the_registry_are_asked_whether_they_would_take_a_package(
+    good: RunParameters,
+    hub: tuple[Any, str],
+    registry: tuple[Any, str],
+    refusal: Refusal,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, address = hub
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    published = replace(good, hub="hf://owner/digits", model_registry=registry[1])
+    said = refusal(lambda: check_resources(published, str(tmp_path)))
+    assert "hf://owner/digits cannot be used (Token is required" in said
+    for token, role, closed, words in (
+        ("hf_wrong", "write", set(), "Invalid user token"),
+        (TOKEN, "read", set(), "the token of owner may only read"),
+        (TOKEN, "write", {"auth_check"}, "403 Forbidden"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        server.role, server.fail = role, closed
+        said = refusal(lambda: check_resources(published, str(tmp_path)))
+        assert words in said
+        assert token not in said
+    server.fail = set()
+    check_resources(published, str(tmp_path))
+    assert not server.repositories, "it is only asked"
+    registry[0].version = "v9"
+    said = refusal(lambda: check_resources(published, str(tmp_path)))
+    assert "answers as no Model Registry does" in said
 
 
 def test_a_teacher_folder_takes_neither_base_nor_vae(made: Path, micro: Config, refusal: Refusal) -> None:

@@ -26,7 +26,7 @@ from manifests.__main__ import (
     with_digests,
     without_digest,
 )
-from pipelines.pods import READS_HUB, READS_REGISTRY
+from pipelines.pods import USES_HUB, USES_REGISTRY
 from tests.manifests import policy
 from tests.manifests.test_policies import take
 
@@ -34,7 +34,7 @@ DIGEST = "@sha256:" + 64 * "a"
 known = cache(render)
 """Of the manifests as they are."""
 LISTS = ("resources", "components", "patches", "replacements")
-ALLOWING = {"hub": READS_HUB, "registry": READS_REGISTRY}
+ALLOWING = {"hub": USES_HUB, "registry": USES_REGISTRY}
 """Components that a user adds, and that open the network: for the pods of which label."""
 OPTIONAL = [*ALLOWING, "topology", "monitoring", "prometheus-operator", "reaper", "serving"]
 
@@ -63,7 +63,7 @@ def test_a_component_lets_only_pods_of_its_label_reach_what_it_is_for(copy: Path
     added = [item for item in objects if policy.title(item) not in before]
     assert [policy.title(item) for item in added] == [
         "NetworkPolicy/to-hub",
-        "NetworkPolicy/watcher-to-registry",
+        "NetworkPolicy/to-registry",
     ]
     for item, label in zip(added, ALLOWING.values(), strict=True):
         assert item["spec"]["podSelector"] == {"matchLabels": {label: "true"}}

@@ -132,11 +132,12 @@ def rejected(pictures: Path, made: Path, tmp_path: Path, monkeypatch: pytest.Mon
     be_warm(monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     short = [change for change in MICRO if change.startswith("distill.")]
-    run_local(
-        tmp_path / "root", source=str(pictures), teacher=str(made / "teacher"), recipe="edm-digits-longer",
-        overrides=" ".join([*MICRO, *STILL, "gate.factor=1e9"]), first_overrides=" ".join(short), gate=1e-9,
-        destination=str(tmp_path / "models"),
-    )  # fmt: skip
+    parameters = {
+        "source": str(pictures), "teacher": str(made / "teacher"), "recipe": "edm-digits-longer",
+        "overrides": " ".join([*MICRO, *STILL, "gate.factor=1e9"]), "first_overrides": " ".join(short), "gate": 1e-9,
+        "destination": str(tmp_path / "models"),
+    }  # fmt: skip
+    run_local(parameters, tmp_path / "root")
     return tmp_path / "root"
 
 
@@ -176,10 +177,11 @@ def run_texts(root: Path, recipe: str, teacher: Path, source: Path, *first: str)
     prompts = root.parent / "prompts.txt"
     prompts.write_text("a red square\na green square\na blue square\n")
     short = [change for change in TEXT if change.startswith("distill.")]
-    run_local(
-        root, source=str(source), teacher=str(teacher), recipe=recipe, prompts=str(prompts),
-        overrides=" ".join([*TEXT, *STILL]), first_overrides=" ".join([*short, *first]),
-    )  # fmt: skip
+    parameters = {
+        "source": str(source), "teacher": str(teacher), "recipe": recipe, "prompts": str(prompts),
+        "overrides": " ".join([*TEXT, *STILL]), "first_overrides": " ".join([*short, *first]),
+    }  # fmt: skip
+    run_local(parameters, root)
 
 
 @pytest.mark.slow

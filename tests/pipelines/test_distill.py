@@ -46,7 +46,7 @@ def run(
     def call(*overrides: str, **parameters: Any) -> Path:
         root = tmp_path / "root"
         text = " ".join([*MICRO, *overrides])
-        run_local(root, **({"source": str(pictures), "overrides": text} | parameters))
+        run_local({"source": str(pictures), "overrides": text} | parameters, root)
         return root
 
     return call
@@ -89,9 +89,15 @@ STAGES = {
 
 @pytest.mark.parametrize("run", ["warm", pytest.param("cold", marks=pytest.mark.slow)], indirect=True)
 def test_an_accepted_run_goes_from_images_on_a_bucket_to_a_published_package(
-    run: Callable[..., Path], images: str, bucket: str, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path],
+    images: str,
+    bucket: str,
+    registry: tuple[Any, str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    root = run(source=images, destination=f"{bucket}/models", gate=1e9)
+    server, address = registry
+    terms = {"license": "mit", "license_link": "https://example.org/mit", "restrictions": "No portraits."}
+    root = run(source=images, destination=f"{bucket}/models", model_registry=address, gate=1e9, **terms)
     summary = json.loads((root / "summary.json").read_text())
     assert summary["gate"] == "accepted"
     assert Path(summary["package"]) == root / "package"
@@ -106,6 +112,10 @@ def test_an_accepted_run_goes_from_images_on_a_bucket_to_a_published_package(
     published = f"{bucket}/models/edm-digits/{package.digest[:16]}"
     assert artifact.read_manifest(published, "package").digest == package.digest
     assert list_names(published) == names_in_manifest(published)
+    assert [row["uri"] for row in server.rows["artifacts"]] == [published]
+    card = (root / "package" / "README.md").read_text()
+    assert "License: `mit`, https://example.org/mit." in card
+    assert "> No portraits." in card
     assert (outcome(root)["state"], outcome(root)["decision"]) == ("SUCCEEDED", "accepted")
     assert outcome(root)["folders"]["package"] == package.digest
     assert outcome(root)["scores"] == summary["scores"]
@@ -261,6 +271,25 @@ def test_only_the_step_that_packages_reads_the_signing_key_and_goes_without_it_w
     assert (mount["secretName"], mount["optional"]) == ("dmd2-signing-key", True)
 
 
+def test_the_account_of_the_hub_is_known_to_the_steps_that_reach_it_and_is_no_parameter(
+    documents: list[dict[str, Any]],
+) -> None:
+    reach = {name: pod for name, (_, pod) in executors(documents).items() if "secretAsEnv" in pod}
+    assert reach.keys() == {
+        "exec-prepare-run",
+        "exec-resolve-teacher",
+        "exec-package-model",
+        "exec-publish-model",
+    }
+    for pod in reach.values():
+        (secret,) = pod["secretAsEnv"]
+        assert (secret["secretName"], secret["optional"]) == ("dmd2-hub-token", True)
+        assert secret["keyToEnv"] == [{"secretKey": "token", "envVar": "HF_TOKEN"}]
+        assert pod["podMetadata"]["labels"]["dmd2/uses-hub"] == "true"
+    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
+    assert not [name for name in parameters if "token" in name or "key" in name]
+
+
 def test_every_step_knows_its_image(documents: list[dict[str, Any]]) -> None:
     for container, _ in executors(documents).values():
         assert {"name": "DMD2_IMAGE", "value": container["image"]} in container["env"]
@@ -353,7 +382,7 @@ def test_ctrl_c_stops_the_whole_run_and_the_same_command_resumes_it(
         time.sleep(0.05)
     assert 0 < saved[0] < 200
     be_warm(monkeypatch)
-    run_local(root, source=str(pictures), overrides=overrides)
+    run_local({"source": str(pictures), "overrides": overrides}, root)
     assert json.loads((root / "summary.json").read_text())["gate"] == "accepted"
     steps = [int(line["step"]) for line in read_metrics(root / "run")]
     assert saved[0] in steps, "the line of the interruption"

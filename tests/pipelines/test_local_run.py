@@ -103,7 +103,7 @@ def test_a_budget_without_a_gpu_is_refused_as_in_the_pipeline(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, one_sentence():
-        run_local(tmp_path, gpus=0, budget=5.0)
+        run_local({"gpus": 0, "budget": 5.0}, tmp_path)
     assert ended.value.code == Refused.status
     assert "budget is 5 GPU-hours, and the run uses no GPU; leave the budget out" in capfd.readouterr().out
     assert not (tmp_path / "shards").exists()

@@ -36,7 +36,7 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest
 from dmd2.io.storage import join_uri, open_store
 from pipelines.distill import distill
-from pipelines.pods import READS_HUB, READS_REGISTRY
+from pipelines.pods import USES_HUB, USES_REGISTRY
 from pipelines.retrain import retrain
 from tests.bucket import Proxy, wait_until
 from tests.pipelines import retraining
@@ -627,7 +627,7 @@ def test_the_compiled_pipeline_is_uncached_repeated_and_described(tmp_path: Path
     executor = kubernetes["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-find-teachers"]
     assert executor["securityContext"]["runAsNonRoot"]
     assert executor["activeDeadlineSeconds"]
-    assert executor["podMetadata"]["labels"].items() >= {READS_HUB: "true", READS_REGISTRY: "true"}.items()
+    assert executor["podMetadata"]["labels"].items() >= {USES_HUB: "true", USES_REGISTRY: "true"}.items()
 
 
 @pytest.fixture

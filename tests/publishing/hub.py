@@ -6,12 +6,15 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+
+from tests.bucket import QuietHandler, serve
 
 TOKEN = "hf_of_the_tests"
 REPOSITORY = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -38,32 +41,19 @@ class Repository:
         return revision if revision in self.commits else None
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(QuietHandler):
     """A subclass for each test has its own `repositories`, `objects` and `fail`."""
 
-    protocol_version = "HTTP/1.1"
     repositories: dict[str, Repository]
     objects: dict[str, bytes]
     """Uploaded to the large file storage: sha256 -> content."""
     fail: set[str]
     """Routes that answer 403."""
     asked: list[str]
+    role = "write"
+    """Of the token."""
 
-    def log_message(self, *args: Any) -> None: ...
-
-    def do_GET(self) -> None:
-        self.answer("GET")
-
-    def do_HEAD(self) -> None:
-        self.answer("HEAD")
-
-    def do_POST(self) -> None:
-        self.answer("POST")
-
-    def do_PUT(self) -> None:
-        self.answer("PUT")
-
-    def answer(self, method: str) -> None:
+    def answer(self) -> None:
         body = self.body()
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/storage/"):  # a signed address: no token
@@ -77,7 +67,7 @@ class Hub(BaseHTTPRequestHandler):
         for route in (r for r in dir(self) if r.startswith("route_")):
             serve = getattr(self, route)
             wanted, pattern = serve.__doc__.split()
-            if method in wanted.split("|") and (
+            if self.command in wanted.split("|") and (
                 match := re.fullmatch(pattern.replace("REPO", REPOSITORY), path)
             ):
                 self.asked.append(route.removeprefix("route_"))
@@ -86,33 +76,25 @@ class Hub(BaseHTTPRequestHandler):
                         403, b'{"error": "You have read access but not the required permissions."}'
                     )
                 return serve(body, **match.groupdict())
-        raise AssertionError(f"{method} {path} is no route of the hub")
+        raise AssertionError(f"{self.command} {path} is no route of the hub")
 
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-    def send(self, status: int, data: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def json(self, value: Any, status: int = 200) -> None:
-        self.send(status, json.dumps(value).encode(), Content_Type="application/json")
+    do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815 - as the base class calls them
 
     def repository(self, repo: str) -> Repository | None:
         if repo not in self.repositories:
             self.send(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
         return self.repositories.get(repo)
+
+    def route_account(self, body: bytes) -> None:
+        r"GET /api/whoami-v2"
+        self.send_json(
+            {"name": "owner", "auth": {"type": "access_token", "accessToken": {"role": self.role}}}
+        )
+
+    def route_auth_check(self, body: bytes, repo: str) -> None:
+        r"GET /api/models/REPO/auth-check/write"
+        if self.repository(repo):
+            self.send_json({})
 
     def route_create(self, body: bytes) -> None:
         r"POST /api/repos/create"
@@ -120,11 +102,11 @@ class Hub(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'owner'}/{asked['name']}"
         made = {"url": f"http://{self.headers['Host']}/{name}"}
         if name in self.repositories:
-            return self.json({"error": "You already created this model repo"} | made, 409)
+            return self.send_json({"error": "You already created this model repo"} | made, 409)
         private = asked.get("private") or asked.get("visibility") == "private"
         self.repositories[name] = Repository(bool(private))
         self.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
-        return self.json(made)
+        return self.send_json(made)
 
     def route_info(self, body: bytes, repo: str, revision: str = "main") -> None:
         r"GET /api/models/REPO(/revision/(?P<revision>[^/]+))?"
@@ -132,7 +114,7 @@ class Hub(BaseHTTPRequestHandler):
             oid = found.find(revision or "main")
             assert oid
             files = [{"rfilename": name} for name in found.commits[oid]]
-            self.json(
+            self.send_json(
                 {
                     "id": repo,
                     "modelId": repo,
@@ -150,20 +132,22 @@ class Hub(BaseHTTPRequestHandler):
                 {"name": t, "ref": f"refs/tags/{t}", "targetCommit": oid} for t, oid in found.tags.items()
             ]
             main = {"name": "main", "ref": "refs/heads/main", "targetCommit": found.head}
-            self.json({"branches": [main], "converts": [], "tags": tags})
+            self.send_json({"branches": [main], "converts": [], "tags": tags})
 
     def route_tree(self, body: bytes, repo: str, revision: str) -> None:
         r"GET /api/models/REPO/tree/(?P<revision>[^/]+)"
         if found := self.repository(repo):
             files = found.commits[found.find(revision) or ""]
-            self.json([{"type": "file", "path": n, "size": len(c), "oid": _git(c)} for n, c in files.items()])
+            self.send_json(
+                [{"type": "file", "path": n, "size": len(c), "oid": _git(c)} for n, c in files.items()]
+            )
 
     def route_validate_yaml(self, body: bytes) -> None:
         r"POST /api/validate-yaml"
         header = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
         known = yaml.safe_load(header[1]) if header else {}
         errors = [] if isinstance(known.get("license"), str) else [{"message": '"license" must be a string'}]
-        self.json({"errors": errors, "warnings": []}, 400 if errors else 200)
+        self.send_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def route_preupload(self, body: bytes, repo: str) -> None:
         r"POST /api/models/REPO/preupload/main"
@@ -177,7 +161,7 @@ class Hub(BaseHTTPRequestHandler):
             oid = content and (hashlib.sha256(content).hexdigest() if large else _git(content))
             mode = "lfs" if large else "regular"
             modes.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        self.json({"files": modes})
+        self.send_json({"files": modes})
 
     def route_batch(self, body: bytes, repo: str) -> None:
         r"POST /REPO\.git/info/lfs/objects/batch"
@@ -187,7 +171,7 @@ class Hub(BaseHTTPRequestHandler):
         for each in asked["objects"]:
             upload = {"upload": {"href": f"http://{host}/storage/{each['oid']}"}}
             objects.append(each | ({} if each["oid"] in self.objects else {"actions": upload}))
-        self.json({"transfer": "basic", "objects": objects})
+        self.send_json({"transfer": "basic", "objects": objects})
 
     def route_commit(self, body: bytes, repo: str) -> None:
         r"POST /api/models/REPO/commit/main"
@@ -196,7 +180,7 @@ class Hub(BaseHTTPRequestHandler):
         assert header["key"] == "header"
         assert header["value"]["summary"]
         if header["value"]["parentCommit"] != found.head:
-            return self.json({"error": "A commit has happened since"}, 412)
+            return self.send_json({"error": "A commit has happened since"}, 412)
         files = dict(found.commits[found.head])
         for operation in operations:
             value, path = operation["value"], operation["value"]["path"]
@@ -211,16 +195,18 @@ class Hub(BaseHTTPRequestHandler):
         assert operations, "an empty commit"
         oid = found.commit(files)
         url = f"http://{self.headers['Host']}/{repo}/commit/{oid}"
-        return self.json({"commitOid": oid, "commitUrl": url, "commitMessage": header["value"]["summary"]})
+        return self.send_json(
+            {"commitOid": oid, "commitUrl": url, "commitMessage": header["value"]["summary"]}
+        )
 
     def route_tag(self, body: bytes, repo: str, revision: str) -> None:
         r"POST /api/models/REPO/tag/(?P<revision>[^/]+)"
         found, tag = self.repositories[repo], json.loads(body)["tag"]
         if tag in found.tags:
-            return self.json({"error": "Tag reference exists already"}, 409)
+            return self.send_json({"error": "Tag reference exists already"}, 409)
         found.tags[tag] = found.find(revision) or ""
         assert found.tags[tag]
-        return self.json({})
+        return self.send_json({})
 
     def route_file(self, body: bytes, repo: str, revision: str, file: str) -> None:
         r"GET|HEAD /REPO/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
@@ -236,3 +222,14 @@ class Hub(BaseHTTPRequestHandler):
 
 def _git(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[Any, str]]:
+    """(the hub, its address)."""
+
+    class ThisHub(Hub):
+        repositories, objects, fail, asked = {}, {}, set(), []
+
+    with serve(ThisHub) as address:
+        yield ThisHub, address

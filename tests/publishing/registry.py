@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from tests.bucket import QuietHandler, serve
 
 FIELDS: dict[str, dict[str, type]] = {
     "registered_models": {"name": str},
@@ -29,17 +33,14 @@ VALUES: dict[str, tuple[str, Any]] = {
 }
 
 
-class Registry(BaseHTTPRequestHandler):
+class Registry(QuietHandler):
     """A subclass for each test has its own `rows`, and says which `version` of the API it has."""
 
-    protocol_version = "HTTP/1.1"
     rows: dict[str, list[dict[str, Any]]]
     version = "v1"
     token = ""
 
-    def log_message(self, *args: Any) -> None: ...
-
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - as the base class calls it
         collection, query = self._asked()
         if collection is None:
             return
@@ -50,30 +51,30 @@ class Registry(BaseHTTPRequestHandler):
                 {parent_field: given["parentResourceId"]} if parent_field else {}
             )
             found = [row for row in self.rows[table] if row.items() >= wanted.items()]
-            self._answer(*(200, found[0]) if found else (404, {"code": "404", "message": "no such thing"}))
+            self.send_json(*(found[0], 200) if found else ({"code": "404", "message": "no such thing"}, 404))
         else:
             name, parent = self._place(collection)
             items = [row for row in self.rows[name] if parent in (None, row.get("parent"))]
-            self._answer(200, {"items": items, "size": len(items), "pageSize": 1, "nextPageToken": ""})
+            self.send_json({"items": items, "size": len(items), "pageSize": 1, "nextPageToken": ""})
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def do_POST(self) -> None:  # noqa: N802 - as the base class calls it
+        body = json.loads(self.body())
         collection, _ = self._asked()
         if collection is None:
             return
         name, parent = self._place(collection)
         if why := self._mistake(name, body):
-            self._answer(400, {"code": "400", "message": why})
+            self.send_json({"code": "400", "message": why}, 400)
             return
         body |= {"parent": parent} if parent else {}
         same = ("name", "registeredModelId", "parent")
         if any(all(row.get(key) == body.get(key) for key in same) for row in self.rows[name]):
-            self._answer(409, {"code": "409", "message": "already exists"})
+            self.send_json({"code": "409", "message": "already exists"}, 409)
             return
         number = str(sum(map(len, self.rows.values())) + 1)
         row = body | {"id": number, "createTimeSinceEpoch": "1", "lastUpdateTimeSinceEpoch": "1"}
         self.rows[name].append(row)
-        self._answer(201, row)
+        self.send_json(row, 201)
 
     def _mistake(self, name: str, body: dict[str, Any]) -> str:
         for field, kind in FIELDS[name].items():
@@ -102,18 +103,21 @@ class Registry(BaseHTTPRequestHandler):
     def _asked(self) -> tuple[str | None, str]:
         url = urlsplit(self.path)
         if self.token and self.headers.get("Authorization") != f"Bearer {self.token}":
-            self._answer(401, {"message": "who are you"})
+            self.send_json({"message": "who are you"}, 401)
             return None, ""
         base = f"/api/model_registry/{self.version}/"
         if not url.path.startswith(base):
-            self._answer(404, {"message": "page not found"})
+            self.send_json({"message": "page not found"}, 404)
             return None, ""
         return url.path.removeprefix(base), url.query
 
-    def _answer(self, status: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+
+@pytest.fixture
+def registry() -> Iterator[tuple[Any, str]]:
+    """(the registry, its address)."""
+
+    class ThisRegistry(Registry):
+        rows = {"registered_models": [], "model_versions": [], "artifacts": []}  # noqa: RUF012
+
+    with serve(ThisRegistry) as address:
+        yield ThisRegistry, address

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from dmd2 import stages
 from dmd2.io.artifact import MANIFEST, read_manifest
 from dmd2.io.model_registry import TOKEN_FILE
 from dmd2.model import load
-from tests.bucket import serve
-from tests.publishing.hub import TOKEN, Hub
-from tests.publishing.registry import Registry
+from tests.publishing.hub import TOKEN
 
 Refusal = Callable[[Callable[[], object]], str]
 
@@ -28,32 +26,19 @@ def package(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def hub() -> Iterator[tuple[Any, str]]:
-    class ThisHub(Hub):
-        repositories, objects, fail, asked = {}, {}, set(), []
-
-    with serve(ThisHub) as address:
-        yield ThisHub, address
-
-
-@pytest.fixture
-def registry() -> Iterator[tuple[Any, str]]:
-    class ThisRegistry(Registry):
-        rows = {"registered_models": [], "model_versions": [], "artifacts": []}  # noqa: RUF012
-
-    with serve(ThisRegistry) as address:
-        yield ThisRegistry, address
-
-
 def publish(
     package: Path, out: str, address: str, home: Path, *more: str, token: str = TOKEN
 ) -> tuple[int, str]:
-    """(status, output) of the command, with the account and the address in the environment. Its client reads both when it is imported."""
+    """(status, output) of the command."""
+    return run(["-m", "dmd2", "publish", str(package), "--out", out, *more], address, home, token)
+
+
+def run(words: list[str], address: str, home: Path, token: str = TOKEN) -> tuple[int, str]:
+    """(status, output) of Python with the account and the address of the hub in its environment: its client reads both when it is
+    imported."""
     environment = {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    words = [sys.executable, "-m", "dmd2", "publish", str(package), "--out", out, *more]
     done = subprocess.run(
-        words, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", **environment}
+        [sys.executable, *words], capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", **environment}
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert TOKEN not in said
@@ -195,3 +180,36 @@ def test_by_teacher_each_package_has_an_address_of_its_own(
     assert stages.verify(str(place), digest=place.name).digest == digest
     said = refusal(lambda: stages.publish(str(package), "hf://owner/name", by_teacher=True))
     assert "on the hub each package has a tag" in said
+
+
+STEP = """
+import sys
+from kfp import dsl
+from components.publish_model.component import publish_model
+
+package, digest, models, registry, pointer = sys.argv[1:]
+made = dsl.Model(metadata={"uri": package, "digest": digest})
+publish_model.python_func(models, "edm-digits", "hf://owner/digits", registry, made, dsl.Model(uri=pointer))
+"""
+
+
+def test_the_step_of_the_pipeline_publishes_to_a_folder_the_hub_and_the_registry(
+    package: Path, hub: tuple[Any, str], registry: tuple[Any, str], tmp_path: Path
+) -> None:
+    digest = read_manifest(package, "package").digest
+    words = [
+        "-c",
+        STEP,
+        str(package),
+        digest,
+        str(tmp_path / "models"),
+        registry[1],
+        str(tmp_path / "pointer"),
+    ]
+    status, said = run(words, hub[1], tmp_path)
+    assert status == 0, said
+    place = tmp_path / "models" / "edm-digits" / digest[:16]
+    assert (tmp_path / "pointer").read_bytes() == (place / MANIFEST).read_bytes()
+    assert stages.verify(str(place)).digest == digest
+    assert list(hub[0].repositories["owner/digits"].tags) == [digest[:16]]
+    assert [row["uri"] for row in registry[0].rows["artifacts"]] == [place.as_uri()]
