@@ -12,7 +12,7 @@ import posixpath
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -199,10 +199,10 @@ def _nothing(address: str, known: list[str]) -> Refused:
     return Refused(f"source {address} does not exist; {advice}")
 
 
-def _visible(entries: list[ObjectInfo]) -> list[ObjectInfo]:
+def _visible(entries: Iterable[ObjectInfo]) -> list[ObjectInfo]:
     """Sorted by path components; without hidden files and the empty objects that buckets use as folders."""
     there = (e for e in entries if e.name and not e.name.endswith("/") and not is_hidden(e.name))
-    return sorted(there, key=lambda entry: entry.name.split("/"))
+    return sorted(there, key=lambda entry: entry.name.replace("/", "\0"))
 
 
 def kind_of_file(name: str) -> str:
@@ -312,9 +312,8 @@ def check_splits(names: Sequence[str], where: str, pattern: str) -> None:
 
 def check_folder_splits(names: Sequence[str], where: str) -> None:
     """Refuse sub-folders that are splits and no classes, at any level down to the third."""
-    parts = [name.split("/")[:-1] for name in names]
     for level in range(3):
-        folders = {part[level] for part in parts if len(part) > level}
+        folders = {part[level] for name in names if len(part := name.split("/", level + 1)) > level + 1}
         splits = sorted(name for name in folders if SPLIT.search(name))
         words = {match[1].lower() for name in splits if (match := SPLIT.search(name))}
         plain = [name for name in splits if name.lower() in SPLITS]
