@@ -20,6 +20,8 @@ from dmd2.errors import Refused, brief, near_miss
 
 EXPERIMENT = "retrain"
 """Experiment of the runs in the UI."""
+PAGE = 100
+"""Runs that are listed by one request."""
 TIMEOUT_S = 60
 """Seconds to wait for an answer of the API."""
 STATES: dict[str, RunHealth] = {
@@ -62,6 +64,9 @@ class PipelineRuns(Protocol):
 
     def find(self, name: str) -> str:
         """The id of the oldest run of this name; empty if there is none."""
+
+    def alive(self) -> dict[str, str]:
+        """id -> claim of the runs that have neither ended nor been stopped."""
 
     def state(self, run: str) -> RunState:
         """Whether a run is alive or how it ended."""
@@ -116,6 +121,20 @@ class UploadedPipeline:
                 filter=json.dumps({"predicates": [predicate]}),
             )
         return str(found.runs[0].run_id) if found.runs else ""
+
+    def alive(self) -> dict[str, str]:
+        over = [*STATES, "CANCELING"]
+        predicates = [{"operation": "NOT_EQUALS", "key": "state", "stringValue": state} for state in over]
+        found, token = dict[str, str](), ""
+        while True:
+            with _api_errors("runs that have not ended"):
+                page = self._client.list_runs(
+                    token, PAGE, "created_at", self._experiment, filter=json.dumps({"predicates": predicates})
+                )
+            for run in page.runs or ():
+                found[str(run.run_id)] = str((run.runtime_config.parameters or {}).get("claim", ""))
+            if not (token := page.next_page_token):
+                return found
 
     def state(self, run: str) -> RunState:
         try:

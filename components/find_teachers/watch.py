@@ -81,7 +81,11 @@ class Watcher:
     def reconcile(self) -> None:
         """Find the runs of claims whose watcher died, record the end of runs that could not do so themselves, and stop
         runs that take too long."""
+        alive: dict[str, str] = {}
+        with self._isolated("the platform"):
+            alive = self.runs.alive()
         found = self.ledger.read_all()
+        self._stop_stray_runs(alive, found.entries)
         self.problems.extend(f"entry {key}: {problem}" for key, problem in found.unreadable.items())
         for key, entry in found.entries.items():
             with self._isolated(f"entry {key}"):
@@ -103,23 +107,36 @@ class Watcher:
 
     def _reconcile_entry(self, entry: LedgerEntry) -> None:
         claim = self._claim_of(entry)
-        if entry.was_released(entry.claim):
-            self._stop_late_run(entry, claim)
-        elif self.ledger.lease_expired(entry):
+        if self.ledger.lease_expired(entry):
             self._find_run(entry, claim)
         elif entry.state == "running":
             self._reconcile_run(entry, claim, self.runs.state(entry.run))
 
-    def _stop_late_run(self, entry: LedgerEntry, claim: Claim) -> None:
-        """Stop a run that the platform has made after its claim was released. It would be refused, but not before it has its machine."""
-        if self.ledger.clock() - entry.changed > self.limits.pending:
-            return
-        run = self.runs.find(run_name(entry.teacher, claim))
-        if run and self.runs.state(run).health == "alive":
-            self.problems.append(
-                f"entry {claim.key}: run {run} is of a claim that was released, and is stopped"
-            )
-            self.runs.stop(run)
+    def _stop_stray_runs(self, alive: Mapping[str, str], entries: Mapping[str, LedgerEntry]) -> None:
+        """Stop runs that the platform has made late or twice, whose claim was released or belongs to another run. They would be
+        refused, but not before they have their machines.
+
+        Args:
+            alive: Runs and their claims, asked for before the entries were read: each claim was written before.
+        """
+        for run, text in alive.items():
+            with self._isolated(f"run {run}"):
+                claim = Claim.read(text) if text else None
+                if (
+                    not claim
+                    or claim.ledger != self.ledger.store.uri
+                    or not (entry := entries.get(claim.key))
+                ):
+                    continue
+                if (
+                    entry.claim != claim.token
+                    or entry.was_released(claim.token)
+                    or entry.run not in ("", run)
+                ):
+                    self.problems.append(
+                        f"entry {claim.key}: run {run} is of a claim that was released or is another run's, and is stopped"
+                    )
+                    self.runs.stop(run)
 
     def _find_run(self, entry: LedgerEntry, claim: Claim) -> None:
         if run := self.runs.find(run_name(entry.teacher, claim)):

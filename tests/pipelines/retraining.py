@@ -72,6 +72,8 @@ class Platform:
     """Teacher whose runs are refused."""
     terminates: bool = True
     """Whether a run that is terminated ends."""
+    page: int = 200
+    """Most runs of a page."""
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -107,11 +109,16 @@ class Platform:
         if path == f"{V2}/runs":
             assert query["sort_by"] == "created_at"
             mine = [run for run in self.runs.values() if run["experiment_id"] == query["experiment_id"]]
-            return {"runs": [self._shown(run) for run in _fitting(mine, query)]}
+            return self._page(_fitting([self._shown(run) for run in mine], query), query)
         found = re.fullmatch(f"{V2}/runs/([^/]+)", path)
         if not found or found[1] not in self.runs:
             raise Problem(404, f"{path} not found")
         return self._shown(self.runs[found[1]])
+
+    def _page(self, runs: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
+        start, size = int(query.get("page_token") or 0), min(int(query.get("page_size", 10)), self.page)
+        more = {"next_page_token": str(start + size)} if start + size < len(runs) else {}
+        return {"runs": runs[start : start + size], "total_size": len(runs)} | more
 
     def _create(self, path: str, body: Any) -> dict[str, Any]:
         if path == f"{V2}/experiments":
@@ -190,9 +197,11 @@ def _fitting(items: list[dict[str, Any]], query: dict[str, str]) -> list[dict[st
     predicates = json.loads(query.get("filter", '{"predicates": []}'))["predicates"]
     for predicate in predicates:
         operation = predicate["operation"]
-        assert operation in ("EQUALS", 1), operation  # its name, or its number, as the client has it
+        # Its name, or its number, as the client has it.
+        assert operation in ("EQUALS", "NOT_EQUALS", 1), operation
         value = predicate.get("stringValue", predicate.get("string_value"))
-        items = [item for item in items if item[predicate["key"]] == value]
+        equal = operation != "NOT_EQUALS"
+        items = [item for item in items if (item[predicate["key"]] == value) == equal]
     return items
 
 

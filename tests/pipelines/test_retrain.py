@@ -264,24 +264,43 @@ def test_a_run_whose_creation_was_not_answered_is_found_and_not_started_again(
     assert (only(watch).state, only(watch).run) == ("running", started[0])
 
 
-def test_a_run_that_is_there_after_its_claim_was_released_is_stopped(
+def test_runs_that_are_made_late_or_twice_are_stopped_and_those_of_others_are_not(
     watch: Watcher, platform: Platform, faults: Proxy
 ) -> None:
     """The platform answers an error, knows no run, and makes it all the same; it waits for a machine and cannot refuse itself."""
+    platform.page = 2
     faults.fail(CREATE, "503", times=1)
     assert watch.start(TEACHERS[:1]) == []
     released = only(watch)
     claim = Claim(watch.ledger.store.uri, released.work.key, released.claim)
-    late = watch.runs.start(run_name(released.teacher, claim), {"claim": claim.text})
+
+    def made(claim: str) -> str:
+        return watch.runs.start("retrain-a", {"claim": claim})
+
+    late = made(claim.text)
     watch.reconcile()
     assert watch.runs.state(late).health == "cancelled"
-    assert f"run {late} is of a claim that was released, and is stopped" in watch.problems[-1]
-    problems = len(watch.problems)
-    watch.reconcile()
-    assert len(watch.problems) == problems, "it is stopped once"
     (run,) = watch.start(TEACHERS[:1])
+    others = [made(""), made(f"gs://another/ledger/entries/{claim.key}.json#{claim.token}")]
+    stray = [made(claim.text), made(claim_of(platform, run).text)]
     watch.reconcile()
-    assert watch.runs.state(run).health == "alive"
+    assert [watch.runs.state(one).health for one in stray] == ["cancelled"] * 2
+    assert [watch.runs.state(one).health for one in [*others, run]] == ["alive"] * 3
+    reason = "is of a claim that was released or is another run's, and is stopped"
+    assert [problem.endswith(reason) for problem in watch.problems] == [False, True, True, True]
+    watch.reconcile()
+    assert len(watch.problems) == 4, "each is stopped once"
+
+
+def test_a_watcher_that_cannot_list_the_runs_does_the_rest(
+    watch: Watcher, platform: Platform, faults: Proxy
+) -> None:
+    (run,) = watch.start(TEACHERS[:1])
+    platform.runs[run]["state"] = "FAILED"
+    faults.fail("GET /apis/v2beta1/runs?", "503", times=1)
+    watch.reconcile()
+    assert watch.problems[0].startswith("the platform: ")
+    assert only(watch).state == "failed"
 
 
 def test_a_run_that_could_not_be_created_gives_its_claim_back_and_is_not_counted(
@@ -766,6 +785,10 @@ class Crowd:
                     victim.kill()
             self.watchers = [self._watcher() if one.exitcode is not None else one for one in self.watchers]
 
+    def waiting_runs(self) -> list[str]:
+        """Runs that wait for a machine, which no run of the tests ever gets."""
+        return [run for run, its in self.platform.runs.copy().items() if its["state"] == "PENDING"]
+
     def end(self) -> None:
         with self.platform.lock:
             for one in self.watchers:
@@ -834,7 +857,10 @@ def test_many_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not(
     broken = f"entries/{_key(f'{bucket}/teachers/broken', platform)}.json"
     ledger.store.write(broken, b'{"state": ')
     with crowd.working(monkeypatch):
-        crowd.until(lambda: _settled(ledger.entries(), len(names) - 1), lambda: table(ledger.entries()))
+        crowd.until(
+            lambda: _settled(ledger.entries(), len(names) - 1) and not crowd.waiting_runs(),
+            lambda: table(ledger.entries()),
+        )
         crowd.end()
         before, again = len(world.noted("gave-way")), [run for run in platform.runs.values() if run["begun"]]
         for run in again:  # as if each creation had been repeated by somebody, long after
@@ -863,7 +889,8 @@ def test_many_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not(
     assert all(
         (by_name[n].state, by_name[n].counted_failures) == ("done", 0) for n in unlucky if n == "preempted"
     )
-    # Runs that got no machine were stopped, or their claim had been released because their watcher was slow: none holds its teacher.
+    # Runs that got no machine were stopped, also where their claim had been released because their watcher was slow.
+    assert not crowd.waiting_runs()
     without_machine = {
         claim_of(platform, run).token for run, its in platform.runs.items() if not its["begun"]
     }
