@@ -5,38 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from dmd2.config import Config
-from dmd2.errors import Refused
 from dmd2.evaluation.scores import markdown_table, score_table
 from dmd2.io.artifact import Manifest
-
-
-class Terms(NamedTuple):
-    """Under which terms the weights may be used, as whoever packages them says."""
-
-    license: str = ""
-    """Identifier of the Hugging Face Hub, such as openrail++; `other` for one without; empty = not said."""
-    link: str = ""
-    restrictions: str = ""
-    """What users must not do, in Markdown."""
-
-    def check(self) -> None:
-        """Raise Refused for what the Hub does not take."""
-        if self.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,62}", self.license):
-            raise Refused(
-                f"license is {self.license[:80]!r}; give an identifier of the Hugging Face Hub, such as openrail++ or apache-2.0, or other"
-            )
-        if self.link and not re.fullmatch(r"https?://[^\s<>()]+", self.link):
-            raise Refused(f"license-link is {self.link[:80]!r}; give an address that starts with https://")
-
-
-UNSTATED = Terms()
+from dmd2.licence import UNSTATED, Terms
 
 
 def model_card(
-    run: Manifest, evaluation: Manifest, gate: Manifest, usage: str, terms: Terms = UNSTATED
+    run: Manifest,
+    evaluation: Manifest,
+    gate: Manifest,
+    usage: str,
+    terms: Terms = UNSTATED,
+    data_terms: Terms = UNSTATED,
 ) -> str:
     """README.md of the package: use, scores, provenance and recipe of the student, from the manifests of its run.
 
@@ -60,7 +42,7 @@ Distilled with DMD2 (arXiv 2405.14867) by recipe `{config.recipe}`. Sampling one
 
 ## Licence and restrictions of use
 
-{_terms_of_use(terms)}
+{_terms_of_use(terms, data_terms)}
 
 ## Metrics
 
@@ -93,6 +75,7 @@ def _header(config: Config, terms: Terms) -> str:
     data = ModelCardData(
         library_name="diffusers" if texts else "dmd2",
         license=terms.license or "other",
+        license_name=re.sub(r"[^a-z0-9.]+", "-", terms.name.lower()).strip("-") or None,
         license_link=terms.link or None,
         pipeline_tag="text-to-image" if texts else "unconditional-image-generation",
         tags=["diffusion", "distillation", "dmd2"],
@@ -100,21 +83,19 @@ def _header(config: Config, terms: Terms) -> str:
     return data.to_yaml()
 
 
-def _terms_of_use(terms: Terms) -> str:
-    told = f"License: `{terms.license}`" + (f", {terms.link}" if terms.link else "") + "."
-    if terms.license in ("", "other") and not terms.link:
-        told = "Whoever made this package has not said which these are: ask where the teacher and the data come from before you use it."
-    restrictions = "\n".join(f"> {line}" for line in terms.restrictions.splitlines())
-    return "\n\n".join(
-        filter(
-            None,
-            [
-                "The weights are made from the teacher and its training data, whose licences and restrictions of use apply to them.",
-                told,
-                restrictions,
-            ],
+def _terms_of_use(terms: Terms, data: Terms) -> str:
+    known = [
+        f"{of}: {each.sentence}."
+        for of, each in (("License", terms), ("License of the data", data))
+        if each.sentence
+    ]
+    if not terms.sentence:
+        known.append(
+            "Whoever made this package has not said which these are: ask where the teacher and the data come from before you use it."
         )
-    )
+    restrictions = "\n".join(f"> {line}" for line in terms.restrictions.splitlines())
+    first = "The weights are made from the teacher and its training data, whose licences and restrictions of use apply to them."
+    return "\n\n".join(filter(None, [first, *known, restrictions]))
 
 
 def forms_table(forms: Mapping[str, str], sizes: Mapping[str, int]) -> str:

@@ -15,7 +15,7 @@ LAYERS = [
     {"encoders", "data", "models", "sampler"},
     {"evaluation"},
     {"training"},
-    {"plan", "model", "model_card", "provenance", "report", "sbom", "signature"},
+    {"plan", "licence", "model", "model_card", "provenance", "report", "sbom", "signature"},
     {"recipes", "stages", "cli", "serve", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -17,7 +17,7 @@ from dmd2.evaluation import metrics
 from dmd2.io.hub import HUB_NAME, repository_name
 from dmd2.io.model_registry import check_registry_address
 from dmd2.io.storage import is_remote, join_uri, open_store
-from dmd2.model_card import Terms
+from dmd2.licence import Terms
 from dmd2.stages.inputs import check_prompts
 
 MIN_HOLDOUT = 2

@@ -8,6 +8,7 @@ from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.local import content_digest
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import fetch_file
+from dmd2.licence import carried_licences
 
 PREVIEW_PROMPTS = (
     "a photo of a red apple",
@@ -31,7 +32,8 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     path = fetch_file(source)
     if not path.exists():
         raise Refused(f"{source} does not exist; give weights, or a training folder")
-    inputs = {"source": content_digest(path), "teacher": read_manifest(teacher, "teacher").digest}
+    original = read_manifest(teacher, "teacher")
+    inputs = {"source": content_digest(path), "teacher": original.digest}
     if done := find_finished(out, "run", config, inputs):
         return done
     from dmd2.io.tensors import check_finite, save_tensors
@@ -40,7 +42,7 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
     from dmd2.stages.networks import CRITIC, load_artifact_model, parameter_count, student_model
     from dmd2.stages.prompts import grid_classes
 
-    model = load_artifact_model(teacher, read_manifest(teacher, "teacher"))
+    model = load_artifact_model(teacher, original)
     check_same_family(model.config, config.family)
     adopted = model.family.adopt(path, model.network.state_dict(), config.distill.lora)
     check_finite(adopted.student, source)
@@ -55,5 +57,5 @@ def adopt(config: Config, source: str, teacher: str, out: str) -> Manifest:
             "adopted": source,
             "critic": adopted.critic is not None,
             "prompts": prompts,
-        }
+        } | carried_licences(original)
     return read_manifest(out, "run")

@@ -13,6 +13,7 @@ from dmd2.data.loader import Shards
 from dmd2.data.shards import TRAIN
 from dmd2.io.artifact import Manifest, open_artifact
 from dmd2.io.staging import Draft
+from dmd2.licence import carried_licences
 from dmd2.model import Model
 from dmd2.models.family import check_same_family
 from dmd2.parallel import sharding
@@ -116,6 +117,7 @@ class Distillation:
             save_student(draft, self.config, student, weights, self.teacher, self.teacher_manifest)
             draft.facts |= training_facts(trainer.student.module, settings.steps, settings.batch)
             draft.facts["gpus"] = self.world.size if self.world.device.type == "cuda" else 0
+            draft.facts |= carried_licences(self.samples, self.teacher_manifest)
 
     def _spending(self, draft: Draft, price: float, budget: float) -> Spending:
         gpus = self.world.size if self.world.device.type == "cuda" else 0

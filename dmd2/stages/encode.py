@@ -8,6 +8,7 @@ from functools import partial
 from dmd2.config import Config
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
+from dmd2.licence import carried_licences
 from dmd2.stages.parts import parse_part, part_manifest, part_of_part
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def encode(config: Config, data: str, vae: str, out: str, part: str = "") -> Man
     from dmd2.encoders.pipeline_folder import find_pipeline
 
     share, pipeline = parse_part(part), find_pipeline(vae, config.encode.text)
-    inputs = {"shards": read_manifest(data, "shards").digest, "vae": pipeline.digest}
+    images = read_manifest(data, "shards")
+    inputs = {"shards": images.digest, "vae": pipeline.digest}
     if done := find_finished(out, "latents", config, inputs):
         return done
     state, shards = latents.distributed_state(), Shards(data, TRAIN, cache_gb=config.loader.cache_gb)
@@ -57,6 +59,7 @@ def encode(config: Config, data: str, vae: str, out: str, part: str = "") -> Man
             vae_only = find_pipeline(vae, text=False)
             vae_only.copy(draft.path)
             draft.facts["vae"] = vae_only.digest
+            draft.facts |= carried_licences(images)
     state.wait_for_everyone()
     return read_manifest(out, "latents")
 

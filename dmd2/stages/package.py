@@ -13,7 +13,7 @@ from dmd2.evaluation.scores import read_scores, student_facts
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
 from dmd2.io.local import write_text
 from dmd2.io.staging import Draft, draft_artifact, package_versions
-from dmd2.model_card import Terms
+from dmd2.licence import Terms, terms_of_use
 from dmd2.signature import SIGNATURE, key_id, read_private_key, sign
 
 if TYPE_CHECKING:
@@ -50,24 +50,25 @@ def package(
         single_file: For sd15 and sdxl: precision of all networks in one file for ComfyUI, A1111 and Forge; none = no such file.
         teacher: Folder of the run's teacher; only needed with `low_rank`.
         low_rank: Rank of a low-rank update of the teacher that is extracted from a student whose whole network was trained; 0 = none.
-        license: Licence of the weights, which that of the teacher decides: an identifier of the Hugging Face Hub, such as openrail++; other,
-            or empty = none of those. For the model card.
+        license: Licence of the weights, for the model card: an identifier of the Hugging Face Hub, such as openrail++; other = none of
+            those; empty = what the teacher's own card said when it was resolved.
         license_link: Address of its text.
         restrictions: What users must not do, for the model card.
         safety_checker: Pipeline of Stable Diffusion 1.5 (folder, gs:// or name on the hub) whose safety checker the package gets; empty = none.
         key: PEM file with the private key (Ed25519) that signs where the package comes from; by default the file that the environment
             variable DMD2_SIGNING_KEY names. Without either it is not signed.
     """
-    terms = Terms(license, license_link, restrictions)
-    terms.check()
+    said = Terms(license, license_link, restrictions)
+    said.check()
+    made, evaluated, decided = _accepted(run, evaluation, gate)
+    terms, data_terms = terms_of_use(made, said)
     options: dict[str, str | int] = {"single_file": single_file, "low_rank": low_rank}
     options |= {
         "safety_checker": safety_checker,
-        "license": license or "other",
-        "license_link": license_link,
+        "license": terms.license or "other",
+        "license_link": terms.link,
         "restrictions": restrictions,
     }
-    made, evaluated, decided = _accepted(run, evaluation, gate)
     inputs = {"run": made.digest, "evaluation": evaluated.digest, "gate": decided.digest}
     signer = read_private_key(path) if (path := key or os.environ.get("DMD2_SIGNING_KEY", "")) else None
     signed_by = key_id(signer.public_key()) if signer else ""
@@ -85,7 +86,7 @@ def package(
         forms = _write_networks(draft, run, made, model, single_file, teacher, low_rank)
         sizes = {name: (draft.path / name).stat().st_size for name in forms}
         usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
-        (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage, terms))
+        (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage, terms, data_terms))
         if safety_checker:
             add_safety_checker(safety_checker, draft.path)
         _write_samples(draft, model, made.facts["prompts"])

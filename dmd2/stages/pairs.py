@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dmd2.config import Config
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
+from dmd2.licence import carried_licences
 from dmd2.stages.inputs import prompts_digest, read_captions, sample_digests
 
 if TYPE_CHECKING:
@@ -49,4 +50,5 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
         results = write_pairs(config, texts, sample, draft)
         draft.facts |= {"classes": [""], "images": settings.count, "guidance": settings.guidance}
         draft.facts |= register_shards([result.shard for result in results], draft)
+        draft.facts |= carried_licences(samples)
     return read_manifest(out, "pairs")

@@ -10,6 +10,7 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import open_store
+from dmd2.licence import stated_licence
 from dmd2.stages.teach import teach
 
 
@@ -46,6 +47,7 @@ def resolve(config: Config, source: str, out: str, base: str = "", vae: str = ""
                 "parameters": parameter_count(teacher.network),
                 "source": source,
             } | teacher.family.manifest_facts
+            draft.facts |= stated_licence("teacher", source)
     return read_manifest(out, "teacher")
 
 

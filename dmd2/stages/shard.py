@@ -10,6 +10,7 @@ from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, read_manifest
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import open_store
+from dmd2.licence import stated_licence
 from dmd2.processors import usable_processors
 from dmd2.stages.parts import parse_part, part_manifest
 
@@ -29,7 +30,7 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         workers: Number of processes; 0 = one per processor that this process, or its container, may use.
         part: `i/n`: only the i-th of n parts, counted from 0; empty = all.
     """
-    from dmd2.data.layouts import open_source
+    from dmd2.data.layouts import LAYOUTS, open_source
     from dmd2.data.listing import Wanted
     from dmd2.data.shards import list_shards, needs_captions, summarize, write_shards
 
@@ -52,6 +53,8 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
             return part_manifest("shards", config, inputs, {"part": part, "units": len(results)})
         draft.facts |= {"source": source} | summarize(images, results, config)
         draft.facts |= list_shards(results, config, draft)
+        layout, _, address = source.partition(":")
+        draft.facts |= stated_licence("data", address if layout in LAYOUTS else source)
     made = read_manifest(out, "shards")
     _tell(made)
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
+from dmd2.licence import carried_licences
 from dmd2.stages.inputs import read_training_samples, sample_digests
 
 
@@ -52,4 +53,5 @@ def teach(config: Config, data: str, out: str) -> Manifest:
         if world.is_main:
             save_network(draft.path, Model(config.family, family, trainer.teacher.module, ()), result)
             draft.facts |= training_facts(trainer.teacher.module, settings.steps, settings.batch)
+            draft.facts |= carried_licences(samples)
     return read_manifest(out, "teacher")

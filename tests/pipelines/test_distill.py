@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from components.run_folder import run_folder
 from dmd2 import recipes, stages
@@ -128,7 +130,9 @@ def test_text_to_image_runs_from_a_diffusers_folder_to_a_package_through_latents
     run: Callable[..., Path], pipeline: Path, squares: Path, tmp_path: Path
 ) -> None:
     """In three parts of each shared stage, side by side, with the bytes that one process makes."""
-    words = {"source": str(squares), "teacher": str(pipeline), "recipe": "sdxl-4step-emoji"}
+    original = Path(shutil.copytree(pipeline, tmp_path / "original"))
+    (original / "README.md").write_text("---\nlicense: other\nlicense_name: Our Own\n---\n")
+    words = {"source": str(squares), "teacher": str(original), "recipe": "sdxl-4step-emoji"}
     root = run(**words, overrides=" ".join(SMALL), parts=3)
     summary = json.loads((root / "summary.json").read_text())
     assert summary["gate"] == "accepted"
@@ -137,6 +141,9 @@ def test_text_to_image_runs_from_a_diffusers_folder_to_a_package_through_latents
         ("sdxl-4step-emoji", 4), ("teacher", 2), ("teacher", 1), ("sdxl-4step-emoji", 1), ("teacher", 4)
     ]  # fmt: skip
     assert (root / "package" / "model_index.json").is_file()
+    card = ModelCard.load(root / "package" / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "our-own")
+    assert "License: Our Own." in card.text
     assert tasks(root) == STAGES | {"package-model", "report"}, "with no destination nothing is published"
     shared = {"shard-dataset": "shards", "encode-latents": "samples", "evaluate": "evaluation"}
     for task, output in shared.items():

@@ -6,8 +6,11 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -233,3 +236,15 @@ def hub() -> Iterator[tuple[Any, str]]:
 
     with serve(ThisHub) as address:
         yield ThisHub, address
+
+
+def with_hub(words: list[str], address: str, home: Path, token: str = TOKEN) -> tuple[int, str]:
+    """(status, output) of Python with the account and the address of the hub in its environment: its client reads both when it is
+    imported."""
+    environment = {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", **environment}
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert TOKEN not in said
+    return done.returncode, said

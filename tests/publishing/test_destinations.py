@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from dmd2 import stages
 from dmd2.io.artifact import MANIFEST, read_manifest
 from dmd2.io.model_registry import TOKEN_FILE
 from dmd2.model import load
-from tests.publishing.hub import TOKEN
+from tests.publishing.hub import TOKEN, with_hub
 
 Refusal = Callable[[Callable[[], object]], str]
 
@@ -30,19 +28,7 @@ def publish(
     package: Path, out: str, address: str, home: Path, *more: str, token: str = TOKEN
 ) -> tuple[int, str]:
     """(status, output) of the command."""
-    return run(["-m", "dmd2", "publish", str(package), "--out", out, *more], address, home, token)
-
-
-def run(words: list[str], address: str, home: Path, token: str = TOKEN) -> tuple[int, str]:
-    """(status, output) of Python with the account and the address of the hub in its environment: its client reads both when it is
-    imported."""
-    environment = {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", **environment}
-    )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert TOKEN not in said
-    return done.returncode, said
+    return with_hub(["-m", "dmd2", "publish", str(package), "--out", out, *more], address, home, token)
 
 
 def test_on_the_hub_a_package_is_one_commit_with_a_tag(
@@ -206,7 +192,7 @@ def test_the_step_of_the_pipeline_publishes_to_a_folder_the_hub_and_the_registry
         registry[1],
         str(tmp_path / "pointer"),
     ]
-    status, said = run(words, hub[1], tmp_path)
+    status, said = with_hub(words, hub[1], tmp_path)
     assert status == 0, said
     place = tmp_path / "models" / "edm-digits" / digest[:16]
     assert (tmp_path / "pointer").read_bytes() == (place / MANIFEST).read_bytes()
