@@ -16,6 +16,7 @@ from typing import Any
 import dmd2
 from dmd2.config import Config
 from dmd2.errors import Refused
+from dmd2.evaluation.scores import read_scores
 from dmd2.io.artifact import ArtifactFile, Manifest
 from dmd2.io.local import content_digest
 from dmd2.signature import SIGNATURE
@@ -110,8 +111,8 @@ def check_statement(package: str, manifest: Manifest, found: Statement) -> None:
     try:
         dependencies = found["predicate"]["buildDefinition"]["resolvedDependencies"]
         chain = {each["name"]: each for each in dependencies}
-        gaps = list(_gaps(chain, manifest.inputs))
-    except (KeyError, TypeError) as error:
+        gaps = [*_gaps(chain, manifest.inputs), *_other_scores(chain, manifest.facts)]
+    except (KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{package}/{PROVENANCE} is no statement of this version: {error} is missing or wrong"
         ) from None
@@ -132,6 +133,14 @@ def _gaps(chain: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[str]:
     for name, digest in chain["run"]["annotations"]["inputs"].items():
         if chain[name]["digest"][ARTIFACT] != digest:
             yield f"the run was made from another {name} than the chain's"
+
+
+def _other_scores(chain: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
+    """Scores of the student in the package that are not those of the evaluation in the chain."""
+    for scores in read_scores(chain["evaluation"]["annotations"]):
+        noted, measured = facts.get(f"{scores.name}_student"), scores.values["student"]
+        if noted != measured:
+            yield f"{scores.name} of the student is {noted} in the package and {measured} in the evaluation"
 
 
 def _differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmd2 import stages
-from dmd2.config import Config
+from dmd2 import recipes, stages
+from dmd2.config import Config, EdmConfig
 from dmd2.model import Model, load_network, save_network
+from dmd2.models.convert.edm_pickle import read_edm_pickle
 from dmd2.models.edm import LOADER
 from dmd2.models.edm_student import load
 from dmd2.models.family import make_family
 from dmd2.models.one_file import one_file
 from tests import warm
 from tests.conftest import with_adm
+from tests.models.test_convert import edm, network
 
 ALONE = "import sys\nfor name in ('dmd2', 'diffusers', 'transformers', 'pydantic', 'PIL'): sys.modules[name] = None\n"
 
@@ -73,6 +76,23 @@ save_file({{"x": student.samples({classes}, seed=5), "images": student.sample({c
     assert torch.equal(drawn["images"], student.sample(classes, seed=5))
     assert torch.equal(drawn["x"], student.samples(classes, seed=5))
     assert drawn["images"].float().std() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_it_draws_what_the_library_draws_whatever_the_precision_of_the_teacher(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Of a teacher in a published pickle, which is resolved."""
+    path = edm(tmp_path, network().to(dtype))
+    family = EdmConfig(network=read_edm_pickle(path)[0])
+    config = recipes.get("edm-digits-no-gan").model_copy(update={"family": family})
+    stages.resolve(config, str(path), str(tmp_path / "teacher"))
+    student = replace(load_network(tmp_path / "teacher"), timesteps=(999, 499))
+    (package := tmp_path / "package").mkdir()
+    save_network(package, student, student.network.state_dict())
+    student.family.write_forms(package, student.timesteps, "float16")
+    assert {tensor.dtype for tensor in load_file(package / "network.safetensors").values()} == {torch.float32}
+    assert torch.equal(load(package).sample([0, 1], seed=3), student.sample([0, 1], seed=3))
 
 
 def test_the_lines_of_the_model_card_run_as_printed_without_this_library(

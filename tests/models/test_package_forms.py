@@ -24,6 +24,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     T2IAdapter,
+    UNet2DConditionModel,
 )
 from diffusers.loaders import single_file_utils
 from safetensors import safe_open
@@ -52,6 +53,7 @@ CONFIGS = {
 }
 PIPELINES: dict[str, Any] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 PARTS: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
@@ -72,8 +74,8 @@ def source(kind: str, pipeline: Path, stable15: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stable15 if kind == "sd15" else pipeline, tmp_path / "source"))
 
 
-def store_encoders_in(dtype: torch.dtype, source: Path) -> None:
-    """Rewrite the VAE and the text encoders of a pipeline in another precision."""
+def store_in(dtype: torch.dtype, source: Path) -> None:
+    """Rewrite the networks of a pipeline in another precision."""
     for name in PARTS.keys() & {path.name for path in source.iterdir()}:
         PARTS[name].from_pretrained(source / name).to(dtype).save_pretrained(source / name)
 
@@ -117,17 +119,29 @@ def test_diffusers_takes_the_students_timesteps_for_their_number_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_lines_of_the_model_card_draw_whatever_the_precision_of_the_teachers_encoders(
+def test_every_form_draws_the_students_image_whatever_the_precision_of_the_teacher(
     dtype: torch.dtype, kind: str, source: Path, tmp_path: Path
 ) -> None:
-    store_encoders_in(dtype, source)
+    """As diffusers loads them: the folder by the lines of the model card, the U-Net alone, the single file, either file of an update."""
+    store_in(dtype, source)
     student = student_of(kind, source, tmp_path)
     package = save_package(student, tmp_path / "package")
     pipe = PIPELINES[kind].from_pretrained(package)
-    assert {getattr(pipe, part).dtype for part in ("unet", *PARTS) if hasattr(pipe, part)} == {torch.float32}
+    assert {getattr(pipe, part).dtype for part in PARTS if hasattr(pipe, part)} == {torch.float32}
     same_image(pipe, student)
     for path in package.rglob("*.safetensors"):
         assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {torch.float32}
+    pipe.unet = UNet2DConditionModel.from_pretrained(package / "unet")
+    same_image(pipe, student)
+
+    updated = with_update(student, package)
+    assert list(student.family.write_forms(package, TIMESTEPS, "float16")) == [LORA, KOHYA_LORA, CHECKPOINT]
+    same_image(from_single_file(kind, package), student, 3)
+    for name in (LORA, KOHYA_LORA):
+        pipe.load_lora_weights(package / name)
+        same_image(pipe, updated)
+        pipe.unload_lora_weights()
+    same_image(pipe, student)
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
@@ -533,10 +547,14 @@ def record_timesteps(pipe: Any) -> list[int]:
     return seen
 
 
-def test_a_controlnet_steers_the_student(kind: str, source: Path, tmp_path: Path) -> None:
-    """One that has learned nothing yet changes nothing."""
-    student = student_of(kind, source, tmp_path)
+@pytest.mark.parametrize("timesteps", [(999,), (999, 749, 499, 249)])
+def test_a_controlnet_steers_the_student_at_its_own_timesteps(
+    timesteps: tuple[int, ...], kind: str, source: Path, tmp_path: Path
+) -> None:
+    """One that has learned nothing yet changes nothing; one with random weights does, each the more by its scale."""
+    student = replace(student_of(kind, source, tmp_path), timesteps=timesteps)
     pipe = PIPELINES[kind].from_pretrained(save_package(student, tmp_path / "package"))
+    assert isinstance(pipe.scheduler, LCMScheduler)
     make: Any = ControlNetModel
     control = make.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
     kinds: dict[str, Any] = {
@@ -544,8 +562,14 @@ def test_a_controlnet_steers_the_student(kind: str, source: Path, tmp_path: Path
         "sdxl": StableDiffusionXLControlNetPipeline,
     }
     steered = kinds[kind](**pipe.components, controlnet=control)
-    drawing: dict[str, Any] = {"image": torch.rand(1, 3, 32, 32)}
-    same_image(steered, student, **drawing)
+    drawing: dict[str, Any] = {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    plain = steps_of(pipe, timesteps)
+    torch.testing.assert_close(steps_of(steered, timesteps, **drawing), plain, atol=1e-5, rtol=0)
     for parameter in control.controlnet_mid_block.parameters():
-        torch.nn.init.normal_(parameter)
-    assert (image(steered, **drawing) - image(pipe)).abs().max() > 1
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
+    seen = record_timesteps(steered)
+    full = steps_of(steered, timesteps, **drawing)
+    assert seen == list(timesteps)
+    assert (full - plain).abs().max() > 1 / 255
+    half = steps_of(steered, timesteps, controlnet_conditioning_scale=0.5, **drawing)
+    assert 0 < (half - plain).abs().mean() < (full - plain).abs().mean()

@@ -111,6 +111,7 @@ MISTAKES: list[tuple[str, Callable[[Path], Any]]] = [
     ("README.md is missing", lambda p: (p / "README.md").unlink()),
     ("provenance.json was changed", lambda p: flip_bit(p / PROVENANCE, 100)),
     ("extra.bin is not in the manifest", lambda p: (p / "extra.bin").write_bytes(b"")),
+    ("manifest.json was changed after it was written", lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text().replace("fid_student", "fid_teacher", 1))),
     ("byproducts[0].annotations.fid_student is ", lambda p: edit(p / "manifest.json", lambda m: m["facts"].update(fid_student=0.1))),
     ("externalParameters.distill.steps is ", lambda p: edit(p / "manifest.json", lambda m: m["config"]["distill"].update(steps=1))),
     ("the package was made from run 00000", lambda p: edit(p / "manifest.json", lambda m: m["inputs"].update(run=64 * "0"))),
@@ -149,6 +150,25 @@ def test_a_gap_in_the_chain_is_refused(
     edit(package / PROVENANCE, cut)
     list_anew(package, PROVENANCE)
     assert gap in refusal(lambda: stages.verify(str(package)))
+
+
+def test_scores_that_are_swapped_in_the_statement_alone_are_refused(
+    package: Path, refusal: Callable[..., str]
+) -> None:
+    def swap(made: dict[str, Any]) -> None:
+        (found,) = (
+            each
+            for each in made["predicate"]["buildDefinition"]["resolvedDependencies"]
+            if each["name"] == "evaluation"
+        )
+        scores = found["annotations"]["scores"]
+        scores["student"], scores["teacher"] = scores["teacher"], scores["student"]
+
+    edit(package / PROVENANCE, swap)
+    list_anew(package, PROVENANCE)
+    said = refusal(lambda: stages.verify(str(package)))
+    assert "fid of the student is " in said
+    assert " in the package and " in said
 
 
 def test_a_package_that_agrees_with_itself_is_told_by_its_digest(
