@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dmd2.config import Config
 from dmd2.models.family import ModelFamily
 from dmd2.plan.evaluation import Seconds, evaluation_seconds
-from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, HIGH, LIKELY, LOW, TERA, USABLE, Assumption, Gpu
+from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, HIGH, LIKELY, LOW, TERA, USABLE, Gpu
 from dmd2.plan.passes import (
     ROLLOUT,
     FakeTrainer,
@@ -83,8 +84,9 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     published: PublishedScheme | None
     """For the recipe whose published training time is known."""
-    evaluation: Seconds
-    """Predicted seconds of a GPU by part of the evaluation."""
+    family: ModelFamily = field(compare=False)
+    rollout: PassCost = field(compare=False)
+    """A call of the student without gradient."""
 
     @property
     def seconds_per_step(self) -> float:
@@ -107,6 +109,11 @@ class Plan:
     @property
     def cost(self) -> float:
         return self.gpu_hours * self.price
+
+    @cached_property
+    def evaluation(self) -> Seconds:
+        """Predicted seconds of a GPU by part of the evaluation."""
+        return evaluation_seconds(self.config, self.family, self.rollout, self.gpu)
 
     @property
     def evaluation_gpu_hours(self) -> float:
@@ -211,10 +218,9 @@ class _Planner:
 
     def plan(self, costs: PassCosts) -> Plan:
         costs = dict.fromkeys(pass_names(self.fake), PassCost(self.rows, 0)) | costs
-        sent, spent = self._seconds(self.mesh, self.resident, costs)
-        low, high = (
-            sum(self._seconds(self.mesh, self.resident, costs, assumed)[1].values())
-            for assumed in (LOW, HIGH)
+        sent = traffic(self.fake, self.mesh, self.resident, costs, self.rows)
+        spent, low, high = (
+            seconds(self.fake, self.mesh, self.gpu, costs, sent, assumed) for assumed in (LIKELY, LOW, HIGH)
         )
         return Plan(
             self.config,
@@ -230,16 +236,18 @@ class _Planner:
             None,
             sent,
             spent,
-            (low, high),
+            (sum(low.values()), sum(high.values())),
             checkpoint_bytes(self.fake),
             (),
             None,
-            evaluation_seconds(self.config, self.fam, costs[ROLLOUT], self.gpu),
+            self.fam,
+            costs[ROLLOUT],
         )
 
     def alternative(self, mesh: MeshShape, resident: bool, how: str, costs: PassCosts) -> Alternative:
         gb = memory.total_gb(self._memory(mesh, resident, costs))
-        spent = sum(self._seconds(mesh, resident, costs)[1].values())
+        sent = traffic(self.fake, mesh, resident, costs, self.rows)
+        spent = sum(seconds(self.fake, mesh, self.gpu, costs, sent, LIKELY).values())
         return Alternative(mesh, resident, how, gb, spent, gb <= USABLE * self.gpu.gb)
 
     def largest_micro_batch(self, measured: MeasuredCosts) -> int:
@@ -247,12 +255,6 @@ class _Planner:
 
     def _memory(self, mesh: MeshShape, resident: bool, costs: PassCosts) -> dict[str, float]:
         return device_memory(self.fake, self.sizes, mesh, resident, MeasuredCosts(costs), self.rows)
-
-    def _seconds(
-        self, mesh: MeshShape, resident: bool, costs: PassCosts, assumed: Assumption = LIKELY
-    ) -> tuple[Traffic, dict[str, float]]:
-        sent = traffic(self.fake, mesh, resident, costs, self.rows)
-        return sent, seconds(self.fake, mesh, self.gpu, costs, sent, assumed)
 
 
 def _is_resident(config: Config, sizes: memory.Sizes, mesh: MeshShape, gpu: Gpu) -> bool:
