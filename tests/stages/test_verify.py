@@ -44,6 +44,13 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(sealed_text(Manifest.model_validate(value)) if manifest else json.dumps(value))
 
 
+def evaluated(made: dict[str, Any]) -> dict[str, Any]:
+    """The scores of the evaluation in a statement."""
+    chain = {each["name"]: each for each in made["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    scores: dict[str, Any] = chain["evaluation"]["annotations"]["scores"]
+    return scores
+
+
 def list_anew(package: Path, name: str) -> None:
     """Write size and digest of the file, as it is now, into the manifest."""
     now = {"path": name, "size": (package / name).stat().st_size, "sha256": sha256(package / name)}
@@ -156,12 +163,7 @@ def test_scores_that_are_swapped_in_the_statement_alone_are_refused(
     package: Path, refusal: Callable[..., str]
 ) -> None:
     def swap(made: dict[str, Any]) -> None:
-        (found,) = (
-            each
-            for each in made["predicate"]["buildDefinition"]["resolvedDependencies"]
-            if each["name"] == "evaluation"
-        )
-        scores = found["annotations"]["scores"]
+        scores = evaluated(made)
         scores["student"], scores["teacher"] = scores["teacher"], scores["student"]
 
     edit(package / PROVENANCE, swap)
@@ -178,6 +180,7 @@ def test_a_package_that_agrees_with_itself_is_told_by_its_digest(
 
     def better(made: dict[str, Any]) -> None:
         made["predicate"]["runDetails"]["byproducts"][0]["annotations"]["fid_student"] = 0.1
+        evaluated(made)["student"]["fid"]["value"] = 0.1
 
     edit(package / PROVENANCE, better)
     edit(package / "manifest.json", lambda m: m["facts"].update(fid_student=0.1))
