@@ -32,6 +32,7 @@ def report(
 
     from dmd2 import stages
     from dmd2.errors import one_sentence
+    from dmd2.io.storage import fetch_file
 
     with one_sentence():
         data, original, student, scores = (a.metadata["uri"] for a in (shards, teacher, run, evaluation))
@@ -39,4 +40,4 @@ def report(
         written = stages.report(
             data, original, student, scores, f"{root}/gate", f"{root}/report.html", package, start, pairs
         )
-        shutil.copyfile(written, page.path)
+        shutil.copyfile(fetch_file(written), page.path)
