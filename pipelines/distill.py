@@ -23,6 +23,7 @@ from pipelines.pods import (
     LIGHT,
     on_gpus,
     pod,
+    requesting,
     with_hub,
     with_metrics,
     with_registry,
@@ -75,6 +76,8 @@ def first_stage_if_needed(
     price: float,
     budget: float,
     step_gpus: int,
+    step_cpu: str,
+    step_memory: str,
     step_pool: dict,  # type: ignore[type-arg]
     samples: dsl.Input[dsl.Dataset],
     teacher: dsl.Input[dsl.Model],
@@ -85,7 +88,8 @@ def first_stage_if_needed(
             recipe=recipe, overrides=overrides, root=root, folder="first", start="", pairs=pairs, prompts=prompts,
             price=price, budget=budget, nodes=nodes, gpus=gpus, pool=pool, queue=queue, where=where, samples=samples, teacher=teacher, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )  # fmt: skip
-        on_gpus(with_metrics(pod(distilled, HEAVY, retries=3)), step_gpus, step_pool)
+        trained = requesting(pod(distilled, HEAVY, retries=3), step_cpu, step_memory)
+        on_gpus(with_metrics(trained), step_gpus, step_pool)
 
 
 @dsl.pipeline(name="dmd2-distill")
@@ -191,7 +195,7 @@ def distill(
             "pairs": chosen["pairs"], "nodes": nodes, "gpus": chosen["gpus"], "queue": queue, "where": chosen["where"],
             "price": price, "budget": budget,
         }  # fmt: skip
-        step = {"step_gpus": chosen["step_gpus"], "step_pool": chosen["step_pool"]}
+        step = {name: chosen[name] for name in ("step_gpus", "step_pool", "step_cpu", "step_memory")}
         before = first_stage_if_needed(
             recipe=chosen["first_recipe"], overrides=chosen["first_overrides"], **data, **training, **step
         ).after(sampled)
@@ -206,9 +210,8 @@ def distill(
             **training,
             **settings,
         ).after(before)
-        trained = on_gpus(
-            with_metrics(pod(distilled, HEAVY, retries=3)), chosen["step_gpus"], chosen["step_pool"]
-        )
+        trained = requesting(pod(distilled, HEAVY, retries=3), chosen["step_cpu"], chosen["step_memory"])
+        trained = on_gpus(with_metrics(trained), chosen["step_gpus"], chosen["step_pool"])
         student = trained.outputs["run"]
         in_parts = evaluate_parts(
             parts=chosen["parts"], run=student, scores=scores, **images, **on_pool, **settings

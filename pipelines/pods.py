@@ -11,6 +11,7 @@ from typing import NamedTuple
 from kfp import dsl, kubernetes
 
 from components.prepare_run.disk import TRAINING_DISK_GB
+from components.prepare_run.parameters import STEP_REQUESTS
 from components.prepare_run.queues import QUEUE
 
 USER = 65532
@@ -47,7 +48,9 @@ LIGHT = PodResources(("500m", "2"), ("2Gi", "8Gi"), "10G")
 COPYING = LIGHT._replace(disk="200G")
 """A light stage through which a whole package goes: that of SDXL has 20 GB and more."""
 BUSY = PodResources(("4", "32"), ("8Gi", "64Gi"), "2T", "8Gi")
-HEAVY = PodResources(("8", "96"), ("32Gi", "512Gi"), f"{TRAINING_DISK_GB}G", "64Gi")
+HEAVY = PodResources(
+    (STEP_REQUESTS["here"][0], "96"), (STEP_REQUESTS["here"][1], "512Gi"), f"{TRAINING_DISK_GB}G", "64Gi"
+)
 
 
 def pod(task: dsl.PipelineTask, resources: PodResources, retries: int = 0) -> dsl.PipelineTask:
@@ -80,6 +83,15 @@ def on_gpus(
         kubernetes.add_toleration(task, key=taint, operator="Exists", effect="NoSchedule")
     kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", QUEUE)
     kubernetes.add_pod_label(task, PRIORITY, RUN)
+    return task
+
+
+def requesting(
+    task: dsl.PipelineTask, cpu: dsl.PipelineParameterChannel, memory: dsl.PipelineParameterChannel
+) -> dsl.PipelineTask:
+    """Request what the run decides: a training in the step takes a machine, the step of a TrainJob only follows it."""
+    task.set_cpu_request(cpu).set_memory_request(memory)
+    task.register_pipeline_channels([cpu, memory])
     return task
 
 

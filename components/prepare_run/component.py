@@ -45,6 +45,8 @@ def prepare_run(
     gpu=int,
     where=str,
     step_gpus=int,
+    step_cpu=str,
+    step_memory=str,
     step_pool=dict,
     pool=dict,
     parts=list,
@@ -93,7 +95,7 @@ def prepare_run(
 
     Returns:
         `root`: the folder of the run; `gpus`: the GPUs of a training; `gpu`: 1 or 0, those of stages that use at most one; `where`: whether trainings run in a TrainJob, or in their step, which then has
-        `step_gpus` of nodes with the labels `step_pool`; `pool`: the labels of their nodes; `parts`: the parts of a shared stage as `i/n`, none for 1, and
+        `step_gpus` of nodes with the labels `step_pool`, and asks for `step_cpu` processors and `step_memory`; `pool`: the labels of their nodes; `parts`: the parts of a shared stage as `i/n`, none for 1, and
         `encode_parts`, none if nothing is encoded;
         recipe and overrides of the `pairs` and of the `first` stage, empty if they are not run; `pairs` and `start`: their addresses.
     """

@@ -26,6 +26,9 @@ MAX_GPUS = 16
 """GPUs of the largest machines."""
 MAX_PARTS = 256
 """Pods of one stage: the workflow of a run lists all of them."""
+STEP_REQUESTS: dict[Where, tuple[str, str]] = {"here": ("8", "32Gi"), "trainjob": ("500m", "2Gi")}
+"""Processors and memory that the step of a training asks for. One that follows a TrainJob waits in the same queue, and asks for little,
+or it would hold the quota that its own training waits for."""
 LAYOUT = re.compile(r"[a-z]+:(?!//)")
 """The name of a layout before the address of a source, or of a column before that of a file of prompts."""
 
@@ -272,6 +275,8 @@ def chain_outputs(given: RunParameters, root: str, where: Where = "here") -> dic
         "gpu": min(gpus, 1),
         "where": where,
         "step_gpus": gpus if where == "here" else 0,
+        "step_cpu": STEP_REQUESTS[where][0],
+        "step_memory": STEP_REQUESTS[where][1],
         "step_pool": given.pool if gpus and where == "here" else {},
         "pool": given.pool if gpus else {},
         "parts": parts,

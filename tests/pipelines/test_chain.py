@@ -83,6 +83,11 @@ def test_the_recipe_decides_the_number_of_gpus() -> None:
     assert chain_outputs(RunParameters(gpus=2), "r")["gpus"] == 2
 
 
+def test_a_step_that_follows_a_trainjob_asks_for_less_than_one_that_trains() -> None:
+    steps = [chain_outputs(RunParameters(), "r", where) for where in ("here", "trainjob")]  # type: ignore[arg-type]
+    assert [(step["step_cpu"], step["step_memory"]) for step in steps] == [("8", "32Gi"), ("500m", "2Gi")]
+
+
 STILL = ("distill.student.lr=1e-12", "distill.critic.lr=1e-12")
 """Learning rates with which the second stage ends where it began, to rounding."""
 

@@ -314,6 +314,10 @@ def test_stages_with_a_network_get_gpus_from_the_pool_and_shared_memory(
         container, pod = executors(documents)[name]
         counts = {"exec-distill": "step_gpus", "exec-distill-2": "prepare-run-step_gpus"}
         count = counts.get(name, "prepare-run-gpu" if name.endswith("-2") else "gpu")
+        if name in counts:  # a step that only follows a TrainJob asks for little
+            step = counts[name].removesuffix("gpus")
+            assert container["resources"]["resourceCpuRequest"].endswith(f"--{step}cpu']}}}}")
+            assert container["resources"]["resourceMemoryRequest"].endswith(f"--{step}memory']}}}}")
         accelerator = container["resources"]["accelerator"]
         assert accelerator["resourceType"] == "nvidia.com/gpu"
         assert accelerator["resourceCount"] == f"{{{{$.inputs.parameters['pipelinechannel--{count}']}}}}"
