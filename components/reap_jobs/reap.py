@@ -32,32 +32,35 @@ KEPT = timedelta(days=1)
 """Time for which a TrainJob that has ended is kept, if its launcher has not deleted it."""
 
 
-def reap(kube: Kube, now: datetime | None = None) -> list[str]:
+def reap(
+    kube: Kube, now: datetime | None = None, *, grace: timedelta = GRACE, kept: timedelta = KEPT
+) -> list[str]:
     """Delete what nobody follows -> the names of the TrainJobs."""
+    now = now or datetime.now(UTC)
     listing = kube.listing(GROUP, VERSION, TRAINJOBS, label_selector=OURS)
     found: list[Json] = patiently(listing)["items"]
     deleted = []
     for job in found:
-        if (reason := why_to_delete(kube, job, now or datetime.now(UTC))) and _delete(kube, job, reason):
+        if (reason := why_to_delete(kube, job, now, grace, kept)) and _delete(kube, job, reason):
             deleted.append(str(job["metadata"]["name"]))
     logger.info("%d TrainJobs, %d of them deleted", len(found), len(deleted))
     return deleted
 
 
-def why_to_delete(kube: Kube, job: Json, now: datetime) -> str:
+def why_to_delete(kube: Kube, job: Json, now: datetime, grace: timedelta, kept: timedelta) -> str:
     """Why nobody needs the job any more; empty if somebody may."""
     meta = job["metadata"]
     owner = next((one for one in meta.get("ownerReferences", []) if one["kind"] == "Workflow"), None)
-    if not owner or meta.get("deletionTimestamp") or now - _time(meta["creationTimestamp"]) < GRACE:
+    if not owner or meta.get("deletionTimestamp") or now - _time(meta["creationTimestamp"]) < grace:
         return ""
     workflow = _workflow(kube, owner)
     if not workflow:
         return f"its Workflow {owner['name']} is gone"
     status = workflow.get("status", {})
-    if status.get("phase") in OVER and now - _time(status["finishedAt"]) > GRACE:
+    if status.get("phase") in OVER and now - _time(status["finishedAt"]) > grace:
         return f"its Workflow {owner['name']} has ended ({status['phase']})"
     ends = list(_ends(job))
-    return "it has ended, and its launcher has not deleted it" if ends and now - max(ends) > KEPT else ""
+    return "it has ended, and its launcher has not deleted it" if ends and now - max(ends) > kept else ""
 
 
 def _workflow(kube: Kube, owner: Json) -> Json | None:

@@ -108,6 +108,7 @@ class Cluster:
         self.kubectl("patch", kind, name, "--type", "merge", "--patch", json.dumps(change))
 
     def log(self, pod: str) -> str:
+        """The log of its first container."""
         return self.kubectl("logs", pod, "--tail=-1")
 
     def evict(self, pod: str) -> None:
@@ -274,26 +275,29 @@ def workflow(name: str) -> Json:
     }  # fmt: skip
 
 
+def owner_of(workflow: Json) -> Json:
+    """The owner reference of what belongs to a run."""
+    meta = workflow["metadata"]
+    kind = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow"}
+    return kind | {"name": meta["name"], "uid": meta["uid"], "controller": True}
+
+
+SECURE = {
+    "runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True, "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
+}  # fmt: skip
+"""The security context of a container, as the strictest standard wants it."""
+
+
 def step_pod(name: str, workflow: Json, image: str, priority: str, parameters: Json) -> Json:
     """The pod of the step as Argo makes it, without the containers of KFP and Argo beside it."""
-    meta = workflow["metadata"]
-    owner = {
-        "apiVersion": "argoproj.io/v1alpha1",
-        "kind": "Workflow",
-        "name": meta["name"],
-        "uid": meta["uid"],
-        "controller": True,
-    }
-    secure = {
-        "runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True, "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
-    }  # fmt: skip
     main = {
-        "name": "main", "image": image, "command": ["python", "-c", STEP, json.dumps(parameters)], "securityContext": secure,
+        "name": "main", "image": image, "command": ["python", "-c", STEP, json.dumps(parameters)], "securityContext": SECURE,
         "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "2Gi"}},
         "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
     }  # fmt: skip
-    labels = {"workflows.argoproj.io/workflow": meta["name"], "kueue.x-k8s.io/priority-class": priority}
+    owner = owner_of(workflow)
+    labels = {"workflows.argoproj.io/workflow": owner["name"], "kueue.x-k8s.io/priority-class": priority}
     return {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels, "ownerReferences": [owner]},
@@ -384,3 +388,31 @@ def scripted(name: str, image: str, one: str, other: str) -> Json:
             "trainer": {"image": image, "numNodes": 2, "numProcPerNode": 1, "command": ["sh", "-c", script]},
         },
     }  # fmt: skip
+
+
+def asked_by(log: Path, account: str, begun: int) -> set[tuple[str, str, str]]:
+    """The rights that an account has used, by the API server's own record from some byte on; none may have been refused."""
+    with open(log) as file:
+        file.seek(begun)
+        events = [json.loads(line) for line in file]
+    asked = [event for event in events if event["user"]["username"].endswith(f":{account}")]
+    assert not [one for one in asked if one["annotations"]["authorization.k8s.io/decision"] != "allow"]
+    return {right(event["verb"], event["objectRef"]) for event in asked}
+
+
+def right(verb: str, on: Json) -> tuple[str, str, str]:
+    """(verb, group, resource), with the name of a runtime, because only one is allowed."""
+    resource = "/".join(filter(None, (on["resource"], on.get("subresource"))))
+    name = on.get("name", "") if resource == "trainingruntimes" else ""
+    return verb, on.get("apiGroup", ""), f"{resource} {name}".rstrip()
+
+
+def granted(role: Json) -> set[tuple[str, str, str]]:
+    return {
+        (verb, group, f"{resource} {name}".rstrip())
+        for rule in role["rules"]
+        for verb in rule["verbs"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for name in rule.get("resourceNames", [""])
+    }

@@ -20,8 +20,10 @@ from tests.cluster.conftest import (
     NAMESPACE,
     ROOT,
     Cluster,
-    Json,
     Run,
+    asked_by,
+    granted,
+    right,
     student,
     wait_for,
     wait_until_gone,
@@ -161,34 +163,10 @@ def test_the_role_of_the_launcher_allows_what_it_asks_and_nothing_else(
     cluster.kubectl("delete", "pod", first, "--force", "--grace-period=0")
     second = run.start()
     assert run.wait(second) == 0, cluster.log(second)
-    with open(log) as file:
-        file.seek(begun)
-        events = [json.loads(line) for line in file]
-    asked = [event for event in events if event["user"]["username"].endswith(":launcher")]
-    refused = [event for event in asked if event["annotations"]["authorization.k8s.io/decision"] != "allow"]
-    assert not refused
-    used = {right(event["verb"], event["objectRef"]) for event in asked}
+    used = asked_by(log, "launcher", begun)
     pods = {right(verb, {"resource": "pods"}) for verb in ("get", "list", "watch")}
     """Of the Role `run`, which the executors of Argo need too."""
     assert used - pods == granted(cluster.get("role", "launch"))
-
-
-def right(verb: str, on: Json) -> tuple[str, str, str]:
-    """(verb, group, resource), with the name of a runtime, because only one is allowed."""
-    resource = "/".join(filter(None, (on["resource"], on.get("subresource"))))
-    name = on.get("name", "") if resource == "trainingruntimes" else ""
-    return verb, on.get("apiGroup", ""), f"{resource} {name}".rstrip()
-
-
-def granted(role: Json) -> set[tuple[str, str, str]]:
-    return {
-        (verb, group, f"{resource} {name}".rstrip())
-        for rule in role["rules"]
-        for verb in rule["verbs"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for name in rule.get("resourceNames", [""])
-    }
 
 
 def test_the_servers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
