@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.prepare_run.parameters import RunParameters, chain_outputs, check_parameters
+from components.prepare_run.parameters import STEP_REQUESTS, RunParameters, chain_outputs, check_parameters
 from components.prepare_run.parameters import summary as steps
 from dmd2.io import artifact
 from dmd2.stages.networks import starting_weights
@@ -84,7 +84,7 @@ def test_the_recipe_decides_the_number_of_gpus() -> None:
 
 
 def test_a_step_that_follows_a_trainjob_asks_for_less_than_one_that_trains() -> None:
-    steps = [chain_outputs(RunParameters(), "r", where) for where in ("here", "trainjob")]  # type: ignore[arg-type]
+    steps = [chain_outputs(RunParameters(), "r", where) for where in STEP_REQUESTS]
     assert [(step["step_cpu"], step["step_memory"]) for step in steps] == [("8", "32Gi"), ("500m", "2Gi")]
 
 
