@@ -733,6 +733,8 @@ class Config(Section):
             )
         self.family.check(self.distill)
         rules = [("rules", re.split("[<>=]", rule)[0].strip()) for rule in self.gate.rules]
+        for name in (name for name in self.evaluate.metrics if "," in name):
+            raise ValueError(f"evaluate.metrics has {name!r}; write names apart, as {name.replace(',', ' ')}")
         for name, metric in [("metric", self.gate.metric), *rules]:
             if metric not in self.evaluate.metrics:
                 raise ValueError(

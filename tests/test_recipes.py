@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dmd2 import config, recipes
-from dmd2.config import DmdConfig
+from dmd2.config import Config, DmdConfig
 from dmd2.models.family import make_family
 from dmd2.training import build
 from tests.conftest import adm
@@ -219,6 +219,15 @@ def test_a_refusal_of_an_old_name_says_the_name_of_today(refusal: Callable[..., 
 def test_every_renamed_field_exists() -> None:
     for section, names in config.RENAMED.items():
         assert set(names.values()) <= getattr(config, section).model_fields.keys()
+
+
+def test_metrics_are_written_apart_as_flags_and_by_commas_as_overrides(refusal: Callable[..., str]) -> None:
+    flags = ["--evaluate.metrics", "fid,clip"]
+    why = refusal(
+        lambda: recipes.parse(Config, flags, "x", default=recipes.get("edm-digits"), add_help=False)
+    )
+    assert "evaluate.metrics has 'fid,clip'; write names apart, as fid clip" in why
+    assert recipes.resolve("edm-digits", ["evaluate.metrics=fid,kid"]).evaluate.metrics == ("fid", "kid")
 
 
 def test_overrides_become_flags(refusal: Callable[..., str]) -> None:
