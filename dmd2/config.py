@@ -380,6 +380,9 @@ class OptimizerConfig(Section):
     """Decoupled weight decay."""
     max_grad_norm: NonNegativeFloat = 10.0
     """Gradient clipping: largest global norm of the gradients; 0 = no clipping."""
+    moments: Literal["float32", "8bit"] = "float32"
+    """How the two moments of Adam are stored. `8bit`: as codes with a scale per 64 values, rounded at random so that the mean is kept
+    (Dettmers et al. 2022): 2.1 instead of 8 bytes per weight. Weights of fewer than 4,096 values keep float32."""
     ema: tuple[Fraction, ...] = ()
     """Decay per update of each exponential moving average (EMA) of the weights. The last EMA is the result; without any, the
     weights themselves are."""
@@ -526,6 +529,9 @@ class EngineConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each unit with torch.compile: it takes minutes at the start and makes steps faster. `auto`: on GPUs, where there are
     triton, a C compiler and Python's headers, unless `deterministic`; the log says how it was decided."""
+    offload_teacher: bool = False
+    """Keep the teacher's weights in the host's memory, and copy each unit to the device for its calls: less device memory, and a
+    copy of the teacher over PCIe for each micro-batch of a student update."""
     deterministic: bool = False
     """Use deterministic kernels, so that two runs on the same hardware and number of processes are bit-identical; slower."""
     hang_timeout_s: PositiveFloat = 1800.0
@@ -743,6 +749,10 @@ class Config(Section):
         if self.engine.micro_batch > self.distill.batch:
             raise ValueError(
                 f"engine.micro_batch {self.engine.micro_batch} is larger than distill.batch {self.distill.batch}; lower it"
+            )
+        if self.engine.offload_teacher and self.distill.lora:
+            raise ValueError(
+                "engine.offload_teacher is on, but with distill.lora the teacher's weights are those that the student computes with; turn it off"
             )
         return self
 

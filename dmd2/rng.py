@@ -61,6 +61,12 @@ def reseed(seed: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed]).generate_state(1, np.uint64)[0]))
 
 
+def generator(seed: int, step: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator of a step for numbers that belong to no row, the same on all ranks."""
+    seeds = np.random.SeedSequence([seed, step, *name.encode()]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(seeds[0]))
+
+
 def draw_shared(seed: int, step: int, count: int) -> int:
     """A uniform integer in [0, count) that is the same on all ranks."""
     return int(np.random.default_rng([seed, step]).integers(count))

@@ -181,6 +181,11 @@ def test_a_wrong_override_is_refused_in_one_sentence(
     assert words in refusal(lambda: recipes.resolve("edm-digits", [override]))
 
 
+def test_the_teacher_of_a_low_rank_student_stays_on_the_device(refusal: Callable[..., str]) -> None:
+    words = refusal(lambda: recipes.resolve("sdxl-4step-lora", ["engine.offload_teacher=True"]))
+    assert "offload_teacher is on, but with distill.lora" in words
+
+
 def test_the_noisiest_level_may_be_the_last_of_the_table() -> None:
     assert build.timestep_range(DmdConfig(min_timestep_fraction=0.5, max_timestep_fraction=1.0), 1000) == (
         500,

@@ -18,7 +18,7 @@ from dmd2.config import Config
 from dmd2.models.family import ModelFamily, make_family
 from dmd2.parallel import ranks, sharding
 from dmd2.rng import Rng
-from dmd2.training import build
+from dmd2.training import build, checkpoint
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import MICRO
 from tests.tiny_sdxl import SMALL
@@ -36,6 +36,18 @@ CASES = {
     "sdxl": ("sdxl-4step-emoji", (*SMALL, TURNS, "engine.micro_batch=0"), 3),
     "shared-base": ("sdxl-4step-shared-emoji", (*SMALL, TURNS), 3),
     "bfloat16": ("edm-digits", (*MICRO, TURNS, "distill.dtype=bfloat16", "engine.micro_batch=1"), 3),
+    "offload": ("edm-digits", (*MICRO, TURNS, "engine.offload_teacher=True"), 3),
+    "8bit": (
+        "edm-digits",
+        (
+            *MICRO,
+            TURNS,
+            "family.network.channels=64",
+            "distill.student.moments=8bit",
+            "distill.critic.moments=8bit",
+        ),
+        3,
+    ),
     "bfloat16-tf32": (
         "edm-digits",
         (*MICRO, TURNS, "distill.dtype=bfloat16", "engine.micro_batch=1", "distill.no_grad_dtype=tf32"),
@@ -45,7 +57,8 @@ CASES = {
 """Recipe, overrides, steps: each divides passes, micro-batches or gradients in another way. The student learns at every second
 step, so that a step of the critic alone lies between two of its own."""
 WORLDS = {
-    2: ("sdxl 2 resident", "sdxl 2 sharded", "shared-base 2 resident", "edm 1 resident", "edm 2 sharded", "fast 2 resident", "bfloat16-tf32 2 sharded"),
+    2: ("sdxl 2 resident", "sdxl 2 sharded", "shared-base 2 resident", "edm 1 resident", "edm 2 sharded", "fast 2 resident", "bfloat16-tf32 2 sharded",
+        "offload 2 resident", "8bit 2 sharded"),
     4: (
         "edm 1 sharded", "edm 2 resident", "edm 2 sharded", "edm 4 resident", "edm 4 sharded", "parts 2 resident",
         "fast 4 sharded", "bfloat16 2 resident", "bfloat16 4 sharded", "bfloat16 1 resident",
@@ -79,6 +92,21 @@ def played(
     return found
 
 
+def saved(root: Path, step: int, trainer: DMD2Trainer, world: ranks.World) -> dict[str, Tensor]:
+    """Save a checkpoint, and return what it holds."""
+    checkpoints = checkpoint.Checkpoints(root, world, keep=1)
+    checkpoints.save_async(step, trainer.state())
+    checkpoints.wait_for_save()
+    return state_of(trainer, world)
+
+
+def state_of(trainer: DMD2Trainer, world: ranks.World) -> dict[str, Tensor]:
+    """All that a checkpoint holds, as full tensors."""
+    objects = trainer.state().items()
+    tensors = {f"{name}/{key}": value for name, thing in objects for key, value in thing.state_dict().items()}
+    return sharding.gather_full_tensors(tensors, world)
+
+
 def real(config: Config, family: ModelFamily, step: int, world: ranks.World) -> Batch:
     """The rows of a batch of random samples that this rank works on."""
     batch = config.distill.batch
@@ -104,7 +132,11 @@ def main(out: Path, pipeline: Path) -> None:
     for run in WORLDS[world.size]:
         case, shards, weights = run.split()
         mesh = f"engine.shards={shards}", f"engine.weights={weights}"
-        found = played(*resolved(case, pipeline, *mesh), world)
+        kept: list[DMD2Trainer] = []
+        config, family, steps = resolved(case, pipeline, *mesh)
+        found = played(config, family, steps, world, kept.append)
+        if case == "8bit":
+            found |= saved(out / "checkpoints", steps, kept[0], world)
         if world.is_main:
             torch.save(found, out / f"{run}.pt")
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
@@ -37,6 +37,7 @@ def shard(
     *,
     resident: bool,
     ignored: Iterable[nn.Parameter] = (),
+    offload: bool = False,
 ) -> None:
     """Shard the parameters of `network` over the mesh, in place.
 
@@ -46,6 +47,7 @@ def shard(
         dtype: Of the gathered weights; gradients are reduced in float32.
         resident: Keep the gathered weights after forward and backward, until `reshard`.
         ignored: Parameters that stay replicated.
+        offload: Keep the shards in the host's memory, pinned where the mesh is of GPUs. Not for resident networks.
     """
     policy = MixedPrecisionPolicy(
         None if dtype == torch.float32 else dtype,
@@ -58,6 +60,8 @@ def shard(
         "reshard_after_forward": not resident,
         "ignored_params": set(ignored),
     }
+    if offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for unit in outermost(units) if resident else units:
         fully_shard(unit, **settings)
     fully_shard(network, **settings)
@@ -156,14 +160,17 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
 
 
 def sharded_like(tensor: Tensor, shard: Tensor) -> Tensor:
-    """`shard` as this rank's shard of a DTensor with the shape and layout of `tensor`; of a plain tensor, `shard` itself.
+    """`shard` as this rank's shard of a DTensor with the rows and layout of `tensor`; of a plain tensor, `shard` itself.
 
     `torch.zeros_like(tensor)` or `tensor.clone()` look up how a DTensor's operation is sharded, once per shape and process.
     """
     if not isinstance(tensor, DTensor):
         return shard
-    layout = (tensor.device_mesh, tensor.placements)
-    return DTensor.from_local(shard, *layout, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    layout, shape, stride = (tensor.device_mesh, tensor.placements), tensor.shape, tensor.stride()
+    if shard.shape[1:] != shape[1:]:
+        shape = torch.Size([*shape[:1], *shard.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(shard, *layout, run_check=False, shape=shape, stride=stride)
 
 
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:

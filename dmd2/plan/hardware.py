@@ -38,6 +38,8 @@ class Gpu:
     """Memory bandwidth, 1e9 bytes/s."""
     inside_gb_s: float
     """Bandwidth to the other GPUs of a node in one direction, 1e9 bytes/s."""
+    host_gb_s: float
+    """Bandwidth from the host's memory in one direction, 1e9 bytes/s: PCIe 4 or 5 with 16 lanes."""
     between_gb_s: float
     """A GPU's share of the usual network between nodes in one direction, 1e9 bytes/s."""
     source: str
@@ -48,21 +50,30 @@ A100 = "NVIDIA A100 data sheet (SXM4); network as in a DGX A100: 200 Gb/s per GP
 H100 = "NVIDIA {} data sheet (SXM5); network as in {} Gb/s per GPU"
 DGX = "a DGX H100: 400"
 GPUS = {
-    "a100-40gb": Gpu(312, 156, 19.5, 40, 1555, 300, 25, A100, A100_SDXL),
-    "a100-80gb": Gpu(312, 156, 19.5, 80, 2039, 300, 25, A100, A100_SDXL),
-    "h100-80gb": Gpu(989, 494, 67, 80, 3350, 450, 50, H100.format("H100", DGX), H100_RECKONED),
+    "a100-40gb": Gpu(312, 156, 19.5, 40, 1555, 300, 32, 25, A100, A100_SDXL),
+    "a100-80gb": Gpu(312, 156, 19.5, 80, 2039, 300, 32, 25, A100, A100_SDXL),
+    "h100-80gb": Gpu(989, 494, 67, 80, 3350, 450, 64, 50, H100.format("H100", DGX), H100_RECKONED),
     "h100-mega-80gb": Gpu(
-        989, 494, 67, 80, 3350, 450, 25, H100.format("H100", "GKE's A3 Mega: 200"), H100_RECKONED
+        989, 494, 67, 80, 3350, 450, 64, 25, H100.format("H100", "GKE's A3 Mega: 200"), H100_RECKONED
     ),
-    "h200-141gb": Gpu(989, 494, 67, 141, 4800, 450, 50, H100.format("H200", DGX), H100_RECKONED),
+    "h200-141gb": Gpu(989, 494, 67, 141, 4800, 450, 64, 50, H100.format("H200", DGX), H100_RECKONED),
     "l4-24gb": Gpu(
-        121, 60, 30.3, 24, 300, 32, 1.6, "NVIDIA L4 data sheet; PCIe 4 x16; 100 Gb/s for 8 GPUs", AS_A100
+        121, 60, 30.3, 24, 300, 32, 32, 1.6, "NVIDIA L4 data sheet; PCIe 4 x16; 100 Gb/s for 8 GPUs", AS_A100
     ),
     "l40s-48gb": Gpu(
-        362, 183, 91.6, 48, 864, 32, 12.5, "NVIDIA L40S data sheet; PCIe 4 x16; 100 Gb/s per GPU", AS_A100
+        362, 183, 91.6, 48, 864, 32, 32, 12.5, "NVIDIA L40S data sheet; PCIe 4 x16; 100 Gb/s per GPU", AS_A100
     ),
     "a10-24gb": Gpu(
-        125, 62.5, 31.2, 24, 600, 32, 3.1, "NVIDIA A10 data sheet; PCIe 4 x16; 100 Gb/s for 4 GPUs", AS_A100
+        125,
+        62.5,
+        31.2,
+        24,
+        600,
+        32,
+        32,
+        3.1,
+        "NVIDIA A10 data sheet; PCIe 4 x16; 100 Gb/s for 4 GPUs",
+        AS_A100,
     ),
 }
 BY_DEVICE_NAME = {
@@ -99,5 +110,7 @@ DISK_GB_S = 1.0
 """1e9 bytes/s at which a node writes a checkpoint: an assumption."""
 UPDATE_BYTES = 36
 """Bytes read and written per update of a weight: 28 by AdamW, 8 by gradient clipping; 12 more per EMA."""
+UPDATE_BYTES_8BIT = 345
+"""The same with 8-bit moments, which are decoded and encoded by one elementwise kernel after another."""
 MERGE_BYTES = 44
 """Bytes read and written per weight that a low-rank update is merged into: base in float32, sum, rounding noise, rounded, copied."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, reduce
+from itertools import product
+from typing import Any, TypeVar
 
-from dmd2.config import Config
+from dmd2.config import Config, Section
 from dmd2.models.family import ModelFamily
 from dmd2.plan.evaluation import Seconds, evaluation_seconds
 from dmd2.plan.hardware import DISK_GB_S, GB, GPUS, HIGH, LIKELY, LOW, TERA, USABLE, Gpu
@@ -53,6 +55,18 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Remedy:
+    """Settings with which a recipe that does not fit runs on the same GPUs."""
+
+    settings: tuple[str, ...]
+    """Overrides of the recipe, `field=value`."""
+    gb: float
+    """Memory of a GPU, in 1e9 bytes."""
+    seconds: float
+    """Predicted, of an average step."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe takes on given GPUs. Weights, FLOPs, bytes and calls are counted; seconds and cost are predicted."""
 
@@ -82,6 +96,8 @@ class Plan:
     checkpoint: int
     """Bytes of a checkpoint."""
     alternatives: tuple[Alternative, ...]
+    remedies: tuple[Remedy, ...]
+    """What makes it fit, the fastest first, if it does not fit as it is and they were looked for."""
     published: PublishedScheme | None
     """For the recipe whose published training time is known."""
     family: ModelFamily = field(compare=False)
@@ -142,6 +158,7 @@ class Plan:
             "tflop_per_step": sum(self.flops.values()) / TERA,
             "memory_gb": self.memory_gb,
             "fits": self.fits,
+            "fits_with": " ".join(self.remedies[0].settings) if self.remedies else "",
             "largest_micro_batch": self.largest_micro_batch,
             "seconds_per_step": self.seconds_per_step,
             "hours": self.hours,
@@ -199,6 +216,7 @@ def make_plan(
             planner.alternative(mesh, resident, how, measured[how])
             for mesh, resident, how in _alternatives(mesh, compared)
         ),
+        remedies=() if made.fits else tuple(remedies(planner, measured, others)),
         published=compare_with_published(fake, measured["none"]) if config.recipe == "sdxl-4step" else None,
     )
 
@@ -209,12 +227,26 @@ class _Planner:
     def __init__(
         self, config: Config, fam: ModelFamily, gpu_name: str, mesh: MeshShape, price: float
     ) -> None:
-        self.config, self.fam, self.gpu_name, self.mesh, self.price = config, fam, gpu_name, mesh, price
+        self.fam, self.gpu_name, self.mesh, self.price = fam, gpu_name, mesh, price
         self.gpu, self.fake, self.sizes = GPUS[gpu_name], fake_trainer(config, fam), build.sizes(config, fam)
         self.weights, self.calls = _weights(self.fake), mean_calls(self.fake)
-        self.resident = _is_resident(config, self.sizes, mesh, self.gpu)
-        share = config.distill.batch // mesh.gpus
+        self._settle(config)
+
+    def _settle(self, config: Config) -> None:
+        self.config = config
+        self.resident = _is_resident(config, self.sizes, self.mesh, self.gpu)
+        share = config.distill.batch // self.mesh.gpus
         self.rows = min(config.engine.micro_batch or share, share)
+
+    def with_settings(self, settings: Sequence[str]) -> _Planner:
+        """The planner of the recipe with other settings of optimizers and engine."""
+        other = copy(self)
+        config = reduce(_with_setting, settings, self.config)
+        other.fake = replace(self.fake, config=config)
+        states = memory.moment_bytes(config, self.fake.nets, self.fake.term_modules)
+        other.sizes = replace(self.sizes, moments=states)
+        other._settle(config)
+        return other
 
     def plan(self, costs: PassCosts) -> Plan:
         costs = dict.fromkeys(pass_names(self.fake), PassCost(self.rows, 0)) | costs
@@ -239,6 +271,7 @@ class _Planner:
             (sum(low.values()), sum(high.values())),
             checkpoint_bytes(self.fake),
             (),
+            (),
             None,
             self.fam,
             costs[ROLLOUT],
@@ -246,15 +279,76 @@ class _Planner:
 
     def alternative(self, mesh: MeshShape, resident: bool, how: str, costs: PassCosts) -> Alternative:
         gb = memory.total_gb(self._memory(mesh, resident, costs))
-        sent = traffic(self.fake, mesh, resident, costs, self.rows)
-        spent = sum(seconds(self.fake, mesh, self.gpu, costs, sent, LIKELY).values())
+        spent = self._average_step(mesh, resident, costs)
         return Alternative(mesh, resident, how, gb, spent, gb <= USABLE * self.gpu.gb)
+
+    def remedy(self, settings: tuple[str, ...], costs: PassCosts) -> Remedy | None:
+        """What the settings of this planner take; None if it does not fit."""
+        gb = memory.total_gb(self._memory(self.mesh, self.resident, costs))
+        if gb > USABLE * self.gpu.gb:
+            return None
+        return Remedy(settings, gb, self._average_step(self.mesh, self.resident, costs))
 
     def largest_micro_batch(self, measured: MeasuredCosts) -> int:
         return largest_micro_batch(self.fake, self.sizes, self.mesh, self.resident, measured, self.gpu)
 
+    def _average_step(self, mesh: MeshShape, resident: bool, costs: PassCosts) -> float:
+        """Its likely seconds."""
+        sent = traffic(self.fake, mesh, resident, costs, self.rows)
+        return sum(seconds(self.fake, mesh, self.gpu, costs, sent, LIKELY).values())
+
     def _memory(self, mesh: MeshShape, resident: bool, costs: PassCosts) -> dict[str, float]:
         return device_memory(self.fake, self.sizes, mesh, resident, MeasuredCosts(costs), self.rows)
+
+
+MAX_REMEDIES = 5
+
+
+def remedies(planner: _Planner, measured: Mapping[str, PassCosts], others: PassCosts | None) -> list[Remedy]:
+    """The fastest combinations of settings that make a training fit, none of which contains another.
+
+    Args:
+        measured: By way of activation checkpointing, the costs of the passes for the planner's rows.
+        others: For another number of rows, with the recipe's own way of activation checkpointing.
+    """
+    own = planner.config.engine.activation_checkpointing
+    found: list[Remedy] = []
+    combinations = (sum(chosen, ()) for chosen in product(*_remedial_settings(planner, list(measured))))
+    for settings in sorted(combinations, key=len):
+        if any(set(one.settings) <= set(settings) for one in found):
+            continue
+        changed = planner.with_settings(settings)
+        how = changed.config.engine.activation_checkpointing
+        costs = MeasuredCosts(measured[how], others if how == own else None).at(changed.rows)
+        found += [one] if (one := changed.remedy(settings, costs)) else []
+    return sorted(found, key=lambda one: one.seconds)[:MAX_REMEDIES]
+
+
+def _remedial_settings(planner: _Planner, compared: Sequence[str]) -> list[list[tuple[str, ...]]]:
+    """Settings that save memory: for each kind its values, the first of which changes nothing."""
+    config, rows = planner.config, planner.rows
+    settings, engine = config.distill, config.engine
+    learning = {"student": settings.student} | ({} if settings.regression else {"critic": settings.critic})
+    eight_bits = tuple(f"distill.{n}.moments=8bit" for n, one in learning.items() if one.moments != "8bit")
+    hows = [how for how in compared if how != engine.activation_checkpointing]
+    return [
+        [(), *((f"engine.micro_batch={rows >> i}",) for i in range(1, rows.bit_length()))],
+        [(), *((f"engine.activation_checkpointing={how}",) for how in hows)],
+        [(), *([("engine.weights=sharded",)] if engine.weights != "sharded" else [])],
+        [(), *([eight_bits] if eight_bits else [])],
+        [(), *([] if settings.lora or engine.offload_teacher else [("engine.offload_teacher=True",)])],
+    ]
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _with_setting(section: S, setting: str) -> S:
+    """A section with another value of a field, `field=value`, which may be in a section inside."""
+    path, value = setting.split("=")
+    head, _, rest = path.partition(".")
+    inner = _with_setting(getattr(section, head), f"{rest}={value}") if rest else value
+    return type(section).model_validate({**dict(section), head: inner})
 
 
 def _is_resident(config: Config, sizes: memory.Sizes, mesh: MeshShape, gpu: Gpu) -> bool:

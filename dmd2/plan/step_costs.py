@@ -16,13 +16,14 @@ from dmd2.plan.hardware import (
     MERGE_BYTES,
     TERA,
     UPDATE_BYTES,
+    UPDATE_BYTES_8BIT,
     USABLE,
     Assumption,
     Gpu,
 )
 from dmd2.plan.passes import STUDENT, FakeTrainer, PassCost, PassCosts, mean_calls, student_pass
-from dmd2.plan.traffic import GATHER, REDUCE, SCATTER, MeshShape, Traffic, update_rates
-from dmd2.training import memory, networks
+from dmd2.plan.traffic import GATHER, REDUCE, SCATTER, MeshShape, Traffic, copied_from_host, update_rates
+from dmd2.training import memory, moments, networks
 from dmd2.training.optim import NETWORK
 
 
@@ -55,14 +56,14 @@ def activations(fake: FakeTrainer, costs: PassCosts, with_gradients: bool = Fals
         return costs[name].peak_with_gradients if with_gradients else costs[name].peak
 
     terms = max((costs[student_pass(term)].peak for term in fake.terms), default=0)
-    moments = [costs[STUDENT].kept + terms, peak(STUDENT)]
+    alive = [costs[STUDENT].kept + terms, peak(STUDENT)]
     earlier: frozenset[nn.Parameter] = frozenset()
     for one in fake.critic_passes:
-        moments.append(peak(one.name))
+        alive.append(peak(one.name))
         if with_gradients:
-            moments.append(memory.FLOAT32 * sum(p.numel() for p in earlier) + costs[one.name].peak)
+            alive.append(memory.FLOAT32 * sum(p.numel() for p in earlier) + costs[one.name].peak)
         earlier |= costs[one.name].reached
-    return max(moments)
+    return max(alive)
 
 
 def early_weights(fake: FakeTrainer, costs: PassCosts) -> int:
@@ -146,7 +147,9 @@ def seconds(
         for kind, (calls, size) in sent.items()
     )
     updating = _updating(fake, mesh, gpu) + _merging(fake, gpu, assumed)
-    return {"computing": computing, "communicating": sending, "updating": updating}
+    copying = copied_from_host(fake, mesh, costs, rows) / (LINK_EFFICIENCY * gpu.host_gb_s * GB)
+    found = {"computing": computing, "communicating": sending, "updating": updating}
+    return found | ({"copying the teacher from the host": copying} if copying else {})
 
 
 def is_compiled(config: Config) -> bool:
@@ -169,8 +172,12 @@ def _updating(fake: FakeTrainer, mesh: MeshShape, gpu: Gpu) -> float:
     """Seconds of the optimizers and EMAs, from the bytes that they move."""
     settings, trained = fake.config.distill, trained_weights(fake)
     emas = {"student": len(settings.student.ema), "critic": len(settings.critic.ema)}
+    width = {
+        name: UPDATE_BYTES_8BIT if one.moments == "8bit" else UPDATE_BYTES
+        for name, one in (("student", settings.student), ("critic", settings.critic))
+    }
     moved = sum(
-        rate * trained[name] * (UPDATE_BYTES + 12 * emas[name])
+        rate * trained[name] * (width[name] + 12 * emas[name])
         for name, rate in update_rates(fake.config).items()
     )
     return moved / mesh.shards / (gpu.memory_gb_s * GB)
@@ -194,9 +201,15 @@ def trained_weights(fake: FakeTrainer) -> dict[str, int]:
 
 
 def checkpoint_bytes(fake: FakeTrainer) -> int:
-    """Bytes of master weights, moments and EMAs, in float32."""
+    """Bytes of float32 master weights and EMAs, and of moments."""
     settings, trained = fake.config.distill, trained_weights(fake)
-    return memory.FLOAT32 * sum(
-        trained[name] * (3 + len(optimizer.ema))
-        for name, optimizer in (("student", settings.student), ("critic", settings.critic))
+    networks = (
+        ("student", settings.student, fake.nets.student),
+        ("critic", settings.critic, fake.critic_modules),
     )
+    found = sum(
+        memory.FLOAT32 * trained[name] * (1 + len(optimizer.ema))
+        + moments.num_bytes(module, optimizer.moments)
+        for name, optimizer, module in networks
+    )
+    return round(found)

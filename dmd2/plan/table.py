@@ -64,6 +64,13 @@ def _tables(made: Plan) -> Iterator[tuple[str, Table]]:
             for c in made.alternatives
         ],
     )
+    if not made.fits and made.alternatives:
+        settings = [(" ".join(one.settings), f"{one.gb:.1f}", _s(one.seconds)) for one in made.remedies]
+        yield _table(
+            f"it does not fit in {USABLE * made.gpu.gb:.1f} GB; these settings make it fit, the fastest first",
+            ("settings", "GB", "predicted s/step"),
+            settings or [("none: use more or larger GPUs", "", "")],
+        )
     if made.published:
         yield _published_table(made.published)
 

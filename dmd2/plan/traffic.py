@@ -85,6 +85,7 @@ def traffic(fake: FakeTrainer, mesh: MeshShape, resident: bool, costs: PassCosts
     if mesh.gpus == 1:
         return {}
     config, width = fake.config, memory.gathered_width(fake.config)
+    widths = {"teacher": memory.compute_width(config)}
     micro_batches = -(-config.distill.batch // mesh.gpus // rows)
     rates, calls, total = update_rates(config), mean_calls(fake), _Sum(mesh)
     networks, unsharded = fake.nets.named(), _gathered_once(config, resident)
@@ -103,10 +104,25 @@ def traffic(fake: FakeTrainer, mesh: MeshShape, resident: bool, costs: PassCosts
         units = shard_units(fake.family.blocks(networks[name]), networks[name])
         for one, often in calls.items():
             for unit, weights_of_unit in units:
-                _add_unit_calls(total, costs[one], unit, weights_of_unit, width, often * micro_batches)
+                times = often * micro_batches
+                _add_unit_calls(total, costs[one], unit, weights_of_unit, widths.get(name, width), times)
     norms = sum(rates.values()) if mesh.shards > 1 else 0
     total.add(REDUCE, norms, norms * memory.FLOAT32)
     return {kind: sums for kind, sums in total.sums.items() if sums[0]}
+
+
+def copied_from_host(fake: FakeTrainer, mesh: MeshShape, costs: PassCosts, rows: int) -> float:
+    """Bytes of the teacher's weights that are copied to a GPU in an average step, if they wait in the host's memory."""
+    if not fake.config.engine.offload_teacher:
+        return 0.0
+    teacher, micro_batches = fake.nets.teacher, -(-fake.config.distill.batch // mesh.gpus // rows)
+    units, calls = shard_units(fake.family.blocks(teacher), teacher), mean_calls(fake)
+    copied = sum(
+        often * costs[one].forward_calls.get(unit, 0) * _numel(weights)
+        for one, often in calls.items()
+        for unit, weights in units
+    )
+    return micro_batches * copied * memory.compute_width(fake.config) / mesh.shards
 
 
 def _gathered_once(config: Config, resident: bool) -> set[str]:
@@ -114,7 +130,8 @@ def _gathered_once(config: Config, resident: bool) -> set[str]:
     lora = config.distill.lora
     whole = {"teacher", "student"} if lora else set()
     whole |= {"critic"} if lora and lora.shared_base else set()
-    return {"teacher", "student", "critic"} if resident else whole
+    whole = {"teacher", "student", "critic"} if resident else whole
+    return whole - {"teacher"} if config.engine.offload_teacher else whole
 
 
 def _add_unit_calls(

@@ -58,7 +58,9 @@ def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
         return fam.diffusion.nearest_timestep(settings.p_mean + settings.p_std * noise)
 
     return DiffusionTrainer(
-        trainable("teacher", network, settings.optimizer, settings.steps), fam.denoiser(network), timesteps
+        trainable("teacher", network, settings.optimizer, settings.steps, config.seed),
+        fam.denoiser(network),
+        timesteps,
     )
 
 
@@ -92,8 +94,8 @@ def trainer(
         return _regression_trainer(config, settings.regression, fam, nets, world.device)
     terms, critic_modules = loss_terms(config, fam, nets, lambda make: _on_device(make, world, mesh))
     return DMD2Trainer(
-        trainable("student", nets.student, settings.student, settings.steps),
-        trainable("critic", critic_modules, settings.critic, settings.steps),
+        trainable("student", nets.student, settings.student, settings.steps, config.seed),
+        trainable("critic", critic_modules, settings.critic, settings.steps, config.seed),
         terms,
         sample_student(config, student_denoiser(config, fam, nets)),
         settings.critic_updates,
@@ -176,7 +178,7 @@ def sizes(config: c.Config, fam: ModelFamily) -> memory.Sizes:
     """Numbers of weights of a recipe."""
     nets = networks.on_meta(config, fam)
     terms, critic_modules = loss_terms(config, fam, nets, place_on_meta)
-    return memory.sizes(nets, critic_modules, fam.blocks(nets.student), len(critic_passes(terms)))
+    return memory.sizes(config, nets, critic_modules, fam.blocks(nets.student), len(critic_passes(terms)))
 
 
 def place_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -186,7 +188,7 @@ def place_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 def _mesh_of_one(config: c.Config, world: World) -> DeviceMesh | None:
     """For a process alone with an accelerator, where float32 weights are gathered in bfloat16 as on many: autocast would
-    launch half as many kernels again. On the CPU, and in float32, there is no mesh."""
+    launch half as many kernels again; or where the teacher's wait in the host's memory. Else, and on the CPU, there is no mesh."""
     here = world.device.type not in ("cpu", "meta")
     return world.mesh_of_one() if here and networks.gathers_alone(config) else None
 
@@ -253,7 +255,7 @@ def _regression_trainer(
 ) -> RegressionTrainer:
     settings = config.distill
     return RegressionTrainer(
-        trainable("student", nets.student, settings.student, settings.steps),
+        trainable("student", nets.student, settings.student, settings.steps, config.seed),
         student_denoiser(config, fam, nets),
         settings.student_timesteps[0],
         _image_distance(regression, fam, device, _dtype(config)),

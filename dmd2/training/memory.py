@@ -11,13 +11,13 @@ from torch import nn
 
 from dmd2.config import Config, OptimizerConfig
 from dmd2.parallel.sharding import outermost
+from dmd2.training import moments
 from dmd2.training.networks import DistillNetworks, gathers_in_compute_type
 from dmd2.training.optim import NETWORK
 
 MAX_STATIC_FRACTION = 0.6
 """Fraction of a device's memory that weights, gradients and moments may take; the rest is for activations."""
 FLOAT32 = 4
-MOMENTS = 2 * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,36 @@ class Sizes:
     """Of the largest unit."""
     critic_passes: int
     """Backward passes of the critic per step and micro-batch."""
+    moments: Mapping[str, float]
+    """Bytes of AdamW's moments of student, critic and head."""
     merged: int = 0
     """Of the weights that a low-rank update of the student is merged into, for its calls without gradient."""
 
 
 def sizes(
-    nets: DistillNetworks, critic_modules: nn.ModuleDict, units: Sequence[nn.Module], critic_passes: int
+    config: Config,
+    nets: DistillNetworks,
+    critic_modules: nn.ModuleDict,
+    units: Sequence[nn.Module],
+    critic_passes: int,
 ) -> Sizes:
     """`units` are those of sharding, of the student."""
     outer, unit = (max(map(num_weights, some), default=0) for some in (outermost(units), units))
-    added = sum(num_weights(module) for name, module in critic_modules.items() if name != NETWORK)
+    heads = [module for name, module in critic_modules.items() if name != NETWORK]
     trained = num_trained(nets.student), num_trained(nets.critic)
     merged = sum(p.numel() for p in nets.merged.weights()) if nets.merged else 0
-    return Sizes(num_weights(nets.teacher), *trained, added, outer, unit, critic_passes, merged)
+    added, states = sum(map(num_weights, heads)), moment_bytes(config, nets, heads)
+    return Sizes(num_weights(nets.teacher), *trained, added, outer, unit, critic_passes, states, merged)
+
+
+def moment_bytes(config: Config, nets: DistillNetworks, heads: Sequence[nn.Module]) -> dict[str, float]:
+    """Bytes of AdamW's moments of student, critic and the modules that loss terms train with it."""
+    student, critic = config.distill.student.moments, config.distill.critic.moments
+    return {
+        "student": moments.num_bytes(nets.student, student),
+        "critic": moments.num_bytes(nets.critic, critic),
+        "head": sum(moments.num_bytes(head, critic) for head in heads),
+    }
 
 
 def static(
@@ -70,18 +87,21 @@ def static(
     low_rank = settings.lora is not None
     learned_width = gathered_width(config)
     in_transit = 2.0 * learned_width * (of.outer_unit if resident else of.unit)
-    found = {"teacher": width * of.network / (1 if resident or low_rank else shards)}
+    if config.engine.offload_teacher:
+        found = {"teacher: units on the way from the host": 2.0 * width * of.unit}
+    else:
+        found = {"teacher": width * of.network / (1 if resident or low_rank else shards)}
     found["student: merged weights"] = float(width * of.merged)
     gathered = in_transit if sharded or not resident else 0.0
     for name, optimizer, trained in (
         ("student", settings.student, of.student),
         ("critic", settings.critic, of.critic),
     ):
-        found |= _masters_and_moments(name, optimizer, trained, shards)
+        found |= _masters_and_moments(name, optimizer, trained, of.moments[name], shards)
         # Gathered in the type it is computed in; in float32 on one device, that is the weights themselves.
         copied = (sharded or learned_width < FLOAT32) and (resident or (low_rank and trained < of.network))
         gathered += learned_width * trained if copied else 0
-    found |= _masters_and_moments("head", settings.critic, of.term_modules, shards)
+    found |= _masters_and_moments("head", settings.critic, of.term_modules, of.moments["head"], shards)
     found["gathered weights"] = gathered + (FLOAT32 * of.term_modules if sharded else 0)
     # Student and critic free their gradients before the other one's turn.
     found["gradients"] = FLOAT32 * max(of.student, of.critic + of.term_modules) / shards
@@ -142,11 +162,13 @@ def num_trained(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _masters_and_moments(name: str, settings: OptimizerConfig, trained: int, shards: int) -> dict[str, float]:
+def _masters_and_moments(
+    name: str, settings: OptimizerConfig, trained: int, moment_bytes: float, shards: int
+) -> dict[str, float]:
     """Bytes of float32 master weights, moments and EMAs of a shard."""
     mine = trained / shards
     return {
         f"{name}: weights": FLOAT32 * mine,
-        f"{name}: moments": MOMENTS * mine,
+        f"{name}: moments": moment_bytes / shards,
         f"{name}: EMAs": FLOAT32 * mine * len(settings.ema),
     }

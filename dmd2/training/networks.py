@@ -52,8 +52,10 @@ class Start:
 
 
 def gathers_alone(config: Config) -> bool:
-    """Whether a process alone with an accelerator has a mesh: where an all-gather makes bfloat16 weights of float32 ones."""
-    return config.distill.dtype == "bfloat16" and gathers_in_compute_type(config)
+    """Whether a process alone with an accelerator has a mesh: where an all-gather makes bfloat16 weights of float32 ones, or copies
+    those of the teacher from the host."""
+    casts = config.distill.dtype == "bfloat16" and gathers_in_compute_type(config)
+    return casts or config.engine.offload_teacher
 
 
 def gathers_in_compute_type(config: Config) -> bool:
@@ -76,6 +78,7 @@ def on_device(
     `weights` are the teacher's, on the main process; other processes give none. Raises Refused for a LoRA with a `start`.
     """
     settings, dtype = config.distill, getattr(torch, config.distill.dtype)
+    offloads = config.engine.offload_teacher
     gathered = dtype if gathers_in_compute_type(config) else torch.float32
     if settings.lora and start:
         raise Refused("a low-rank student starts as its teacher; leave out --start, or set lora to None")
@@ -88,11 +91,16 @@ def on_device(
         learns = role != "teacher"
         with torch.device("meta"):
             network = fam.network().to(torch.float32 if learns else dtype).requires_grad_(learns)
-        if mesh and (learns or not (resident or settings.lora)):
+        offloaded = offloads and not learns
+        if mesh and (learns or offloaded or not (resident or settings.lora)):
             gathered_type = gathered if learns else dtype
-            sharding.shard(network, fam.blocks(network), mesh, gathered_type, resident=resident)
-        network = network.to_empty(device=world.device)
+            units, stays = fam.blocks(network), resident and not offloaded
+            sharding.shard(network, units, mesh, gathered_type, resident=stays, offload=offloaded)
+        network = network.to_empty(device="cpu" if offloaded else world.device)
         sharding.broadcast_state_dict(network, sources.get(role, weights), world)
+        for module in network.modules():
+            for name, buffer in module.named_buffers(recurse=False):  # they are not offloaded
+                setattr(module, name, buffer.to(world.device))
         return network
 
     def low_rank(teacher: nn.Module, lora: LoraConfig) -> nn.Module:

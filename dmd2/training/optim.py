@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from dmd2 import rng
 from dmd2.config import OptimizerConfig
 from dmd2.parallel import sharding
+from dmd2.training import moments
 from dmd2.training.checkpoint import Stateful
 from dmd2.training.ema import Ema
 
@@ -51,7 +53,8 @@ class TrainableWeights:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """AdamW's state as an object of a checkpoint: `<parameter>.exp_avg`, `<parameter>.exp_avg_sq` and `<parameter>.step`.
+    """AdamW's state as an object of a checkpoint: `<parameter>.exp_avg`, `<parameter>.exp_avg_sq` and `<parameter>.step`;
+    of 8-bit moments also `<parameter>.exp_avg_scale` and `<parameter>.exp_avg_sq_scale`.
 
     The optimizer must have been given named parameters. Creating this object creates missing state, so that a checkpoint
     from before the first step holds the same tensors as a later one.
@@ -60,14 +63,11 @@ class OptimizerState:
     optimizer: torch.optim.Optimizer
 
     def __post_init__(self) -> None:
-        for _, p in self._named_parameters():
-            if not self.optimizer.state[p]:
-                shard = sharding.local_tensor(p).detach()
-                zeros = {
-                    name: sharding.sharded_like(p, torch.zeros_like(shard))
-                    for name in ("exp_avg", "exp_avg_sq")
-                }
-                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if not self.optimizer.state[p]:
+                    zeros = moments.zeros(p, group["moments"])
+                    self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
 
     def state_dict(self) -> dict[str, Tensor]:
         state = self.optimizer.state
@@ -98,6 +98,8 @@ class Trainable:
     max_grad_norm: float
     emas: list[Ema] = field(default_factory=list)
     """Updated after every optimizer step; the last one gives the inference weights."""
+    seed: int = 0
+    """Of the random rounding of 8-bit moments."""
 
     def set_gradient_sync(self, last_micro_batch: bool, last_pass: bool) -> None:
         """Reduce the gradients over the ranks in the next backward pass, or accumulate them locally until a later one.
@@ -116,17 +118,14 @@ class Trainable:
         sharding.reshard(self.module)
         norm = sharding.global_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         skipped = (~norm.isfinite()).float()
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused optimizers, as set by GradScaler
         lr = self.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             shards = {p: sharding.local_leaf(p) for p in group["params"] if p.grad is not None}
             if self.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(list(shards.values()), self.max_grad_norm, norm, foreach=True)
-            if sharding.is_sharded(group["params"]):
-                adamw_step(group, [(shard, self.optimizer.state[p]) for p, shard in shards.items()], skipped)
-        if not sharding.is_sharded(self.module.parameters()):
-            self.optimizer.step()
+            states = [(shard, self.optimizer.state[p]) for p, shard in shards.items()]
+            adamw_step(group, states, skipped, partial(rng.generator, self.seed, step, self.name))
         self.optimizer.zero_grad()
         for ema in self.emas:
             ema.update(self.module)
@@ -171,32 +170,61 @@ class Trainable:
         return dict(module.named_children()) if isinstance(module, nn.ModuleDict) else {"": module}
 
 
+Shards = Sequence[tuple[Tensor, dict[str, Tensor]]]
+"""(this rank's shard of a parameter with its gradient, its state), as plain tensors or with DTensors as state."""
+
+
 @torch.no_grad()
 def adamw_step(
-    group: dict[str, Any], shards: list[tuple[Tensor, dict[str, Tensor]]], skipped: Tensor
+    group: dict[str, Any],
+    shards: Shards,
+    skipped: Tensor,
+    generator: Callable[[torch.device], torch.Generator],
 ) -> None:
-    """One fused AdamW step of this rank's shards of the parameters of a group: the kernel that `AdamW.step` calls.
-
-    AdamW's own step takes DTensors, and looks up how each operation is sharded: 3.5 s at the start of every process, and
-    again on the host at every step.
+    """One AdamW step of this rank's shards of the parameters of a group.
 
     Args:
         group: An entry of `AdamW.param_groups`, whose settings are used.
-        shards: (parameter with its gradient, its state), as plain tensors or with DTensors as state.
         skipped: 1 to change nothing, else 0; a scalar on the device.
+        generator: Of the random rounding of 8-bit moments. Ranks that hold the same shard must draw the same numbers.
     """
+    coded = [one for one in shards if moments.NAMES[0] + moments.SCALE in one[1]]
+    plain = [one for one in shards if moments.NAMES[0] + moments.SCALE not in one[1]]
+    if plain:
+        first, second = ([sharding.local_tensor(state[name]) for _, state in plain] for name in moments.NAMES)
+        _fused_adamw(group, plain, first, second, skipped)
+    if not coded:
+        return
+    numbers = generator(coded[0][0].device)
+    for part in moments.chunks(coded):
+        tensors, states = zip(*part, strict=True)
+        decoded = [moments.decode(states, name) for name in moments.NAMES]
+        first, second = (moments.views(one, tensors) for one in decoded)
+        _fused_adamw(group, part, first, second, skipped)
+        for name, one in zip(moments.NAMES, decoded, strict=True):
+            moments.encode(one, states, name, skipped, numbers)
 
-    def state(name: str) -> list[Tensor]:
-        return [sharding.local_tensor(state[name]) for _, state in shards]
 
+def _fused_adamw(
+    group: dict[str, Any],
+    shards: Shards,
+    first: list[Tensor],
+    second: list[Tensor],
+    skipped: Tensor,
+) -> None:
+    """The kernel that `AdamW.step` calls, with both moments of the shards.
+
+    AdamW's own step takes DTensors, and looks up how each operation is sharded: 3.5 s at the start of every process, and
+    again on the host at every step.
+    """
     beta1, beta2 = group["betas"]
     adamw(
         [shard for shard, _ in shards],
         [shard.grad for shard, _ in shards if shard.grad is not None],
-        state("exp_avg"),
-        state("exp_avg_sq"),
+        first,
+        second,
         [],
-        state("step"),
+        [sharding.local_tensor(state["step"]) for _, state in shards],
         fused=True,
         found_inf=skipped,
         amsgrad=False,
@@ -209,10 +237,13 @@ def adamw_step(
     )
 
 
-def trainable(name: str, module: nn.Module, settings: OptimizerConfig, steps: int) -> Trainable:
+def trainable(
+    name: str, module: nn.Module, settings: OptimizerConfig, steps: int, seed: int = 0
+) -> Trainable:
     """A Trainable with AdamW over the module's trainable parameters. `steps` is the length of the run."""
+    parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        [(name, p) for name, p in module.named_parameters() if p.requires_grad],
+        [{"params": parameters, "moments": settings.moments}],
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -221,7 +252,7 @@ def trainable(name: str, module: nn.Module, settings: OptimizerConfig, steps: in
     OptimizerState(optimizer)
     emas = [Ema(module, decay) for decay in settings.ema]
     lr = partial(learning_rate, settings, steps)
-    return Trainable(name, module, optimizer, lr, settings.max_grad_norm, emas)
+    return Trainable(name, module, optimizer, lr, settings.max_grad_norm, emas, seed)
 
 
 def learning_rate(settings: OptimizerConfig, steps: int, step: int) -> float:

@@ -66,6 +66,7 @@ class Training:
 EDM = "distill.batch=40 distill.dtype="  # of 280, as each of the reference's seven GPUs had
 SHARED, SDXL = "sdxl-4step-shared", "distill.batch=4 engine.micro_batch=2"
 EAGER, FULL, COMPILE = " engine.compile=off", " engine.activation_checkpointing=full", " engine.compile=on"
+ONE, EIGHT_BITS = "distill.batch=4", " distill.student.moments=8bit distill.critic.moments=8bit"
 TRAININGS = {
     "edm-float32": Training("edm-imagenet64", EDM + "float32", profiled=True),
     "edm-tf32": Training("edm-imagenet64", EDM + "float32", tf32=True),
@@ -78,6 +79,12 @@ TRAININGS = {
     ),
     "sdxl-lora": Training("sdxl-4step-lora", SDXL + FULL, profiled=True, needs_gb=75),
     "sdxl-whole": Training("sdxl-4step", SDXL + FULL, profiled=True, needs_gb=120),
+    "sdxl-whole-8bit": Training(
+        "sdxl-4step", ONE + " engine.micro_batch=1" + EIGHT_BITS, profiled=True, needs_gb=70
+    ),
+    "sdxl-whole-8bit-offload": Training(
+        "sdxl-4step", ONE + " engine.micro_batch=2 engine.offload_teacher=True" + EIGHT_BITS, needs_gb=75
+    ),
     "edm-bfloat16-compile": Training("edm-imagenet64", EDM + "bfloat16" + COMPILE, profiled=True),
     "sdxl-shared-compile": Training(SHARED, SDXL + COMPILE, profiled=True),  # minutes of compiling: last
 }

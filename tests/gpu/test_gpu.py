@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -26,6 +27,14 @@ def test_a_step_is_finite_never_waits_for_the_device_and_takes_the_memory_of_the
     assert row["finite"]
     assert not row["host waits at"]
     assert row["peak GB"] == pytest.approx(row["plan GB"], rel=0.1)
+
+
+def test_a_teacher_in_the_hosts_memory_changes_no_loss() -> None:
+    whole = gpu.TRAININGS["sdxl-whole-8bit"]
+    there = dataclasses.replace(whole, overrides=whole.overrides + " engine.offload_teacher=True")
+    kept, copied = (gpu.train(case, DEVICE, tiny=True, plan={}) for case in (whole, there))
+    assert copied["losses"] == pytest.approx(kept["losses"], rel=1e-3)
+    assert not copied["host waits at"]
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])

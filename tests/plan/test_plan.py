@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config, DistillConfig
 from dmd2.models.family import ModelFamily, make_family
 from dmd2.plan import evaluation, passes, prediction, published_scheme, step_costs, table
-from dmd2.plan.hardware import GPUS
+from dmd2.plan.hardware import GPUS, USABLE
 from dmd2.plan.meter import CPU_ATTENTION, Meter, norms_as_on_cuda
 from dmd2.plan.passes import PassCost
 from dmd2.plan.traffic import MeshShape
@@ -263,3 +264,31 @@ def test_the_published_run_is_slow_by_its_units_and_ours_is_not() -> None:
     assert scheme.computing_s < 1.5
     assert scheme.seconds == pytest.approx(scheme.published_s, rel=0.1)
     assert scheme.ours_s < 1.5
+
+
+@pytest.mark.parametrize("gb", [0.8, 0.7])
+def test_a_plan_that_does_not_fit_says_with_which_settings_it_does(
+    gb: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them, planned by itself, fits and takes what was said; none is part of another."""
+    changes = ("family.network.channels=64", "engine.micro_batch=4")
+    fam = make_family(digits(*changes).family)
+
+    def planned(*more: str, compared: tuple[str, ...] = ()) -> prediction.Plan:
+        config = digits(*changes, *more)
+        return prediction.make_plan(config, fam, "small", MeshShape(1, 1, 1), compared=compared)
+
+    large = GPUS["l4-24gb"]
+    monkeypatch.setitem(GPUS, "small", large)
+    needed = planned().memory_gb
+    monkeypatch.setitem(GPUS, "small", replace(large, gb=gb * needed / USABLE))
+    made = planned(compared=("none", "full"))
+    assert not made.fits
+    assert made.remedies
+    assert any("distill.critic.moments=8bit" in one.settings for one in made.remedies)
+    for one in made.remedies:
+        alone = planned(*one.settings)
+        assert alone.fits
+        assert alone.memory_gb == pytest.approx(one.gb, rel=0.02)
+        assert not any(set(other.settings) < set(one.settings) for other in made.remedies)
+    assert made.facts["fits_with"] == " ".join(made.remedies[0].settings)

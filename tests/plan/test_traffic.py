@@ -49,6 +49,7 @@ def test_collectives_of_resident_networks_are_one_gather_and_one_reduction_per_u
         (),
         ("distill.gan.reuse_denoising_pass=True",),
         ("engine.micro_batch=1", "engine.activation_checkpointing=full"),
+        ("engine.offload_teacher=True",),
     ],
 )
 @pytest.mark.parametrize(("gpus", "per_node"), [(8, 4), (4, 1)])

@@ -23,7 +23,7 @@ from dmd2.models.family import ModelFamily, make_family
 from dmd2.parallel import sharding
 from dmd2.parallel.ranks import World
 from dmd2.plan import passes
-from dmd2.training import build, checkpoint
+from dmd2.training import build, checkpoint, networks
 from dmd2.training.trainer import DMD2Trainer
 from tests.conftest import ALONE, MICRO
 from tests.tiny_sdxl import SMALL
@@ -97,6 +97,21 @@ def test_losses_and_gradients_are_those_of_autocast_within_the_noise_of_bfloat16
     assert ((gathered - exact).abs() < 0.02 * exact.abs() + 2e-4).all()
     exact, autocast, gathered = gradients
     assert (gathered - exact).norm() < 1.5 * (autocast - exact).norm() < 0.15 * exact.norm()
+
+
+def test_a_teacher_in_the_hosts_memory_gives_the_same_bits(pipeline: Path, meshed: World) -> None:
+    """FSDP gathers its units for their calls, as on a GPU; on the CPU there is nothing to copy."""
+    found = []
+    for on in (False, True):
+        config, family = made(
+            "edm-digits", pipeline, "distill.dtype=bfloat16", f"engine.offload_teacher={on}"
+        )
+        weights, mesh = family.network().state_dict(), meshed.mesh_of_one()
+        nets = networks.on_device(config, family, weights, meshed, mesh, None, resident=True)
+        assert sharding.is_sharded(nets.teacher.parameters()) == on
+        trainer = trainer_of(config, family, meshed)
+        found.append([trainer.step(real(config, family, step, meshed), step) for step in range(3)])
+    assert found[0] == found[1]
 
 
 def test_collectives_wait_longer_for_a_process_that_compiles(meshed: World) -> None:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from dmd2 import recipes, stages
-from dmd2.training import checkpoint
+from dmd2.training import build, checkpoint
 from dmd2.training.metrics_log import METRICS, read_metrics, truncate_after
+from dmd2.training.trainer import DMD2Trainer
 from tests import warm
 from tests.conftest import ALONE, MICRO, flags
 from tests.training.test_loop import assert_same, numbers
-from tests.worker import WORLDS, played, resolved
+from tests.worker import WORLDS, played, resolved, state_of
 
 GAMES = [(world, trainer) for world, games in WORLDS.items() for trainer in games]
 COLD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(warm.ROOT)}
@@ -54,7 +55,10 @@ def alone(case: str, pipeline: Path) -> dict[str, Tensor]:
     return played(*resolved(case, pipeline), ALONE)
 
 
-@pytest.mark.parametrize(("world", "trainer"), [trainer for trainer in GAMES if "bfloat16" not in trainer[1]])
+EXACT = [game for game in GAMES if not game[1].startswith(("bfloat16", "8bit"))]
+
+
+@pytest.mark.parametrize(("world", "trainer"), EXACT)
 def test_losses_gradients_and_weights_are_those_of_one_process(
     world: int, trainer: str, told: Path, pipeline: Path
 ) -> None:
@@ -81,6 +85,18 @@ def test_in_bfloat16_they_are_within_its_noise(world: int, trainer: str, told: P
 
     assert distance(mine, exact) > 0
     assert distance(theirs, mine) < 1.5 * distance(mine, exact)
+
+
+def test_8_bit_moments_of_two_processes_are_loaded_by_one_bit_for_bit(told: Path, pipeline: Path) -> None:
+    theirs = torch.load(told / "2" / "8bit 2 sharded.pt", weights_only=True)
+    config, family, steps = resolved("8bit", pipeline)
+    trainer = build.trainer(config, family, family.network().state_dict(), ALONE)
+    assert isinstance(trainer, DMD2Trainer)
+    checkpoint.load(told / "2" / "checkpoints", steps, trainer.state())
+    mine = state_of(trainer, ALONE)
+    assert sum(value.dtype == torch.uint8 for value in mine.values()) > 10
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
 
 
 def test_deterministic_mode_gives_the_same_bits_every_time(made: Path, tmp_path: Path) -> None:
