@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 1000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-page demo-sdxl demo-sdxl-forms teacher-emoji test test-slow test-cluster test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push sbom scan submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine bench-evaluation bench-gpu clean
+.PHONY: help demo demo-page demo-sdxl teacher-emoji test test-slow test-cluster test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push sbom scan submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine bench-evaluation bench-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,17 +30,9 @@ SDXL_ROOT := runs/demo-sdxl
 TEACHER ?= tests/emoji/pipeline
 
 demo-sdxl: $(READY) $(EMOJI)/source ## Distil a small SDXL that draws emoji into four steps (needs npm)
-	$(BIN)/python -m pipelines run-local --root $(SDXL_ROOT) --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji \
+	$(BIN)/python -m pipelines run-local --root $(SDXL_ROOT) --source $(EMOJI)/source --teacher $(TEACHER) --recipe sdxl-4step-emoji --low-rank 16 \
 		--overrides "evaluate.metrics=fid,kid,precision,recall,clip evaluate.clip=tests/emoji/clip_model"
-	test ! -d $(SDXL_ROOT)/package || $(MAKE) --no-print-directory demo-sdxl-forms
-
-# All forms of an accepted student: a second package has a low-rank update, extracted from the whole network.
-SDXL_PARTS = $(foreach part,run evaluation gate,--$(part) $(SDXL_ROOT)/$(part))
-demo-sdxl-forms: $(READY)
-	$(BIN)/dmd2 verify $(SDXL_ROOT)/package
-	$(BIN)/dmd2 package $(SDXL_PARTS) --low-rank 16 --teacher $(SDXL_ROOT)/teacher --out $(SDXL_ROOT)/package-lora
-	$(BIN)/dmd2 verify $(SDXL_ROOT)/package-lora
-	$(BIN)/dmd2 report $(SDXL_PARTS) --data $(SDXL_ROOT)/shards --teacher $(SDXL_ROOT)/teacher --package $(SDXL_ROOT)/package-lora --out $(SDXL_ROOT)/report.html
+	test ! -d $(SDXL_ROOT)/package || $(BIN)/dmd2 verify $(SDXL_ROOT)/package
 
 teacher-emoji: $(READY) $(EMOJI)/source ## Train that SDXL anew, into runs/emoji/teacher: about half an hour
 	$(BIN)/dmd2 shard sdxl-4step-emoji --source $(EMOJI)/source --out $(EMOJI)/shards
@@ -99,7 +91,7 @@ compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml, and com
 	$(BIN)/python -m pipelines compile
 
 # What a run is given: these variables, TEACHER and RUN_ROOT; HOST is the address of the pipelines' UI.
-PARAMETERS = SOURCE OVERRIDES FIRST_OVERRIDES START PROMPTS PAIRS BASE VAE LICENSE LICENSE_LINK RESTRICTIONS SAFETY_CHECKER DESTINATION HUB MODEL_REGISTRY SCORES GPUS BUDGET PARTS
+PARAMETERS = SOURCE OVERRIDES FIRST_OVERRIDES START PROMPTS PAIRS BASE VAE LICENSE LICENSE_LINK RESTRICTIONS SAFETY_CHECKER LOW_RANK DESTINATION HUB MODEL_REGISTRY SCORES GPUS BUDGET PARTS
 flag = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
 GIVEN = $(foreach name,$(PARAMETERS),$(if $($(name)),--$(call flag,$(name)) '$($(name))')) $(if $(RUN_ROOT),--root '$(RUN_ROOT)')
 HOW = $(if $(HOST),--host '$(HOST)') $(if $(DRY_RUN),--dry-run) $(if $(UNPINNED),--unpinned)

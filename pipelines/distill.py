@@ -109,6 +109,7 @@ def distill(
     license_link: str = "",
     restrictions: str = "",
     safety_checker: str = "",
+    low_rank: int = 0,
     destination: str = "",
     hub: str = "",
     model_registry: str = "",
@@ -141,6 +142,7 @@ def distill(
         license_link: Address of its text.
         restrictions: What users must not do, for the model card.
         safety_checker: Pipeline of Stable Diffusion 1.5 (folder, gs:// or name on the hub) whose safety checker the package gets. Empty: none.
+        low_rank: Rank of a LoRA that is extracted from a student of sd15 or sdxl whose whole network was trained, as a further form of it; 0: none.
         destination: Folder of models; an accepted package is published there as `<recipe>/<digest>`. Empty: it is not published.
         hub: Repository of the Hugging Face Hub, `hf://owner/name`, where it is published too; the token is in the Secret `dmd2-hub-token`. Empty: none.
         model_registry: Address of a Kubeflow Model Registry in which the published package is noted. Empty: none.
@@ -156,15 +158,16 @@ def distill(
         claim: Set by retraining for the runs that it starts; leave it empty.
     """
     run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    terms = {
+    shipped = {
         "license": license, "license_link": license_link, "restrictions": restrictions, "safety_checker": safety_checker,
+        "low_rank": low_rank,
     }  # fmt: skip
     finished = pod(finish_run(root=root, run_id=run, claim=claim, price=price), LIGHT, retries=2)
     with dsl.ExitHandler(finished, name="distil"):
         prepared = prepare_run(
             run_id=run, claim=claim, source=source, teacher=teacher, recipe=recipe, overrides=overrides,
             first_overrides=first_overrides, start=start, prompts=prompts, pairs=pairs, base=base, vae=vae, gate=gate,
-            destination=destination, hub=hub, model_registry=model_registry, scores=scores, **terms, root=root, nodes=nodes, gpus=gpus, pool=pool, budget=budget, price=price, parts=parts,
+            destination=destination, hub=hub, model_registry=model_registry, scores=scores, **shipped, root=root, nodes=nodes, gpus=gpus, pool=pool, budget=budget, price=price, parts=parts,
             queue=queue,
         )  # fmt: skip
         chosen = with_registry(with_hub(pod(prepared, LIGHT))).outputs
@@ -226,7 +229,9 @@ def distill(
             "start": chosen["start"], "pairs": chosen["pairs"],
         }  # fmt: skip
         with dsl.If(decision.output == "accepted", name="accepted"):
-            packaged = package_model(root=folder, run=student, evaluation=evaluation, **terms)
+            packaged = package_model(
+                root=folder, teacher=original, run=student, evaluation=evaluation, **shipped
+            )
             package = with_hub(with_signing_key(pod(packaged, BUSY))).outputs["package"]
             pod(report(decision=decision.output, **made), LIGHT).after(packaged)
             with dsl.If(destination != "", name="published"):

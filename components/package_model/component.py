@@ -10,6 +10,8 @@ def package_model(
     license_link: str,
     restrictions: str,
     safety_checker: str,
+    low_rank: int,
+    teacher: dsl.Input[dsl.Model],
     run: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     package: dsl.Output[dsl.Model],
@@ -24,6 +26,8 @@ def package_model(
         license_link: Address of its text, or empty.
         restrictions: What users must not do, for the model card.
         safety_checker: Pipeline whose safety checker the package gets, or empty.
+        low_rank: Rank of an update of the teacher that is extracted from the student, or 0.
+        teacher: The teacher, of which only `low_rank` needs the weights.
         run: The student.
         evaluation: Its scores.
         package: Points to the package by URI and digest; the file itself is its manifest.
@@ -47,6 +51,8 @@ def package_model(
             license_link=license_link,
             restrictions=restrictions,
             safety_checker=safety_checker,
+            low_rank=low_rank,
+            teacher=teacher.metadata["uri"],
             key=signed,
         )
         package.metadata.update(artifact.write_pointer(f"{root}/package", "package", package.path))

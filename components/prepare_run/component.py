@@ -24,6 +24,7 @@ def prepare_run(
     license_link: str,
     restrictions: str,
     safety_checker: str,
+    low_rank: int,
     destination: str,
     hub: str,
     model_registry: str,
@@ -78,6 +79,7 @@ def prepare_run(
         license_link: Address of its text, or empty.
         restrictions: What users must not do.
         safety_checker: Pipeline whose safety checker the package gets, or empty.
+        low_rank: Rank of an update that is extracted from the student, or 0.
         destination: Folder of published models, or empty.
         hub: Repository of the Hugging Face Hub where the package is published too, or empty.
         model_registry: Address of a Kubeflow Model Registry in which it is noted, or empty.
@@ -116,7 +118,7 @@ def prepare_run(
     logger = logging.getLogger("components.prepare_run")
     with one_sentence():
         given = RunParameters(
-            source, teacher, recipe, overrides, first_overrides, start, prompts, pairs, base, vae, gate, license, license_link, restrictions, safety_checker, destination, hub, model_registry, scores, root, nodes, gpus, pool, budget, price, parts, queue,
+            source, teacher, recipe, overrides, first_overrides, start, prompts, pairs, base, vae, gate, license, license_link, restrictions, safety_checker, low_rank, destination, hub, model_registry, scores, root, nodes, gpus, pool, budget, price, parts, queue,
         )  # fmt: skip
         on_cluster = "://" in settings.uri
         config = check_parameters(given, on_cluster)

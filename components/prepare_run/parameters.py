@@ -19,6 +19,7 @@ from dmd2.io.model_registry import check_registry_address
 from dmd2.io.storage import is_remote, join_uri, open_store
 from dmd2.licence import Terms
 from dmd2.stages.inputs import check_prompts
+from dmd2.stages.package import check_extracts
 
 MIN_HOLDOUT = 2
 """Held-out images without which there is no evaluation."""
@@ -71,6 +72,7 @@ class RunParameters:
     license_link: str = ""
     restrictions: str = ""
     safety_checker: str = ""
+    low_rank: int = 0
     destination: str = ""
     hub: str = ""
     model_registry: str = ""
@@ -235,6 +237,9 @@ def _check_data(given: RunParameters) -> None:
 
 def _check_package(given: RunParameters) -> None:
     """What is said of an accepted student, and where its package goes."""
+    if given.low_rank:
+        config = given.last.config
+        check_extracts(config, given.low_rank, config.distill.lora is not None)
     Terms(given.license, given.license_link, given.restrictions).check()
     for name, address in (("hub", given.hub), ("model_registry", given.model_registry)):
         if address and not given.destination:

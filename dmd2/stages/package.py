@@ -8,6 +8,7 @@ import shutil
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
+from dmd2.config import Config
 from dmd2.errors import Refused
 from dmd2.evaluation.scores import read_scores, student_facts
 from dmd2.io.artifact import Manifest, find_finished, open_artifact, read_manifest
@@ -184,19 +185,26 @@ def _has_update(run: Manifest) -> bool:
     return bool(run.config and run.config.distill.lora and not run.facts.get("adopted"))
 
 
-def _check_extraction(run: Manifest, teacher: str, rank: int) -> None:
-    """Raise Refused if no low-rank update can be extracted from the student of a run."""
-    if rank < 0 or not teacher:
-        raise Refused(
-            f"--low-rank {rank} needs a positive rank, and --teacher with the folder of the run's teacher"
-        )
+def check_extracts(config: Config, rank: int, has_update: bool) -> None:
+    """Raise Refused if students of this Config have no update of this rank to be extracted.
+
+    Args:
+        has_update: Whether they were trained as low-rank updates.
+    """
     from dmd2.models.family import family_class
 
-    config = run.config
-    if not config or not family_class(config.family).lora_targets or _has_update(run):
+    if rank < 1 or not family_class(config.family).lora_targets or has_update:
         raise Refused(
-            "--low-rank extracts an update from a student of sd15 or sdxl whose whole network was trained; this run is of another "
+            f"low-rank is {rank}; give a positive rank, for a student of sd15 or sdxl whose whole network was trained: this one is of another "
             "family, or has an update of its own"
         )
+
+
+def _check_extraction(run: Manifest, teacher: str, rank: int) -> None:
+    """Raise Refused if no low-rank update can be extracted from the student of a run."""
+    if not teacher:
+        raise Refused(f"--low-rank {rank} needs --teacher with the folder of the run's teacher")
+    if run.config:
+        check_extracts(run.config, rank, _has_update(run))
     if read_manifest(teacher, "teacher").digest != run.inputs["teacher"]:
         raise Refused(f"{teacher} is not the teacher of this run (the digests differ); give that one")

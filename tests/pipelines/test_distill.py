@@ -133,7 +133,7 @@ def test_text_to_image_runs_from_a_diffusers_folder_to_a_package_through_latents
     original = Path(shutil.copytree(pipeline, tmp_path / "original"))
     (original / "README.md").write_text("---\nlicense: other\nlicense_name: Our Own\n---\n")
     words = {"source": str(squares), "teacher": str(original), "recipe": "sdxl-4step-emoji"}
-    root = run(**words, overrides=" ".join(SMALL), parts=3)
+    root = run(**words, overrides=" ".join(SMALL), parts=3, low_rank=2)
     summary = json.loads((root / "summary.json").read_text())
     assert summary["gate"] == "accepted"
     assert {"shard", "teach", "encode", "distill", "evaluate", "gate", "package"} < summary["seconds"].keys()
@@ -141,6 +141,7 @@ def test_text_to_image_runs_from_a_diffusers_folder_to_a_package_through_latents
         ("sdxl-4step-emoji", 4), ("teacher", 2), ("teacher", 1), ("sdxl-4step-emoji", 1), ("teacher", 4)
     ]  # fmt: skip
     assert (root / "package" / "model_index.json").is_file()
+    assert (root / "package" / "lora" / "kohya.safetensors").is_file()
     card = ModelCard.load(root / "package" / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "our-own")
     assert "License: Our Own." in card.text

@@ -249,7 +249,7 @@ def test_a_low_rank_update_is_extracted_from_a_student_whose_whole_network_was_t
             run, evaluation, gate, str(out), single_file="none", low_rank=rank, teacher=teacher
         )
 
-    assert "needs a positive rank" in refusal(lambda: packaged(8))
+    assert "needs --teacher with the folder" in refusal(lambda: packaged(8))
     share = packaged(32, teacher).facts["low_rank_share"]
     assert 0.5 < share < 1
     assert f"rank 32, extracted: it holds {share:.1%}" in (out / "README.md").read_text()
