@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +21,11 @@ from torch import Tensor
 from dmd2.errors import Refused
 
 os.umask(UMASK := os.umask(0))
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8",
+}  # fmt: skip
+"""Names of types in safetensors files."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -26,6 +35,35 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         path.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
     except SafetensorError as error:
         raise write_error(error, path) from error
+
+
+def stream_tensors(
+    stream: BinaryIO,
+    shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file to a stream, one tensor of the CPU at a time: no other copy of them is made.
+
+    `safetensors.torch.save` puts the whole file together in memory, twice.
+
+    Args:
+        shapes: {name: (type, shape)} of all tensors.
+        tensor: (name) -> the tensor. Called once each, wider types first, so that all are aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    names = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
+    for name in names:
+        dtype, shape = shapes[name]
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        stream.write(tensor(name).detach().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_error(error: SafetensorError, path: Path) -> OSError:

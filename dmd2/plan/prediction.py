@@ -151,6 +151,19 @@ class Plan:
         return self.checkpoint / (DISK_GB_S * GB * nodes)
 
     @property
+    def host_memory(self) -> dict[str, float]:
+        """Bytes of a machine's memory by part, beside what data loading and libraries take."""
+        copies = min(self.mesh.gpus, self.mesh.gpus_per_node) / self.mesh.shards
+        found = {"checkpoint that is written": copies * self.checkpoint}
+        if self.config.engine.offload_teacher:
+            found["teacher"] = copies * memory.compute_width(self.config) * self.weights["teacher"]
+        return found
+
+    @property
+    def host_memory_gb(self) -> float:
+        return sum(self.host_memory.values()) / GB
+
+    @property
     def facts(self) -> dict[str, Any]:
         """The numbers for a budget, as JSON values."""
         return {
@@ -169,6 +182,7 @@ class Plan:
             "evaluation_gpu_hours": self.evaluation_gpu_hours,
             "checkpoint_gb": self.checkpoint / GB,
             "checkpoint_s": self.checkpoint_s,
+            "host_memory_gb": self.host_memory_gb,
         }
 
 

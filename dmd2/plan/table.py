@@ -89,6 +89,8 @@ def _predicted(made: Plan) -> Iterator[tuple[str, str]]:
         f"a checkpoint, every {config.distill.save_every} steps ({saves} in all), GB",
         f"{made.checkpoint / GB:.2f}",
     )
+    parts = ", ".join(made.host_memory)
+    yield f"memory of a machine beside data loading and libraries, GB: {parts}", _s(made.host_memory_gb)
     yield f"writing a checkpoint at {DISK_GB_S:g} GB/s per node, in the background, s", _s(made.checkpoint_s)
 
 

@@ -52,7 +52,7 @@ class Distillation:
     teacher_manifest: Manifest
     prompts: str
     model: Model
-    """The teacher; its weights are loaded on rank 0 only."""
+    """The teacher; its weights are loaded on rank 0 only, until the trainer has them."""
 
     @classmethod
     def open(
@@ -131,7 +131,9 @@ class Distillation:
     def _trainer(self, start: str) -> DMD2Trainer | RegressionTrainer:
         weights = self.model.network.state_dict() if self.world.is_main else {}
         started_from = starting_weights(start, weights=self.world.is_main)
-        return build.trainer(self.config, self.model.family, weights, self.world, started_from)
+        trainer = build.trainer(self.config, self.model.family, weights, self.world, started_from)
+        self.model.network.to("meta")  # the trainer has a copy: 10 GB of the host's memory for SDXL
+        return trainer
 
     def _batches(self) -> Callable[[int], Iterator[Batch]]:
         settings, family = self.config.distill, self.model.family

@@ -1,7 +1,7 @@
 """Checkpoints: {name: object} <-> a folder of safetensors files, one per rank, by torch.distributed.checkpoint.
 
-An object is anything whose `state_dict` is tensors. The tensors are copied at once and written in the background while
-training continues; each rank computes the digest of its file while it writes it. A checkpoint exists when its manifest does, which is written last. It can be loaded on any number
+An object is anything whose `state_dict` is tensors. The tensors are copied at once, the only copy in the host's memory, and written
+one after the other in the background while training continues; each rank computes the digest of its file while it writes it. A checkpoint exists when its manifest does, which is written last. It can be loaded on any number
 of ranks, and nothing in it is unpickled. What follows from the step alone (learning rate, random numbers, position in
 the data) is not saved.
 """
@@ -19,25 +19,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST
 from dmd2.io.local import sha256, write_text
 from dmd2.io.staging import Draft
-from dmd2.io.tensors import write_error
+from dmd2.io.tensors import stream_tensors
 from dmd2.parallel.ranks import World
 
+FILE_NAME = "shard-{:05d}-model-00001-of-00001.safetensors"
+"""Name of the file of a rank, counted from 1, as torch.distributed.checkpoint names it."""
+SHARDING, SAVED_OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+"""Where a file's metadata says at which indices of the whole tensor each shard begins."""
 DIGESTS = ".digests.json"
 """End of the names of lists of digests, one of each rank, in a checkpoint that is being written."""
 
@@ -71,7 +77,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.world.barrier()
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        writer = StreamingWriter(str(partial), save_distributed=True)
         writer.fs = files = HashingFileSystem()
         with warnings.catch_warnings(action="ignore"):
             future = async_save(
@@ -102,7 +108,7 @@ class Checkpoints:
                 future.result()
         except CheckpointException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise _first_failure(error, partial) from None
+            raise _first_failure(error) from None
         write_text(partial / f".{self.world.rank}{DIGESTS}", json.dumps(files.digests()))
         self.world.barrier()
         if self._uploads and self.draft:
@@ -144,6 +150,35 @@ class Checkpoints:
 
     def _partial_folder(self, step: int) -> Path:
         return self.root / f".{step:08d}.partial"
+
+
+class StreamingWriter(HuggingFaceStorageWriter):
+    """Writes the staged tensors of this rank to its file one after the other, while the base class holds the file in memory
+    twice. The files are the same."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        items = {item.index.fqn: item for item in plan.items}
+        chunks = {name: _chunk(item) for name, item in items.items()}
+        done: TorchFuture[list[WriteResult]] = TorchFuture()
+        if items:
+            name = FILE_NAME.format(plan.storage_data["shard_index"])
+            offsets = {name: {SAVED_OFFSETS: list(chunk.offsets)} for name, (_, chunk) in chunks.items()}
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+                stream_tensors(
+                    cast(BinaryIO, stream),
+                    {key: (dtype, chunk.sizes) for key, (dtype, chunk) in chunks.items()},
+                    lambda key: cast(Tensor, planner.resolve_data(items[key])),
+                    {SHARDING: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"},
+                )
+                stream.flush()
+                os.fsync(stream.fileno())
+        done.set_result([])  # which only a checkpoint in one file would need
+        return done
+
+
+def _chunk(item: WriteItem) -> tuple[torch.dtype, ChunkStorageMetadata]:
+    assert item.tensor_data, "objects of a checkpoint are tensors"
+    return item.tensor_data.properties.dtype, item.tensor_data.chunk
 
 
 class HashingFileSystem(FileSystem):
@@ -278,10 +313,9 @@ def _check_files(folder: Path) -> None:
             raise Refused(f"{path} is not what was saved, it was truncated or changed; {advice}")
 
 
-def _first_failure(error: CheckpointException, folder: Path) -> BaseException:
-    """The error of the first rank that failed; an OSError with the errno of the disk, if that was the reason."""
-    first = next(iter(error.failures.values()))[0]
-    return write_error(first, folder) if isinstance(first, SafetensorError) else first
+def _first_failure(error: CheckpointException) -> BaseException:
+    """The error of the first rank that failed; an OSError, if the disk was the reason."""
+    return next(iter(error.failures.values()))[0]
 
 
 def _tensors(objects: Mapping[str, Stateful]) -> dict[str, Any]:

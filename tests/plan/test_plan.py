@@ -266,6 +266,17 @@ def test_the_published_run_is_slow_by_its_units_and_ours_is_not() -> None:
     assert scheme.ours_s < 1.5
 
 
+@pytest.mark.parametrize(("shards", "copies"), [(1, 4), (4, 1), (8, 0.5)])
+def test_a_machine_holds_a_checkpoint_and_the_offloaded_teacher_once_per_copy_of_the_weights(
+    shards: int, copies: float
+) -> None:
+    config = digits("distill.batch=8", "engine.offload_teacher=True")
+    mesh = MeshShape(8, 4, shards)
+    made = prediction.make_plan(config, make_family(config.family), "l4-24gb", mesh, compared=())
+    teacher = 4 * made.weights["teacher"]
+    assert 1e9 * made.host_memory_gb == pytest.approx(copies * (made.checkpoint + teacher))
+
+
 @pytest.mark.parametrize("gb", [0.8, 0.7])
 def test_a_plan_that_does_not_fit_says_with_which_settings_it_does(
     gb: float, monkeypatch: pytest.MonkeyPatch

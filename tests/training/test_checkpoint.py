@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dmd2.io.local import sha256
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints, Stateful
 from dmd2.training.optim import OptimizerState, Trainable, trainable
+from tests import warm
 from tests.conftest import ALONE
 
 
@@ -98,6 +100,36 @@ def test_state_exists_before_the_first_step() -> None:
     student = trainable("student", nn.Linear(2, 1), OptimizerConfig(lr=0.1), 10)
     names = {f"{p}.{slot}" for p in ("weight", "bias") for slot in ("step", "exp_avg", "exp_avg_sq")}
     assert OptimizerState(student.optimizer).state_dict().keys() == names
+
+
+def test_a_checkpoint_that_is_written_is_in_the_hosts_memory_once(tmp_path: Path) -> None:
+    """And not once more as the bytes of its file. 64 tensors of a megabyte."""
+    code = """
+import sys, torch
+from pathlib import Path
+from tests.conftest import ALONE
+from dmd2.training.checkpoint import Checkpoints
+class Weights:
+    def __init__(self, count): self.tensors = {str(i): torch.randn(2**18) for i in range(count)}
+    def state_dict(self): return self.tensors
+def resident(kind): return 1024 * int(Path("/proc/self/status").read_text().partition(kind + ":")[2].split()[0])
+checkpoints = Checkpoints(Path(sys.argv[1]), ALONE, keep=1)
+for step, count in ((1, 1), (2, 64)):  # the first imports what it takes
+    weights = Weights(count)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    checkpoints.save_async(step, {"weights": weights})
+    checkpoints.wait_for_save()
+print((resident("VmHWM") - before) / (64 * 2**20))
+"""
+    ended = subprocess.run(
+        [warm.python(), "-c", code, str(tmp_path)],
+        env=warm.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.9 < float(ended.stdout) < 1.3
 
 
 def test_the_manifest_has_the_digests_of_the_files_without_reading_them(
