@@ -174,7 +174,8 @@ def kubelet(bed: Bed, object_store: str, nodes: list[Json] | None = None) -> Ite
         "XDG_CACHE_HOME": "/tmp/cache", "DMD2_CACHE": "/tmp/cache/dmd2", "MPLCONFIGDIR": "/tmp/cache/matplotlib",
         "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", HOST: object_store,
     }  # fmt: skip
-    keep = sorted({sys.prefix, sys.base_prefix, str(ROOT)})
+    seen = {Path(one).resolve() for one in (sys.prefix, sys.base_prefix, ROOT)}
+    keep = [str(one) for one in sorted(seen) if not seen & {*one.parents}]
     image = {"user": 65532, "env": env, "workdir": "/tmp", "keep": keep}
     (bed.folder / "images.json").write_text(json.dumps({"dmd2.invalid/*": image}))
     words = ["--kubeconfig", str(bed.kubeconfig), "--images", str(bed.folder / "images.json")]
@@ -259,9 +260,11 @@ class Run:
         """Until the step has logged this."""
 
         def logged() -> bool:
+            ended, log = self.cluster.exit_status(pod) is not None, ""
             with suppress(subprocess.CalledProcessError):
-                return text in self.cluster.log(pod)
-            return False
+                log = self.cluster.log(pod)
+            assert text in log or not ended, f"the step has ended without it:\n{log}"
+            return text in log
 
         wait_for(logged, 120)
 
