@@ -529,6 +529,9 @@ class EngineConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each unit with torch.compile: it takes minutes at the start and makes steps faster. `auto`: on GPUs, where there are
     triton, a C compiler and Python's headers, unless `deterministic`; the log says how it was decided."""
+    compile_cache: str = ""
+    """Folder, local or on a bucket, that keeps compiled graphs for later starts: one file per GPU of a machine. Whoever can write there can
+    run code in the training. Empty: they are kept as long as the machine's own cache."""
     offload_teacher: bool = False
     """Keep the teacher's weights in the host's memory, and copy each unit to the device for its calls: less device memory, and a
     copy of the teacher over PCIe for each micro-batch of a student update."""
@@ -542,6 +545,14 @@ class EngineConfig(Section):
     def _read_old_switch(cls, value: Any) -> Any:
         """Version 0.1.0 stored a truth value."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.compile_cache and self.compile == "off":
+            raise ValueError(
+                f"compile_cache is {self.compile_cache!r}, but compile is off, so there are no graphs to keep; leave one of them out"
+            )
+        return self
 
 
 class DistillConfig(Section):

@@ -32,6 +32,7 @@ from dmd2.stages.pictures import preview_family, sample_grid
 from dmd2.stages.progress_page import ProgressPage
 from dmd2.stages.prompts import preview_prompts, with_fake_prompts
 from dmd2.training import build
+from dmd2.training.compile_cache import CompileCache
 from dmd2.training.exporter import Exporter, metrics_endpoint
 from dmd2.training.loop import LoopSettings, ScoreFunction, load_best, train
 from dmd2.training.metrics_log import read_metrics
@@ -104,10 +105,16 @@ class Distillation:
         recipe = self.config.recipe
         spending = self._spending(draft, price, budget)
         page = ProgressPage(progress, recipe, draft.path, settings.steps, spending, self.world)
+        graphs = CompileCache(self.config.engine.compile_cache, self.world)
+
+        def on_log(step: int, eta_s: float) -> None:
+            page.update(step, eta_s)
+            graphs.save()
+
         exporter = Exporter(recipe, draft.path, settings.steps, spending)
         with metrics_endpoint(exporter, self.world.is_main), page.from_start_to_end():
             train(
-                "distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score, page.update,
+                "distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score, on_log,
                 exporter.report,
             )  # fmt: skip
         if score:

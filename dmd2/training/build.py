@@ -22,6 +22,7 @@ from dmd2.parallel.ranks import World
 from dmd2.rng import reseed
 from dmd2.training import losses, memory, networks
 from dmd2.training.activation import apply_activation_checkpointing, compile_units, missing_for_compiling
+from dmd2.training.compile_cache import CompileCache
 from dmd2.training.networks import DistillNetworks, Start
 from dmd2.training.optim import NETWORK, trainable
 from dmd2.training.rollout import BackwardSimulation, ContinuedRollouts, NoisedReal, SampleStudent
@@ -88,6 +89,7 @@ def trainer(
             apply_activation_checkpointing(fam, network, engine.activation_checkpointing)
     if compiles(engine, world):
         world.extend_collective_timeout(COMPILE_TIMEOUT, mesh)
+        CompileCache(engine.compile_cache, world).load()
         for network in nets.called():
             compile_units(fam, network)
     if settings.regression:
