@@ -38,6 +38,7 @@ from dmd2.training.loop import LoopSettings, ScoreFunction, load_best, train
 from dmd2.training.metrics_log import read_metrics
 from dmd2.training.spending import Spending, training_seconds
 from dmd2.training.trainer import DMD2Trainer, RegressionTrainer
+from dmd2.training.trainjob_status import trainjob_status
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,12 @@ class Distillation:
             graphs.save()
 
         exporter = Exporter(recipe, draft.path, settings.steps, spending)
-        with metrics_endpoint(exporter, self.world.is_main), page.from_start_to_end():
+        is_main = self.world.is_main
+        with (
+            metrics_endpoint(exporter, is_main),
+            trainjob_status(exporter, is_main),
+            page.from_start_to_end(),
+        ):
             train(
                 "distill", trainer, self._batches(), loop_settings, draft, preview, self.world, score, on_log,
                 exporter.report,

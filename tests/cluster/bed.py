@@ -75,7 +75,11 @@ MANAGERS = {
 }  # fmt: skip
 FRAMEWORKS = ["batch/job", "jobset.x-k8s.io/jobset", "trainer.kubeflow.org/trainjob", "pod"]
 """What Kueue manages."""
-PORTS = ("etcd", "peer", "api", *(name + end for name in MANAGERS for end in ("", "-health")))
+STATUS = "trainer-status"
+"""Port at which Trainer takes the progress of trainings, with its alpha feature TrainJobStatus."""
+TRAINER = "kubeflow-trainer-controller-manager.trainer-system.svc"
+"""The name by which pods would reach Trainer's service."""
+PORTS = ("etcd", "peer", "api", STATUS, *(name + end for name in MANAGERS for end in ("", "-health")))
 
 
 def missing() -> list[str]:
@@ -166,7 +170,7 @@ class Bed:
             "--bind-address", HOST, "--advertise-address", HOST, "--endpoint-reconciler-type", "none",
             "--authorization-mode", "RBAC", "--token-auth-file", "tokens.csv",
             "--tls-cert-file", "tls.crt", "--tls-private-key-file", "tls.key",
-            "--service-account-issuer", "https://kubernetes.default.svc",
+            "--service-account-issuer", self.url, "--service-account-jwks-uri", f"{self.url}/openid/v1/jwks",
             "--service-account-key-file", "tls.key", "--service-account-signing-key-file", "tls.key",
             "--service-cluster-ip-range", "10.96.0.0/16", "--kubelet-preferred-address-types", "InternalIP",
             "--audit-policy-file", "audit.yaml", "--audit-log-path", "audit.log", "--audit-log-mode", "blocking-strict",
@@ -192,6 +196,51 @@ class Bed:
             self._wait_until_ready(f"http://{HOST}:{self.ports[f'{name}-health']}/readyz")
         for name in MANAGERS:
             self.apply([self._write(f"{name}-webhooks.yaml", yaml.safe_dump_all(self._webhooks(name)))])
+
+    def restart_trainer(self, with_status: bool) -> None:
+        """Trainer again, with its alpha feature TrainJobStatus or without."""
+        self.stop("trainer")
+        config = self._config("trainer")
+        if with_status:
+            config |= {
+                "featureGates": {"TrainJobStatus": True},
+                "statusServer": {"port": self.ports[STATUS]},
+            }
+        path = self._write("trainer.yaml", json.dumps(config))
+        self._start("trainer", "--config", path.name, first=self._account_of_its_own() if with_status else [])
+        self._wait_until_ready(f"http://{HOST}:{self.ports['trainer-health']}/readyz")
+
+    def _account_of_its_own(self) -> list[str]:
+        """Trainer learns from the token of its pod who issues tokens, and takes its certificate to the pods from a Secret."""
+        account, space = (
+            self.folder / "run" / "secrets" / "kubernetes.io" / "serviceaccount",
+            "trainer-system",
+        )
+        account.mkdir(parents=True, exist_ok=True)
+        (account / "token").write_text(self.kubectl("create", "token", "default", "-n", space))
+        (account / "namespace").write_text(space)
+        secret = [
+            "create",
+            "secret",
+            "generic",
+            "kubeflow-trainer-webhook-cert",
+            "--dry-run=client",
+            "-o",
+            "json",
+        ]
+        text = self.kubectl(*secret, "-n", space, f"--from-file=ca.crt={self.folder / 'tls.crt'}")
+        self.kubectl("apply", "--server-side", "-f", "-", given=text)
+        return [*self._overlaid("run", "tmp"), "env", "TMPDIR=/tmp"]
+
+    def _overlaid(self, *names: str) -> list[str]:
+        """In front of a command: it sees what is in folders of ours over those of this machine with the same names."""
+        mounts = []
+        for name in names:
+            work = self.folder / f"{name}.work"
+            work.mkdir(exist_ok=True)
+            layers = f"lowerdir=/{name},upperdir={self.folder / name},workdir={work}"
+            mounts.append(f"mount -t overlay overlay -o {layers} /{name}")
+        return ["unshare", "--mount", "sh", "-ec", f'{"; ".join(mounts)}; exec "$0" "$@"']
 
     def _wait_for_kinds(self) -> None:
         """The server may not list a kind yet that it has just accepted."""
@@ -252,14 +301,11 @@ class Bed:
 
     def _etc_of_its_own(self) -> list[str]:
         """Kueue reads the certificate of its metrics, which nobody asks for, from a folder below /etc."""
-        upper, work = self.folder / "etc", self.folder / "etc.work"
-        certs = upper / "kueue" / "metrics" / "certs"
-        for folder in (certs, work):
-            folder.mkdir(parents=True)
+        certs = self.folder / "etc" / "kueue" / "metrics" / "certs"
+        certs.mkdir(parents=True)
         for name in ("tls.key", "tls.crt"):
             shutil.copy(self.folder / name, certs)
-        mounted = f"mount -t overlay overlay -o lowerdir=/etc,upperdir={upper},workdir={work} /etc"
-        return ["unshare", "--mount", "sh", "-ec", f'{mounted}; exec "$0" "$@"']
+        return self._overlaid("etc")
 
     def _start(self, name: str, *words: Any, first: Sequence[str] = ()) -> None:
         tied = TIED if self.is_tied else ()
@@ -286,7 +332,7 @@ class Bed:
 
     def _make_keys(self) -> None:
         """One key and its self-signed certificate serve all: everything is on this machine, and gone with the folder."""
-        subject = ["-subj", "/CN=testbed", "-addext", f"subjectAltName=IP:{HOST},DNS:localhost"]
+        subject = ["-subj", "/CN=testbed", "-addext", f"subjectAltName=IP:{HOST},DNS:localhost,DNS:{TRAINER}"]
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
         subprocess.run(
             [*command, "-keyout", "tls.key", "-out", "tls.crt"],

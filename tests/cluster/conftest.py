@@ -28,7 +28,7 @@ from manifests.__main__ import render
 from tests import conftest
 from tests.bucket import HOST
 from tests.cluster import step
-from tests.cluster.bed import TIED, Bed, missing, run_kubectl
+from tests.cluster.bed import STATUS, TIED, TRAINER, Bed, missing, run_kubectl
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE, IMAGE = "dmd2", "dmd2.invalid/dmd2:unset"
@@ -179,7 +179,7 @@ def kubelet(bed: Bed, object_store: str, nodes: list[Json] | None = None) -> Ite
     image = {"user": 65532, "env": env, "workdir": "/tmp", "keep": keep}
     (bed.folder / "images.json").write_text(json.dumps({"dmd2.invalid/*": image}))
     words = ["--kubeconfig", str(bed.kubeconfig), "--images", str(bed.folder / "images.json")]
-    words += ["--ports", object_store.rpartition(":")[2]]
+    words += ["--ports", object_store.rpartition(":")[2], str(bed.ports[STATUS]), "--services", TRAINER]
     if nodes:
         (bed.folder / "nodes.json").write_text(json.dumps(nodes))
         words += ["--nodes", str(bed.folder / "nodes.json")]

@@ -549,9 +549,18 @@ def expanded(text: str, env: dict[str, str]) -> str:
 class Kubelet:
     """All nodes of the test bed."""
 
-    def __init__(self, api: Api, folder: Path, nodes: list[Json], images: Json, ports: Sequence[int]) -> None:
+    def __init__(
+        self,
+        api: Api,
+        folder: Path,
+        nodes: list[Json],
+        images: Json,
+        ports: Sequence[int],
+        services: Sequence[str],
+    ) -> None:
         self.api, self.folder, self.images = api, folder.resolve(), images
         self.bridge, self.ports = Bridge(), [int(urlparse(api.url).port or 443), *ports]
+        self.services = services
         self.pods: dict[str, Pod] = {}
         self.lost: set[str] = set()
         """Pods whose node is gone; they are never started again."""
@@ -610,7 +619,9 @@ class Kubelet:
                     f"{pod.hostname}.{domain}{end}": pod.address
                     for end in (f".{pod.namespace}.svc.cluster.local", f".{pod.namespace}.svc", "")
                 }
-        common = "127.0.0.1 localhost\n" + "".join(f"{address} {host}\n" for host, address in names.items())
+        common = f"127.0.0.1 {' '.join(('localhost', *self.services))}\n" + "".join(
+            f"{address} {host}\n" for host, address in names.items()
+        )
         for pod in pods:
             if pod.hosts.exists():
                 with open(pod.hosts, "r+") as file:
@@ -736,18 +747,25 @@ CPU = {"cpu": "64", "memory": "256Gi", "ephemeral-storage": "1Ti", "pods": "110"
 NODES = [{"name": f"node-{i}", "labels": {"dmd2/pool": "cpu"}, "capacity": CPU} for i in range(2)]
 
 
-def main(kubeconfig: Path, images: Path, nodes: Path | None = None, ports: tuple[int, ...] = ()) -> None:
+def main(
+    kubeconfig: Path,
+    images: Path,
+    nodes: Path | None = None,
+    ports: tuple[int, ...] = (),
+    services: tuple[str, ...] = (),
+) -> None:
     """Play nodes until killed; the processes of the pods end with this one.
 
     Args:
         images: JSON: pattern of an image -> env, user, group, workdir, entrypoint, cmd, keep (folders of this machine that it shows).
         nodes: JSON: list of name, labels, taints, capacity. Two with CPUs if not given.
         ports: Of this machine, beside the API server's, that the pods reach at 127.0.0.1.
+        services: Names by which the pods reach them.
     """
     folder = kubeconfig.parent / "kubelet"
     shutil.rmtree(folder, ignore_errors=True)
     known = json.loads(nodes.read_text()) if nodes else NODES
-    kubelet = Kubelet(Api(kubeconfig), folder, known, json.loads(images.read_text()), ports)
+    kubelet = Kubelet(Api(kubeconfig), folder, known, json.loads(images.read_text()), ports, services)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     kubelet.run()
 

@@ -36,7 +36,15 @@ known = cache(render)
 LISTS = ("resources", "components", "patches", "replacements")
 ALLOWING = {"hub": USES_HUB, "registry": USES_REGISTRY}
 """Components that a user adds, and that open the network: for the pods of which label."""
-OPTIONAL = [*ALLOWING, "topology", "monitoring", "prometheus-operator", "reaper", "serving"]
+OPTIONAL = [
+    *ALLOWING,
+    "topology",
+    "monitoring",
+    "prometheus-operator",
+    "reaper",
+    "serving",
+    "trainjob-status",
+]
 
 
 @pytest.fixture
