@@ -232,6 +232,32 @@ def test_the_api_draws_what_the_page_draws_and_says_its_mistakes(
 
 
 @pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ('["1", 0, 1, 1000000000, "", false, false, 0, null]', "steps is 1000000000; give a number from 0 to"),
+        ('["1", 0, 1, 0, "", false, false, 0, NaN]', "guidance is nan; give a number from 1 to"),
+        ('["1", Infinity, 1, 0, "", false, false, 0, null]', "seed is inf; give a number from 0 to"),
+        ('[{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, 0, 1, 0, "", false, false, 0, null]', "give a number from 0 to 2"),
+        ('["<script>alert(1)</script>", 0, 1, 0, "", false, false, 0, null]', "give a number from 0 to"),
+    ],
+)  # fmt: skip
+def test_hostile_values_that_no_client_would_send_are_answered_with_one_sentence(
+    values: str, said: str, address: str
+) -> None:
+    """Straight to the queue: numbers that JSON does not know, a file's record instead of a text."""
+    asked = http().post(
+        f"{address}/gradio_api/call/draw",
+        content=f'{{"data": {values}}}',
+        headers={"Content-Type": "application/json"},
+    )
+    answered = wait(address, asked.json()["event_id"]) if asked.status_code == 200 else asked.text
+    assert said in answered, answered
+    assert "Traceback" not in answered
+    assert "root:" not in answered
+    assert len(answered) < 400
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "gradio_api/file=/etc/passwd", "gradio_api/file=pyproject.toml", "gradio_api/file/etc/passwd",
