@@ -31,9 +31,12 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
 needs_browser = pytest.mark.skipif(
     not CHROMIUM, reason="chromium is not installed (apt-get install chromium)"
 )
-PICTURES, RUN = os.environ.get("DMD2_SCREENSHOTS", ""), os.environ.get("DMD2_PAGE_RUN", "")
-"""Folder to write screenshots to, and a folder of `make demo` to draw with. The README's picture:
-`DMD2_SCREENSHOTS=.github DMD2_PAGE_RUN=runs/demo .venv/bin/pytest -m slow tests/serve/test_page.py -k digits`."""
+PICTURES = os.environ.get("DMD2_SCREENSHOTS", "")
+"""Folder to write screenshots to."""
+RUN, EMOJI_RUN = os.environ.get("DMD2_PAGE_RUN", ""), os.environ.get("DMD2_PAGE_EMOJI_RUN", "")
+"""Folders of `make demo` and `make demo-sdxl` to draw with. The README's pictures:
+`DMD2_SCREENSHOTS=.github DMD2_PAGE_RUN=runs/demo .venv/bin/pytest -m slow tests/serve/test_page.py -k digits` and
+`DMD2_SCREENSHOTS=.github DMD2_PAGE_EMOJI_RUN=runs/demo-sdxl .venv/bin/pytest -m slow tests/serve/test_page.py -k prompts`."""
 QUEUE = 24
 
 
@@ -57,7 +60,11 @@ def served(students: dict[str, Student]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def digits(made: Path) -> dict[str, Student]:
-    root = Path(RUN) if RUN else made
+    return students_of(Path(RUN) if RUN else made)
+
+
+def students_of(root: Path) -> dict[str, Student]:
+    """The student of a run of the pipeline, with its teacher."""
     run, teacher = str(root / "run"), str(root / "teacher")
     return load_students(
         [(run, read_manifest(run, "run"))], [(teacher, read_manifest(teacher, "teacher"))], "", torch.float32
@@ -66,7 +73,10 @@ def digits(made: Path) -> dict[str, Student]:
 
 @pytest.fixture(scope="module")
 def emoji(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Student:
-    """A tiny untrained SDXL, as a student of four steps and as its own teacher, with its own VAE as the tiny one."""
+    """A tiny untrained SDXL, as a student of four steps and as its own teacher, with its own VAE as the tiny one; or that of a run."""
+    if EMOJI_RUN:
+        (found,) = students_of(Path(EMOJI_RUN)).values()
+        return replace(found, name="emoji", tiny_vae=found.model.family.vae)  # type: ignore[attr-defined]
     config, out = recipes.resolve("sdxl-4step-emoji", SMALL), tmp_path_factory.mktemp("emoji") / "teacher"
     stages.resolve(config, str(pipeline), str(out))
     model = load_network(out)
@@ -131,14 +141,14 @@ def open_link(browser: Any, page: Any, width: int = 1100) -> list[str]:
     other = browser.new_page(viewport={"width": width, "height": 800})
     repeated = drawn(other, lambda: other.goto(page.url.split("?")[0] + href))
     assert other.evaluate("document.documentElement.scrollWidth") <= width
-    save(other, f"link-{width}")
     other.close()
     return repeated
 
 
 def save(page: Any, name: str) -> None:
     if PICTURES:
-        page.screenshot(path=f"{PICTURES}/page-{name}.png")
+        page.wait_for_timeout(1000)  # what is drawn fades in
+        page.screenshot(path=f"{PICTURES}/page-{name}.png", full_page=True)
 
 
 @needs_browser
@@ -169,6 +179,8 @@ def test_digits_are_drawn_compared_and_repeated_bit_for_bit(page: Any, browser: 
 def test_prompts_are_drawn_with_either_vae_and_repeated_bit_for_bit(page: Any, browser: Any) -> None:
     page.get_by_label("Package").click()
     page.get_by_role("option", name="emoji").click()
+    page.get_by_text("the student was made for 4").wait_for()  # the new package sets every field
+    page.get_by_label("Guidance of the teacher").wait_for()
     page.get_by_label("Prompt").fill("a red <b>square</b> & a blue one")
     page.get_by_label("Compare with the teacher").check()
     page.get_by_label("Steps of the teacher").fill("2")
@@ -179,11 +191,19 @@ def test_prompts_are_drawn_with_either_vae_and_repeated_bit_for_bit(page: Any, b
     alt = "Student, image 1 of 1: a red <b>square</b> & a blue one"
     page.get_by_role("img", name=alt).wait_for()
     assert page.locator(".drawing b").count() == 0
-    save(page, "prompts")
     assert open_link(browser, page) == both
     with page.expect_download() as download:
         page.get_by_role("link", name="Download the settings").click()
     assert '"tiny_vae": true' in Path(download.value.path()).read_text()
+    for label, value in {
+        "Prompt": "cat face",
+        "Images": "4",
+        "Steps of the teacher": "30",
+    }.items():
+        page.get_by_label(label).fill(value if EMOJI_RUN else "2")
+    page.get_by_label("Tiny VAE").uncheck()
+    assert len(set(drawn(page, draw_button(page).click))) == (8 if EMOJI_RUN else 4)
+    save(page, "prompts")
 
 
 @needs_browser
