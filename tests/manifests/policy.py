@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, permutations
 from typing import Any
 
 from components.failure import FINAL
+from components.prepare_run.parameters import STEP_REQUESTS
 from images import pins
 from images.__main__ import IMAGES
 from manifests.__main__ import PLACEHOLDER
-from pipelines.pods import HEAVY
 
 Object = dict[str, Any]
 Objects = list[Object]
@@ -331,7 +331,8 @@ def topologies(objects: Objects) -> Iterator[str]:
 
 
 def fits(objects: Objects) -> Iterator[str]:
-    """A pod of the runtime, and a step that trains in its own pod, can be admitted: Kueue leaves out what asks for a resource that no flavor has or has too little of."""
+    """A pod of the runtime, a step that trains in its own pod, and two nodes beside the step that follows them can be admitted: Kueue
+    leaves out what asks for a resource that no flavor has or has too little of."""
     flavors = [
         {each["name"]: amount(each["nominalQuota"]) for each in flavor["resources"]}
         for item in of(objects, "ClusterQueue") for group in item["spec"]["resourceGroups"] for flavor in group["flavors"]
@@ -347,16 +348,32 @@ def fits(objects: Objects) -> Iterator[str]:
         )  # fmt: skip
         if shared >= amount(node["resources"]["limits"]["memory"]):
             yield f"{whose}: /dev/shm may take all of the memory"
-    step = {
-        "cpu": amount(HEAVY.cpu[0]) + SIDECARS["cpu"],
-        "memory": amount(HEAVY.memory[0]) + SIDECARS["memory"],
-    }
-    if flavors and not _admitted(step, flavors):
-        yield f"the step distill: no flavor has {step}"
+    alone, following = (_step(*STEP_REQUESTS[where]) for where in ("here", "trainjob"))
+    if flavors and not _admitted(alone, flavors):
+        yield f"the step distill: no flavor has {alone}"
+    for item in of(objects, "TrainingRuntime"):
+        (_, node), *_ = pods([item])
+        gang = {name: 2 * much for name, much in total(node["spec"]).items()}
+        if flavors and not _admitted_together(following, gang, flavors):
+            yield f"{title(item)}: the queue has no room for two nodes beside the step that follows them"
     hard = [item["spec"]["hard"] for item in of(objects, "ResourceQuota")]
     gpus = sum(have.get("nvidia.com/gpu", 0) for have in flavors)
     if any(amount(limit["requests.nvidia.com/gpu"]) != gpus for limit in hard):
         yield f"ResourceQuota: another number of GPUs than the queue's {gpus:.0f}"
+
+
+def _step(cpu: str, memory: str) -> dict[str, float]:
+    """What the pod of a step asks for, with the containers of KFP and Argo."""
+    return {"cpu": amount(cpu) + SIDECARS["cpu"], "memory": amount(memory) + SIDECARS["memory"]}
+
+
+def _admitted_together(
+    step: dict[str, float], gang: dict[str, float], flavors: list[dict[str, float]]
+) -> bool:
+    """In one flavor, or each in its own."""
+    both = {name: step.get(name, 0) + gang.get(name, 0) for name in step | gang}
+    pairs = permutations(flavors, 2)
+    return _admitted(both, flavors) or any(_admitted(step, [a]) and _admitted(gang, [b]) for a, b in pairs)
 
 
 def _admitted(asked: dict[str, float], flavors: list[dict[str, float]]) -> bool:
