@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,29 @@ def shard(
             module.set_reshard_after_backward(False, recurse=False)
         if dtype == torch.bfloat16 and mesh.shape[-1] > 1:
             module.set_custom_reduce_scatter(Float32ReduceScatter())
+
+
+def prefetch_next_unit(network: nn.Module, units: Sequence[nn.Module], decoder_start: nn.Module) -> None:
+    """Gather each unit of a network that is not resident while the unit before it computes, from the second whole call on.
+
+    The first one shows in which order the units are called. No gather crosses the bottleneck, where some passes stop: those of
+    `decoder_start`, the first module after it, would be for nothing. In the backward pass FSDP2 does the same by itself.
+    """
+    order: list[nn.Module] = []
+    decoder = set(decoder_start.modules())
+    hooks = [unit.register_forward_pre_hook(lambda module, _: order.append(module)) for unit in units]
+
+    def connect(*_: object) -> None:
+        if len(order) < len(units):  # a pass that stopped at the bottleneck
+            order.clear()
+            return
+        for hook in hooks:
+            hook.remove()
+        for unit, following in pairwise(order):
+            if not (following in decoder and unit not in decoder):
+                cast(FSDPModule, unit).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
+
+    hooks.append(network.register_forward_hook(connect))
 
 
 def outermost(units: Sequence[nn.Module]) -> list[nn.Module]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dmd2.config import Config, LoraConfig
+from dmd2.denoiser import Network
 from dmd2.errors import Refused
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
@@ -96,6 +97,8 @@ def on_device(
             gathered_type = gathered if learns else dtype
             units, stays = fam.blocks(network), resident and not offloaded
             sharding.shard(network, units, mesh, gathered_type, resident=stays, offload=offloaded)
+            if not stays:
+                sharding.prefetch_next_unit(network, units, cast(Network, network).decoder_start)
         network = network.to_empty(device="cpu" if offloaded else world.device)
         sharding.broadcast_state_dict(network, sources.get(role, weights), world)
         for module in network.modules():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.distributed as dist
 from packaging.version import Version
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -19,6 +22,11 @@ from dmd2.plan.traffic import MeshShape
 from dmd2.training import build, memory
 from tests.conftest import ALONE
 from tests.plan.test_plan import digits
+
+NEEDS_COUNTER = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.14"),
+    reason="CommDebugMode of torch 2.11 fails on any module, even one Linear",
+)
 
 
 def test_collectives_of_resident_networks_are_one_gather_and_one_reduction_per_unit_and_update(
@@ -37,10 +45,7 @@ def test_collectives_of_resident_networks_are_one_gather_and_one_reduction_per_u
     assert sent[traffic.REDUCE] == pytest.approx((calls + 6 / 5, 4 * weights / 4 + 4 * 6 / 5))
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.14"),
-    reason="CommDebugMode of torch 2.11 fails on any module, even one Linear",
-)
+@NEEDS_COUNTER
 @pytest.mark.parametrize("weights", ["resident", "sharded"])
 @pytest.mark.parametrize(
     "changes",
@@ -70,6 +75,47 @@ def test_calls_of_a_turn_are_those_of_the_real_trainer(
         kind: turn * sent.get(kind, (0, 0))[0] for kind in (traffic.GATHER, traffic.SCATTER, traffic.REDUCE)
     }
     assert found == pytest.approx(calls)
+
+
+@NEEDS_COUNTER
+def test_a_unit_is_gathered_while_the_one_before_it_computes_and_none_beyond_the_bottleneck_for_nothing() -> (
+    None
+):
+    config = digits("engine.weights=sharded", "distill.batch=8")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        fam = make_family(config.family)
+        network, mesh = fam.network(), init_device_mesh("cpu", (4,))
+        units: Any = fam.blocks(network)
+        sharding.shard(network, units, mesh, torch.float32, resident=False)
+        sharding.prefetch_next_unit(network, units, cast(Any, network).decoder_start)
+        inputs = (
+            torch.zeros(2, *fam.shape),
+            torch.zeros(2),
+            Conditioning(label=torch.zeros(2, dtype=torch.int64)),
+        )
+        started: list[int] = []
+        counters: list[CommDebugMode] = []
+        for unit in units:
+            unit.register_forward_hook(
+                lambda *_: started.append(sum(counters[-1].get_comm_counts().values())), prepend=True
+            )
+        calls = []
+        for features_only in (True, False, False, True):
+            counters.append(CommDebugMode())
+            with torch.no_grad(), counters[-1]:
+                network(*inputs, features_only=features_only)
+            calls.append(started.copy())
+            started.clear()
+    finally:
+        dist.destroy_process_group()
+    # The network's own weights are gathered first, then a unit each. A unit with weights has the next one's gathered too.
+    without, prefetched, early = calls[1], calls[2], calls[3]
+    last = len(calls[0]) - 1
+    assert without == list(range(2, len(units) + 2))
+    assert prefetched[-1] == without[-1]
+    assert early == prefetched[: last + 1] == [*range(3, last + 3), last + 2]
+    assert prefetched[last + 1 : -1] == [one + 1 for one in without[last + 1 : -1]]
 
 
 def collectives_of_a_turn(config: Config, gpus: int, per_node: int) -> dict[str, int]:
