@@ -784,8 +784,8 @@ def current_name(path: str) -> str:
     return ".".join(words)
 
 
-def is_text(path: str) -> bool:
-    """Whether a field of Config holds any text, such as `distill.regression.decoder`."""
+def is_verbatim(path: str) -> bool:
+    """Whether the value of a field of Config is taken as it stands: a text, such as `distill.regression.decoder`, True or False."""
     *sections, last = path.split(".")
     there: list[type[Section]] = [Config]
     for word in sections:
@@ -795,7 +795,9 @@ def is_text(path: str) -> bool:
             if word in part.model_fields
             for s in _sections_of(part.model_fields[word].annotation)
         ]
-    return any(part.model_fields[last].annotation is str for part in there if last in part.model_fields)
+    return any(
+        part.model_fields[last].annotation in (str, bool) for part in there if last in part.model_fields
+    )
 
 
 def _sections_of(annotation: Any) -> list[type[Section]]:

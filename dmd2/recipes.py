@@ -29,7 +29,7 @@ from dmd2.config import (
     StableConfig,
     TeachConfig,
     current_name,
-    is_text,
+    is_verbatim,
 )
 from dmd2.errors import Refused, near_miss
 from dmd2.evaluation.protocols import PROTOCOLS
@@ -469,9 +469,31 @@ def override_flags(overrides: Sequence[str]) -> list[str]:
                 f"override {override!r} must have the form field=value, for example distill.steps=100"
             )
         name = field.strip()
-        values = [value] if is_text(current_name(name.replace("-", "_"))) else value.replace(",", " ").split()
+        values = (
+            [value] if is_verbatim(current_name(name.replace("-", "_"))) else value.replace(",", " ").split()
+        )
         flags += [f"--{name}", *values]
     return flags
+
+
+SWITCHES = tyro.constructors.ConstructorRegistry()
+"""How tyro reads flags that are on or off: `--encode.text` and `--encode.text True` are the same."""
+
+
+@SWITCHES.primitive_rule
+def _switch(
+    field: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
+    if field.type is not bool:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[True|False]",
+        instance_from_str=lambda words: words != ["False"],
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+        choices=("True", "False"),
+    )
 
 
 def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **settings: Any) -> Parsed:
@@ -488,6 +510,7 @@ def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **s
                 args=[_current_flag(flag) for flag in flags],
                 prog=program,
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
+                registry=SWITCHES,
                 **settings,
             )
     except SystemExit as end:

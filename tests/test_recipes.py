@@ -235,6 +235,22 @@ def test_metrics_are_written_apart_as_flags_and_by_commas_as_overrides(refusal: 
     assert recipes.resolve("edm-digits", ["evaluate.metrics=fid,kid"]).evaluate.metrics == ("fid", "kid")
 
 
+@pytest.mark.parametrize(
+    ("words", "on"), [([], False), (["--encode.text"], True), (["--encode.text", "False"], False)]
+)
+def test_a_flag_that_is_on_or_off_is_on_without_a_value(words: list[str], on: bool) -> None:
+    for flags in (words, [*words, "--seed", "3"]):
+        parsed = recipes.parse(Config, flags, "x", default=recipes.get("sdxl-4step"), add_help=False)
+        assert parsed.encode.text is on
+
+
+def test_an_override_that_is_on_or_off_needs_its_value(refusal: Callable[..., str]) -> None:
+    assert recipes.resolve("sdxl-4step", ["encode.text=True"]).encode.text
+    for value in ("", "yes"):
+        why = refusal(lambda value=value: recipes.resolve("sdxl-4step", [f"encode.text={value}"]))
+        assert f"invalid choice '{value}'" in why
+
+
 def test_overrides_become_flags(refusal: Callable[..., str]) -> None:
     assert recipes.override_flags(["distill.steps=5", "family.network.multipliers=1,2"]) == [
         "--distill.steps", "5", "--family.network.multipliers", "1", "2"
