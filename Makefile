@@ -13,7 +13,7 @@ endif
 .PHONY: help demo demo-page demo-sdxl teacher-emoji test test-slow test-cluster test-images test-durations test-oldest lock check format lint types compile manifests images images-lock images-push sbom scan submit-sdxl schedule unschedule bench bench-ablation bench-data bench-sdxl bench-memory bench-engine bench-evaluation bench-gpu clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## Distil a digit teacher, end to end, on this machine (ROOT=runs/demo)
 	$(BIN)/python -m pipelines run-local --root $(ROOT) --overrides evaluate.metrics=fid,kid,precision,recall

@@ -7,6 +7,7 @@ saving, 76 for a diverged training, 79 if another process of the run was lost, 1
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -151,7 +152,13 @@ example:
 
 def _recipe_help(verb: str, stage: Callable[..., Any]) -> str:
     names = "\n".join(f"  {name}" for name in recipes.RECIPES)
-    return f"usage: dmd2 {verb} RECIPE --flags\n\n{inspect.getdoc(stage)}\n\nrecipes (dmd2 {verb} RECIPE --help lists every flag):\n{names}"
+    words = re.sub(
+        r"^    \w+:",
+        lambda flag: flag[0].replace("    ", "    --").replace("_", "-"),
+        inspect.getdoc(stage) or "",
+        flags=re.MULTILINE,
+    )
+    return f"usage: dmd2 {verb} RECIPE --flags\n\n{words}\n\nrecipes (dmd2 {verb} RECIPE --help lists every flag):\n{names}"
 
 
 def _facts_line(facts: dict[str, Any]) -> str:

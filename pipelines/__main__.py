@@ -113,7 +113,7 @@ def schedule(
     parameters = _with_plan(parameters)
     package, distillation = compile_pipeline(retrain), cluster.for_retraining(compile_pipeline(distill))
     _print_run(package, name, parameters)
-    print(f"at {cron}")
+    print(f"at {cron} (cron with seconds, UTC)")
     if not dry_run:
         if parameters["pipeline"] == distillation.name:
             cluster.upload(where, distillation)
@@ -197,7 +197,8 @@ def _wait(where: cluster.Cluster, run: str) -> None:
 def _print_run(package: cluster.CompiledPipeline, name: str, parameters: dict[str, Any]) -> None:
     print(f"{package.name}, version {package.version}: {name}")
     for parameter, value in parameters.items():
-        print(f"  {parameter:<14} {json.dumps(value) if isinstance(value, dict) else value}")
+        if value != "":
+            print(f"  {parameter:<15} {json.dumps(value) if isinstance(value, dict) else value}")
 
 
 def _check_parameters(parameters: dict[str, Any]) -> None:

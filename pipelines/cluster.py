@@ -369,7 +369,8 @@ def _server_errors(cluster: Cluster) -> Iterator[None]:
         kind = Refused if 400 <= (error.status or 0) < 500 else Unavailable
         raise kind(f"{where} says {error.status} ({_message(error)})") from None
     except (HTTPError, TimeoutError) as error:
-        raise Unavailable(f"{where} does not answer ({brief(error)}); is it the address of the UI?") from None
+        reason = brief(getattr(error, "reason", error))  # without what urllib3 says of its retries
+        raise Unavailable(f"{where} does not answer ({reason}); is it the address of the UI?") from None
 
 
 def _message(error: Any) -> str:

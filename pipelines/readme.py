@@ -39,12 +39,12 @@ def text() -> str:
 def _section(name: str, component: Any) -> str:
     parsed = parse(inspect.getdoc(component.python_func) or "")
     words: dict[str, str | None] = {one.arg_name: one.description for one in parsed.params}
-    returned = parsed.returns.description if parsed.returns else ""
     spec = component.component_spec
-    rows = [("in", port, one.type, words[port]) for port, one in (spec.inputs or {}).items()]
-    rows += [
-        ("out", port, one.type, words[port] if one.type.startswith("system.") else returned)
-        for port, one in (spec.outputs or {}).items()
+    ports = [("in", spec.inputs or {}), ("out", spec.outputs or {})]
+    rows = [
+        (way, port, one.type, one.description or words[port])
+        for way, specs in ports
+        for port, one in specs.items()
     ]
     table = [f"| {way} | `{port}` | {_kind(kind)} | {_line(what)} |" for way, port, kind, what in rows]
     what = "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))

@@ -144,9 +144,11 @@ def test_help_of_a_recipe_explains_every_field() -> None:
     assert "--recipe" not in shown.stdout
 
 
-def test_help_of_a_verb_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["distill", "--help"])
-    assert "edm-imagenet64" in capsys.readouterr().out
+def test_help_of_a_verb_lists_its_flags_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["plan", "--help"])
+    shown = capsys.readouterr().out
+    assert "edm-imagenet64" in shown
+    assert "    --gpus-per-node: " in shown
 
 
 def test_a_verb_does_its_work_and_says_what_it_found(

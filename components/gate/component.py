@@ -24,7 +24,7 @@ def gate(
         evaluation: The scores.
 
     Returns:
-        `accepted`, `rejected` or `not enough evidence`. A single value, because kfp's local runner cannot evaluate conditions on named outputs.
+        Output: `accepted`, `rejected` or `not enough evidence`. A single value, because kfp's local runner cannot evaluate conditions on named outputs.
     """
     import logging
 

@@ -96,10 +96,23 @@ def prepare_run(
         plan: What is run, and what it takes: memory, disk, hours and cost.
 
     Returns:
-        `root`: the folder of the run; `gpus`: the GPUs of a training; `gpu`: 1 or 0, those of stages that use at most one; `where`: whether trainings run in a TrainJob, or in their step, which then has
-        `step_gpus` of nodes with the labels `step_pool`, and asks for `step_cpu` processors and `step_memory`; `pool`: the labels of their nodes; `parts`: the parts of a shared stage as `i/n`, none for 1, and
-        `encode_parts`, none if nothing is encoded;
-        recipe and overrides of the `pairs` and of the `first` stage, empty if they are not run; `pairs` and `start`: their addresses.
+        root: The folder of the run.
+        gpus: GPUs of each machine of a training.
+        gpu: 1 or 0: GPUs of a stage that uses at most one.
+        where: `trainjob`, or `here`: where trainings run, in a TrainJob or in the pod of their step.
+        step_gpus: GPUs of the pod of the step `distill`.
+        step_cpu: Processors that it asks for.
+        step_memory: Memory that it asks for.
+        step_pool: Labels of its nodes.
+        pool: Labels of the nodes with GPUs; empty without any.
+        parts: Parts of a shared stage as `i/n`; none for 1.
+        encode_parts: The same of the encoding; none if nothing is encoded.
+        pairs_recipe: Recipe that pairs are sampled for; empty = they are not sampled.
+        pairs_overrides: Its overrides.
+        pairs: Address of the pairs, or empty.
+        first_recipe: Recipe of the first stage; empty = it is not run.
+        first_overrides: Its overrides.
+        start: Address of the run to start from, or empty.
     """
     import logging
     from collections import namedtuple

@@ -10,7 +10,7 @@ def shard_dataset(
     """Write the images of a source as WebDataset shards.
 
     Args:
-        source: `digits`, or a folder of images with one sub-folder per class.
+        source: `digits`, or the address of images in a layout that `dmd2 shard` reads.
         recipe: Name of a recipe.
         overrides: Fields of the recipe to replace, as `field=value`, separated by spaces.
         root: Folder of the run; the shards go to `<root>/shards`.

@@ -25,7 +25,7 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
     publishes the folder from the parts.
 
     Args:
-        source: `digits`, a folder of images with one sub-folder per class, or another layout (README, Data).
+        source: `digits`, a folder of images with one sub-folder per class, or another layout (docs/data.md).
         out: Folder to write the shards to, local or gs://.
         workers: Number of processes; 0 = one per processor that this process, or its container, may use.
         part: `i/n`: only the i-th of n parts, counted from 0; empty = all.

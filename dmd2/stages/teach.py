@@ -13,7 +13,7 @@ def teach(config: Config, data: str, out: str) -> Manifest:
     """Train a small teacher on the shards, for demos, tests and ablations. A real user brings a teacher.
 
     Args:
-        data: Folder of shards, or of latents if the network works on them (--family.vae_stride).
+        data: Folder of shards, or of latents if the network works on them (--family.vae-stride).
         out: Folder to write the teacher to.
     """
     samples = read_training_samples(config, data)
