@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
@@ -15,24 +14,22 @@ from kubernetes import client
 from components.distill.kube import Kube
 from components.prepare_run.parameters import RunParameters
 from components.prepare_run.queues import _queues, check_queue, check_queues
+from tests.bucket import QuietHandler
 
 Refusal = Callable[[Callable[[], object]], str]
 
 
-class Answers(BaseHTTPRequestHandler):
+class Answers(QuietHandler):
     """Answers of a Kubernetes API server (1.36, with Kueue 0.19) by path."""
 
     given: ClassVar[dict[str, tuple[int, Any]]] = {}
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - as the base class calls it
         status, body = self.given.get(self.path, (404, "404 page not found\n"))
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json" if isinstance(body, dict) else "text/plain")
-        self.end_headers()
-        self.wfile.write((json.dumps(body) if isinstance(body, dict) else body).encode())
-
-    def log_message(self, *words: Any) -> None:
-        """Say nothing."""
+        if isinstance(body, dict):
+            self.send_json(body, status)
+        else:
+            self.send(status, body.encode(), Content_Type="text/plain")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from kubernetes import client
 
 from components.distill.kube import Kube
 from components.reap_jobs.reap import reap
+from tests.bucket import QuietHandler
 
 Json = dict[str, Any]
 NOW = datetime(2026, 1, 10, tzinfo=UTC)
@@ -30,41 +31,31 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str] = []
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: Server
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - as the base class calls it
         path, _, query = self.path.partition("?")
         self.server.asked.append(f"GET {self.path}")
         if path == JOBS:
             assert query == "labelSelector=app.kubernetes.io%2Fpart-of%3Ddmd2"
             jobs = [one for name, one in self.server.objects.items() if name.startswith(JOBS)]
-            self._answer(200, {"items": jobs})
+            self.send_json({"items": jobs})
         elif path in self.server.objects:
-            self._answer(200, self.server.objects[path])
+            self.send_json(self.server.objects[path])
         else:
-            self._answer(404, {"message": "not found"})
+            self.send_json({"message": "not found"}, 404)
 
-    def do_DELETE(self) -> None:
+    def do_DELETE(self) -> None:  # noqa: N802 - as the base class calls it
         self.server.asked.append(f"DELETE {self.path}")
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.body())
         assert body["propagationPolicy"] == "Background"
         found = self.server.objects.get(self.path)
         if not found or body["preconditions"]["uid"] != found["metadata"]["uid"]:
-            self._answer(409 if found else 404, {"message": "another uid"})
+            self.send_json({"message": "another uid"}, 409 if found else 404)
             return
         del self.server.objects[self.path]
-        self._answer(200, {"status": "Success"})
-
-    def _answer(self, status: int, body: Json) -> None:
-        text = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, format: str, *args: object) -> None: ...
+        self.send_json({"status": "Success"})
 
 
 @pytest.fixture

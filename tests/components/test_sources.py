@@ -6,7 +6,6 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from components.find_teachers import sources
 from components.find_teachers.sources import AnnouncedTeacher, find
 from dmd2.io.storage import join_uri, open_store
-from tests.bucket import DOWNLOAD, Proxy, serve
+from tests.bucket import DOWNLOAD, Proxy, QuietHandler, serve
 from tests.pipelines.retraining import announce, teacher
 
 
@@ -80,18 +79,12 @@ def answering(answers: dict[str, tuple[int, Any]]) -> Iterator[tuple[str, list[s
     """A server that has these answers -> its address, and what it was asked."""
     asked: list[str] = []
 
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Answers(QuietHandler):
+        def do_GET(self) -> None:  # noqa: N802 - as the base class calls it
             asked.append(self.path)
             status, answer = answers.get(self.path, (404, {"error": "nothing there"}))
-            self.send_response(status)
-            if status == 404:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
+            headers = {"X-Error-Code": "RepoNotFound"} if status == 404 else {}
+            self.send(status, json.dumps(answer).encode(), **headers)
 
     with serve(Answers) as url:
         yield url, asked
@@ -234,16 +227,13 @@ def test_a_page_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, pla
     teacher(join_uri(place, "a"))
     monkeypatch.setattr(sources, "PAGE_BYTES", 2**18)
 
-    class Endless(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Endless(QuietHandler):
+        def do_GET(self) -> None:  # noqa: N802 - as the base class calls it
             self.send_response(200)
             self.end_headers()
             with suppress(OSError):
                 while True:
                     self.wfile.write(b" " * 2**16)
-
-        def log_message(self, *_: Any) -> None:
-            pass
 
     with serve(Endless) as url:
         found = find(f"registry+{url} {place}")

