@@ -61,7 +61,10 @@ def _checks(given: RunParameters, root: str) -> Iterator[Callable[[], object]]:
         if folder:
             yield partial(_check_folder, name, folder, PIPELINE, NETWORK, f"vae/{NETWORK}")
     if given.safety_checker:
-        yield partial(_check_folder, "safety_checker", given.safety_checker, f"safety_checker/{NETWORK}")
+        from dmd2.encoders.safety import FILES  # imports torch
+
+        for file in FILES:
+            yield partial(_check_folder, "safety_checker", given.safety_checker, file)
     if given.hub:
         yield partial(check_hub_account, given.hub)
     if given.model_registry:

@@ -115,6 +115,8 @@ def good(made: Path, pictures: Path, bucket: str) -> RunParameters:
     store.write("prompts.txt", b"a red square\n")
     for name in ("a/0.png", "a/1.png"):
         store.write(name, b"picture")
+    for name in ("safety_checker/config.json", "feature_extractor/preprocessor_config.json"):
+        store.write(f"pickled/{name}", b"{}")
     return RunParameters(
         source=str(pictures), teacher=str(made / "teacher"), start=str(made / "run"), prompts=f"{bucket}/given/prompts.txt",
         destination=f"{bucket}/models", overrides=" ".join(MICRO),
@@ -154,6 +156,7 @@ def test_what_can_be_read_passes_and_the_folder_of_the_run_has_its_settings(
         ({"pairs": "{made}/run"}, "is a run folder; a pairs folder is needed"),
         ({"prompts": "{bucket}/given/other.txt"}, "prompts {bucket}/given/other.txt does not exist"),
         ({"safety_checker": "{here}"}, "safety_checker {here} has no safety_checker/config.json"),
+        ({"safety_checker": "{bucket}/given/pickled"}, "given/pickled has no safety_checker/model.safetensors"),
         ({"vae": "{here}"}, "vae {here} has no model_index.json or config.json"),
         ({"destination": "gs://no-such-bucket-of-dmd2/models"}, "is in a bucket that does not exist"),
         ({"scores": "gs://no-such-bucket-of-dmd2/scores"}, "scores gs://no-such-bucket-of-dmd2/scores is in a bucket that does not exist"),
