@@ -93,7 +93,8 @@ compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml, and com
 # What a run is given: these variables, TEACHER and RUN_ROOT; HOST is the address of the pipelines' UI.
 PARAMETERS = SOURCE OVERRIDES FIRST_OVERRIDES START PROMPTS PAIRS BASE VAE LICENSE LICENSE_LINK RESTRICTIONS SAFETY_CHECKER LOW_RANK DESTINATION HUB MODEL_REGISTRY SCORES GPUS BUDGET PARTS
 flag = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-GIVEN = $(foreach name,$(PARAMETERS),$(if $($(name)),--$(call flag,$(name)) '$($(name))')) $(if $(RUN_ROOT),--root '$(RUN_ROOT)')
+quote = '$(subst ','\'',$(1))'
+GIVEN = $(foreach name,$(PARAMETERS),$(if $($(name)),--$(call flag,$(name)) $(call quote,$($(name))))) $(if $(RUN_ROOT),--root '$(RUN_ROOT)')
 HOW = $(if $(HOST),--host '$(HOST)') $(if $(DRY_RUN),--dry-run) $(if $(UNPINNED),--unpinned)
 PRICED = $(if $(PRICE),--price $(PRICE)) $(if $(WAIT),--wait)
 SDXL ?= stabilityai/stable-diffusion-xl-base-1.0
