@@ -294,6 +294,10 @@ def test_the_account_of_the_hub_is_known_to_the_steps_that_reach_it_and_is_no_pa
         assert (secret["secretName"], secret["optional"]) == ("dmd2-hub-token", True)
         assert secret["keyToEnv"] == [{"secretKey": "token", "envVar": "HF_TOKEN"}]
         assert pod["podMetadata"]["labels"]["dmd2/uses-hub"] == "true"
+    registry = {
+        n for n, (_, p) in executors(documents).items() if "dmd2/uses-registry" in p["podMetadata"]["labels"]
+    }
+    assert registry == {"exec-prepare-run", "exec-publish-model"}
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
     assert not [name for name in parameters if "token" in name or "key" in name]
 
