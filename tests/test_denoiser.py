@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmd2 import recipes
 from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
-from dmd2.denoiser import Denoiser
+from dmd2.denoiser import Denoiser, tf32_on_gpus
 from dmd2.models.family import make_family
 from dmd2.rng import Rng
 from dmd2.training.terms import DistributionMatching
@@ -75,3 +75,13 @@ def test_a_lora_cannot_have_it(refusal: Callable[..., str]) -> None:
     assert "set it to same" in refusal(
         lambda: recipes.resolve("sdxl-4step-lora", ["distill.no_grad_dtype=tf32"])
     )
+
+
+@pytest.mark.parametrize(("device", "during"), [("cuda", "high"), ("cpu", "highest")])
+def test_float32_that_is_there_for_its_range_multiplies_in_tf32_on_gpus_only(
+    device: str, during: str
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    with tf32_on_gpus(torch.device(device)):
+        assert torch.get_float32_matmul_precision() == during
+    assert torch.get_float32_matmul_precision() == before == "highest"

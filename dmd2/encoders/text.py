@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmd2.config import EncodeConfig
-from dmd2.denoiser import tf32
+from dmd2.denoiser import tf32_on_gpus
 from dmd2.encoders.pipeline_folder import (
     TEXT_ENCODERS,
     TEXT_WEIGHTS,
@@ -120,10 +120,6 @@ class TextEncoders:
         states, pooled = self.embed(texts)
         return TextEmbeddings(states.half().cpu(), None if pooled is None else pooled.half().cpu())
 
-    def _precision(self) -> AbstractContextManager[object]:
-        """Of float32 encoders on a GPU, matrix products in TF32, which has the digits of the float16 that embeddings are stored in."""
-        return tf32() if self.device.type == "cuda" else nullcontext()
-
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Captions -> hidden states (B, tokens, width) and, with two encoders, pooled (B, width); float32, on the device."""
@@ -135,7 +131,8 @@ class TextEncoders:
             length = _window(tokenizer, encoder)
             settings = {"padding": "max_length", "truncation": True, "max_length": length}
             tokens = tokenizer(list(texts), return_tensors="pt", **settings).input_ids
-            with deterministic_encoding(self.device), self._precision():
+            # TF32 has the digits of the float16 that embeddings are stored in.
+            with deterministic_encoding(self.device), tf32_on_gpus(self.device):
                 out = encoder(to_device(tokens, self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2] if len(self.parts) > 1 else out.last_hidden_state)
             pooled = out.text_embeds.float() if "text_embeds" in out else None

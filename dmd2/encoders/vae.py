@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmd2.config import EncodeConfig
+from dmd2.denoiser import tf32_on_gpus
 from dmd2.encoders.pipeline_folder import (
     VAE_WEIGHTS,
     VAES,
@@ -84,7 +85,8 @@ class Vae:
     def to_pixels(self, x: Tensor) -> Tensor:
         """Samples (B, c, h, w), scaled and shifted as by `moments` -> float32 (B, C, H, W) in [-1, 1], differentiable."""
         z = x.to(self.device, self.dtype) / self.scale + self.shift
-        pixels: Tensor = self.network.decode(z).sample
+        with tf32_on_gpus(self.device):  # as cuDNN's convolutions are; in float16 SDXL's decoder overflows
+            pixels: Tensor = self.network.decode(z).sample
         return pixels.float()
 
     @torch.inference_mode()
