@@ -91,7 +91,7 @@ compile: $(READY) ## Compile the pipelines to pipelines/compiled/*.yaml, and com
 	$(BIN)/python -m pipelines compile
 
 # What a run is given: these variables, TEACHER and RUN_ROOT; HOST is the address of the pipelines' UI.
-PARAMETERS = SOURCE OVERRIDES FIRST_OVERRIDES START PROMPTS PAIRS BASE VAE LICENSE LICENSE_LINK RESTRICTIONS SAFETY_CHECKER LOW_RANK DESTINATION HUB MODEL_REGISTRY SCORES GPUS BUDGET PARTS
+PARAMETERS = SOURCE OVERRIDES FIRST_OVERRIDES START PROMPTS PAIRS BASE VAE LICENSE LICENSE_LINK RESTRICTIONS SAFETY_CHECKER LOW_RANK DESTINATION HUB MODEL_REGISTRY SCORES GATE GPUS NODES POOL QUEUE ACCOUNT COST_CENTRE BUDGET PARTS
 flag = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
 quote = '$(subst ','\'',$(1))'
 GIVEN = $(foreach name,$(PARAMETERS),$(if $($(name)),--$(call flag,$(name)) $(call quote,$($(name))))) $(if $(RUN_ROOT),--root '$(RUN_ROOT)')
