@@ -121,7 +121,11 @@ def _fetch_card(source: str) -> Path | None:
         return store.local_folder / CARD
     from dmd2.encoders.pipeline_folder import fetch_files
 
-    return fetch_files(source, [CARD]) / CARD
+    try:
+        return fetch_files(source, [CARD]) / CARD
+    except Refused as error:  # a copy in the cache has its networks, and perhaps no card
+        logger.warning("%s: the licence is not known, because its card cannot be read (%s)", source, error)
+        return None
 
 
 def _plain(value: object) -> str:

@@ -138,6 +138,21 @@ def test_a_resolved_teacher_has_its_licence_and_so_has_an_adopted_student(
     assert read_manifest(run, "run") == made
 
 
+def test_a_teacher_in_the_cache_of_the_hub_is_read_without_a_connection_and_without_its_card(
+    hub: tuple[Any, str], tmp_path: Path
+) -> None:
+    repository = hub[0].repositories["owner/name"] = Repository(private=True)
+    repository.commit({"README.md": b"---\nlicense: mit\n---\n", "model_index.json": b"{}"})
+    fetch = (
+        "from dmd2.encoders.pipeline_folder import fetch_files as f; f('owner/name', ['model_index.json'])"
+    )
+    assert with_hub(["-c", fetch], hub[1], tmp_path)[0] == 0
+    read = "from dmd2.licence import stated_licence as read; print(read('teacher', 'owner/name'))"
+    status, said = with_hub(["-c", read], "http://127.0.0.1:9", tmp_path)
+    assert (status, said.splitlines()[0]) == (0, "{}"), said
+    assert "owner/name: the licence is not known, because its card cannot be read" in said
+
+
 def test_the_card_of_a_teacher_on_the_hub_is_read_with_the_address_of_the_text_beside_it(
     hub: tuple[Any, str], tmp_path: Path
 ) -> None:
