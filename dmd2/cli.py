@@ -80,20 +80,25 @@ def run(arguments: Sequence[str]) -> None:
     from dmd2 import stages
 
     stage: Callable[..., Any] = getattr(stages, verb)
+    if "config" in inspect.signature(stage).parameters and rest[:1] in (["-h"], ["--help"]):
+        print(_recipe_help(verb, stage))
+        return
+    result = stage(**parse(verb, stage, rest))
+    said = f"{verb}: {_facts_line(result.facts)}" if hasattr(result, "facts") else str(result)
+    print(log.printable(said))
+
+
+def parse(verb: str, stage: Callable[..., Any], rest: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a stage from the words after its verb."""
     program, config = f"dmd2 {verb}", None
     if "config" in inspect.signature(stage).parameters:
-        if rest[:1] in (["-h"], ["--help"]):
-            print(_recipe_help(verb, stage))
-            return
         if not rest or rest[0].startswith("-"):
             raise Refused(f"{program} needs a recipe as its first word: {', '.join(recipes.RECIPES)}")
         config = recipes.get(rest[0])
         program, rest = f"{program} {rest[0]}", rest[1:]
     if verb in POSITIONAL and rest and not rest[0].startswith("-"):
         rest = [f"--{POSITIONAL[verb]}", *rest]
-    result = stage(**recipes.parse(_arguments(stage, config), rest, program))
-    said = f"{verb}: {_facts_line(result.facts)}" if hasattr(result, "facts") else str(result)
-    print(log.printable(said))
+    return recipes.parse(_arguments(stage, config), rest, program)
 
 
 def _recipes(words: Sequence[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dmd2 import recipes
-from dmd2.cli import VERBS, main, run
+from dmd2 import recipes, stages
+from dmd2.cli import VERBS, main, parse, run
 from dmd2.config import Config
 from tests import warm
 from tests.conftest import flags
@@ -149,6 +151,24 @@ def test_help_of_a_verb_lists_its_flags_and_recipes(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "edm-imagenet64" in shown
     assert "    --gpus-per-node: " in shown
+
+
+def commands() -> list[str]:
+    """The lines of the documents that start `dmd2 VERB` or `torchrun ... dmd2 VERB` and are complete, without their comments."""
+    top = Path(__file__).parents[1]
+    lines = [
+        line for page in (top / "README.md", *top.glob("docs/*.md")) for line in page.read_text().split("\n")
+    ]
+    found = [
+        re.fullmatch(r"(?:torchrun .*-m (?:-- )?)?dmd2 +([a-z]+ [^#]*?) *(#.*)?", line) for line in lines
+    ]
+    return sorted({one[1] for one in found if one and "..." not in one[1]})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_documents_is_understood(command: str) -> None:
+    verb, *words = shlex.split(command)
+    assert parse(verb, getattr(stages, verb), words)
 
 
 def test_a_verb_does_its_work_and_says_what_it_found(
