@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from components.distill.trainjob import RUNTIME
+from components.distill.trainjob import RUNTIME, newest_checkpoint
 from dmd2.io import artifact
 from dmd2.io.storage import open_store, upload_files
 from manifests.__main__ import render
@@ -249,21 +249,19 @@ class Run:
         return sorted(wait_for(running), key=lambda pod: str(pod["metadata"]["name"]))
 
     def training_pods(self) -> list[Json]:
-        """The same, once steps are being made."""
+        """The same, once there is a checkpoint."""
         found = self.running_pods()
-        rank_0 = next(pod["metadata"]["name"] for pod in found if "-node-0-0-" in pod["metadata"]["name"])
-        wait_for(lambda: "weights" in self.cluster.log(rank_0))
-        time.sleep(4)
+        wait_for(lambda: newest_checkpoint(f"{self.root}/run"))
         return found
 
     def wait_for_line(self, pod: str, text: str) -> None:
-        """Until the step has logged this."""
+        """Until a pod of the run has logged this."""
 
         def logged() -> bool:
             ended, log = self.cluster.exit_status(pod) is not None, ""
             with suppress(subprocess.CalledProcessError):
                 log = self.cluster.log(pod)
-            assert text in log or not ended, f"the step has ended without it:\n{log}"
+            assert text in log or not ended, f"{pod} has ended without it:\n{log}"
             return text in log
 
         wait_for(logged, 120)

@@ -120,7 +120,11 @@ class Container:
         self.process: subprocess.Popen[bytes] | None = None
         self.log = pod.folder / f"{self.name}.log"
         self.message = pod.folder / f"{self.name}.termination"
+        self.begun = pod.folder / f"{self.name}.begun"
+        """There once the program takes the place of the shell that makes its file system, which takes no signal."""
         self.started = self.finished = ""
+        self.killed = False
+        """By us: unshare ends with 1 when its child was killed."""
 
     def start(self) -> None:
         root, self.started = self.pod.folder / f"{self.name}.root", now()
@@ -152,6 +156,8 @@ class Container:
             start_new_session=True,
         )
         threading.Thread(target=self._write_log, daemon=True).start()
+        while not self.begun.exists() and self.process.poll() is None:
+            time.sleep(0.01)
 
     def _write_log(self) -> None:
         """Each line with its time, as a runtime writes it."""
@@ -211,7 +217,11 @@ class Container:
         words = [expanded(word, env) for word in words]
         user = security.get("runAsUser", self.image.get("user", 0))
         group = security.get("runAsGroup", self.image.get("group", user))
-        who = [f"--reuid={user}", f"--regid={group}"]
+        who = [
+            f"--reuid={user}",
+            f"--regid={group}",
+            "--pdeathsig=KILL",
+        ]  # which is lost with the old user id
         groups = [str(security["fsGroup"])] if "fsGroup" in security else []
         who += [f"--groups={','.join(groups)}"] if groups else ["--clear-groups"]
         if security.get("allowPrivilegeEscalation") is False:
@@ -231,7 +241,7 @@ class Container:
             *(f"{k}={v}" for k, v in env.items()),
             *words,
         ]
-        lines.append(f"exec {shlex.join(command)}")
+        lines.append(f": > {quoted(str(self.begun))}; exec {shlex.join(command)}")
         return "\n".join(lines)
 
     def environment(self) -> dict[str, str]:
@@ -261,6 +271,7 @@ class Container:
 
     def send_signal(self, number: int) -> None:
         """Send a signal to process 1."""
+        self.killed = self.killed or number == signal.SIGKILL
         if self.process and self.process.poll() is None:
             try:
                 children = (
@@ -288,7 +299,7 @@ class Container:
                 "state": {"running": {"startedAt": self.started[:19] + "Z"}},
             }
         self.finished = self.finished or now()
-        code = code if code >= 0 else 128 - code
+        code = 128 + signal.SIGKILL if self.killed else code if code >= 0 else 128 - code
         message = self.message.read_text(errors="replace")[-4096:]
         if (
             not message

@@ -30,8 +30,8 @@ from tests.cluster.conftest import (
 )
 
 NewRun = Callable[..., Run]
-STOPPABLE = "trap 'exit 75' TERM; sleep 600 & wait"
-"""A training that saves nothing, and ends when it is told to."""
+STOPPABLE = "trap 'exit 75' TERM; echo stoppable; sleep 600 & wait"
+"""A training that saves nothing, and ends when it is told to: process 1 of a pod ignores a signal that it has not asked for yet."""
 COUNTING = "for i in $(seq 30); do echo line $i; sleep 1; done"
 
 
@@ -45,6 +45,7 @@ def test_restarts_that_kubernetes_does_not_count_end_after_five_without_a_newer_
         node = run.running_pods(attempt)[1]["metadata"]["name"]
         if attempt == 2:
             open_store(run.root).write("run/checkpoints/00000010/weights", b"progress")
+        run.wait_for_line(node, "stoppable")
         cluster.evict(node)
     job = run.job
     assert run.wait(pod) == 75, cluster.log(pod)

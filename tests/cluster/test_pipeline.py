@@ -24,6 +24,8 @@ from tests.conftest import MICRO
 GENEROUS = "gate.teacher=fid<=1e9"
 """The teacher learns for six steps, and is as bad."""
 SOURCE: dict[str, Any] = {"overrides": " ".join([*MICRO, GENEROUS]), "nodes": 2}
+FIRST = " ".join(one for one in MICRO if one.startswith("distill."))
+"""Overrides of the distillation, for the one that a recipe needs before its own."""
 
 
 @pytest.fixture
@@ -54,20 +56,42 @@ def outcome(run: PipelineRun) -> dict[str, Any]:
 def test_the_compiled_pipeline_goes_from_digits_on_a_bucket_to_a_published_package_that_verifies(
     run: PipelineRun, place: str, digits: str
 ) -> None:
-    run.run(source=digits, destination=f"{place}/models", gate=1e9, parts=2, **SOURCE)
-    parts = ["shard-dataset", "evaluate"]
+    """By a recipe of two stages, so there are two TrainJobs; and in two parts, side by side."""
+    recipe = "edm-digits-longer"
+    destination = f"{place}/models"
+    run.run(
+        source=digits,
+        recipe=recipe,
+        first_overrides=FIRST,
+        destination=destination,
+        gate=1e9,
+        parts=2,
+        **SOURCE,
+    )
+    shared = ["shard-dataset", "evaluate"]
     assert sorted(run.steps) == sorted([
-        "prepare-run", *parts, *parts, *parts, "resolve-teacher", "encode-latents", "distill", "gate",
+        "prepare-run", *shared, *shared, *shared, "resolve-teacher", "encode-latents", "distill", "distill", "gate",
         "package-model", "report", "publish-model", "finish-run",
     ])  # fmt: skip
     assert run.steps[-1] == "finish-run"
     folder = open_store(f"{run.root}/dmd2")
-    (record,) = [json.loads(folder.read(one.name)) for one in folder.list_objects("jobs/")]
-    assert (record["exit_status"], record["trainjob"]["spec"]["trainer"]["numNodes"]) == (0, 2)
+    records = [json.loads(folder.read(one.name)) for one in folder.list_objects("jobs/")]
+    assert [(one["exit_status"], one["trainjob"]["spec"]["trainer"]["numNodes"]) for one in records] == [
+        (0, 2)
+    ] * 2
     assert (outcome(run)["state"], outcome(run)["decision"]) == ("SUCCEEDED", "accepted")
-    package = read_manifest(f"{run.root}/dmd2/package", "package")
-    published = f"{place}/models/edm-digits/{package.digest[:16]}"
-    words = ["verify", "--package", published, "--digest", package.digest]
+    first, package = (
+        read_manifest(f"{run.root}/dmd2/{name}", kind)
+        for name, kind in (("first", "run"), ("package", "package"))
+    )
+    assert read_manifest(f"{run.root}/dmd2/run", "run").inputs["start"] == first.digest
+    words = [
+        "verify",
+        "--package",
+        f"{destination}/{recipe}/{package.digest[:16]}",
+        "--digest",
+        package.digest,
+    ]
     subprocess.run([sys.executable, "-m", "dmd2", *words], check=True)
 
 
