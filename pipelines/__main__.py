@@ -25,7 +25,7 @@ from dmd2.errors import Refused, one_sentence
 from dmd2.io.local import write_text
 from dmd2.recipes import override_flags
 from pipelines import cluster, readme
-from pipelines.cluster import ClusterFlags, compile_pipeline
+from pipelines.cluster import ClusterFlags, ServerFlags, compile_pipeline
 from pipelines.distill import H100, distill
 from pipelines.local_run import CLUSTER, run_local
 from pipelines.retrain import retrain
@@ -132,7 +132,7 @@ def _with_plan(parameters: dict[str, Any]) -> dict[str, Any]:
     return parameters | {"gpu_hours": math.ceil(10 * planned_gpu_hours(given)) / 10}
 
 
-def unschedule(where: ClusterFlags, name: str = RETRAIN) -> None:
+def unschedule(where: ServerFlags, name: str = RETRAIN) -> None:
     """Remove the schedule of the retraining pipeline.
 
     Args:
@@ -141,7 +141,7 @@ def unschedule(where: ClusterFlags, name: str = RETRAIN) -> None:
     print(f"{cluster.unschedule(where, name)} removed")
 
 
-def status(where: ClusterFlags, run: str = "") -> None:
+def status(where: ServerFlags, run: str = "") -> None:
     """Show the state of a run and its steps or, without a run, the last ten runs.
 
     Args:
@@ -162,7 +162,7 @@ def status(where: ClusterFlags, run: str = "") -> None:
         print(found.error.message)
 
 
-def logs(where: ClusterFlags, run: str, task: str = "", lines: int = 200) -> None:
+def logs(where: ServerFlags, run: str, task: str = "", lines: int = 200) -> None:
     """Show the logs of the steps of a run whose pods still exist.
 
     Args:
@@ -174,7 +174,7 @@ def logs(where: ClusterFlags, run: str, task: str = "", lines: int = 200) -> Non
         print(f"== {step}\n{text}")
 
 
-def cancel(where: ClusterFlags, run: str, wait: bool = False) -> None:
+def cancel(where: ServerFlags, run: str, wait: bool = False) -> None:
     """Stop a run. A run with the same root continues from what its stages have saved.
 
     Args:
@@ -187,7 +187,7 @@ def cancel(where: ClusterFlags, run: str, wait: bool = False) -> None:
         print(cluster.wait(where, run, print).lower())
 
 
-def _wait(where: cluster.Cluster, run: str) -> None:
+def _wait(where: cluster.Server, run: str) -> None:
     state = cluster.wait(where, run, lambda line: print(line, flush=True))
     if code := cluster.STATUS[state]:
         logger.error("run %s ended %s; python -m pipelines logs --run %s says why", run, state.lower(), run)

@@ -42,7 +42,8 @@ def tell(server: Server, capsys: pytest.CaptureFixture[str]) -> Tell:
     """`python -m pipelines WORDS` -> what it says."""
 
     def call(*words: str) -> str:
-        main([*words, "--host", server.url, "--unpinned"])
+        starts = words[0] in ("upload", "submit", "schedule")
+        main([*words, "--host", server.url, *(["--unpinned"] if starts else [])])
         return capsys.readouterr().out
 
     return call
@@ -205,7 +206,7 @@ def test_a_server_that_stays_away_gets_one_sentence_and_its_own_status(
     monkeypatch.setattr("kfp.client.client.time.sleep", lambda seconds: None)
     with pytest.raises(cluster.Unavailable, match="does not answer \\(Failed getting healthz"):
         tell("status")
-    monkeypatch.setattr(cluster.Cluster, "client", client)
+    monkeypatch.setattr(cluster.Server, "client", client)
     with pytest.raises(cluster.Unavailable, match="says 503 \\(no healthy upstream\\)"):
         tell("status")
     monkeypatch.undo()
