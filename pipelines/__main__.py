@@ -187,7 +187,7 @@ def cancel(where: ServerFlags, run: str, wait: bool = False) -> None:
         print(cluster.wait(where, run, print).lower())
 
 
-def _wait(where: cluster.Server, run: str) -> None:
+def _wait(where: cluster.KfpServer, run: str) -> None:
     state = cluster.wait(where, run, lambda line: print(line, flush=True))
     if code := cluster.STATUS[state]:
         logger.error("run %s ended %s; python -m pipelines logs --run %s says why", run, state.lower(), run)

@@ -57,7 +57,7 @@ class Unavailable(Refused):
 
 
 @dataclass(frozen=True)
-class Server:
+class KfpServer:
     """A KFP server, and the namespace of its runs."""
 
     host: str = os.environ.get("KF_PIPELINES_ENDPOINT", "")
@@ -92,7 +92,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Cluster(Server):
+class Cluster(KfpServer):
     """A KFP server where runs are started."""
 
     account: str = ""
@@ -101,7 +101,7 @@ class Cluster(Server):
     """Upload pipelines whose images have no digest, though a tag may name another image tomorrow."""
 
 
-ServerFlags = Annotated[Server, tyro.conf.arg(name="")]
+ServerFlags = Annotated[KfpServer, tyro.conf.arg(name="")]
 ClusterFlags = Annotated[Cluster, tyro.conf.arg(name="")]
 
 
@@ -219,7 +219,7 @@ def schedule(
     return kept
 
 
-def unschedule(cluster: Server, name: str) -> int:
+def unschedule(cluster: KfpServer, name: str) -> int:
     """Delete the recurring runs of this name -> how many there were."""
     client = cluster.client
     with _server_errors(cluster), redirect_stdout(io.StringIO()):
@@ -261,7 +261,7 @@ def _schedules(client: Client, experiment: str, name: str) -> list[V2beta1Recurr
     )
 
 
-def recent(cluster: Server, count: int = 10) -> list[V2beta1Run]:
+def recent(cluster: KfpServer, count: int = 10) -> list[V2beta1Run]:
     """The last runs, newest first."""
     client = cluster.client
     with _server_errors(cluster), redirect_stdout(io.StringIO()):
@@ -269,7 +269,7 @@ def recent(cluster: Server, count: int = 10) -> list[V2beta1Run]:
         return client.list_runs("", count, "created_at desc", experiment_id=experiment).runs or []
 
 
-def run(cluster: Server, run_id: str) -> V2beta1Run:
+def run(cluster: KfpServer, run_id: str) -> V2beta1Run:
     client = cluster.client
     with _server_errors(cluster):
         return client.get_run(run_id)
@@ -283,7 +283,7 @@ def tasks(found: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
     return sorted(steps, key=lambda task: task.start_time)
 
 
-def wait(cluster: Server, run_id: str, report: Callable[[str], None]) -> str:
+def wait(cluster: KfpServer, run_id: str, report: Callable[[str], None]) -> str:
     """Wait for the end of a run and report each change of state of the run and its tasks -> the final state.
 
     The client's own wait does not know cancelled runs.
@@ -298,7 +298,7 @@ def wait(cluster: Server, run_id: str, report: Callable[[str], None]) -> str:
     return str(found.state)
 
 
-def _poll(cluster: Server, run_id: str) -> Iterator[V2beta1Run]:
+def _poll(cluster: KfpServer, run_id: str) -> Iterator[V2beta1Run]:
     """Request the run repeatedly until it has ended; up to PATIENCE failed requests in a row are tolerated."""
     client, failures = cluster.client, 0
     while True:
@@ -315,14 +315,14 @@ def _poll(cluster: Server, run_id: str) -> Iterator[V2beta1Run]:
         time.sleep(POLL_S)
 
 
-def cancel(cluster: Server, run_id: str) -> None:
+def cancel(cluster: KfpServer, run_id: str) -> None:
     """Terminate a run. KFP deletes its pods at once and does not run its exit handler."""
     client = cluster.client
     with _server_errors(cluster):
         client.terminate_run(run_id)
 
 
-def logs(cluster: Server, run_id: str, task: str, lines: int) -> Iterator[tuple[str, str]]:
+def logs(cluster: KfpServer, run_id: str, task: str, lines: int) -> Iterator[tuple[str, str]]:
     """(task, its log) of each pod of a run that still exists, from the Kubernetes API."""
     import kubernetes
 
@@ -345,7 +345,7 @@ def logs(cluster: Server, run_id: str, task: str, lines: int) -> Iterator[tuple[
                 )
 
 
-def _experiment(client: Client, cluster: Server) -> str:
+def _experiment(client: Client, cluster: KfpServer) -> str:
     return str(client.create_experiment(cluster.experiment).experiment_id)
 
 
@@ -365,7 +365,7 @@ def _pages(list_from: Callable[[str], Any], what: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _server_errors(cluster: Server) -> Iterator[None]:
+def _server_errors(cluster: KfpServer) -> Iterator[None]:
     """Convert errors of the clients into Refused or Unavailable with one sentence."""
     from kubernetes.client import ApiException as KubernetesException
 

@@ -206,7 +206,7 @@ def test_a_server_that_stays_away_gets_one_sentence_and_its_own_status(
     monkeypatch.setattr("kfp.client.client.time.sleep", lambda seconds: None)
     with pytest.raises(cluster.Unavailable, match="does not answer \\(Failed getting healthz"):
         tell("status")
-    monkeypatch.setattr(cluster.Server, "client", client)
+    monkeypatch.setattr(cluster.KfpServer, "client", client)
     with pytest.raises(cluster.Unavailable, match="says 503 \\(no healthy upstream\\)"):
         tell("status")
     monkeypatch.undo()
