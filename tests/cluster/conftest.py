@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tests import conftest
 from tests.bucket import HOST
 from tests.cluster import step
 from tests.cluster.bed import STATUS, TIED, TRAINER, Bed, missing, run_kubectl
+from tests.cluster.kubelet import NODES
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE, IMAGE = "dmd2", "dmd2.invalid/dmd2:unset"
@@ -155,7 +156,7 @@ def bed_with_nodes(tmp_path_factory: pytest.TempPathFactory, object_store: str) 
     bed = Bed(tmp_path_factory.mktemp("cluster") / "bed", is_tied=True)
     try:
         bed.up()
-        with kubelet(bed, object_store):
+        with nodes_of_this_machine(bed, object_store):
             found = Cluster(bed.kubeconfig, IMAGE, bed)
             for text in (render("dev"), json.dumps(WORKFLOWS)):
                 bed.kubectl("apply", "--server-side", "--validate=strict", "-f", "-", given=text)
@@ -166,9 +167,8 @@ def bed_with_nodes(tmp_path_factory: pytest.TempPathFactory, object_store: str) 
         bed.down()
 
 
-@contextmanager
-def kubelet(bed: Bed, object_store: str, nodes: list[Json] | None = None) -> Iterator[None]:
-    """Nodes whose pods see this checkout, its Python and the object store."""
+def nodes_of_this_machine(bed: Bed, object_store: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Two nodes whose pods see this checkout, its Python and the object store."""
     env = {
         "PATH": f"{sys.prefix}/bin:{os.defpath}", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/tmp", "USER": "dmd2",
         "XDG_CACHE_HOME": "/tmp/cache", "DMD2_CACHE": "/tmp/cache/dmd2", "MPLCONFIGDIR": "/tmp/cache/matplotlib",
@@ -176,19 +176,28 @@ def kubelet(bed: Bed, object_store: str, nodes: list[Json] | None = None) -> Ite
     }  # fmt: skip
     seen = {Path(one).resolve() for one in (sys.prefix, sys.base_prefix, ROOT)}
     keep = [str(one) for one in sorted(seen) if not seen & {*one.parents}]
-    image = {"user": 65532, "env": env, "workdir": "/tmp", "keep": keep}
-    (bed.folder / "images.json").write_text(json.dumps({"dmd2.invalid/*": image}))
-    words = ["--kubeconfig", str(bed.kubeconfig), "--images", str(bed.folder / "images.json")]
-    words += ["--ports", object_store.rpartition(":")[2], str(bed.ports[STATUS]), "--services", TRAINER]
-    if nodes:
-        (bed.folder / "nodes.json").write_text(json.dumps(nodes))
-        words += ["--nodes", str(bed.folder / "nodes.json")]
-    with open(bed.folder / "kubelet.log", "ab") as log:
+    images = {"dmd2.invalid/*": {"user": 65532, "env": env, "workdir": "/tmp", "keep": keep}}
+    ports = [object_store.rpartition(":")[2], str(bed.ports[STATUS])]
+    return kubelet(bed, bed.folder / "nodes", images, NODES, "--ports", *ports, "--services", TRAINER)
+
+
+@contextmanager
+def kubelet(
+    bed: Bed, folder: Path, images: Json, nodes: list[Json], *words: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that plays nodes, with its files in a folder of its own. It ends with this one."""
+    folder.mkdir()
+    (folder / "kubeconfig").write_text(bed.kubeconfig.read_text())
+    for name, content in {"images": images, "nodes": nodes}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    files = ["--kubeconfig", "kubeconfig", "--images", "images.json", "--nodes", "nodes.json"]
+    command = [*TIED, sys.executable, "-m", "tests.cluster.kubelet", *files, *words]
+    with open(folder / "kubelet.log", "ab") as log:
         process = subprocess.Popen(
-            [*TIED, sys.executable, "-m", "tests.cluster.kubelet", *words], cwd=ROOT, stdout=log, stderr=log
+            command, cwd=folder, env=bed.env | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
         )
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from tests.cluster.conftest import (
     LONG,
     NAMESPACE,
     ROOT,
+    SECURE,
     Cluster,
     Run,
     asked_by,
     granted,
+    kubelet,
     right,
     student,
     wait_for,
     wait_until_gone,
 )
+from tests.cluster.kubelet import CPU
 
 NewRun = Callable[..., Run]
 STOPPABLE = "trap 'exit 75' TERM; echo stoppable; sleep 600 & wait"
@@ -197,3 +201,26 @@ time.sleep(600)
         wait_for(lambda: program() == str(PROGRAMS / "etcd"), 30)
         process.kill()
     wait_for(lambda: program() != str(PROGRAMS / "etcd"), 30)
+
+
+def test_the_pods_end_with_the_process_that_plays_their_node(cluster: Cluster, tmp_path: Path) -> None:
+    bed, name = cluster.bed, "node-that-dies"
+    node = {"name": name, "capacity": CPU, "taints": [{"key": "dies", "effect": "NoSchedule"}]}
+    main = {"name": "main", "image": cluster.image, "command": ["sleep", "54321"], "securityContext": SECURE}
+    spec = {"nodeName": name, "restartPolicy": "Never", "containers": [main]}
+    with kubelet(bed, tmp_path / "node", {cluster.image: {"user": 65532}}, [node]) as process:
+        cluster.create({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "sleeper"}, "spec": spec})
+        wait_for(lambda: running("sleep 54321"), 60)
+        process.kill()
+        wait_for(lambda: not running("sleep 54321"), 30)
+    cluster.kubectl("delete", "pod", "sleeper", "--force", "--grace-period=0")
+    bed.kubectl("delete", "node", name)
+
+
+def running(command: str) -> bool:
+    """Whether a process of this machine has this command line."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_text().split("\0")[:-1] == command.split():
+                return True
+    return False

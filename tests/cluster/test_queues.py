@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +14,7 @@ from components.distill.trainjob import TrainJob
 from components.prepare_run.queues import QUEUE
 from manifests.__main__ import render
 from pipelines.pods import BUSY, HEAVY, PRIORITY, RUN, PodResources
-from tests.cluster.bed import TIED
-from tests.cluster.conftest import NAMESPACE, ROOT, Cluster, Json, wait_for
+from tests.cluster.conftest import NAMESPACE, Cluster, Json, kubelet, wait_for
 from tests.manifests.test_policies import OVERLAYS, rendered
 
 IMAGE = f"europe-west4-docker.pkg.dev/my-project/dmd2/dmd2:0.1.0@sha256:{64 * '0'}"
@@ -68,20 +64,8 @@ def machines(cluster: Cluster) -> Iterator[None]:
     """Two machines of each pool. None of them has an image, so no pod runs."""
     kinds = [("nvidia-h100-80gb", False), ("nvidia-h100-80gb", True), ("nvidia-h200-141gb", False)]
     nodes = [machine(accelerator, number, spot) for accelerator, spot in kinds for number in range(2)]
-    folder = cluster.bed.folder / "gpus"
-    folder.mkdir()
-    (folder / "nodes.json").write_text(json.dumps(nodes))
-    (folder / "images.json").write_text("{}")
-    (folder / "kubeconfig").write_text(cluster.bed.kubeconfig.read_text())
-    words = ["--kubeconfig", "kubeconfig", "--images", "images.json", "--nodes", "nodes.json"]
-    command = [*TIED, sys.executable, "-m", "tests.cluster.kubelet", *words]
-    with open(folder / "kubelet.log", "wb") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=cluster.bed.env | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
-        )
-    yield
-    process.terminate()
-    process.wait()
+    with kubelet(cluster.bed, cluster.bed.folder / "gpus", {}, nodes):
+        yield
     cluster.bed.kubectl(
         "delete", "nodes", *(node["name"] for node in nodes)
     )  # or pods of later tests wait on them for ever
