@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from dmd2 import recipes
 from dmd2.parallel.ranks import World
 from dmd2.training.compile_cache import CompileCache
 from tests import warm
-from tests.conftest import ALONE, MICRO, flags
+from tests.conftest import ALONE
 
 COMPILE = """
 import sys, torch
@@ -69,31 +67,3 @@ def test_a_folder_for_graphs_without_compiling_is_refused(refusal: Callable[...,
         lambda: recipes.resolve("edm-digits", ["engine.compile=off", "engine.compile_cache=graphs"])
     )
     assert "compile is off, so there are no graphs to keep" in words
-
-
-@pytest.mark.slow
-def test_a_training_that_starts_again_compiles_nothing(made: Path, tmp_path: Path) -> None:
-    said, kept = [], []
-    for start in ("a", "b"):
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / start),
-            "PYTHONPATH": str(warm.ROOT),
-        }
-        places = [
-            "--data",
-            str(made / "shards"),
-            "--teacher",
-            str(made / "teacher"),
-            "--out",
-            str(tmp_path / f"run-{start}"),
-        ]
-        compiled = (*MICRO, "engine.compile=on", f"engine.compile_cache={tmp_path / 'graphs'}")
-        words = [sys.executable, "-m", "dmd2", "distill", "edm-digits", *places, *flags(compiled)]
-        ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        said.append(ended.stderr)
-        (file,) = (tmp_path / "graphs").iterdir()
-        kept.append(file.read_bytes())
-    assert "compiled graphs of earlier processes: 0" in said[0]
-    assert "compiled graphs of earlier processes: 0" not in said[1]
-    assert kept[0] == kept[1], "a graph that was compiled again would have been added"
