@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,13 +193,28 @@ class Pull:
         return {self.name: loss}
 
 
+@pytest.fixture
+def gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps along the gradient in place of AdamW's, so that the weights show it."""
+
+    @torch.no_grad()
+    def descend(group: dict[str, Any], shards: optim.Shards, skipped: Tensor, generator: object) -> None:
+        assert not skipped
+        for weight, _ in shards:
+            assert weight.grad is not None
+            weight.sub_(group["lr"] * weight.grad)
+
+    monkeypatch.setattr(optim, "adamw_step", descend)
+
+
+@pytest.mark.usefixtures("gradient_descent")
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5])
 def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(micro_batch: int) -> None:
     def train(micro_batch: int) -> list[Tensor]:
         torch.manual_seed(0)
         student, critic = Toy(), nn.Linear(2, 2)
         trainables = [
-            Trainable(n, m, torch.optim.SGD(m.parameters(), 0.1, fused=True), lambda step: 0.1, 1e9)
+            Trainable(n, m, torch.optim.AdamW(m.parameters()), lambda step: 0.1, 1e9)
             for n, m in (("student", student), ("critic", critic))
         ]
 
@@ -247,6 +263,7 @@ class Matched:
         return {self.name: losses.denoising(out, target)}
 
 
+@pytest.mark.usefixtures("gradient_descent")
 def test_dmd_in_micro_batches_of_two_is_dmd_on_a_batch_of_four_for_the_same_noises() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -257,7 +274,7 @@ def test_dmd_in_micro_batches_of_two_is_dmd_on_a_batch_of_four_for_the_same_nois
         networks = [Toy(weight) for weight in (0.7, 0.8, 0.9)]
         student, critic, teacher = (Denoiser(network, PROCESS) for network in networks)
         first, second = (
-            Trainable(n, m, torch.optim.SGD(m.parameters(), 1.0, fused=True), lambda step: 1.0, 1e9)
+            Trainable(n, m, torch.optim.AdamW(m.parameters()), lambda step: 1.0, 1e9)
             for n, m in zip(("student", "critic"), networks[:2], strict=True)
         )
 
@@ -296,13 +313,14 @@ def test_a_regression_learns_a_known_answer() -> None:
     assert metrics[-1]["student/regression"] < 1e-4 < metrics[0]["student/regression"]
 
 
+@pytest.mark.usefixtures("gradient_descent")
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_a_regression_in_micro_batches_updates_as_on_the_whole_batch(micro_batch: int) -> None:
     pairs = Batch(torch.randn(8, 2, 1, 2, 2), conditioning(0.1, 8), conditioning(0, 8))
 
     def train(micro_batch: int) -> tuple[Tensor, Tensor]:
         network = Toy()
-        optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
+        optimizer = torch.optim.AdamW(network.parameters())
         metrics = regression(
             Trainable("student", network, optimizer, lambda step: 0.1, 1e9), 399, micro_batch
         ).step(pairs, 0)

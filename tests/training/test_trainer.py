@@ -138,6 +138,7 @@ def test_a_type_without_instructions_is_warned_about(
     can = {"architecture": "x86_64", "avx512_bf16": native, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     network = make_family(micro.family).network()
+    caplog.set_level("WARNING")
     make_trainer(micro, network)
     assert not caplog.messages
     lower = micro.distill.model_copy(update={"dtype": "bfloat16"})
