@@ -42,8 +42,9 @@ from dmd2.errors import one_sentence
 from tests.cluster.network import Bridge, PodNetwork
 
 Json = dict[str, Any]
-BACK_S = 60.0
-"""After which a lost node is there again: later than the controller that removes the pods of nodes that are gone."""
+BACK_S = 90.0
+"""After which a lost node is there again: later than the controller that removes the pods of nodes that are gone, which looks every
+20 s and wants to have missed a node for 40."""
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 
