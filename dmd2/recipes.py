@@ -237,7 +237,7 @@ def steps(config: Config, count: int, name: str) -> Config:
 
 
 def fast(config: Config) -> Config:
-    """The recipe with fewer network calls, each sample distributed as before. Not in the paper; its quality was not measured."""
+    """The recipe with fewer network calls, each sample distributed as before. Not in the paper; docs/recipes.md compares both on emoji."""
     gan = config.distill.gan and config.distill.gan.model_copy(update={"reuse_denoising_pass": True})
     return _with(config, config.recipe + "-fast", continue_rollouts=True, gan=gan)
 
