@@ -281,14 +281,15 @@ def test_parts_side_by_side_make_the_same_bytes_also_if_one_was_killed(
     for process in running:
         process.join()
     assert not out.exists()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.tar")}
+    kept = results(out)  # the killed one may have left a shard without its result, which is made anew
+    assert len(kept) >= 25  # of 38: those of the two others
     part = stages.encode(config, str(shards), str(vae), str(out), "1/3")
     assert (part.facts, out.exists()) == ({"part": "1/3", "units": 13}, False)
     merged = stages.encode(config, str(shards), str(vae), str(out))
     assert merged.digest == read_manifest(encoded, "latents").digest
     assert members(out) == members(encoded)
-    assert {out / path.name: path for path in kept}.keys() <= set(out.glob("*.tar"))
-    assert all((out / path.name).stat().st_mtime_ns == time for path, time in kept.items())
+    times = {path.stem.removeprefix("train-"): path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert kept.items() <= times.items(), "nothing is encoded twice"
 
 
 def test_a_vae_that_overflows_is_refused_and_only_training_draws_what_it_gives(
