@@ -132,7 +132,8 @@ class UploadedPipeline:
                     token, PAGE, "created_at", self._experiment, filter=json.dumps({"predicates": predicates})
                 )
             for run in page.runs or ():
-                found[str(run.run_id)] = str((run.runtime_config.parameters or {}).get("claim", ""))
+                parameters = (run.runtime_config and run.runtime_config.parameters) or {}
+                found[str(run.run_id)] = str(parameters.get("claim", ""))
             if not (token := page.next_page_token):
                 return found
 

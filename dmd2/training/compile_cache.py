@@ -59,9 +59,8 @@ class CompileCache:
         """Write the file, if this process has compiled graphs since it wrote it last. Training goes on where it cannot be written."""
         if not self.folder or self.world.rank != self.world.local_rank:  # of another machine than the first
             return
-        from torch._dynamo.utils import (
-            counters,
-        )  # slow to import, and there already where something was compiled
+        # Slow to import, and there already where something was compiled.
+        from torch._dynamo.utils import counters
 
         compiled: int = counters["inductor"]["fxgraph_cache_miss"]
         if compiled <= self._saved:
