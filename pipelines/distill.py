@@ -147,7 +147,7 @@ def distill(
         hub: Repository of the Hugging Face Hub, `hf://owner/name`, where it is published too; the token is in the Secret `dmd2-hub-token`. Empty: none.
         model_registry: Address of a Kubeflow Model Registry in which the published package is noted. Empty: none.
         scores: Folder that keeps the scores of teachers, so that a teacher is sampled once for all its students. Empty: none are kept.
-        root: Folder of everything the run makes; the same root continues a run. Empty: a folder beside the run's KFP artifacts.
+        root: Folder of everything the run makes; the same root continues a run. Empty: a folder beside the run's KFP artifacts, which a TrainJob may not be allowed to write.
         nodes: Number of machines of the distillation. More than 1 needs Kubeflow Trainer, and the account `launcher`.
         gpus: Number of GPUs of the distillation, one process on each; 0 = one process on the CPU, -1 = the recipe decides; without a cluster, all GPUs of the machine.
         pool: Labels of the nodes with GPUs, as JSON; `{}` = any node.

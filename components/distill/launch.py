@@ -128,14 +128,17 @@ class Torchrun:
                     os.kill(pid, number)
 
 
-def choose(size: JobSize) -> Where:
+def choose(size: JobSize, folder: str) -> Where:
     """Where a training of this size runs: in a TrainJob where this pod may make one of that size, or else in the pod itself.
 
+    Args:
+        folder: Folder of the run.
+
     Raises:
-        Refused: It needs several machines, and there is no TrainJob.
+        Refused: It needs several machines, and there is no TrainJob; or the pods of a TrainJob may not write to the folder.
     """
     size.check()
-    missing = _why_no_trainjob(size)
+    missing = _why_no_trainjob(size, folder)
     if not missing:
         return "trainjob"
     if size.nodes > 1:
@@ -146,8 +149,8 @@ def choose(size: JobSize) -> Where:
     return "here"
 
 
-def _why_no_trainjob(size: JobSize) -> str:
-    """Why there is no TrainJob for a training of this size; empty if there is one."""
+def _why_no_trainjob(size: JobSize, folder: str) -> str:
+    """Why there is no TrainJob for a training of this size; empty if there is one, which may write to the folder of the run."""
     if not IN_A_POD.exists():
         return "there is no cluster"
     from components.distill.kube import connect  # the client takes a second to import
@@ -156,9 +159,10 @@ def _why_no_trainjob(size: JobSize) -> str:
     found = find_runtime(connect())
     if isinstance(found, str):
         return found
-    return (
-        "" if found == size.gpus else f"gpus is {size.gpus} while a node of the TrainingRuntime has {found}"
-    )
+    if found.gpus != size.gpus:
+        return f"gpus is {size.gpus} while a node of the TrainingRuntime has {found.gpus}"
+    found.check_folder(folder)
+    return ""
 
 
 def launcher(training: Training, where: Where) -> Launcher:

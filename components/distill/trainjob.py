@@ -49,6 +49,8 @@ RUN, WORK = "dmd2/run", "dmd2/work"
 """Label with the KFP id of the run; annotation with the digest of what the job computes."""
 RECIPE, COST_CENTRE = "dmd2/recipe", "dmd2/cost-centre"
 """Labels by which the cost of a training is divided."""
+ROOT = "dmd2/root"
+"""Annotation of the TrainingRuntime: the folder on a bucket below which alone the account `trainer` may write."""
 MANAGER = "dmd2.invalid/launcher"
 RUN_S = 168 * 3600
 """Longest time that a training may run, from its last start; the time in a queue does not count."""
@@ -452,8 +454,26 @@ class RankZeroLog:
         sys.stdout.flush()
 
 
-def find_runtime(kube: Kube) -> int | str:
-    """GPUs of a node in the runtime of the cluster, or why there is none for this account."""
+@dataclass(frozen=True)
+class Runtime:
+    """What the TrainingRuntime of the cluster says of the nodes of a training."""
+
+    gpus: int
+    """GPUs of each node."""
+    root: str = ""
+    """Folder on a bucket below which alone they may write; empty = it does not say."""
+
+    def check_folder(self, folder: str) -> None:
+        """Raise Refused for the folder of a run that the nodes may not write to."""
+        if self.root and not f"{folder}/".startswith(f"{self.root.rstrip('/')}/"):
+            raise Refused(
+                f"the folder of the run is {folder}, and the pods of a TrainJob may write below {self.root} only, by the annotation {ROOT} of "
+                f"the TrainingRuntime {RUNTIME}; give as root a folder there, as {join_uri(self.root, 'first')}"
+            )
+
+
+def find_runtime(kube: Kube) -> Runtime | str:
+    """The runtime of the cluster, or why there is none for this account."""
     where = (GROUP, VERSION, kube.namespace, RUNTIMES, RUNTIME)
     try:
         found = patiently(partial(kube.custom.get_namespaced_custom_object, *where))
@@ -462,4 +482,5 @@ def find_runtime(kube: Kube) -> int | str:
     (job,) = [one for one in found["spec"]["template"]["spec"]["replicatedJobs"] if one["name"] == CONTAINER]
     containers = job["template"]["spec"]["template"]["spec"]["containers"]
     node = next(one for one in containers if one["name"] == CONTAINER)
-    return int(node.get("resources", {}).get("limits", {}).get("nvidia.com/gpu", 0))
+    gpus = int(node.get("resources", {}).get("limits", {}).get("nvidia.com/gpu", 0))
+    return Runtime(gpus, found["metadata"].get("annotations", {}).get(ROOT, ""))

@@ -137,8 +137,8 @@ def prepare_run(
         config = check_parameters(given, on_cluster)
         folder = run_folder(root, run_id, settings.uri)
         logger.info(report_start(claim, run_id))
+        where = choose(JobSize(nodes, given.chosen_gpus), folder) if on_cluster else "here"
         check_resources(given, folder)
-        where = choose(JobSize(nodes, given.chosen_gpus)) if on_cluster else "here"
         check_queues(given, where)
         Path(plan.path).write_text(plan_page(given, folder))
     text = config.model_dump_json(indent=1)

@@ -27,7 +27,7 @@ def main(given: dict[str, Any]) -> None:
     """Run the step; `data` is the address of `shards` and `teacher`, and `script` replaces the training."""
     data, script = given.pop("data"), given.pop("script", "")
     size = JobSize(int(given["nodes"]), 0, given["queue"])
-    where = choose(size)
+    where = choose(size, given["root"])
     if script:
         kube = connect()
         arguments = ["distill", "edm-digits", script]

@@ -17,13 +17,15 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
+import yaml
 
+from components.distill.trainjob import ROOT as ROOT_OF_RUNS
 from components.find_teachers.ledger import ENTRIES, RESERVATIONS, Ledger, RetrainLimits, WorkItem
 from dmd2 import stages
 from dmd2.io.artifact import ArtifactFile, Manifest, read_manifest
 from dmd2.io.local import sha256
 from dmd2.io.storage import open_store
-from manifests.__main__ import ROOT
+from manifests.__main__ import ROOT, render
 from tests.bucket import UPLOAD, Proxy, list_names, names_in_manifest, use_host
 
 READ, CREATE, DELETE = {"get", "list"}, {"create"}, {"delete", "update"}
@@ -144,6 +146,13 @@ def test_only_watchers_may_change_the_ledger_and_nobody_a_published_model(rights
     }  # fmt: skip
     creating = {key for key, roles in rights.items() if "objectCreator" in roles}
     assert creating == {(who, what) for who in ("steps", "launcher") for what in ("models", "ledger/claims")}
+
+
+def test_the_runtime_names_the_folder_that_a_training_may_write(rights: Rights) -> None:
+    objects = yaml.safe_load_all(render("gke-a3-high"))
+    (runtime,) = [one for one in objects if one["kind"] == "TrainingRuntime"]
+    writable = [where for (who, where), roles in rights.items() if who == "trainer" and "objectUser" in roles]
+    assert [runtime["metadata"]["annotations"][ROOT_OF_RUNS]] == [f"gs://my-bucket/{one}" for one in writable]
 
 
 def test_every_folder_that_is_named_is_made(rights: Rights) -> None:

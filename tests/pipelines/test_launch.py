@@ -20,9 +20,7 @@ from tests import conftest, warm
 
 RUN = "import sys; from components.distill.launch import *; from dmd2.errors import one_sentence\n"
 RUN += "with one_sentence():\n    size = JobSize(gpus=0, nodes=int(sys.argv[1]))\n"
-RUN += (
-    "    sys.exit(run_to_end(launcher(Training(sys.argv[2:], size, 'run', '/tmp', 'run', {}), choose(size))))"
-)
+RUN += "    sys.exit(run_to_end(launcher(Training(sys.argv[2:], size, 'run', '/tmp', 'run', {}), choose(size, '/tmp'))))"
 
 
 @pytest.fixture
