@@ -111,8 +111,8 @@ schedule: $(READY) ## Look for new teachers every week (TEACHERS=, LEDGER=, RUN_
 unschedule: $(READY) ## Look no more
 	$(BIN)/python -m pipelines unschedule $(if $(HOST),--host '$(HOST)')
 
-manifests: $(READY) ## Render the manifests of every overlay to runs/manifests/<overlay>.yaml (TAGS=1: without digests too)
-	$(BIN)/python -m manifests render $(if $(TAGS),--tags)
+manifests: $(READY) ## Render the manifests of every overlay, or of OVERLAY=, to runs/manifests/<overlay>.yaml (TAGS=1: without digests too)
+	$(BIN)/python -m manifests render $(if $(OVERLAY),--overlay $(OVERLAY)) $(if $(TAGS),--tags)
 
 BUILT = $(if $(BUILDER),--builder '$(BUILDER)')
 

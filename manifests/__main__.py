@@ -1,7 +1,7 @@
-"""`python -m manifests render`: every overlay to `runs/manifests/<overlay>.yaml`, for review and for `kubectl apply -f`.
+"""`python -m manifests render`: overlays to `runs/manifests/<overlay>.yaml`, for review and for `kubectl apply -f`.
 
 Kustomize renders; the only additions here are the digests of `images.lock`. `python -m manifests pin` adds them to the
-manifests of others, such as Google's DaemonSets. An image without a digest is refused.
+manifests of others, such as Google's DaemonSets. An overlay with an image without a digest is refused.
 """
 
 from __future__ import annotations
@@ -64,26 +64,32 @@ def without_digest(text: str) -> list[str]:
     return sorted({found["image"] for found in IMAGE.finditer(text) if "@sha256:" not in found["image"]})
 
 
-def render_all(out: Path = Path("runs/manifests"), tags: bool = False) -> None:
-    """Render every overlay, with the digests of images.lock.
+def render_all(overlay: tuple[str, ...] = (), out: Path = Path("runs/manifests"), tags: bool = False) -> None:
+    """Render overlays with the digests of images.lock. One with an image without a digest is not written, the others are.
 
     Args:
+        overlay: Names of overlays; none = all.
         out: Folder for `<overlay>.yaml`.
         tags: Accept images without a digest.
     """
-    texts = {overlay: with_digests(render(overlay)) for overlay in overlays()}
-    missing = {overlay: found for overlay, text in texts.items() if (found := without_digest(text))}
+    texts = {one: with_digests(render(one)) for one in overlay or overlays()}
+    missing = {one: found for one, text in texts.items() if (found := without_digest(text))}
+    for one, text in texts.items():
+        if tags or one not in missing:
+            write_text(out / f"{one}.yaml", text)
+            print(f"{out / one}.yaml")
     if missing and not tags:
-        raise Refused(f"{_complaint(missing)}; nothing was rendered. {HOW_TO_PIN}, or accept them (TAGS=1)")
-    for overlay, text in texts.items():
-        write_text(out / f"{overlay}.yaml", text)
-        print(out / f"{overlay}.yaml")
+        raise Refused(f"{_complaint(missing)}; not written. {HOW_TO_PIN}, or accept tags (TAGS=1)")
     if missing:
         print(_complaint(missing), file=sys.stderr)
 
 
 def _complaint(missing: dict[str, list[str]]) -> str:
-    found = (f"{', '.join(images)} in {overlay}" for overlay, images in missing.items())
+    named = {
+        overlay: ["dmd2" if one == PLACEHOLDER else one for one in found]
+        for overlay, found in missing.items()
+    }
+    found = (f"{', '.join(images)} in {overlay}" for overlay, images in named.items())
     return f"images.lock has no digest for {'; '.join(found)}"
 
 

@@ -153,20 +153,38 @@ def test_an_image_without_a_digest_stays_as_it_is(tmp_path: Path) -> None:
     assert without_digest(text) == ["a/b:1", PLACEHOLDER]
 
 
-def test_tags_are_refused_before_anything_is_written(
-    tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+def test_an_overlay_with_a_tag_is_refused_and_the_others_are_written(
+    tmp_path: Path,
+    lock: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     lock.write_text(re.sub(r"(gib: .*)@.*", r"\1", lock.read_text()))
-    monkeypatch.setattr("manifests.__main__.pins.PINS", lock)
     monkeypatch.setattr("manifests.__main__.with_digests", lambda text: with_digests(text, lock))
-    said = refusal(lambda: render_all(tmp_path / "out"))
+    out = tmp_path / "out"
+    said = refusal(lambda: render_all(out=out))
     assert "images.lock has no digest for us-docker.pkg.dev/gce-ai-infra/gpudirect-gib" in said
-    assert "in gke-a3-ultra; nothing was rendered. Ask the registries with `make images-lock`" in said
-    assert not (tmp_path / "out").exists()
-    render_all(tmp_path / "out", tags=True)
-    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == overlays()
-    for path in (tmp_path / "out").iterdir():
+    assert "in gke-a3-ultra; not written. Ask the registries with `make images-lock`" in said
+    complete = [one for one in overlays() if one != "gke-a3-ultra"]
+    assert capsys.readouterr().out.split() == [f"{out}/{one}.yaml" for one in complete]
+    assert sorted(path.stem for path in out.iterdir()) == complete
+    render_all(("gke-a3-ultra",), out, tags=True)
+    assert capsys.readouterr().out.split() == [f"{out}/gke-a3-ultra.yaml"]
+    for path in out.iterdir():
         assert path.read_text() == with_digests(known(path.stem), lock)
+
+
+def test_one_overlay_is_rendered_though_another_lacks_a_digest(
+    tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock.write_text(re.sub(r"(gib: .*)@.*", r"\1", lock.read_text()))
+    monkeypatch.setattr("manifests.__main__.with_digests", lambda text: with_digests(text, lock))
+    render_all(("dev",), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dev.yaml"]
+    lock.write_text("dmd2: dmd2:0.1.0\n")
+    with pytest.raises(Refused, match=r"images\.lock has no digest for dmd2 in dev; not written"):
+        render_all(("dev",), tmp_path / "out")
 
 
 def test_the_manifests_of_others_are_pinned_or_refused(
