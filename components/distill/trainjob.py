@@ -37,6 +37,7 @@ from components.distill.cause import (
 from components.distill.kube import Call, Kube, Pod, Seen, message_of, patiently
 from components.distill.launch import Training
 from dmd2.errors import EXIT_RESTARTABLE, Refused
+from dmd2.io.local import json_digest
 from dmd2.io.storage import join_uri, open_store
 
 logger = logging.getLogger("components.distill.trainjob")
@@ -154,7 +155,7 @@ class TrainJob:
     @property
     def digest(self) -> str:
         size = self.training.size
-        return sha256(json.dumps([self.training.arguments, size.nodes, size.gpus]).encode()).hexdigest()[:16]
+        return json_digest([self.training.arguments, size.nodes, size.gpus])[:16]
 
     def body(self) -> Json:
         """The TrainJob. Image, owner and priority are those of the launcher's own pod."""

@@ -13,8 +13,6 @@ Runs are started and watched in `runs.py`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import time
 import uuid
@@ -27,6 +25,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmd2.errors import Refused, brief
+from dmd2.io.local import json_digest
 from dmd2.io.storage import join_uri
 from dmd2.io.store import CONCURRENT_REQUESTS, Store
 
@@ -61,7 +60,7 @@ class WorkItem(LedgerObject):
     @property
     def key(self) -> str:
         """Name of the entry. It begins with the teacher, so that the entries of a teacher are sorted together."""
-        return f"{self.teacher[:16]}-{digest(self.model_dump())[:16]}"
+        return f"{self.teacher[:16]}-{json_digest(self.model_dump())[:16]}"
 
 
 class FailedRun(LedgerObject):
@@ -601,11 +600,6 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} at {error.filename}" if error.filename else error.strerror
     return brief(error)
-
-
-def digest(value: Any) -> str:
-    """The sha256 of a JSON value. Stored keys depend on it."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _entry_name(key: str) -> str:

@@ -15,8 +15,8 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
-from components.find_teachers.ledger import digest
 from dmd2.errors import Refused, brief, near_miss
+from dmd2.io.local import json_digest
 
 EXPERIMENT = "retrain"
 """Experiment of the runs in the UI."""
@@ -102,7 +102,7 @@ class UploadedPipeline:
     @cached_property
     def image(self) -> str:
         executors = self._spec.get("deploymentSpec", {}).get("executors", {})
-        return digest(sorted({e["container"]["image"] for e in executors.values() if "container" in e}))
+        return json_digest(sorted({e["container"]["image"] for e in executors.values() if "container" in e}))
 
     def start(self, name: str, settings: Mapping[str, Any]) -> str:
         with _api_errors(f"run {name!r}"):

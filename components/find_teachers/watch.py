@@ -29,12 +29,12 @@ from components.find_teachers.ledger import (
     RetrainLimits,
     WorkItem,
     describe,
-    digest,
 )
 from components.find_teachers.runs import PipelineRuns, RunState, UploadedPipeline, cause_of
 from components.find_teachers.sources import AnnouncedTeacher, find
 from dmd2 import recipes
 from dmd2.errors import Refused
+from dmd2.io.local import json_digest
 from dmd2.io.storage import join_uri, open_store
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Watcher:
     def recipe(self) -> str:
         """Digest of the settings that decide the result."""
         given = {name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
-        return digest(dict.fromkeys(RESULT_SETTINGS) | given)
+        return json_digest(dict.fromkeys(RESULT_SETTINGS) | given)
 
     def work(self, teacher: AnnouncedTeacher) -> WorkItem:
         """The work item of distilling this teacher with the settings of this watcher."""

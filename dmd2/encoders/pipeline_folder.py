@@ -7,7 +7,6 @@ opened.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from dmd2.encoders.weight_files import VARIANTS, candidates, index_name, weight_
 from dmd2.errors import Refused, brief
 from dmd2.io.hub import HUB_NAME
 from dmd2.io.json_file import read_json
-from dmd2.io.local import sha256
+from dmd2.io.local import json_digest, sha256
 from dmd2.io.storage import cache, open_store
 from dmd2.io.store import Store
 from dmd2.io.tensors import convert_file
@@ -73,9 +72,7 @@ class PipelineFiles:
     @property
     def digest(self) -> str:
         """sha256 of the names and contents; the same for a VAE alone and for the same VAE in a pipeline."""
-        return hashlib.sha256(
-            json.dumps([(name, sha256(path)) for name, path in sorted(self.files.items())]).encode()
-        ).hexdigest()
+        return json_digest([(name, sha256(path)) for name, path in sorted(self.files.items())])
 
     @property
     def text_digest(self) -> str:
@@ -99,7 +96,7 @@ def text_digest(digests: Mapping[str, str]) -> str:
     """sha256 of the text encoders and tokenizers of a pipeline, from the sha256 of each of its files; other files do not count."""
     names = [name for name in sorted(digests) if name.startswith(TEXT_FOLDERS)]
     read = [n for n in names if n.endswith((".safetensors", ".index.json")) or Path(n).name in TEXT_FILES]
-    return hashlib.sha256(json.dumps([(name, digests[name]) for name in read]).encode()).hexdigest()
+    return json_digest([(name, digests[name]) for name in read])
 
 
 def find_pipeline(source: str, text: bool, whole: bool = False) -> PipelineFiles:
@@ -216,7 +213,7 @@ def _bucket_copy(source: str, store: Store, names: list[str]) -> Callable[[list[
         f"{part}/" if part else file.split(".")[0] for part, _, file in (n.rpartition("/") for n in names)
     }
     there = {o.name: o.fingerprint for start in sorted(starts) for o in store.list_objects(start)}
-    folder = cache() / "networks" / hashlib.sha256(json.dumps([source, there]).encode()).hexdigest()
+    folder = cache() / "networks" / json_digest([source, there])
 
     def fetch(files: list[str]) -> Path:
         for name in files:

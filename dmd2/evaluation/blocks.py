@@ -7,12 +7,9 @@ images and how they are measured, so that blocks of another network or another p
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -27,11 +24,6 @@ from dmd2.models.family import Prompt
 
 FOLDER = ".blocks"
 """In the draft of an evaluation."""
-
-
-def digest_of(pins: Mapping[str, Any] | Sequence[Any]) -> str:
-    """The sha256 of JSON values."""
-    return hashlib.sha256(json.dumps(pins, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import logging
 from contextlib import suppress
@@ -24,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.io.local import atomic_write, sha256
+from dmd2.io.local import atomic_write, json_digest, sha256
 from dmd2.io.storage import cache, join_uri, open_store
 from dmd2.io.store import Store
 from dmd2.log import UNPRINTABLE
@@ -106,7 +105,7 @@ class Manifest(BaseModel):
         content: list[Any] = [self.kind, [file.model_dump() for file in self.files]]
         if self.seal and self.kind in CONTENT_IN_FACTS:
             content += [self.inputs, self.facts]
-        return _sha256_of_json(content)
+        return json_digest(content)
 
 
 def sealed_text(manifest: Manifest) -> str:
@@ -119,11 +118,7 @@ def _seal(text: str | bytes) -> str:
     """The seal that belongs to the text of a manifest."""
     content = json.loads(text)
     content.pop("seal", None)
-    return _sha256_of_json(content)
-
-
-def _sha256_of_json(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest(content)
 
 
 def read_manifest(folder: str | Path, *kinds: str) -> Manifest:

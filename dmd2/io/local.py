@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dmd2.io.store import ObjectInfo
 
@@ -157,4 +157,9 @@ def content_digest(path: Path, pattern: str = "**/*") -> str:
         return sha256(path)
     files = sorted(p for p in path.glob(pattern) if p.is_file())
     digests = [(str(p.relative_to(path)), sha256(p)) for p in files]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return json_digest(digests)
+
+
+def json_digest(value: Any) -> str:
+    """The sha256 of a JSON value, whatever the order of the keys of its objects. Stored names and digests depend on it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

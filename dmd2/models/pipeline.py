@@ -6,9 +6,7 @@ read from safetensors, so no code of the folder is run.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ from dmd2.encoders.pipeline_folder import (
 from dmd2.encoders.weight_files import weight_files
 from dmd2.errors import Refused, brief
 from dmd2.io.json_file import read_json
-from dmd2.io.local import sha256
+from dmd2.io.local import json_digest, sha256
 
 INDEX = "model_index.json"
 SETTINGS = ("scheduler_config.json", "preprocessor_config.json", "spiece.model", *TOKENIZER_FILES)
@@ -62,9 +60,7 @@ class Pipeline:
         files = {INDEX: self.folder / INDEX}
         for part in self.parts:
             files |= {f"{part}/{name}": path for name, path in self._files(part).items()}
-        return hashlib.sha256(
-            json.dumps([(name, sha256(path)) for name, path in sorted(files.items())]).encode()
-        ).hexdigest()
+        return json_digest([(name, sha256(path)) for name, path in sorted(files.items())])
 
     def calls(self, steps: int, guidance: float) -> int:
         """Network calls per picture: one per step, and one more with a guidance above 1, unless the network gets it as an input."""

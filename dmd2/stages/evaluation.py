@@ -23,7 +23,7 @@ from dmd2.data.shards import TRAIN
 from dmd2.encoders.text import CutTexts, count_cut_texts
 from dmd2.errors import Refused
 from dmd2.evaluation.baselines import BASELINE
-from dmd2.evaluation.blocks import FOLDER, MeasuredBlocks, digest_of
+from dmd2.evaluation.blocks import FOLDER, MeasuredBlocks
 from dmd2.evaluation.evaluator import BATCH, Evaluator, score_states
 from dmd2.evaluation.features import load_extractor
 from dmd2.evaluation.measurements import FEATURES
@@ -32,7 +32,7 @@ from dmd2.evaluation.metrics import Metric
 from dmd2.evaluation.protocols import describe_selection, make_card
 from dmd2.evaluation.scores import REAL, MetricScores, score_facts
 from dmd2.image_grid import image_grid
-from dmd2.io.local import LocalStore
+from dmd2.io.local import LocalStore, json_digest
 from dmd2.io.store import Store
 from dmd2.models.family import Prompt
 from dmd2.progress import Progress
@@ -139,7 +139,7 @@ class Evaluation:
     def card(self) -> dict[str, Any]:
         """All that decides the scores of a given network."""
         return make_card(self.config.evaluate) | {
-            "prompts_sha256": digest_of(self.prompts),
+            "prompts_sha256": json_digest(self.prompts),
             "reference": self.reference.manifest.digest,
             "reference_images": len(self.real[REFERENCE].prompts),
             "weights": {name: each.weights for name, each in self.evaluator.measurements.items()},
@@ -264,10 +264,10 @@ class Evaluation:
         size: int,
         images: Callable[[range], Tensor],
     ) -> ImageBlocks:
-        pins |= {"images": len(prompts), "prompts_sha256": digest_of(prompts), "batch": size}
+        pins |= {"images": len(prompts), "prompts_sha256": json_digest(prompts), "batch": size}
         pins |= {"resize": self.config.evaluate.resize, "weights": self.card["weights"]}
         kept = None if "student" in pins else self.keep.find(pins)
-        place = (LocalStore(kept), BLOCKS) if kept else (store, f"{FOLDER}/{digest_of(pins)[:32]}")
+        place = (LocalStore(kept), BLOCKS) if kept else (store, f"{FOLDER}/{json_digest(pins)[:32]}")
         return ImageBlocks(title, pins, MeasuredBlocks(*place, prompts, size), images, kept)
 
     @property

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from dmd2.config import Config
 from dmd2.data.prompts import read_prompts
 from dmd2.errors import Refused
 from dmd2.io.artifact import Manifest, read_manifest
+from dmd2.io.local import json_digest
 
 if TYPE_CHECKING:
     from dmd2.data.loader import Shards
@@ -52,7 +51,7 @@ def prompts_digest(prompts: str) -> dict[str, str]:
     """{"prompts": sha256 of the texts} of a file of prompts; empty without a file."""
     if not prompts:
         return {}
-    return {"prompts": hashlib.sha256(json.dumps(read_prompts(prompts)).encode()).hexdigest()}
+    return {"prompts": json_digest(read_prompts(prompts))}
 
 
 def read_captions(shards: Shards, count: int) -> list[str]:

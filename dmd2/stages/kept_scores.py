@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.errors import Refused
-from dmd2.evaluation.blocks import MeasuredBlocks, digest_of
+from dmd2.evaluation.blocks import MeasuredBlocks
 from dmd2.io.artifact import MANIFEST, open_artifact, read_manifest
-from dmd2.io.local import LocalStore
+from dmd2.io.local import LocalStore, json_digest
 from dmd2.io.staging import draft_artifact
 from dmd2.io.storage import join_uri, open_store
 
@@ -54,7 +54,7 @@ class KeptScores:
             logger.info("the scores are not kept in %s: %s", self.uri, error)
 
     def _folder(self, pins: Mapping[str, Any]) -> str:
-        return join_uri(self.uri, digest_of(pins)[:32])
+        return join_uri(self.uri, json_digest(pins)[:32])
 
 
 def inputs_of(pins: Mapping[str, Any]) -> dict[str, str]:

@@ -20,7 +20,7 @@ import yaml
 from kfp import compiler, local
 
 from components.find_teachers import run_reports
-from components.find_teachers.ledger import Claim, Ledger, LedgerEntry, RetrainLimits, WorkItem, digest
+from components.find_teachers.ledger import Claim, Ledger, LedgerEntry, RetrainLimits, WorkItem
 from components.find_teachers.runs import UploadedPipeline, cause_of
 from components.find_teachers.sources import AnnouncedTeacher, find
 from components.find_teachers.watch import (
@@ -34,6 +34,7 @@ from components.find_teachers.watch import (
 from components.finish_run.outcome import gpu_hours, write_outcome
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest
+from dmd2.io.local import json_digest
 from dmd2.io.storage import join_uri, open_store
 from pipelines.distill import distill
 from pipelines.pods import USES_HUB, USES_REGISTRY
@@ -905,7 +906,7 @@ def test_many_watchers_that_are_killed_distil_every_teacher_once_or_say_why_not(
 def _key(address: str, platform: Platform) -> str:
     """Key of the entry of a teacher, as the watchers compute it."""
     (one,) = find(address).teachers
-    image = digest(
+    image = json_digest(
         sorted(
             {
                 retraining.spec("dmd2@sha256:1")["pipeline_spec"]["deploymentSpec"]["executors"][
@@ -914,7 +915,7 @@ def _key(address: str, platform: Platform) -> str:
             }
         )
     )
-    recipe = digest(dict.fromkeys(RESULT_SETTINGS) | {"recipe": "edm-digits"})
+    recipe = json_digest(dict.fromkeys(RESULT_SETTINGS) | {"recipe": "edm-digits"})
     return WorkItem(teacher=one.digest, recipe=recipe, image=image).key
 
 
