@@ -51,7 +51,7 @@ class Evaluator:
             name: _features(load_features()) if name == FEATURES else MEASUREMENTS[name](settings, device)
             for name in dict.fromkeys(reads.values())
         }
-        return cls({m.name: m.prepare(settings, device) for m in metrics}, reads, measurements)
+        return cls({metric.name: metric.new_state for metric in metrics}, reads, measurements)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -94,9 +94,6 @@ class FrechetState:
         rows = torch.cat([ones, batch.features.double()], dim=1)
         self._set(self.moments + rows.T @ rows)
 
-    def merge(self, other: Self) -> None:
-        self._set(self.moments + other.moments)
-
     def all_reduce(self, world: World) -> None:
         """Merge the states of all processes; each must have been updated, if only with an empty batch."""
         self._set(world.all_reduce_sum(self.moments))
@@ -136,11 +133,6 @@ class FidState:
         rows = self.sample.add(batch.features)
         self.whole.update(batch)
         self.half.update(batch._replace(features=batch.features[half_of_rows(rows)]))
-
-    def merge(self, other: Self) -> None:
-        self.whole.merge(other.whole)
-        self.half.merge(other.half)
-        self.sample.merge(other.sample)
 
     def score(self, reference: Self) -> Score:
         """The interval is that of the distance of the distributions: it reaches down to that of FID_infinity, which takes off all of the

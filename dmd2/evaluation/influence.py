@@ -7,7 +7,6 @@ Replicates of a score (`dmd2.evaluation.confidence`) need the influence of image
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -63,11 +62,6 @@ class SampledRows:
         if sum(len(part) for part, _ in self.parts) > 2 * LARGEST_SAMPLE:
             self._prune()
         return rows
-
-    def merge(self, other: Self) -> None:
-        """Add the rows of another state after those of this one."""
-        self.parts += [(rows + self.count, features) for rows, features in other.parts]
-        self.count += other.count
 
     def _prune(self) -> None:
         rows, features = (torch.cat(each) for each in zip(*self.parts, strict=True))

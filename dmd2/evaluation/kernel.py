@@ -36,9 +36,6 @@ class KernelState:
     def update(self, batch: ImageBatch) -> None:
         self.sample.add(batch.features)
 
-    def merge(self, other: Self) -> None:
-        self.sample.merge(other.sample)
-
     def score(self, reference: Self) -> Score:
         """The unbiased squared maximum mean discrepancy (eq. 3), times `scale`."""
         fake, real = self.sample.features(), reference.sample.features()

@@ -1,10 +1,9 @@
 """The metrics of an evaluation: one table, `METRICS`.
 
 A row names a metric, says which direction is better, what it reads of an image and makes its states. A state is updated, batch by
-batch, with what was measured of images (`dmd2.evaluation.measurements`); states of parts of a set merge into the state of the whole
-set, and give its score against the real images. The evaluation fills states for
-every row that `evaluate.metrics` names and writes title, direction and format beside the scores into its manifest, from where gate,
-report, model card, KFP metrics and summary read them: none of them knows a metric by name.
+batch, with what was measured of images (`dmd2.evaluation.measurements`), and gives their score against the real images. The
+evaluation fills states for every row that `evaluate.metrics` names and writes title, direction and format beside the scores into its
+manifest, from where gate, report, model card, KFP metrics and summary read them: none of them knows a metric by name.
 
 A new metric is a new row. Importing this module imports no torch.
 """
@@ -13,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 from dmd2.errors import Refused, near_miss
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from dmd2.config import EvaluateConfig
     from dmd2.models.family import Prompt
 
 Better = Literal["smaller", "larger"]
@@ -55,9 +53,6 @@ class MetricState(Protocol):
     def update(self, batch: ImageBatch) -> None:
         """Add a batch of images, in the order of their rows."""
 
-    def merge(self, other: Self) -> None:
-        """Add the images that another state has seen."""
-
     def score(self, reference: Self) -> Score:
         """The score against `reference`, the state of the held-out real images."""
 
@@ -71,9 +66,8 @@ class Metric:
     title: str
     """Its name for people."""
     better: Better
-    prepare: Callable[[EvaluateConfig, torch.device], Callable[[], MetricState]]
-    """Loads what the states of one evaluation share, such as a network of its own or stored reference statistics, and returns the
-    function that makes an empty state."""
+    new_state: Callable[[], MetricState]
+    """Makes an empty state."""
     reads: str = "features"
     """What its states are updated with: a row of the table of measurements. `features` are those of the network that
     `evaluate.features` names."""
@@ -81,50 +75,47 @@ class Metric:
     """How a value is printed, with its unit."""
 
 
-def _fid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+def _fid() -> MetricState:
     from dmd2.evaluation.frechet import FidState
 
-    return FidState
+    return FidState()
 
 
-def _clip(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+def _clip() -> MetricState:
     from dmd2.evaluation.clip_score import ClipState
 
-    return ClipState
+    return ClipState()
 
 
-def _kid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+def _kid() -> MetricState:
     from dmd2.evaluation.kernel import KernelState
 
-    return KernelState
+    return KernelState()
 
 
-def _cmmd(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+def _cmmd() -> MetricState:
     from dmd2.evaluation.image_embeddings import CMMD_SCALE, gaussian_kernel
     from dmd2.evaluation.kernel import KernelState
 
-    return lambda: KernelState(gaussian_kernel, CMMD_SCALE)
+    return KernelState(gaussian_kernel, CMMD_SCALE)
 
 
-def _inception_score(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+def _inception_score() -> MetricState:
     from dmd2.evaluation.inception_score import InceptionScoreState
 
-    return InceptionScoreState
+    return InceptionScoreState()
 
 
-def _class_fid(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
+def _class_fid() -> MetricState:
     from dmd2.evaluation.per_class import PerClassState
 
-    return PerClassState
+    return PerClassState()
 
 
-def _neighbours(name: str) -> Callable[[EvaluateConfig, torch.device], Callable[[], MetricState]]:
-    def prepare(settings: EvaluateConfig, device: torch.device) -> Callable[[], MetricState]:
-        from dmd2.evaluation import neighbours
+def _neighbours(name: str) -> MetricState:
+    from dmd2.evaluation import neighbours
 
-        return lambda: neighbours.NeighbourState(getattr(neighbours, name))
-
-    return prepare
+    return neighbours.NeighbourState(getattr(neighbours, name))
 
 
 METRICS: dict[str, Metric] = {
@@ -133,10 +124,10 @@ METRICS: dict[str, Metric] = {
         Metric("fid", "FID", "smaller", _fid),
         Metric("clip", "CLIP score", "larger", _clip, reads="clip", format="{:.4f}"),
         Metric("kid", "KID", "smaller", _kid, format="{:.5f}"),
-        Metric("precision", "Precision", "larger", _neighbours("precision"), format="{:.3f}"),
-        Metric("recall", "Recall", "larger", _neighbours("recall"), format="{:.3f}"),
-        Metric("density", "Density", "larger", _neighbours("density"), format="{:.3f}"),
-        Metric("coverage", "Coverage", "larger", _neighbours("coverage"), format="{:.3f}"),
+        Metric("precision", "Precision", "larger", partial(_neighbours, "precision"), format="{:.3f}"),
+        Metric("recall", "Recall", "larger", partial(_neighbours, "recall"), format="{:.3f}"),
+        Metric("density", "Density", "larger", partial(_neighbours, "density"), format="{:.3f}"),
+        Metric("coverage", "Coverage", "larger", partial(_neighbours, "coverage"), format="{:.3f}"),
         Metric("patch_fid", "Patch FID", "smaller", _fid, reads="patches"),
         Metric("inception_score", "Inception Score", "larger", _inception_score, reads="classes"),
         Metric("class_fid", "Per-class FID", "smaller", _class_fid),

@@ -30,9 +30,6 @@ class KeptFeatures:
     def update(self, batch: ImageBatch) -> None:
         self.parts.append(batch.features)
 
-    def merge(self, other: Self) -> None:
-        self.parts += other.parts
-
     @property
     def features(self) -> Tensor:
         """(N, D), float64."""

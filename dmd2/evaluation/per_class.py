@@ -27,10 +27,6 @@ class PerClassState:
             state = self.classes.setdefault(prompt, FrechetState())
             state.update(batch._replace(features=batch.features[rows]))
 
-    def merge(self, other: Self) -> None:
-        for label, state in other.classes.items():
-            self.classes.setdefault(label, FrechetState()).merge(state)
-
     def score(self, reference: Self) -> Score:
         """The mean over the classes of the real images; each class is one value for the interval, which is that of other classes."""
         distances = []

@@ -16,7 +16,6 @@ from torch import Tensor
 from components.evaluate.component import evaluate as evaluate_component
 from components.finish_run.outcome import write_outcome
 from dmd2 import recipes, stages
-from dmd2.config import EvaluateConfig
 from dmd2.evaluation.metrics import METRICS, ImageBatch, Metric, Score
 from dmd2.io.artifact import read_manifest
 from pipelines.local_run import show, summarize
@@ -35,9 +34,6 @@ class PrecisionState:
     def update(self, batch: ImageBatch) -> None:
         self.features.append(batch.features)
 
-    def merge(self, other: Self) -> None:
-        self.features += other.features
-
     def score(self, reference: Self) -> Score:
         fake, real = torch.cat(self.features), torch.cat(reference.features)
         radius = torch.cdist(real, real).kthvalue(NEIGHBOURS + 1).values
@@ -47,11 +43,7 @@ class PrecisionState:
         return Score(share, (max(0.0, share - 2 * error), min(1.0, share + 2 * error)))
 
 
-def prepare(settings: EvaluateConfig, device: torch.device) -> Callable[[], PrecisionState]:
-    return PrecisionState
-
-
-PRECISION = Metric("own_precision", "Improved precision", "larger", prepare, format="{:.1%}")
+PRECISION = Metric("own_precision", "Improved precision", "larger", PrecisionState, format="{:.1%}")
 SETTINGS = ("evaluate.metrics=fid,own_precision", "gate.metric=own_precision", "gate.factor=1e6")
 
 
