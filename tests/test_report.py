@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dmd2.data.loader import Shards
-from dmd2.data.shards import HOLDOUT, TRAIN
+from dmd2.data.shard_table import HOLDOUT, TRAIN
 from dmd2.image_grid import image_grid
 from dmd2.io.artifact import ArtifactFile, Manifest, read_manifest
 from dmd2.model import load_network

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from dmd2.config import Config
 from dmd2.data.loader import RawBatch, Shards, collate
-from dmd2.data.shard_table import ShardInfo
-from dmd2.data.shards import RESULTS, TRAIN, ShardWriter, read_unit_files
-from dmd2.data.unit_results import UnitResults
+from dmd2.data.shard_table import TRAIN, ShardInfo
+from dmd2.data.shard_writer import ShardWriter
+from dmd2.data.unit_results import RESULTS, UnitResults, read_unit_files
 from dmd2.encoders.pipeline_folder import PipelineFiles
 from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae

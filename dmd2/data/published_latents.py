@@ -23,8 +23,9 @@ from torch import Tensor
 from dmd2.data.captions import decode_text
 from dmd2.data.latents import EncodedShard, npy_bytes
 from dmd2.data.reference_lmdb import ReferenceLmdb
-from dmd2.data.shard_table import ShardInfo
-from dmd2.data.shards import RESULTS, TRAIN, ShardWriter, read_unit_files
+from dmd2.data.shard_table import TRAIN, ShardInfo
+from dmd2.data.shard_writer import ShardWriter
+from dmd2.data.unit_results import RESULTS, read_unit_files
 from dmd2.errors import Refused, brief
 from dmd2.io.staging import Draft
 from dmd2.progress import Progress

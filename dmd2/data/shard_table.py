@@ -23,6 +23,7 @@ from dmd2.io.staging import Draft
 SHARDS_PER_INDEX = 10_000
 """More shards than these are listed in index files of so many each."""
 DIGEST_BYTES = 32
+SPLITS = TRAIN, HOLDOUT = "train", "holdout"
 
 
 class ShardInfo(BaseModel):

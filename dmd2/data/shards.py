@@ -8,69 +8,43 @@ work continues with the units that have no result file yet. A sample is `<key>.p
 
 from __future__ import annotations
 
-import hashlib
 import io
-import multiprocessing
-import os
-import signal
-import threading
-import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-import numpy as np
 from PIL import Image
 from pydantic import BaseModel
-from webdataset import TarWriter
 
 from dmd2.config import Config, DataConfig
 from dmd2.data.account import Account
 from dmd2.data.decode import prepare_image
 from dmd2.data.lmdb_table import Column, TableWriter
 from dmd2.data.loader import TarShard, decode_array
-from dmd2.data.shard_table import ShardInfo, register_shards
+from dmd2.data.selection import is_system_error, select
+from dmd2.data.shard_table import HOLDOUT, SPLITS, TRAIN, ShardInfo, register_shards
+from dmd2.data.shard_writer import ShardWriter
 from dmd2.data.sources import Source, SourceImage, optional_caption
-from dmd2.data.unit_results import UnitResults
-from dmd2.errors import Interrupted, Refused, brief
-from dmd2.io.artifact import MANIFEST
+from dmd2.data.unit_results import RESULTS, UnitResults, read_unit_files
+from dmd2.data.units import ReportProgress, ShardingJob, Unit, needs_captions, split_into_units
+from dmd2.data.workers import run_in_processes
+from dmd2.errors import Refused, brief
 from dmd2.io.staging import Draft
-from dmd2.io.storage import move_file, open_store
-from dmd2.io.store import CONCURRENT_REQUESTS, Store
+from dmd2.io.storage import open_store
+from dmd2.io.store import Store
 from dmd2.log import printable
-from dmd2.progress import Progress
 
 CLIP_WORDS = 75
 """Words that fit into the window of a CLIP text encoder, 77 tokens with start and end, if each is one token."""
 LONG_CAPTION = f"captions of more than {CLIP_WORDS} words, whose end no CLIP text encoder sees (encode counts all, by the tokenizer)"
-SPLITS = TRAIN, HOLDOUT = "train", "holdout"
-RESULTS, DIGESTS, TARS = ".units", ".digests", ".tars"
+TARS = ".tars"
 NO_CAPTION = "images without a caption"
-UNREADABLE = 255
-"""First byte of the digest of an image that is not held out; that of others is 0."""
 COMPRESSION = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 """PNG settings: half the time of Pillow's defaults, for the same size with photographs and a few per cent more with drawings."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A unit of work: images that one process reads from start to end."""
-
-    number: int
-    records: Callable[[Account], Iterator[SourceImage]]
-    """Yields the images; what else the unit has is added to the account."""
-    split: str | None
-    """Split of its images; None for an archive, where `Selection` says which images are held out."""
-    size: int | None
-    """Number of images, if known."""
 
 
 class UnitResult(BaseModel):
@@ -83,76 +57,6 @@ class UnitResult(BaseModel):
     """What became of each image, and of what else the unit has."""
 
 
-@dataclass
-class Selection:
-    """Images of archives that are chosen before any shard is written, by number of the unit and index in it."""
-
-    held_out: dict[int, set[int]] = field(default_factory=dict)
-    copies: dict[int, set[int]] = field(default_factory=dict)
-    """Images to leave out, because their files are equal to an earlier one that is kept, or held out."""
-
-
-@dataclass(frozen=True)
-class ShardingJob:
-    """Settings that the worker processes share."""
-
-    data: DataConfig
-    resolution: int
-    channels: int
-    folder: Path
-    store: Store
-    needs_captions: bool
-    """Images without a caption are left out."""
-    seed: int
-    selection: Selection = field(default_factory=Selection)
-
-
-ReportProgress = Callable[[int, int], None]
-"""(images, bytes) that were read since the last call."""
-Task = Callable[[Unit, ShardingJob, ReportProgress], str]
-
-
-def split_into_units(source: Source, config: Config) -> list[Unit]:
-    """Divide a source into units of work."""
-    data, known = config.data, len(source.classes)
-    if known > config.family.classes:
-        raise Refused(
-            f"the source has {known} classes, the network of recipe {config.recipe!r} knows "
-            f"{config.family.classes}; set --family.network.classes {known} or drop classes"
-        )
-    if source.records:
-        if needs_captions(config) and not any(record.text or record.read_text for record in source.records):
-            raise Refused(
-                f"none of the {len(source.records)} images of the source has a caption, and the network of recipe "
-                f"{config.recipe!r} is told by texts; put captions beside the images (name.txt) or into a metadata.jsonl"
-            )
-        return _shuffled_units(source.records, config)
-    if source.count == 0:
-        raise Refused("the archives of the source hold no images; give others")
-    if source.count is not None and data.holdout >= source.count:
-        raise _holdout_too_large(data.holdout, source.count)
-    return [Unit(n, archive.records, None, None) for n, archive in enumerate(source.archives)]
-
-
-def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit]:
-    """Units of a listing that is shuffled once, so that every unit is a random sample of the source."""
-    data, order = config.data, np.random.default_rng(config.seed).permutation(len(records))
-    if data.holdout >= len(records):
-        raise _holdout_too_large(data.holdout, len(records))
-    by_digest = bool(data.drop_duplicates and data.holdout)  # so many different images are held out
-    held_out, rest = (order[:0], order) if by_digest else (order[: data.holdout], order[data.holdout :])
-    pieces = [
-        (part[start : start + data.images_per_shard], split)
-        for part, split in ((rest, None if by_digest else TRAIN), (held_out, HOLDOUT))
-        for start in range(0, len(part), data.images_per_shard)
-    ]
-
-    def opened(indices: np.ndarray, account: Account) -> Iterator[SourceImage]:
-        return (records[i] for i in indices)
-
-    return [Unit(n, partial(opened, piece), split, len(piece)) for n, (piece, split) in enumerate(pieces)]
-
-
 def write_shards(
     source: Source, config: Config, draft: Draft, workers: int, part: tuple[int, int] = (0, 1)
 ) -> UnitResults[UnitResult]:
@@ -162,7 +66,7 @@ def write_shards(
     folder, store = _output_folder_and_store(config.data, draft)
     job = ShardingJob(config.data, resolution, channels, folder, store, needs_captions(config), config.seed)
     choose = config.data.drop_duplicates or (config.data.holdout and source.archives)
-    job = replace(job, selection=_select(units, job, workers, part)) if choose else job
+    job = replace(job, selection=select(units, job, workers, part)) if choose else job
     mine = units[part[0] :: part[1]]
     numbers = {unit.number for unit in mine}
     results = UnitResults(UnitResult, read_unit_files(job.store, RESULTS, numbers))
@@ -170,15 +74,10 @@ def write_shards(
     label = f"shard, part {part[0]} of {part[1]}" if part[1] > 1 else "shard"
     broken = [name for result in results for name in result.broken]
     _check_broken(broken, config.data.max_broken)
-    for unit, text in _run_in_processes(label, write_unit, missing, job, workers):
+    for unit, text in run_in_processes(label, write_unit, missing, job, workers):
         broken += results.add(unit.number, text).broken
         _check_broken(broken, config.data.max_broken)
     return results
-
-
-def needs_captions(config: Config) -> bool:
-    """Whether images without a caption are left out."""
-    return config.family.prompts == "texts" and not config.data.allow_empty_captions
 
 
 def summarize(source: Source, results: Iterable[UnitResult], config: Config) -> dict[str, Any]:
@@ -309,7 +208,7 @@ def _prepare(
             prepare_image(image, job.resolution, job.channels, data.filter, data.background, profiles)
         )
     except Exception as error:  # the decoders raise anything on a broken file
-        if _is_system_error(error):
+        if is_system_error(error):
             raise
         result.broken.append(printable(f"{record.name}: {brief(error)}"))
         account.leave_out("unreadable images", f"{record.name}: {brief(error)}")
@@ -371,148 +270,10 @@ class SplitWriter:
         return ShardWriter(name, self.job.folder, self.job.store)
 
 
-class ShardWriter:
-    """Writes one tar file in a local folder and computes its size and checksums; then it is closed or discarded."""
-
-    def __init__(self, name: str, folder: Path, store: Store) -> None:
-        self.name, self.store = name, store
-        self.file = HashingFile(folder / f".{name}.{os.getpid()}.partial")
-        self.writer = TarWriter(self.file, user="", group="", mtime=0, encoder=False)
-
-    def add(self, key: str, sample: dict[str, bytes]) -> None:
-        """Write the members of a sample, `<key>.<suffix>`, sorted by suffix."""
-        self.writer.write({"__key__": key} | sample)
-
-    def close(self) -> dict[str, Any]:
-        """Move the file to its final place, and return its size and checksums."""
-        self.writer.close()
-        self.file.close()
-        if not self.store.local_folder and self.store.version(MANIFEST):
-            raise Refused(f"{self.store.uri} was finished by others meanwhile; there is nothing left to do")
-        move_file(self.file.path, self.name, self.store)
-        return self.file.facts()
-
-    def discard(self) -> None:
-        with suppress(ValueError, OSError):  # already closed, or no room for the end of it
-            self.writer.close()
-        self.file.close()
-        self.file.path.unlink(missing_ok=True)
-
-
-class HashingFile:
-    """A file whose size, SHA-256 and crc32c are computed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
-        self.file = path.open("wb")
-        self.sha256, self.crc32c = hashlib.sha256(), google_crc32c.Checksum()
-
-    def write(self, data: bytes) -> int:
-        self.size += len(data)
-        self.sha256.update(data)
-        self.crc32c.update(bytes(data))
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "size": self.size,
-            "sha256": self.sha256.hexdigest(),
-            "crc32c": self.crc32c.hexdigest().decode(),
-        }
-
-
 def _encode_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG", **COMPRESSION)
     return stream.getvalue()
-
-
-def _select(units: list[Unit], job: ShardingJob, workers: int, part: tuple[int, int]) -> Selection:
-    """Choose the images of archives that are held out, and the copies that are left out, by digests of all images.
-
-    The digests are uniformly distributed, so those with the smallest are a random sample of all archives and classes; equal
-    images have the same, so none is in both splits. Parts that run in parallel share the reading.
-    """
-    for mine in (units[part[0] :: part[1]], units):
-        there = _list_unit_files(job.store, DIGESTS)
-        missing = [unit for unit in mine if unit.number not in there]
-        for _ in _run_in_processes("read all images once, to choose", hash_unit, missing, job, workers):
-            pass
-    digests = read_unit_files(job.store, DIGESTS)
-    tables = [np.frombuffer(digests[unit.number], "V16") for unit in units]
-    archives = [table for unit, table in zip(units, tables, strict=True) if unit.split is None]
-    smallest = _smallest_digests(archives, job.data.holdout)
-    watched = [
-        np.arange(len(table)) if job.data.drop_duplicates else np.flatnonzero(np.isin(table, smallest))
-        for table in tables
-    ]
-    found = np.concatenate([table[indices] for table, indices in zip(tables, watched, strict=True)])
-    unit, index = np.repeat(np.arange(len(tables)), [len(each) for each in watched]), np.concatenate(watched)
-    first = np.zeros(len(found), bool)
-    first[np.unique(found, return_index=True)[1]] = True
-    held_out, selection = first & np.isin(found, smallest), Selection()
-    for chosen, sets in ((held_out, selection.held_out), (~first, selection.copies)):
-        for number, place in zip(unit[chosen].tolist(), index[chosen].tolist(), strict=True):
-            sets.setdefault(units[number].number, set()).add(place)
-    return selection
-
-
-def _smallest_digests(tables: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """The `count` smallest different digests of readable images, which must not be all of them."""
-    if not (count and tables):
-        return np.empty(0, "V16")
-    smallest = np.empty(0, "V16")
-    for table in tables:
-        readable = table[np.frombuffer(table.tobytes(), np.uint8).reshape(-1, 16)[:, 0] != UNREADABLE]
-        smallest = np.unique(np.concatenate([smallest, readable]))[: count + 1]
-    if len(smallest) <= count:
-        raise _holdout_too_large(count, len(smallest), "different ")
-    return smallest[:count]
-
-
-def hash_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
-    """Write a digest of 16 bytes for each image. It depends on the seed, and is the same for equal files. An image that is unreadable
-    or has no caption where one is needed gets a unique value with a first byte of `UNREADABLE`."""
-    digests, seed = bytearray(), job.seed.to_bytes(8, "big", signed=True)
-    for index, record in enumerate(unit.records(Account())):
-        try:
-            data = record.read()
-            digest = hashlib.sha256(seed + data).digest()[:15]
-            known = not job.needs_captions or bool(record.caption(Account()))
-        except Exception as error:  # it is reported when the shard is written
-            if _is_system_error(error):
-                raise
-            data, known = b"", False
-        unique = unit.number.to_bytes(7, "big") + index.to_bytes(8, "big")
-        digests += b"\0" + digest if known else bytes([UNREADABLE]) + unique
-        count(1, len(data))
-    job.store.write(f"{DIGESTS}/{unit.number:06d}", bytes(digests))
-    return ""
-
-
-def _is_system_error(error: Exception) -> bool:
-    """Whether an image could not be read because of the disk, the bucket or the memory, and not because of its content."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
-
-
-def read_unit_files(store: Store, folder: str, units: Container[int] | None = None) -> dict[int, bytes]:
-    """{number of the unit: content} of the files that were written for units, or for these units, in this folder."""
-    found = _list_unit_files(store, folder)
-    names = {number: name for number, name in found.items() if units is None or number in units}
-    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        return dict(zip(names, pool.map(store.read, names.values()), strict=True))
-
-
-def _list_unit_files(store: Store, folder: str) -> dict[int, str]:
-    """{number of the unit: name} of the files in this folder."""
-    listed = (name for name, _, _ in store.list_objects(f"{folder}/"))
-    return {int(Path(name).stem): name for name in listed if not name.split("/")[-1].startswith(".")}
 
 
 def _check_broken(broken: Sequence[str], limit: int) -> None:
@@ -521,85 +282,3 @@ def _check_broken(broken: Sequence[str], limit: int) -> None:
             f"{len(broken)} files are no readable images, more than data.max_broken allows "
             f"({limit}): {'; '.join(broken[:3])}; remove them or raise --data.max-broken"
         )
-
-
-def _holdout_too_large(holdout: int, count: int, which: str = "") -> Refused:
-    return Refused(f"data.holdout is {holdout}, the source has only {count} {which}images; hold out fewer")
-
-
-# The workers are forked, so that the source does not have to be pickled.
-
-_forked: tuple[Task, list[Unit], ShardingJob, Any] | None = None
-
-
-def _run_in_processes(
-    label: str, task: Task, units: list[Unit], job: ShardingJob, workers: int
-) -> Iterator[tuple[Unit, str]]:
-    """Run the task for each unit in several processes; yield (unit, result) as they complete."""
-    global _forked
-    if not units:
-        return
-    sizes = [unit.size for unit in units]
-    known = all(size is not None for size in sizes)
-    total, word = (sum(size or 0 for size in sizes), "images") if known else (len(units), "archives")
-    context = multiprocessing.get_context("fork")
-    counts = context.Array("q", 2)
-    _forked = task, units, job, counts
-    with (
-        Progress(label, total, word) as progress,
-        ProcessPoolExecutor(
-            min(workers, len(units)), context, initializer=_end_with_parent, initargs=(os.getpid(),)
-        ) as pool,
-    ):
-        start, reported, finished, begun = time.monotonic(), 0, 0, 0
-        waiting: dict[Future[str], Unit] = {}
-        try:
-            while waiting or begun < len(units):
-                while (
-                    begun < len(units) and len(waiting) < 2 * workers
-                ):  # more would be looked at in every turn
-                    waiting[pool.submit(_run_unit, begun)] = units[begun]
-                    begun += 1
-                done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                finished += len(done)
-                images, size = counts[:]
-                speed = size / 1e6 / max(1e-9, time.monotonic() - start)
-                reached = images if known else finished
-                progress.advance(reached - reported, f"{images} images, {speed:.1f} MB/s")
-                reported = reached
-                for future in done:
-                    yield waiting.pop(future), future.result()
-        except BrokenProcessPool:
-            raise Interrupted(
-                "a worker was killed, perhaps because memory ran out; the same command goes on, and with fewer "
-                "--workers it needs less",
-                75,
-            ) from None
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-
-
-def _run_unit(number: int) -> str:
-    assert _forked is not None
-    task, units, job, counts = _forked
-
-    def count(images: int, size: int) -> None:
-        with counts.get_lock():
-            counts[0] += images
-            counts[1] += size
-
-    return task(units[number], job, count)
-
-
-def _end_with_parent(parent: int) -> None:
-    """In a worker: ignore Ctrl-C, which the parent handles, and exit when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

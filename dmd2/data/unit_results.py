@@ -5,11 +5,17 @@ A parsed result takes kilobytes, and there may be 1,000,000 of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
+from dmd2.io.store import CONCURRENT_REQUESTS, Store
+
+RESULTS = ".units"
+"""Folder of the files in an unfinished artifact."""
 Result = TypeVar("Result", bound=BaseModel)
 
 
@@ -35,3 +41,17 @@ class UnitResults(Generic[Result]):
 
     def __iter__(self) -> Iterator[Result]:
         return (self[number] for number in sorted(self._texts))
+
+
+def read_unit_files(store: Store, folder: str, units: Container[int] | None = None) -> dict[int, bytes]:
+    """{number of the unit: content} of the files that were written for units, or for these units, in this folder."""
+    found = list_unit_files(store, folder)
+    names = {number: name for number, name in found.items() if units is None or number in units}
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        return dict(zip(names, pool.map(store.read, names.values()), strict=True))
+
+
+def list_unit_files(store: Store, folder: str) -> dict[int, str]:
+    """{number of the unit: name} of the files in this folder."""
+    listed = (name for name, _, _ in store.list_objects(f"{folder}/"))
+    return {int(Path(name).stem): name for name in listed if not name.split("/")[-1].startswith(".")}

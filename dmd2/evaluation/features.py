@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dmd2.config import INCEPTION, BestConfig, Config, EvaluateConfig, WeightsConfig
 from dmd2.data.loader import Shards
-from dmd2.data.shards import HOLDOUT, TRAIN
+from dmd2.data.shard_table import HOLDOUT, TRAIN
 from dmd2.errors import Refused
 from dmd2.evaluation import classifier, efficientnet, inception
 from dmd2.evaluation.weights import fetch_weights

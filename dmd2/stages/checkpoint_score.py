@@ -9,7 +9,7 @@ from pathlib import Path
 from dmd2.config import Config
 from dmd2.data.loader import RawBatch, Shards
 from dmd2.data.prompts import read_prompts
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.evaluation import features
 from dmd2.evaluation.checkpoint_score import load_scorer
 from dmd2.io.artifact import Manifest

@@ -10,7 +10,7 @@ from typing import Self
 from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.data.loader import Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.io.artifact import Manifest, open_artifact
 from dmd2.io.staging import Draft
 from dmd2.licence import carried_licences

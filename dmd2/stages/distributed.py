@@ -12,7 +12,7 @@ from torch import nn
 from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.data.loader import DataLoader, RawBatch, Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.io.staging import Draft, draft_artifact, join_draft
 from dmd2.parallel.ranks import World
 from dmd2.rng import Rng

@@ -30,8 +30,7 @@ def encode(config: Config, data: str, vae: str, out: str, part: str = "") -> Man
     """
     from dmd2.data import latents
     from dmd2.data.loader import Shards
-    from dmd2.data.shard_table import register_shards
-    from dmd2.data.shards import TRAIN
+    from dmd2.data.shard_table import TRAIN, register_shards
     from dmd2.encoders.pipeline_folder import find_pipeline
 
     share, pipeline = parse_part(part), find_pipeline(vae, config.encode.text)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dmd2.config import Config
 from dmd2.data.loader import Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.encoders.text import CutTexts, count_cut_texts
 from dmd2.errors import Refused
 from dmd2.evaluation.baselines import BASELINE

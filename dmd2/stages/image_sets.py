@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmd2.config import Config, FamilyConfig
 from dmd2.data.loader import Shards
-from dmd2.data.shards import HOLDOUT, TRAIN
+from dmd2.data.shard_table import HOLDOUT, TRAIN
 from dmd2.errors import Refused
 from dmd2.evaluation.scores import ImageSet, sets_to_sample
 from dmd2.io.artifact import Manifest, read_manifest

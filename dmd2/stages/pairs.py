@@ -33,8 +33,7 @@ def pairs(config: Config, data: str, teacher: str, out: str, prompts: str = "") 
     from dmd2.data.loader import Shards
     from dmd2.data.pairs import write_pairs
     from dmd2.data.prompts import read_prompts
-    from dmd2.data.shard_table import register_shards
-    from dmd2.data.shards import TRAIN
+    from dmd2.data.shard_table import TRAIN, register_shards
     from dmd2.parallel import ranks
     from dmd2.stages.networks import load_on_device
 

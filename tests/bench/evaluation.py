@@ -36,7 +36,7 @@ from torch import Tensor
 from dmd2 import recipes, stages
 from dmd2.config import EvaluateConfig
 from dmd2.data.loader import Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.evaluation import efficientnet, metrics
 from dmd2.evaluation.blocks import MeasuredBlocks
 from dmd2.evaluation.evaluator import Evaluator, score_states

@@ -23,6 +23,8 @@ from dmd2.data.layouts import open_source
 from dmd2.data.loader import DataLoader, Shards
 from dmd2.data.shard_table import ShardInfo, register_shards
 from dmd2.data.unit_results import UnitResults
+from dmd2.data.units import ReportProgress, ShardingJob, Unit, split_into_units
+from dmd2.data.workers import run_in_processes
 from dmd2.io import storage
 from dmd2.io.local import LocalStore
 from dmd2.io.staging import draft_artifact
@@ -54,7 +56,7 @@ def listing(count: str) -> dict[str, float]:
 
     def work() -> None:
         source = open_source(f"made://{count}")
-        units = shards.split_into_units(source, settings())
+        units = split_into_units(source, settings())
         assert sum(unit.size or 0 for unit in units) == len(source.records) == int(count)
 
     return measured(work)
@@ -63,12 +65,12 @@ def listing(count: str) -> dict[str, float]:
 def units(count: str) -> dict[str, float]:
     """Give out units to two processes, take their results, and sum them up."""
     config = settings()
-    made = [shards.Unit(n, lambda account: iter(()), "train", 1) for n in range(int(count))]
-    job = shards.ShardingJob(config.data, 64, 3, ROOT, LocalStore(ROOT), False, 0)
+    made = [Unit(n, lambda account: iter(()), "train", 1) for n in range(int(count))]
+    job = ShardingJob(config.data, 64, 3, ROOT, LocalStore(ROOT), False, 0)
 
     def work() -> None:
         results, broken = UnitResults(shards.UnitResult, {}), list[str]()
-        for unit, text in shards._run_in_processes("units", _empty_unit, made, job, 2):
+        for unit, text in run_in_processes("units", _empty_unit, made, job, 2):
             broken += results.add(unit.number, text).broken
             shards._check_broken(broken, config.data.max_broken)
         assert len(results) == len(made)
@@ -76,7 +78,7 @@ def units(count: str) -> dict[str, float]:
     return measured(work)
 
 
-def _empty_unit(unit: shards.Unit, job: shards.ShardingJob, count: shards.ReportProgress) -> str:
+def _empty_unit(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
     shard = ShardInfo(file=f"train-{unit.number:06d}-000.tar", split="train", images=1, histogram={0: 1})
     return shards.UnitResult(shards=[shard]).model_dump_json()
 

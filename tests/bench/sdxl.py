@@ -27,7 +27,7 @@ from torch import Tensor
 from dmd2 import recipes, stages
 from dmd2.config import Config
 from dmd2.data.loader import Shards
-from dmd2.data.shards import HOLDOUT
+from dmd2.data.shard_table import HOLDOUT
 from dmd2.evaluation import metrics
 from dmd2.evaluation.evaluator import Evaluator, score_states
 from dmd2.evaluation.features import load_extractor

@@ -19,9 +19,10 @@ from PIL import Image
 from webdataset import TarWriter
 
 from dmd2.config import LoaderConfig
-from dmd2.data import shards as sharding
+from dmd2.data import selection
 from dmd2.data.loader import DataLoader, RawBatch, Shards, collate
 from dmd2.data.shards import UnitResult
+from dmd2.data.units import ReportProgress, ShardingJob, Unit
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST, Manifest, read_manifest
 from dmd2.io.storage import open_store, upload_files
@@ -191,9 +192,9 @@ def test_killed_while_it_chooses_what_to_hold_out_it_reads_only_the_other_archiv
 ) -> None:
     """SIGKILL for the command and its worker, after the first of the images of the fourth archive."""
     whole = Work(archives, str(tmp_path / "whole"), tmp_path, "--workers", "1").done().digest
-    original, read = sharding.hash_unit, tmp_path / "read.txt"
+    original, read = selection.hash_unit, tmp_path / "read.txt"
 
-    def dying(unit: sharding.Unit, job: sharding.ShardingJob, count: sharding.ReportProgress) -> str:
+    def dying(unit: Unit, job: ShardingJob, count: ReportProgress) -> str:
         with read.open("a") as stream:
             stream.write(f"{unit.number} ")
 
@@ -205,7 +206,7 @@ def test_killed_while_it_chooses_what_to_hold_out_it_reads_only_the_other_archiv
 
         return original(unit, job, one)
 
-    monkeypatch.setattr(sharding, "hash_unit", dying)
+    monkeypatch.setattr(selection, "hash_unit", dying)
     root = request.getfixturevalue("bucket") if place == "bucket" else str(tmp_path)
     work = Work(archives, f"{root}/shards", tmp_path, "--workers", "1")
     process = work.start()

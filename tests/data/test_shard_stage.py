@@ -17,12 +17,13 @@ from PIL import Image
 
 from dmd2 import recipes, stages
 from dmd2.config import Config
-from dmd2.data import shards
+from dmd2.data import workers
 from dmd2.data.decode import prepare_image
 from dmd2.data.layouts import open_source
 from dmd2.data.layouts.arrays import digits
 from dmd2.data.loader import Shards
 from dmd2.data.shards import write_shards
+from dmd2.data.units import ShardingJob, Unit
 from dmd2.errors import Refused
 from dmd2.io.artifact import read_manifest
 from dmd2.io.local import LocalStore
@@ -235,10 +236,10 @@ def test_units_are_given_out_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest
         waiting.append(len(futures))
         return concurrent.futures.wait(futures, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "wait", wait)
-    units = [shards.Unit(n, lambda account: iter(()), "train", 0) for n in range(30)]
+    monkeypatch.setattr(workers, "wait", wait)
+    units = [Unit(n, lambda account: iter(()), "train", 0) for n in range(30)]
     data = recipes.get("edm-digits").data
-    job = shards.ShardingJob(data, 8, 1, tmp_path, LocalStore(tmp_path), False, 0)
-    for unit, text in shards._run_in_processes("units", lambda unit, *_: str(unit.number), units, job, 2):
+    job = ShardingJob(data, 8, 1, tmp_path, LocalStore(tmp_path), False, 0)
+    for unit, text in workers.run_in_processes("units", lambda unit, *_: str(unit.number), units, job, 2):
         assert text == str(unit.number)
     assert max(waiting) == 4

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from dmd2.data.loader import RawBatch, Shards
-from dmd2.data.shards import HOLDOUT, TRAIN
+from dmd2.data.shard_table import HOLDOUT, TRAIN
 from dmd2.evaluation.clip_score import PREFIX, Clip
 from dmd2.progress import Progress
 

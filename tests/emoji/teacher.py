@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dmd2.data.loader import Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.diffusion import Diffusion, eps_prediction, scaled_linear_schedule
 from dmd2.progress import Progress
 from dmd2.training.ema import Ema

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmd2 import recipes, stages
 from dmd2.data.loader import Shards
-from dmd2.data.shards import HOLDOUT
+from dmd2.data.shard_table import HOLDOUT
 from dmd2.evaluation import neighbours
 from dmd2.evaluation.clip_score import PREFIX, Clip, ClipState
 from dmd2.evaluation.evaluator import Evaluator, score_states

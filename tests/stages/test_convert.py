@@ -15,7 +15,7 @@ import torch
 from dmd2 import recipes, stages
 from dmd2.config import Config, EncodeConfig
 from dmd2.data.loader import Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.encoders.pipeline_folder import find_pipeline
 from dmd2.encoders.text import TextEncoders
 from dmd2.model import load_network

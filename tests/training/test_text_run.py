@@ -24,7 +24,7 @@ from dmd2 import recipes, stages
 from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.data.loader import Shards
-from dmd2.data.shards import TRAIN
+from dmd2.data.shard_table import TRAIN
 from dmd2.evaluation.scores import score_table
 from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.io.tensors import load_tensors
