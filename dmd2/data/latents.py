@@ -8,35 +8,30 @@ have no result file yet.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from pydantic import BaseModel
 from torch import Tensor
 
 from dmd2.config import Config
+from dmd2.data.encoded_shards import EncodedShard, npy_bytes, write_missing_shards
 from dmd2.data.loader import RawBatch, Shards, collate
-from dmd2.data.shard_table import TRAIN, ShardInfo
 from dmd2.data.shard_writer import ShardWriter
-from dmd2.data.unit_results import RESULTS, UnitResults, read_unit_files
+from dmd2.data.unit_results import UnitResults
 from dmd2.encoders.pipeline_folder import PipelineFiles
 from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae
 from dmd2.errors import Refused
 from dmd2.io.staging import Draft
-from dmd2.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +42,6 @@ SDXL = (500_000, (2, 4, 128, 128))
 """A familiar size for comparison: number of images, and shape of the posterior moments of one image at 1024 pixels."""
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others at the end, whose remaining work may take hours."""
-
-
-class EncodedShard(BaseModel):
-    """The result of encoding one input shard. It is written after the shard of latents is in its final place."""
-
-    shard: ShardInfo
-    bytes: dict[str, int]
-    """Total bytes of all samples, by suffix."""
-    seconds: float
-    captions_cut: int = 0
-    """Number of captions that are longer than the window of the text encoder."""
 
 
 def sample_posterior(moments: Tensor, eps: Tensor) -> Tensor:
@@ -182,43 +166,30 @@ def write_latents(
     Args:
         show: Whether to show a progress bar.
     """
-    numbers = range(len(encoder.shards.files))[part[0] :: part[1]]
-    there, counts = read_unit_files(draft.store, RESULTS, numbers), encoder.shards.counts
-    results = UnitResults(EncodedShard, there)
-    total, done = sum(counts[n] for n in numbers), sum(counts[n] for n in there)
+    counts = encoder.shards.counts
+    mine = {number: counts[number] for number in range(len(counts))[part[0] :: part[1]]}
     label = f"encode, part {part[0]} of {part[1]}" if part[1] > 1 else "encode"
-    with Progress(label, total, "images", done) if show else nullcontext() as progress:
-        count = progress.advance if progress else lambda images: None
-        for number in numbers:
-            if number not in results:
-                results.add(number, _encode_shard(number, encoder, draft, count))
-    return results
+    return write_missing_shards(label, "images", mine, partial(_encode_shard, encoder), draft, show)
 
 
-def _encode_shard(number: int, encoder: LatentEncoder, draft: Draft, count: Callable[[int], None]) -> bytes:
-    """Write the latents of one shard, then its result file; return the content of that."""
-    start, spent, keys = time.monotonic(), Counter[str](), encoder.shards.keys(number)
-    cut = 0
-    shard = ShardInfo(file=f"{TRAIN}-{number:06d}.tar", split=TRAIN)
-    writer = ShardWriter(shard.file, draft.path, draft.store)
-    try:
-        for batch in _batches(number, encoder):
-            named = keys[shard.images : shard.images + len(batch.label)]
-            cut += encoder.count_cut(batch.text)
-            for key, sample in zip(named, encoder.encode_batch(batch, named), strict=True):
-                writer.add(key, sample)
-                spent.update({suffix: len(data) for suffix, data in sample.items() if suffix in NAMES})
-            shard.images += len(named)
-            shard.histogram = dict(Counter(shard.histogram) + Counter(batch.label.tolist()))
-            count(len(named))
-        shard = shard.model_copy(update=writer.close())
-    finally:
-        writer.discard()
-    seconds = round(time.monotonic() - start, 3)
-    result = EncodedShard(shard=shard, bytes=dict(spent), seconds=seconds, captions_cut=cut)
-    text = result.model_dump_json().encode()
-    draft.store.write(f"{RESULTS}/{number:06d}.json", text)
-    return text
+def _encode_shard(
+    encoder: LatentEncoder,
+    number: int,
+    writer: ShardWriter,
+    result: EncodedShard,
+    count: Callable[[int], None],
+) -> None:
+    keys, shard = encoder.shards.keys(number), result.shard
+    for batch in _batches(number, encoder):
+        named = keys[shard.images : shard.images + len(batch.label)]
+        result.captions_cut += encoder.count_cut(batch.text)
+        for key, sample in zip(named, encoder.encode_batch(batch, named), strict=True):
+            writer.add(key, sample)
+            sizes = {suffix: len(data) for suffix, data in sample.items() if suffix in NAMES}
+            result.bytes = dict(Counter(result.bytes) + Counter(sizes))
+        shard.images += len(named)
+        shard.histogram = dict(Counter(shard.histogram) + Counter(batch.label.tolist()))
+        count(len(named))
 
 
 def _batches(number: int, encoder: LatentEncoder) -> Iterator[RawBatch]:
@@ -235,12 +206,6 @@ def _batches(number: int, encoder: LatentEncoder) -> Iterator[RawBatch]:
             if len(coming) > settings.prefetch:
                 yield coming.popleft().result()
         yield from (future.result() for future in coming)
-
-
-def npy_bytes(part: Tensor) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, part.numpy(), allow_pickle=False)
-    return stream.getvalue()
 
 
 def tar_bytes(*sizes: int) -> int:

@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 
 from dmd2.data.captions import decode_text
-from dmd2.data.latents import EncodedShard, npy_bytes
+from dmd2.data.encoded_shards import EncodedShard, npy_bytes, write_missing_shards
 from dmd2.data.reference_lmdb import ReferenceLmdb
-from dmd2.data.shard_table import TRAIN, ShardInfo
 from dmd2.data.shard_writer import ShardWriter
-from dmd2.data.unit_results import RESULTS, read_unit_files
+from dmd2.data.unit_results import UnitResults
 from dmd2.errors import Refused, brief
 from dmd2.io.staging import Draft
-from dmd2.progress import Progress
 
 
 class Row(NamedTuple):
@@ -175,33 +173,21 @@ def _pair_rows(table: ReferenceLmdb, shapes: dict[str, tuple[int, ...]], rows: r
 
 def write_published_latents(
     parts: Sequence[Part], shape: tuple[int, int, int], draft: Draft
-) -> list[EncodedShard]:
+) -> UnitResults[EncodedShard]:
     """Write each part as a shard, those that have no result file yet."""
-    there = read_unit_files(draft.store, RESULTS)
-    results = {number: EncodedShard.model_validate_json(text) for number, text in there.items()}
-    total, done = sum(part.count for part in parts), sum(result.shard.images for result in results.values())
-    with Progress("convert", total, "samples", done) as progress:
-        for number, part in enumerate(parts):
-            if number not in results:
-                results[number] = _write_shard(number, part, shape, draft)
-                draft.store.write(f"{RESULTS}/{number:06d}.json", results[number].model_dump_json().encode())
-                progress.advance(part.count)
-    return [results[number] for number in range(len(parts))]
 
-
-def _write_shard(number: int, part: Part, shape: tuple[int, int, int], draft: Draft) -> EncodedShard:
-    name = f"{TRAIN}-{number:06d}.tar"
-    writer = ShardWriter(name, draft.path, draft.store)
-    try:
+    def write(number: int, writer: ShardWriter, result: EncodedShard, count: Callable[[int], None]) -> None:
+        part = parts[number]
         for place, row in enumerate(part.read()):
             _check(row, shape, f"row {place} of shard {number}")
             embeddings = {suffix: npy_bytes(tensor) for suffix, tensor in row.embeddings.items()}
             text = {} if embeddings else {"txt": row.text.encode()}
             writer.add(f"{place:08d}", {"npy": npy_bytes(row.tensors), "cls": b"0"} | text | embeddings)
-        shard = ShardInfo(file=name, split=TRAIN, images=part.count, histogram={0: part.count})
-        return EncodedShard(shard=shard.model_copy(update=writer.close()), bytes={}, seconds=0)
-    finally:
-        writer.discard()
+        result.shard.images, result.shard.histogram = part.count, {0: part.count}
+        count(part.count)
+
+    counts = {number: part.count for number, part in enumerate(parts)}
+    return write_missing_shards("convert", "samples", counts, write, draft)
 
 
 def _check(row: Row, shape: tuple[int, int, int], what: str) -> None:

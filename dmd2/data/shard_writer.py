@@ -6,11 +6,12 @@ import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import google_crc32c
 from webdataset import TarWriter
 
+from dmd2.data.shard_table import ShardInfo
 from dmd2.errors import Refused
 from dmd2.io.artifact import MANIFEST
 from dmd2.io.storage import move_file
@@ -18,25 +19,36 @@ from dmd2.io.store import Store
 
 
 class ShardWriter:
-    """Writes one tar file in a local folder and computes its size and checksums; then it is closed or discarded."""
+    """Writes one tar file in a local folder; then it is closed, which gives `shard` its size and checksums, or discarded."""
 
-    def __init__(self, name: str, folder: Path, store: Store) -> None:
-        self.name, self.store = name, store
-        self.file = HashingFile(folder / f".{name}.{os.getpid()}.partial")
+    def __init__(self, shard: ShardInfo, folder: Path, store: Store) -> None:
+        self.shard, self.store = shard, store
+        self.file = HashingFile(folder / f".{shard.file}.{os.getpid()}.partial")
         self.writer = TarWriter(self.file, user="", group="", mtime=0, encoder=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.discard()
 
     def add(self, key: str, sample: dict[str, bytes]) -> None:
         """Write the members of a sample, `<key>.<suffix>`, sorted by suffix."""
         self.writer.write({"__key__": key} | sample)
 
-    def close(self) -> dict[str, Any]:
-        """Move the file to its final place, and return its size and checksums."""
+    def close(self) -> None:
+        """Move the file to its final place."""
         self.writer.close()
         self.file.close()
         if not self.store.local_folder and self.store.version(MANIFEST):
             raise Refused(f"{self.store.uri} was finished by others meanwhile; there is nothing left to do")
-        move_file(self.file.path, self.name, self.store)
-        return self.file.facts()
+        move_file(self.file.path, self.shard.file, self.store)
+        self.shard.size, self.shard.sha256 = self.file.size, self.file.sha256.hexdigest()
+        self.shard.crc32c = self.file.crc32c.hexdigest().decode()
 
     def discard(self) -> None:
         with suppress(ValueError, OSError):  # already closed, or no room for the end of it
@@ -64,10 +76,3 @@ class HashingFile:
 
     def close(self) -> None:
         self.file.close()
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "size": self.size,
-            "sha256": self.sha256.hexdigest(),
-            "crc32c": self.crc32c.hexdigest().decode(),
-        }

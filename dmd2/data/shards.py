@@ -255,7 +255,7 @@ class SplitWriter:
     def finish(self) -> None:
         """Close the open shard, if there is one, and move it to its final place."""
         if self.open:
-            self.shards[-1] = self.shards[-1].model_copy(update=self.open.close())
+            self.open.close()
             self.open = None
 
     def discard(self) -> None:
@@ -266,8 +266,8 @@ class SplitWriter:
 
     def _begin(self) -> ShardWriter:
         name = f"{self.split}-{self.unit:06d}-{len(self.shards):03d}.tar"
-        self.shards.append(ShardInfo(file=name, split=self.split))
-        return ShardWriter(name, self.job.folder, self.job.store)
+        self.shards.append(shard := ShardInfo(file=name, split=self.split))
+        return ShardWriter(shard, self.job.folder, self.job.store)
 
 
 def _encode_png(image: Image.Image) -> bytes:

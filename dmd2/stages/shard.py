@@ -32,7 +32,8 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
     """
     from dmd2.data.layouts import LAYOUTS, open_source
     from dmd2.data.listing import Wanted
-    from dmd2.data.shards import list_shards, needs_captions, summarize, write_shards
+    from dmd2.data.shards import list_shards, summarize, write_shards
+    from dmd2.data.units import needs_captions
 
     data, share = config.data, parse_part(part)
     by_class = config.family.prompts == "classes"
