@@ -51,7 +51,8 @@ def stable15(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from dmd2.models.stable import SCHEDULER, published_pipeline
+    from dmd2.models.schedulers import SCHEDULER
+    from dmd2.models.stable import published_pipeline
     from tests.emoji import teacher as emoji
 
     torch.manual_seed(0)

@@ -8,22 +8,14 @@ such folders, without weights, of the published models.
 from __future__ import annotations
 
 import json
-import math
-import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dmd2.batch import Batch, Conditioning, CondPair
@@ -31,20 +23,12 @@ from dmd2.config import EncodeConfig, LoraConfig, StableConfig
 from dmd2.data.latents import sample_posterior
 from dmd2.data.loader import RawBatch
 from dmd2.denoiser import Denoiser
-from dmd2.diffusion import (
-    Diffusion,
-    Parametrization,
-    Schedule,
-    discrete_schedule,
-    eps_prediction,
-    v_prediction,
-    x0_prediction,
-)
+from dmd2.diffusion import Diffusion
 from dmd2.encoders.pipeline_folder import VAE_WEIGHTS, copy_as_float32, fetch_configs, find_pipeline
 from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae, load_vae
 from dmd2.encoders.weight_files import load_weights
-from dmd2.errors import Refused, near_miss
+from dmd2.errors import Refused
 from dmd2.io.json_file import read_json
 from dmd2.io.storage import fetch_file
 from dmd2.io.tensors import save_tensors, to_device
@@ -52,12 +36,29 @@ from dmd2.models.convert.single_file import convert_single_file
 from dmd2.models.convert.student_weights import read_critic, read_unet
 from dmd2.models.family import AdoptedWeights, ForeignTeacher, Prompt
 from dmd2.models.heads import ConvHead
-from dmd2.models.stable_forms import CHECKPOINT, write_low_rank, write_single_file, write_workflow
+from dmd2.models.schedulers import (
+    PREDICTIONS,
+    PROCESS,
+    SCHEDULER,
+    ZERO_SNR,
+    check_sampler,
+    complete_scheduler_config,
+    noise_schedule,
+)
+from dmd2.models.stable_forms import (
+    CHECKPOINT,
+    is_uniform,
+    sampler_settings,
+    write_low_rank,
+    write_single_file,
+    write_workflow,
+)
+from dmd2.models.unet import Unet, check_unet, float32_outputs
 from dmd2.parallel import ranks
 from dmd2.rng import Rng
 from dmd2.sampler import Timesteps
 
-UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+UNET = "unet/config.json"
 STUDENT_SCHEDULER = "LCMScheduler"
 WEIGHTS = f"unet/{VAE_WEIGHTS}"
 UNET_SIZE = (
@@ -67,32 +68,8 @@ UNET_SIZE = (
     "cross_attention_dim",
     "down_block_types",
 )
-LAYER_COUNTS = (
-    "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "down_block_types", "up_block_types",
-)  # fmt: skip
-MAX_LAYERS, MAX_BLOCKS, MAX_TIMESTEPS = 64, 16, 100_000
-"""Limits of what a teacher's config may ask for; SDXL has 10 layers in a block, 3 blocks and 1,000 timesteps."""
-PREDICTIONS: dict[str, Parametrization] = {
-    "epsilon": eps_prediction,
-    "v_prediction": v_prediction,
-    "sample": x0_prediction,
-}
-"""`prediction_type` of a scheduler -> parametrization."""
-SCHEDULERS = (
-    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
-    "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
-)  # fmt: skip
-"""Schedulers of the variance preserving process with betas. Those of flow matching and EDM have other noise levels."""
-ZERO_SNR = "rescale_betas_zero_snr"
-PROCESS_SETTINGS = {"timestep_type": "discrete", "use_flow_sigmas": False, "snr_shift_scale": 1.0}
-"""Settings of schedulers that change the process -> the only value that is supported."""
-PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", ZERO_SNR)
-"""Settings of a scheduler that are the process itself; the others are how it is sampled."""
 CLIP_TOKENS = 77
 """Number of tokens that a CLIP text encoder takes."""
-SHORT_TRANSFORMER = 2
-"""A transformer of at most so many layers is one unit of sharding; in a longer one, each layer is a unit."""
 
 FROZEN = (
     "vae",
@@ -104,71 +81,6 @@ FROZEN = (
     "model_index.json",
 )
 """Files and folders of a pipeline that training does not change."""
-
-
-class Unet(nn.Module):
-    """Implements `Network`: (x (B, 4, h, w), time (B,), cond) -> out (B, 4, h, w), or the output of the mid block (B, C, s, s)."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, time: Tensor, cond: Conditioning, features_only: bool = False) -> Tensor:
-        dtype = self.unet.conv_in.weight.dtype
-        inputs: dict[str, Any] = {
-            "sample": x.to(dtype),
-            "timestep": time,  # stays in float32: 999 has no bfloat16
-            "encoder_hidden_states": cond["text"].to(dtype),
-            "return_dict": False,
-        }
-        if "pooled" in cond:
-            inputs["added_cond_kwargs"] = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"]}
-        if features_only:
-            return _run_until(self.decoder_start, lambda: self.unet(**inputs))
-        out: Tensor = self.unet(**inputs)[0]
-        return out
-
-    @property
-    def decoder_start(self) -> nn.Module:
-        """The first up block; its input is the output of the mid block."""
-        return cast(nn.Module, self.unet.up_blocks[0])
-
-
-class _BlockReached(Exception):
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-def _run_until(block: nn.Module, forward: Any) -> Tensor:
-    """The input of a block, by a forward pass that stops there."""
-
-    def stop(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> NoReturn:
-        raise _BlockReached(inputs["hidden_states"])
-
-    # Before all other hooks of the block: one of them would gather its weights.
-    hook = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        forward()
-    except _BlockReached as reached:
-        return reached.value
-    finally:
-        hook.remove()
-    raise AssertionError("the block was not reached")
-
-
-@contextmanager
-def _float32_outputs(unet: nn.Module) -> Iterator[None]:
-    """Inside the block, outputs of the U-Net are float32 also under autocast: guidance multiplies the error of rounding, and
-    schedulers keep the latents in the type of the output."""
-
-    def convert(module: nn.Module, args: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(one.float() for one in out)
-
-    hook = unet.register_forward_hook(convert)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class Stable(ABC):
@@ -196,7 +108,7 @@ class Stable(ABC):
         self.config, self.folder, self.vae_place = config, folder, vae or folder / "vae"
         self.unet = read_json(folder / UNET)
         self.scheduler = complete_scheduler_config(read_json(folder / SCHEDULER))
-        self._check()
+        check_unet(self.unet, folder, config.kind, self.embedding)
         self.diffusion = Diffusion(
             noise_schedule(self.scheduler), PREDICTIONS[self.scheduler["prediction_type"]]
         )
@@ -240,14 +152,7 @@ class Stable(ABC):
         return Unet(make.from_config(self.unet))
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        unet = cast(Unet, network).unet
-        inner, outer = [], []
-        for module in unet.modules():
-            if isinstance(module, ResnetBlock2D | Downsample2D | Upsample2D | Transformer2DModel):
-                outer.append(module)
-            if isinstance(module, Transformer2DModel) and len(module.transformer_blocks) > SHORT_TRANSFORMER:
-                inner += [b for b in module.transformer_blocks if isinstance(b, BasicTransformerBlock)]
-        return [*inner, *outer, unet.conv_norm_out, unet.conv_out]
+        return cast(Unet, network).blocks()
 
     def head(self) -> nn.Module:
         return ConvHead(*self.features[:2])
@@ -343,7 +248,7 @@ class Stable(ABC):
             else {}
         )
         pipe = self._pipeline(network, scheduler)
-        with _float32_outputs(cast(Unet, network).unet):
+        with float32_outputs(cast(Unet, network).unet):
             out: Tensor = pipe(
                 prompt_embeds=cond["text"],
                 negative_prompt_embeds=uncond["text"],
@@ -421,12 +326,12 @@ class Stable(ABC):
     def write_forms(self, folder: Path, timesteps: Timesteps, single_file: str) -> dict[str, str]:
         with torch.device("meta"):
             names = [name.removeprefix("unet.") for name in self.network().state_dict()]
-        programs = self._sampler_settings(timesteps) if self._has_published_size else ""
+        programs = sampler_settings(self.diffusion, timesteps) if self._has_published_size else ""
         forms = write_low_rank(folder, names, programs)
         if single_file != "none":
             process = {key: self.scheduler.get(key) for key in ("prediction_type", ZERO_SNR)}
             forms |= write_single_file(folder, self.pipeline, process, single_file, programs)
-        if CHECKPOINT in forms and programs and self._is_uniform(timesteps):
+        if CHECKPOINT in forms and programs and is_uniform(self.diffusion, timesteps):
             forms |= write_workflow(folder, self.config.resolution, len(timesteps))
         return forms
 
@@ -435,23 +340,6 @@ class Stable(ABC):
         """Whether the U-Net has the shape by which other programs recognise its kind."""
         published = read_json(published_pipeline(self.config.kind) / UNET)
         return all(self.unet.get(name) == published.get(name) for name in UNET_SIZE)
-
-    def _is_uniform(self, timesteps: Timesteps) -> bool:
-        """Whether the timesteps are those of ComfyUI's scheduler `sgm_uniform`, to within one."""
-        uniform = torch.linspace(len(self.diffusion) - 1, 0, len(timesteps) + 1)[:-1]
-        return bool(((torch.tensor(timesteps) - uniform).abs() <= 1).all())
-
-    def _sampler_settings(self, timesteps: Timesteps) -> str:
-        """What samplers after Karras et al. must be told; empty if they cannot sample the student.
-
-        They count noise as sigma / alpha, and start from noise that is scaled for it: not from unit noise, as a student does, unless
-        the first timestep is the last of the process.
-        """
-        if timesteps[0] != len(self.diffusion) - 1:
-            return ""
-        ratio = (self.diffusion.schedule.sigma / self.diffusion.schedule.alpha)[list(timesteps)].tolist()
-        sigmas = [f"{value:.4f}" if value < math.inf else "the largest" for value in ratio]
-        return f"sampler LCM, CFG 1, sigmas {', '.join([*sigmas, '0'])}"
 
     def usage(self, timesteps: Timesteps) -> str:
         return f"""With diffusers alone:
@@ -490,109 +378,10 @@ Use exactly these timesteps and no guidance; a negative prompt has no effect."""
         student, critic = read_unet(path, base, lora), read_critic(path, base)
         return AdoptedWeights(_inside_wrapper(student), None if critic is None else _inside_wrapper(critic))
 
-    def _check(self) -> None:
-        """Raise Refused for a U-Net with inputs that are not supported."""
-        unet, name_in_errors = self.unet, f"the U-Net in {self.folder}"
-        if unet.get("_class_name") != "UNet2DConditionModel":
-            raise Refused(
-                f"{name_in_errors} is a {unet.get('_class_name')}; only UNet2DConditionModel is known"
-            )
-        for setting in LAYER_COUNTS:
-            if not _is_few(unet.get(setting)):
-                raise Refused(
-                    f"{name_in_errors} has {setting} = {reprlib.repr(unet[setting])}; at most {MAX_LAYERS} layers per block and "
-                    f"{MAX_BLOCKS} blocks are built, so that a config cannot take all memory"
-                )
-        channels = unet.get("in_channels"), unet.get("out_channels")
-        if channels != (4, 4):
-            raise Refused(
-                f"{name_in_errors} takes {channels[0]} channels and makes {channels[1]}; only 4 and 4 are known: inpainting, "
-                "depth and upscaling models need inputs that a student is not given"
-            )
-        if (kind := unet.get("addition_embed_type")) != self.embedding:
-            raise Refused(
-                f"{name_in_errors} has addition_embed_type {kind!r}, a {self.config.kind} network has {self.embedding!r}; use a recipe of its kind"
-            )
-        for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
-            if unet.get(name) is not None:
-                raise Refused(
-                    f"{name_in_errors} has {name} {unet[name]!r}, an input that is not supported; use a base model"
-                )
-
-
-def _is_few(value: Any) -> bool:
-    """Whether a number of layers, or a list of such numbers, is one that a U-Net has."""
-    if isinstance(value, list):
-        return len(value) <= MAX_BLOCKS and all(map(_is_few, value))
-    return not isinstance(value, int) or value <= MAX_LAYERS
-
 
 def _inside_wrapper(unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a diffusers U-Net with the names it has in `Unet`."""
     return {f"unet.{name}": weight for name, weight in unet.items()}
-
-
-def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's config with the missing values filled in from the defaults of its class, which differ between classes."""
-    import diffusers
-
-    if (name := config.get("_class_name")) not in SCHEDULERS:
-        raise Refused(
-            f"the teacher's scheduler is {name!r}, of a process that is not known; {near_miss(str(name), list(SCHEDULERS))}"
-        )
-    defaults = {k: v for k, v in getattr(diffusers, str(name))().config.items() if not k.startswith("_")}
-    whole = defaults | config
-    for setting, supported in PROCESS_SETTINGS.items():
-        if whole.get(setting, supported) != supported:
-            raise Refused(
-                f"the teacher's scheduler has {setting} = {whole[setting]!r:.60}, a process that is not supported; it must be {supported!r}"
-            )
-    return whole
-
-
-def check_sampler(config: dict[str, Any]) -> None:
-    """Raise Refused for a scheduler that does not follow its own settings, or cannot sample in one step, as the evaluation does."""
-    import diffusers
-
-    name = config["_class_name"]
-    if config.get(ZERO_SNR) and ZERO_SNR not in getattr(diffusers, name)().config:
-        raise Refused(
-            f"the teacher's scheduler has {ZERO_SNR}, which a {name} does not follow; name one that does in {SCHEDULER}, such as DDIMScheduler"
-        )
-    if name == "PNDMScheduler" and not config["skip_prk_steps"]:
-        raise Refused(
-            "the teacher's PNDMScheduler starts with Runge-Kutta steps (skip_prk_steps is false) and cannot take fewer than 4 "
-            f"steps, and the evaluation samples the teacher in one too; set skip_prk_steps to true in {SCHEDULER}, as Stable Diffusion does"
-        )
-
-
-def noise_schedule(config: dict[str, Any]) -> Schedule:
-    """The noise schedule of a complete scheduler config (`complete_scheduler_config`)."""
-    kind, form = config["prediction_type"], config["beta_schedule"]
-    if kind not in PREDICTIONS:
-        raise Refused(f"the teacher's prediction_type is {kind!r}; {near_miss(str(kind), list(PREDICTIONS))}")
-    if config["trained_betas"] is not None:
-        raise Refused(
-            "the teacher's scheduler lists trained_betas, which are not supported; it must name a beta_schedule"
-        )
-    low, high, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
-    if not (isinstance(count, int) and 1 <= count <= MAX_TIMESTEPS):
-        raise Refused(
-            f"the teacher's num_train_timesteps is {reprlib.repr(count)}; it must be from 1 to {MAX_TIMESTEPS}"
-        )
-    if form == "scaled_linear":
-        beta = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
-    elif form == "linear":
-        beta = torch.linspace(low, high, count, dtype=torch.float64)
-    else:
-        raise Refused(f"the teacher's beta_schedule is {form!r}; known: linear, scaled_linear")
-    zero_terminal = bool(config.get("rescale_betas_zero_snr"))
-    if zero_terminal and kind == "epsilon":
-        raise Refused(
-            "the teacher predicts noise under a schedule with zero terminal SNR (rescale_betas_zero_snr), where noise says "
-            "nothing of the image; such a teacher must predict v"
-        )
-    return discrete_schedule(beta, zero_terminal)
 
 
 def published_pipeline(name: str) -> Path:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from dmd2.diffusion import Diffusion
 from dmd2.encoders.pipeline_folder import read_config
 from dmd2.io.tensors import load_tensors, save_tensors
 from dmd2.models.convert.lora_names import to_kohya
 from dmd2.models.convert.original_layout import why_no_checkpoint, write_checkpoint
+from dmd2.sampler import Timesteps
 
 logger = logging.getLogger(__name__)
 LORA, KOHYA_LORA = "lora/pytorch_lora_weights.safetensors", "lora/kohya.safetensors"
@@ -87,3 +90,22 @@ def write_single_file(
     write_checkpoint(folder, folder / CHECKPOINT, getattr(torch, dtype), process)
     diffusers = f'diffusers: `{pipeline}.from_single_file("path/of/this/folder/{CHECKPOINT}", config="path/of/this/folder")`'
     return {CHECKPOINT: f"ComfyUI, A1111 and Forge: {programs}; {diffusers}" if programs else diffusers}
+
+
+def is_uniform(diffusion: Diffusion, timesteps: Timesteps) -> bool:
+    """Whether the timesteps are those of ComfyUI's scheduler `sgm_uniform`, to within one."""
+    uniform = torch.linspace(len(diffusion) - 1, 0, len(timesteps) + 1)[:-1]
+    return bool(((torch.tensor(timesteps) - uniform).abs() <= 1).all())
+
+
+def sampler_settings(diffusion: Diffusion, timesteps: Timesteps) -> str:
+    """What samplers after Karras et al. must be told; empty if they cannot sample the student.
+
+    They count noise as sigma / alpha, and start from noise that is scaled for it: not from unit noise, as a student does, unless
+    the first timestep is the last of the process.
+    """
+    if timesteps[0] != len(diffusion) - 1:
+        return ""
+    ratio = (diffusion.schedule.sigma / diffusion.schedule.alpha)[list(timesteps)].tolist()
+    sigmas = [f"{value:.4f}" if value < math.inf else "the largest" for value in ratio]
+    return f"sampler LCM, CFG 1, sigmas {', '.join([*sigmas, '0'])}"

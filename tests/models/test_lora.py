@@ -28,7 +28,8 @@ from dmd2.models.lora import (
     round_stochastically,
     share_tensors,
 )
-from dmd2.models.stable import Stable, Unet, published_pipeline
+from dmd2.models.stable import Stable, published_pipeline
+from dmd2.models.unet import Unet
 from dmd2.parallel import sharding
 from dmd2.plan.meter import Meter
 from dmd2.training import build

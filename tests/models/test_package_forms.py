@@ -41,8 +41,17 @@ from dmd2.models.convert.original_layout import original_names, write_checkpoint
 from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import make_family
 from dmd2.models.lora import add_low_rank_update, export_low_rank_update, merge_low_rank_update
-from dmd2.models.stable import ZERO_SNR, Stable
-from dmd2.models.stable_forms import CHECKPOINT, KOHYA_LORA, LORA, WORKFLOW, workflow
+from dmd2.models.schedulers import ZERO_SNR
+from dmd2.models.stable import Stable
+from dmd2.models.stable_forms import (
+    CHECKPOINT,
+    KOHYA_LORA,
+    LORA,
+    WORKFLOW,
+    is_uniform,
+    sampler_settings,
+    workflow,
+)
 from tests import warm
 from tests.models.test_convert import compvis, same, sgm
 from tests.tiny_sdxl import SMALL
@@ -422,12 +431,12 @@ def test_the_published_sizes_are_described_for_comfyui_with_the_sigmas_of_the_st
         family = make_family(StableConfig(kind=name, resolution=512))
         assert isinstance(family, Stable)
         assert family._has_published_size
-        settings = family._sampler_settings((999, 749, 499, 249))
+        settings = sampler_settings(family.diffusion, (999, 749, 499, 249))
         sigmas = [float(sigma) for sigma in settings.partition("sigmas ")[2].split(", ")]
         alpha = scheduler.alphas_cumprod[[999, 749, 499, 249]]
         torch.testing.assert_close(torch.tensor(sigmas[:4]), ((1 - alpha) / alpha).sqrt(), atol=1e-4, rtol=0)
         assert sigmas[4] == 0
-        assert family._sampler_settings((399,)) == ""  # unit noise at an inner timestep
+        assert sampler_settings(family.diffusion, (399,)) == ""  # unit noise at an inner timestep
 
 
 def test_the_workflow_for_comfyui_is_complete_and_names_the_single_file() -> None:
@@ -486,7 +495,7 @@ def test_a_workflow_is_for_the_timesteps_that_comfyuis_scheduler_takes(
 ) -> None:
     family = make_family(StableConfig(kind="sdxl", resolution=1024))
     assert isinstance(family, Stable)
-    assert family._is_uniform(timesteps) == uniform
+    assert is_uniform(family.diffusion, timesteps) == uniform
 
 
 # Other software that builds on a package.

@@ -30,17 +30,15 @@ from dmd2.config import Config, StableConfig
 from dmd2.denoiser import autocast
 from dmd2.model import load_network
 from dmd2.models.family import make_family
-from dmd2.models.stable import (
+from dmd2.models.schedulers import (
     SCHEDULER,
     SCHEDULERS,
-    SHORT_TRANSFORMER,
-    UNET,
-    Stable,
     check_sampler,
     complete_scheduler_config,
     noise_schedule,
-    published_pipeline,
 )
+from dmd2.models.stable import UNET, Stable, published_pipeline
+from dmd2.models.unet import SHORT_TRANSFORMER
 from dmd2.parallel.ranks import World
 from dmd2.sampler import Timesteps, generate
 from dmd2.training import build
