@@ -6,7 +6,8 @@ the next watcher, which asks the platform.
 
 from __future__ import annotations
 
-from components.find_teachers.ledger import Claim, Ledger
+from components.find_teachers.entries import Claim
+from components.find_teachers.ledger import Ledger
 from components.find_teachers.runs import cause_of
 from dmd2.io.artifact import read_manifest
 from dmd2.io.storage import join_uri, open_store

@@ -19,17 +19,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from components.find_teachers.ledger import (
-    ACTIVE,
-    FREE,
-    Capacity,
-    Claim,
-    Ledger,
-    LedgerEntry,
-    RetrainLimits,
-    WorkItem,
-    describe,
-)
+from components.find_teachers.entries import ACTIVE, FREE, Claim, LedgerEntry, WorkItem
+from components.find_teachers.ledger import Ledger, describe
+from components.find_teachers.limits import Capacity, RetrainLimits
 from components.find_teachers.runs import PipelineRuns, RunState, UploadedPipeline, cause_of
 from components.find_teachers.sources import AnnouncedTeacher, find
 from dmd2 import recipes

@@ -17,15 +17,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from components.find_teachers.ledger import (
-    ENTRIES,
-    RESERVATIONS,
-    Claim,
-    Ledger,
-    LedgerEntry,
-    RetrainLimits,
-    WorkItem,
-)
+from components.find_teachers.entries import ENTRIES, Claim, LedgerEntry, WorkItem
+from components.find_teachers.ledger import RESERVATIONS, Ledger
+from components.find_teachers.limits import RetrainLimits
 from dmd2.errors import Refused
 from dmd2.io.storage import join_uri, open_store
 from tests.bucket import UPLOAD, Fault, Proxy

@@ -20,7 +20,9 @@ import pytest
 import yaml
 
 from components.distill.trainjob import ROOT as ROOT_OF_RUNS
-from components.find_teachers.ledger import ENTRIES, RESERVATIONS, Ledger, RetrainLimits, WorkItem
+from components.find_teachers.entries import ENTRIES, WorkItem
+from components.find_teachers.ledger import RESERVATIONS, Ledger
+from components.find_teachers.limits import RetrainLimits
 from dmd2 import stages
 from dmd2.io.artifact import ArtifactFile, Manifest, read_manifest
 from dmd2.io.local import sha256

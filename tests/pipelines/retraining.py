@@ -30,7 +30,8 @@ from urllib.parse import parse_qs, urlsplit
 import kfp_server_api as api
 
 from components.find_teachers import run_reports
-from components.find_teachers.ledger import Ledger, RetrainLimits
+from components.find_teachers.ledger import Ledger
+from components.find_teachers.limits import RetrainLimits
 from components.find_teachers.runs import UploadedPipeline
 from components.find_teachers.sources import find
 from components.find_teachers.watch import Watcher

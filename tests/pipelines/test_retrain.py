@@ -20,7 +20,9 @@ import yaml
 from kfp import compiler, local
 
 from components.find_teachers import run_reports
-from components.find_teachers.ledger import Claim, Ledger, LedgerEntry, RetrainLimits, WorkItem
+from components.find_teachers.entries import Claim, LedgerEntry, WorkItem
+from components.find_teachers.ledger import Ledger
+from components.find_teachers.limits import RetrainLimits
 from components.find_teachers.runs import UploadedPipeline, cause_of
 from components.find_teachers.sources import AnnouncedTeacher, find
 from components.find_teachers.watch import (
