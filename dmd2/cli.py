@@ -17,6 +17,7 @@ import tyro
 from dmd2 import log, recipes
 from dmd2.config import Config
 from dmd2.errors import Refused, near_miss, one_sentence
+from dmd2.overrides import parse_flags
 
 VERBS = {
     "recipes": "the recipes, with what each needs, costs and scores; `recipes show NAME`: all settings of one",
@@ -98,7 +99,7 @@ def parse(verb: str, stage: Callable[..., Any], rest: Sequence[str]) -> dict[str
         program, rest = f"{program} {rest[0]}", rest[1:]
     if verb in POSITIONAL and rest and not rest[0].startswith("-"):
         rest = [f"--{POSITIONAL[verb]}", *rest]
-    return recipes.parse(_arguments(stage, config), rest, program)
+    return parse_flags(_arguments(stage, config), rest, program)
 
 
 def _recipes(words: Sequence[str]) -> str:

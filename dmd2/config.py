@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import tyro
 from PIL import ImageColor
@@ -766,45 +766,6 @@ class Config(Section):
                 "engine.offload_teacher is on, but with distill.lora the teacher's weights are those that the student computes with; turn it off"
             )
         return self
-
-
-def current_name(path: str) -> str:
-    """The name that a field has today: `distill.student_levels` -> `distill.student_timesteps`.
-
-    Args:
-        path: A field of Config, with the sections it is in, separated by dots; unknown words stay as they are.
-    """
-    sections: list[type[Section]] = [Config]
-    words: list[str] = []
-    for word in path.split("."):
-        renamed = [RENAMED.get(section.__name__, {}) for section in sections]
-        words.append(next((names[word] for names in renamed if word in names), word))
-        fields = [s.model_fields[words[-1]] for s in sections if words[-1] in s.model_fields]
-        sections = [section for field in fields for section in _sections_of(field.annotation)]
-    return ".".join(words)
-
-
-def is_verbatim(path: str) -> bool:
-    """Whether the value of a field of Config is taken as it stands: a text, such as `distill.regression.decoder`, True or False."""
-    *sections, last = path.split(".")
-    there: list[type[Section]] = [Config]
-    for word in sections:
-        there = [
-            s
-            for part in there
-            if word in part.model_fields
-            for s in _sections_of(part.model_fields[word].annotation)
-        ]
-    return any(
-        part.model_fields[last].annotation in (str, bool) for part in there if last in part.model_fields
-    )
-
-
-def _sections_of(annotation: Any) -> list[type[Section]]:
-    """The sections that a field of this type may hold, in unions and subclasses too."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation, *annotation.__subclasses__()]
-    return [section for part in get_args(annotation) for section in _sections_of(part)]
 
 
 def in_first_spelling(section: Section) -> dict[str, Any]:

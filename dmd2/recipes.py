@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
-
-import tyro
+from typing import Any, NamedTuple
 
 from dmd2.config import (
     AdmConfig,
@@ -28,13 +23,10 @@ from dmd2.config import (
     RegressionConfig,
     StableConfig,
     TeachConfig,
-    current_name,
-    is_verbatim,
 )
 from dmd2.errors import Refused, near_miss
 from dmd2.evaluation.protocols import PROTOCOLS
-
-Parsed = TypeVar("Parsed")
+from dmd2.overrides import override_flags, parse_flags
 
 
 def spaced_timesteps(count: int, table: int = 1000) -> tuple[int, ...]:
@@ -456,85 +448,4 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Config:
 @cache
 def _resolve(recipe: Callable[[], Config], name: str, overrides: tuple[str, ...]) -> Config:
     """Kept, because tyro reads the types of all fields anew, which takes 0.1 s, and stages and tests ask again."""
-    return parse(Config, override_flags(overrides), name, default=recipe(), add_help=False)
-
-
-def override_flags(overrides: Sequence[str]) -> list[str]:
-    """Overrides as flags of the command line: ["ema=0.9,0.99"] -> ["--ema", "0.9", "0.99"]. Texts are taken as they are."""
-    flags: list[str] = []
-    for override in overrides:
-        field, separator, value = override.partition("=")
-        if not separator:
-            raise Refused(
-                f"override {override!r} must have the form field=value, for example distill.steps=100"
-            )
-        name = field.strip()
-        values = (
-            [value] if is_verbatim(current_name(name.replace("-", "_"))) else value.replace(",", " ").split()
-        )
-        flags += [f"--{name}", *values]
-    return flags
-
-
-SWITCHES = tyro.constructors.ConstructorRegistry()
-"""How tyro reads flags that are on or off: `--encode.text` and `--encode.text True` are the same."""
-
-
-@SWITCHES.primitive_rule
-def _switch(
-    field: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
-    if field.type is not bool:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[True|False]",
-        instance_from_str=lambda words: words != ["False"],
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
-        choices=("True", "False"),
-    )
-
-
-def parse(target: Callable[..., Parsed], flags: Sequence[str], program: str, **settings: Any) -> Parsed:
-    """Read flags with tyro and call `target` with them. Flags with the old name of a field are understood.
-
-    Raises:
-        Refused: With tyro's message about a mistake as one sentence.
-    """
-    output = io.StringIO()
-    try:
-        with redirect_stderr(output):
-            return tyro.cli(
-                target,
-                args=[_current_flag(flag) for flag in flags],
-                prog=program,
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
-                registry=SWITCHES,
-                **settings,
-            )
-    except SystemExit as end:
-        if end.code:
-            said = (
-                _sentence(output.getvalue())
-                .replace(f"Missing from {program}:", "missing:")
-                .replace(" (required)", "")
-            )
-            raise Refused(f"{program}: {said}") from None
-        raise
-    except ValueError as error:  # what a Config says of its own fields: not every tyro prints that
-        raise Refused(f"{program}: {error}") from None
-
-
-def _current_flag(flag: str) -> str:
-    """`--distill.student-levels=999` -> `--distill.student_timesteps=999`; anything else stays as it is."""
-    name, equals, value = flag.partition("=")
-    path = name.removeprefix("--").replace("-", "_")
-    today = current_name(path)
-    return flag if not name.startswith("--") or today == path else f"--{today}{equals}{value}"
-
-
-def _sentence(box: str) -> str:
-    """The text of one of tyro's boxes without its frame, title and general advice."""
-    words = re.split(r"Argument helptext:|For full helptext", box)[0].split("\n", 1)[1]
-    return " ".join(re.sub(r"[│╭╮╰╯─]|-{3,}", " ", words).split())
+    return parse_flags(Config, override_flags(overrides), name, default=recipe(), add_help=False)

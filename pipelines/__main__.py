@@ -23,7 +23,7 @@ from components.prepare_run.cost import ACCELERATOR, gpu_kind, planned_gpu_hours
 from components.prepare_run.parameters import RunParameters, check_parameters
 from dmd2.errors import Refused, one_sentence
 from dmd2.io.local import write_text
-from dmd2.recipes import override_flags
+from dmd2.overrides import override_flags
 from pipelines import cluster, readme
 from pipelines.cluster import ClusterFlags, ServerFlags, compile_pipeline
 from pipelines.distill import H100, distill

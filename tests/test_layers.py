@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dmd2"
 LAYERS = [
-    {"c_compiler", "config", "errors", "progress", "log", "image_grid", "processors"},
+    {"c_compiler", "config", "errors", "progress", "log", "image_grid", "overrides", "processors"},
     {"io", "batch", "rng", "diffusion"},
     {"denoiser", "parallel"},
     {"encoders", "data", "models", "sampler"},

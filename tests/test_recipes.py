@@ -8,6 +8,7 @@ import pytest
 from dmd2 import config, recipes
 from dmd2.config import Config, DmdConfig
 from dmd2.models.family import make_family
+from dmd2.overrides import override_flags, parse_flags
 from dmd2.training import build
 from tests.conftest import adm
 
@@ -228,9 +229,7 @@ def test_every_renamed_field_exists() -> None:
 
 def test_metrics_are_written_apart_as_flags_and_by_commas_as_overrides(refusal: Callable[..., str]) -> None:
     flags = ["--evaluate.metrics", "fid,clip"]
-    why = refusal(
-        lambda: recipes.parse(Config, flags, "x", default=recipes.get("edm-digits"), add_help=False)
-    )
+    why = refusal(lambda: parse_flags(Config, flags, "x", default=recipes.get("edm-digits"), add_help=False))
     assert "evaluate.metrics has 'fid,clip'; write names apart, as fid clip" in why
     assert recipes.resolve("edm-digits", ["evaluate.metrics=fid,kid"]).evaluate.metrics == ("fid", "kid")
 
@@ -240,7 +239,7 @@ def test_metrics_are_written_apart_as_flags_and_by_commas_as_overrides(refusal: 
 )
 def test_a_flag_that_is_on_or_off_is_on_without_a_value(words: list[str], on: bool) -> None:
     for flags in (words, [*words, "--seed", "3"]):
-        parsed = recipes.parse(Config, flags, "x", default=recipes.get("sdxl-4step"), add_help=False)
+        parsed = parse_flags(Config, flags, "x", default=recipes.get("sdxl-4step"), add_help=False)
         assert parsed.encode.text is on
 
 
@@ -252,8 +251,8 @@ def test_an_override_that_is_on_or_off_needs_its_value(refusal: Callable[..., st
 
 
 def test_overrides_become_flags(refusal: Callable[..., str]) -> None:
-    assert recipes.override_flags(["distill.steps=5", "family.network.multipliers=1,2"]) == [
+    assert override_flags(["distill.steps=5", "family.network.multipliers=1,2"]) == [
         "--distill.steps", "5", "--family.network.multipliers", "1", "2"
     ]  # fmt: skip
-    assert recipes.override_flags(["data.background=rgb(1, 2, 3)"]) == ["--data.background", "rgb(1, 2, 3)"]
-    assert "must have the form field=value" in refusal(lambda: recipes.override_flags(["seed"]))
+    assert override_flags(["data.background=rgb(1, 2, 3)"]) == ["--data.background", "rgb(1, 2, 3)"]
+    assert "must have the form field=value" in refusal(lambda: override_flags(["seed"]))

@@ -59,6 +59,7 @@ def distill(
     from dmd2 import recipes
     from dmd2.errors import one_sentence
     from dmd2.io import artifact
+    from dmd2.overrides import override_flags
 
     with one_sentence():
         if failure := read_failure(root, run_id):
@@ -76,7 +77,7 @@ def distill(
             "budget": f"{budget:g}" if budget else "",
         }
         flags = [word for name, value in given.items() if value for word in (f"--{name}", value)]
-        arguments = ["distill", recipe, *flags, *recipes.override_flags(overrides.split())]
+        arguments = ["distill", recipe, *flags, *override_flags(overrides.split())]
         training = Training(arguments, JobSize(nodes, gpus, queue), run_id, root, folder, pool)
         if status := run_to_end(launcher(training, "trainjob" if where == "trainjob" else "here")):
             write_failure(root, run_id, folder, status)

@@ -14,7 +14,7 @@ import pytest
 
 from components.distill.launch import JobSize, Torchrun, _child_processes
 from dmd2.io import artifact
-from dmd2.recipes import override_flags
+from dmd2.overrides import override_flags
 from dmd2.training import checkpoint
 from tests import conftest, warm
 
