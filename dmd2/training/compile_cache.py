@@ -49,9 +49,8 @@ class CompileCache:
             data = open_store(self.folder).read(self.name)
         except FileNotFoundError:
             data = b""
-        found = torch.compiler.load_cache_artifacts(data) if data else None
+        graphs = _read_graphs(data)
         if self.world.is_main:
-            graphs = len(found.inductor_artifacts) if found else 0
             logger.info("compiled graphs of earlier processes: %d, from %s", graphs, self.folder)
         self.world.barrier()  # of the hosts: the collectives of the first step need not wait for a slow download
 
@@ -71,3 +70,23 @@ class CompileCache:
             except OSError as error:
                 logger.warning("compiled graphs were not kept: %s", error)
         self._saved = compiled
+
+
+def _read_graphs(data: bytes) -> int:
+    """Give torch what `save` wrote, and return the number of graphs; 0 from a damaged file.
+
+    The bytes have a part for each call of torch.compiler.save_cache_artifacts. torch.compiler.load_cache_artifacts reads the last
+    one only, because CacheArtifactManager.deserialize makes a dictionary of the parts (torch 2.14).
+    """
+    from torch.compiler._cache import CacheArtifactManager, _deserialize_single_cache
+    from torch.utils._appending_byte_serializer import AppendingByteSerializer
+
+    CacheArtifactManager._ensure_cache_artifacts_registered()
+    try:
+        parts = AppendingByteSerializer.to_list(data, deserialize_fn=_deserialize_single_cache)
+    except Exception as error:
+        if data:
+            logger.warning("compiled graphs of earlier processes cannot be read: %s", error)
+        return 0
+    found = [CacheArtifactManager.populate_caches({kind: graphs}) for kind, graphs in parts]
+    return sum(len(one.inductor_artifacts) for one in found)

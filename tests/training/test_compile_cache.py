@@ -23,26 +23,27 @@ from tests.conftest import ALONE
 cache = CompileCache(sys.argv[1], ALONE)
 cache.load()
 product = torch.compile(lambda x: x @ x, dynamic=False)
-product(torch.ones(int(sys.argv[2]), int(sys.argv[2])))
-cache.save()
+for size in map(int, sys.argv[2:]):
+    product(torch.ones(size, size))
+    cache.save()
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 
 
-def hits_and_misses(folder: Path, size: int, own: Path) -> list[int]:
+def hits_and_misses(folder: Path, sizes: tuple[int, ...], own: Path) -> list[int]:
     environment = warm.environment() | {"TORCHINDUCTOR_CACHE_DIR": str(own)}
-    words = [warm.python(), "-c", COMPILE, str(folder), str(size)]
+    words = [warm.python(), "-c", COMPILE, str(folder), *map(str, sizes)]
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return [int(word) for word in ended.stdout.split()]
 
 
-def test_a_second_start_finds_the_graphs_of_the_first_and_adds_its_own(tmp_path: Path) -> None:
+def test_a_second_start_finds_all_graphs_of_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "graphs"
-    assert hits_and_misses(folder, 4, tmp_path / "a") == [0, 1]
+    assert hits_and_misses(folder, (4, 5), tmp_path / "a") == [0, 2]
     (file,) = folder.iterdir()
     first = file.read_bytes()
-    assert hits_and_misses(folder, 4, tmp_path / "b") == [1, 0]
+    assert hits_and_misses(folder, (4, 5), tmp_path / "b") == [2, 0], "those of both times that it saved"
     assert file.read_bytes() == first, "nothing new, so nothing is written"
 
 
