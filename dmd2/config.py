@@ -539,6 +539,8 @@ class EngineConfig(Section):
     """Use deterministic kernels, so that two runs on the same hardware and number of processes are bit-identical; slower."""
     hang_timeout_s: PositiveFloat = 1800.0
     """Seconds without a finished step after which a process writes its stack traces and ends, so that it can be restarted."""
+    compile_timeout_s: PositiveFloat = 3600.0
+    """The same for a step in which a process compiles, while the others wait for it; at least `hang_timeout_s`."""
 
     @field_validator("compile", mode="before")
     @classmethod

@@ -59,6 +59,10 @@ class Progress:
         elif time.monotonic() - self.last_record >= RECORD_EVERY_S:
             self._record(note)
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not expect again what took these seconds, such as compiling, in the time that is left."""
+        self.start += seconds
+
     @property
     def eta_s(self) -> float:
         """Seconds left at the mean speed so far."""
@@ -70,7 +74,10 @@ class Progress:
         if not self.visible:
             return
         left = f"{self.eta_s:.0f} s left" if self.done < self.total else "done"
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{', ' if note else ''}{note}"
+        known = [left] if self.done > self.first or self.done == self.total else []
+        line = ", ".join(
+            [f"{self.label}: {self.done}/{self.total} {self.unit}", *known, *([note] if note else [])]
+        )
         fields = {"stage": self.label, "done": self.done, "total": self.total, "unit": self.unit}
         logger.info(line, extra=fields | {"eta_s": round(self.eta_s, 1), "note": note})
 

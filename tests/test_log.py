@@ -146,6 +146,21 @@ def test_in_json_progress_is_events(
     assert last["done"] == 6
 
 
+def test_progress_expects_no_more_of_what_was_left_out_and_knows_nothing_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dmd2.progress.RECORD_EVERY_S", 0.0)
+    log.configure("json")
+    with Progress("distill", 10, "steps") as progress:
+        progress.start -= 100
+        progress.leave_out(80)
+        progress.advance(0, "compiling: 3 graphs in 80 s")
+        progress.advance(5)
+    first, second, _ = events(capsys.readouterr().err)
+    assert first["message"] == "distill: 0/10 steps, compiling: 3 graphs in 80 s"
+    assert second["message"] == "distill: 5/10 steps, 20 s left"
+
+
 def test_on_a_terminal_a_bar_and_log_lines_share_the_screen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -66,6 +66,8 @@ class World:
     """gloo group of all ranks for control values on the hosts; None for a single process."""
     checkpoint_group: dist.ProcessGroup | None = None
     """A second gloo group, used by the background thread that writes checkpoints."""
+    store: Store = field(default_factory=HashStore, compare=False, repr=False)
+    """The store of the rendezvous, for what ranks tell each other while they are in a collective."""
 
     @property
     def is_main(self) -> bool:
@@ -92,6 +94,15 @@ class World:
             with self.interrupt_on_lost_rank():
                 dist.broadcast(value, 0, self.host_group)
         return int(value)
+
+    def publish(self, name: str, value: str) -> None:
+        """Let the other ranks read a value of this one."""
+        self.store.set(f"{name}/{self.rank}", value)
+
+    def published(self, name: str) -> dict[int, str]:
+        """The values that ranks have published last, by rank. No rank waits for another."""
+        keys = {rank: f"{name}/{rank}" for rank in range(self.size)}
+        return {rank: self.store.get(key).decode() for rank, key in keys.items() if self.store.check([key])}
 
     @contextmanager
     def interrupt_on_lost_rank(self) -> Iterator[None]:
@@ -200,10 +211,11 @@ def init_distributed() -> World:
         atexit.register(time.sleep, GLOO_EXIT_DELAY_S)
     if size == 1:
         return World(here)
+    store = dist.distributed_c10d._get_default_store()
     host_group, checkpoint_group = (dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) for _ in range(2))
     assert isinstance(host_group, dist.ProcessGroup)
     assert isinstance(checkpoint_group, dist.ProcessGroup)
-    return World(here, rank, size, local_rank, local_size, host_group, checkpoint_group)
+    return World(here, rank, size, local_rank, local_size, host_group, checkpoint_group, store)
 
 
 def _rendezvous_store(rank: int, size: int) -> Store:

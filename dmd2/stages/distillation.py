@@ -95,6 +95,7 @@ class Distillation:
             settings.preview_every,
             settings.keep_checkpoints,
             self.config.engine.hang_timeout_s,
+            self.config.engine.compile_timeout_s,
         )
         trainer = self._trainer(start)
         student = replace(student_model(self.model, self.config), network=trainer.student.module)

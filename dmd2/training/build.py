@@ -41,9 +41,6 @@ from dmd2.training.trainer import DiffusionTrainer, DMD2Trainer, RegressionTrain
 
 logger = logging.getLogger(__name__)
 
-COMPILE_TIMEOUT = timedelta(hours=1)
-"""How long a rank waits in a collective for one that still compiles. A rank that hangs is found by engine.hang_timeout_s."""
-
 
 def diffusion_trainer(config: c.Config, world: World) -> DiffusionTrainer:
     """The trainer of a small teacher, for demos, tests and ablations."""
@@ -88,7 +85,9 @@ def trainer(
         for network in (nets.student, nets.critic):
             apply_activation_checkpointing(fam, network, engine.activation_checkpointing)
     if compiles(engine, world):
-        world.extend_collective_timeout(COMPILE_TIMEOUT, mesh)
+        # Longer than the watch of hang_watch.py, which can say who is slow.
+        waits = timedelta(seconds=engine.compile_timeout_s + engine.hang_timeout_s)
+        world.extend_collective_timeout(waits, mesh)
         CompileCache(engine.compile_cache, world).load()
         for network in nets.called():
             compile_units(fam, network)

@@ -55,7 +55,7 @@ class Exporter:
     done: int = 0
     """Steps made, over all starts."""
     last_progress: float = field(default_factory=time.time)
-    """Unix time of the last step, saved checkpoint or scored batch."""
+    """Unix time of the last step, compiled graph, saved checkpoint or scored batch."""
 
     def report(self, done: int) -> None:
         """Called by the training loop whenever it has got further."""
@@ -74,7 +74,7 @@ class Exporter:
         for name, value, text in (
             ("dmd2_steps_done", self.done, "Steps made, over all starts."),
             ("dmd2_steps", self.steps, "Steps of the whole training."),
-            ("dmd2_last_progress_timestamp_seconds", self.last_progress, "Unix time of the last step, saved checkpoint or scored batch."),
+            ("dmd2_last_progress_timestamp_seconds", self.last_progress, "Unix time of the last step, compiled graph, saved checkpoint or scored batch."),
             ("dmd2_restarts", spent.restarts, "Starts of the training before this one."),
             ("dmd2_gpus", spent.gpus, "GPUs of the training."),
             ("dmd2_gpu_hours", spent.gpu_hours, "GPU-hours of the training so far, over all starts."),

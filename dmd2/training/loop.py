@@ -7,7 +7,6 @@ over the hosts once a step, and wait for a device only where metrics are read.
 
 from __future__ import annotations
 
-import faulthandler
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from dmd2.parallel.ranks import World
 from dmd2.progress import Progress
 from dmd2.training import checkpoint
 from dmd2.training.checkpoint import Checkpoints
+from dmd2.training.hang_watch import hang_watch
 from dmd2.training.metrics_log import MetricsLog, Throughput, best_step, checkpoint_scores
 from dmd2.training.optim import Trainable
 from dmd2.training.phase_timer import PhaseTimer
@@ -50,6 +50,8 @@ class LoopSettings:
     keep_checkpoints: int
     hang_timeout_s: float
     """Seconds without a finished step after which a process writes its stacks and ends."""
+    compile_timeout_s: float = 0.0
+    """The same for a step in which a process compiles, if it is more."""
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something with this interval happens after the step (counted from 0). It also does after the last."""
@@ -76,7 +78,7 @@ def train(
         preview: Called with the number of steps made, every `preview_every` steps.
         score: Scores each checkpoint that `save_every` asked for; the best one is kept.
         on_log: Called with the number of steps made and the seconds left, after each line of metrics.
-        on_progress: Called with the number of steps made, after each step, saved checkpoint and scored batch.
+        on_progress: Called with the number of steps made, after each step, compiled graph, saved checkpoint and scored batch.
 
     Raises:
         Interrupted: A signal stopped the run, after saving; or another rank was lost.
@@ -88,16 +90,23 @@ def train(
         first = max(checkpoint.saved_steps(checkpoints.root), default=0)
         if first:
             checkpoint.load(checkpoints.root, first, trainer.state(), world)
+        compiled: list[float] = []
+
+        def on_compiled(seconds: float) -> None:
+            compiled.append(seconds)
+            progress.leave_out(seconds)
+            progress.advance(0, f"compiling: {len(compiled)} graphs in {sum(compiled):.0f} s")
+            on_progress(progress.done)
+
+        def report_progress() -> None:
+            watch.reset()
+            on_progress(progress.done)
+
         with (
             Progress(name, settings.steps, "steps", first, world.is_main) as progress,
             stop_signals() as requested,
-            watchdog(settings.hang_timeout_s) as reset_watchdog,
+            hang_watch(settings.hang_timeout_s, settings.compile_timeout_s, world, on_compiled) as watch,
         ):
-
-            def report_progress() -> None:
-                reset_watchdog()
-                on_progress(progress.done)
-
             log = MetricsLog(draft.path, first, settings.throughput, world)
             flags = HostFlags(world, requested)
             run = _Run(
@@ -110,6 +119,7 @@ def train(
                 flags,
                 progress,
                 report_progress,
+                watch.pause,
                 score,
                 on_log,
             )
@@ -129,6 +139,7 @@ class _Run:
     flags: HostFlags
     progress: Progress
     report_progress: Callable[[], None]
+    pause_watch: Callable[[], None]
     score: ScoreFunction | None
     on_log: Callable[[int, float], None]
 
@@ -202,7 +213,7 @@ class _Run:
     def _publish_checkpoint(self) -> None:
         """Wait for the checkpoint that is being saved, if any, and upload it."""
         if self.checkpoints.wait_for_save():
-            faulthandler.cancel_dump_traceback_later()  # an upload may take longer than the watchdog's timeout
+            self.pause_watch()  # an upload may take longer
             if self.world.is_main:
                 self.draft.save()
             self.world.barrier()
@@ -286,21 +297,6 @@ def load_best(draft: Draft, student: Trainable, world: World) -> dict[str, float
     world.barrier()
     checkpoint.load(draft.path / "checkpoints", step, student.inference_state(), world)
     return {"best_step": step, "best_fid": checkpoint_scores(draft.path)[step]} if world.is_main else {}
-
-
-@contextmanager
-def watchdog(timeout_s: float) -> Iterator[Callable[[], None]]:
-    """Inside the block, if the yielded function is not called for `timeout_s` seconds, the process writes the stacks of its
-    threads to stderr and ends."""
-
-    def reset() -> None:
-        faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
-
-    reset()
-    try:
-        yield reset
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
