@@ -31,6 +31,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, visible: bool = True) -> None:
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
+        self.recorded = done
         self.start = self.last_record = time.monotonic()
         self.visible = visible
         self._bar = self._make_bar() if visible and sys.stderr.isatty() and not log.is_json() else None
@@ -45,7 +46,7 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif time.monotonic() - self.start >= RECORD_EVERY_S:
+        elif time.monotonic() - self.start >= RECORD_EVERY_S and self.recorded < self.total:
             self._record("")
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -70,7 +71,7 @@ class Progress:
         return elapsed / max(1, self.done - self.first) * (self.total - self.done)
 
     def _record(self, note: str) -> None:
-        self.last_record = time.monotonic()
+        self.last_record, self.recorded = time.monotonic(), self.done
         if not self.visible:
             return
         left = f"{self.eta_s:.0f} s left" if self.done < self.total else "done"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from components.prepare_run.cost import ACCELERATOR, gpu_kind
@@ -17,6 +18,8 @@ from dmd2.plan.hardware import GB, GPUS, USABLE
 if TYPE_CHECKING:
     from dmd2.plan.prediction import Plan
 
+logger = logging.getLogger(__name__)
+
 WEIGHT_BYTES = 4
 """Bytes of a weight in a teacher or student folder."""
 
@@ -24,7 +27,7 @@ WEIGHT_BYTES = 4
 def plan_page(given: RunParameters, root: str) -> str:
     """The page, as Markdown; raises Refused if a training does not fit or all together exceed the budget.
 
-    It takes a quarter of a minute of a processor for SDXL, so a run is refused as soon as enough of it is counted.
+    It takes about ten seconds of a processor for SDXL, so a run is refused as soon as enough of it is counted.
 
     Args:
         root: Folder of the run, where the pages about its trainings will be.
@@ -39,12 +42,20 @@ def plan_page(given: RunParameters, root: str) -> str:
         return "\n".join([*head, f"There is no plan: {missing}."])
     plans: list[Plan] = []
     for training in given.trainings:
-        plans.append(_plan(given, training, lambda plan: check_plans(given, [*plans, plan])))
+        try:
+            plans.append(_plan(given, training, lambda plan: check_plans(given, [*plans, plan])))
+        except DoesNotFit as error:
+            name = "first_overrides" if training == given.first else "overrides"
+            raise Refused(f"{error}; {_what_fits(given, training, name)}") from None
     return "\n".join([*head, _table(plans), "", *_notes(given, plans)])
 
 
+class DoesNotFit(Refused):
+    """A training takes more memory than a GPU has."""
+
+
 def check_plans(given: RunParameters, plans: list[Plan]) -> None:
-    """Raise Refused if the last training does not fit, or all together exceed the budget."""
+    """Raise DoesNotFit if the last training does not fit, and Refused if all together exceed the budget."""
     _check_fits(plans[-1])
     if given.budget and (total := sum(made.gpu_hours for made in plans)) > given.budget:
         raise Refused(
@@ -61,10 +72,13 @@ def _why_no_plan(given: RunParameters) -> str:
     return "" if kind in GPUS else f"the plan does not know the GPU {kind}"
 
 
-def _plan(given: RunParameters, training: Training, check: Callable[[Plan], None]) -> Plan:
+def _plan(
+    given: RunParameters, training: Training, check: Callable[[Plan], None], compared: Sequence[str] = ()
+) -> Plan:
     from dmd2.plan import predict
 
-    return predict(training.config, gpu_kind(given), given.chosen_gpus, given.nodes, given.price, check=check)
+    gpus = gpu_kind(given), given.chosen_gpus, given.nodes
+    return predict(training.config, *gpus, given.price, compared=compared, check=check)
 
 
 def _table(plans: list[Plan]) -> str:
@@ -111,17 +125,23 @@ def _notes(given: RunParameters, plans: list[Plan]) -> list[str]:
     ]
 
 
+def _what_fits(given: RunParameters, training: Training, name: str) -> str:
+    """What to do about a training that does not fit. Its other ways of activation checkpointing are counted for it, as by `dmd2 plan`."""
+    from dmd2.plan.prediction import CHECKPOINTING
+
+    logger.info("%s does not fit: looking for settings with which it does", training.recipe)
+    found = _plan(given, training, lambda plan: None, CHECKPOINTING).remedies
+    if not found:
+        return "no setting of engine or moments makes it fit; take more or larger GPUs"
+    return f"add {' '.join(found[0].settings)} to {name}, with which it takes {found[0].gb:.1f} GB, or take more or larger GPUs"
+
+
 def _check_fits(made: Plan) -> None:
     config = made.config
     if not made.fits:
-        advice = (
-            f"override engine.micro_batch with fewer than {made.rows} images, engine.activation_checkpointing=full"
-            if made.rows > 1
-            else "override engine.activation_checkpointing=full"
-        )
-        raise Refused(
-            f"{config.recipe} takes at least {made.memory_gb:.1f} GB of a GPU by its plan, and a {made.gpu_name} has "
-            f"{USABLE * made.gpu.gb:.1f} for it; {advice}, or take more or larger GPUs; `dmd2 plan` shows what fits"
+        raise DoesNotFit(
+            f"{config.recipe} takes at least {made.memory_gb:.1f} GB of a GPU by its plan, and {made.gpu_name} has "
+            f"{USABLE * made.gpu.gb:.1f} for it"
         )
     if (needed := disk_gb(config, made.checkpoint, made.weights)) > TRAINING_DISK_GB:
         raise Refused(

@@ -7,7 +7,9 @@ counts divided by the peak rates of data sheets times an assumed efficiency. Wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,15 +59,29 @@ def predict(
     Args:
         check: Called with what is known of the plan, before and after each pass is counted; see `prediction.make_plan`.
     """
-    from dmd2.plan.prediction import make_plan
-    from dmd2.plan.traffic import mesh_shape
-
     if gpu not in GPUS:
         raise Refused(f"unknown GPU {gpu!r}; {near_miss(gpu, list(GPUS))}")
     if price < 0:
         raise Refused(f"price is {price:g}; give what a GPU costs for an hour, or leave it out")
-    mesh = mesh_shape(config, nodes, gpus_per_node)
-    return make_plan(config, _family(config, teacher), gpu, mesh, price, compared, check)
+    with _without_garbage_collection():
+        from dmd2.plan.prediction import make_plan
+        from dmd2.plan.traffic import mesh_shape
+
+        mesh = mesh_shape(config, nodes, gpus_per_node)
+        return make_plan(config, _family(config, teacher), gpu, mesh, price, compared, check)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Every full collection goes through the half million objects that torch and diffusers make, and finds nothing: a fifth of the
+    time of a plan, its imports included."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _family(config: Config, teacher: str) -> ModelFamily:

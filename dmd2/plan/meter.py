@@ -32,6 +32,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **CPU_ATTENTION}
 
 
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+DEVICE, META = torch.ops.prim.device.default, torch.device("meta")
+"""The question where a fake tensor is: two of three operators that a Meter sees. It is answered at once, as FakeTensorMode would."""
 CASTS: dict[Any, int] = {torch.ops.aten._to_copy: 0, torch.ops.aten.copy_: 1}
 """Operators that may change the type of a tensor -> the position of that tensor among their arguments."""
 
@@ -57,7 +59,7 @@ class Meter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._weights = {id(p): p for module in outside for p in module.parameters()}
         for tensor in (*self._weights.values(), *(b for module in outside for b in module.buffers())):
-            self._note(tensor, 0)
+            self._sizes[tensor.untyped_storage()._cdata] = 0
         trained = [p for p in self._weights.values() if p.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, p)) for p in trained]
 
@@ -69,25 +71,29 @@ class Meter(TorchDispatchMode):
             weight.grad = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if func is DEVICE:
+            (fake,) = args
+            return META if fake.fake_mode.in_kernel_invocation else fake.fake_device
+        kwargs, packet = kwargs or {}, func._overloadpacket
         out = func(*args, **kwargs)
-        if formula := FORMULAS.get(func._overloadpacket):
+        if formula := FORMULAS.get(packet):
             done = formula(*args, **kwargs, out_val=out)
             self.flops += done
-            self.convolution_flops += done if func._overloadpacket in CONVOLUTIONS else 0
-        if (position := CASTS.get(func._overloadpacket)) is not None and args[position].dtype != out.dtype:
+            self.convolution_flops += done if packet in CONVOLUTIONS else 0
+        if (position := CASTS.get(packet)) is not None and args[position].dtype != out.dtype:
             self.cast_bytes += args[position].nbytes + out.nbytes
-        new = [self._note(tensor) for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        leaves = [out] if isinstance(out, Tensor) else tree_leaves(out)
+        new = [self._note(tensor) for tensor in leaves if isinstance(tensor, Tensor)]
         self.kernels += any(new)
         return out
 
-    def _note(self, tensor: Tensor, size: int | None = None) -> bool:
+    def _note(self, tensor: Tensor) -> bool:
         """Count the tensor's storage; False if it is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
             return False
-        self._sizes[key] = storage.nbytes() if size is None else size
+        self._sizes[key] = storage.nbytes()
         weakref.finalize(storage, self._forget, key)
         self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from dmd2.denoiser import Denoiser
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
 from dmd2.plan.meter import Meter, norms_as_on_cuda
-from dmd2.training import build, networks
+from dmd2.training import build, memory, networks
 from dmd2.training.activation import apply_activation_checkpointing
 from dmd2.training.networks import DistillNetworks
 from dmd2.training.optim import NETWORK
@@ -96,6 +96,24 @@ PassCosts = dict[str, PassCost]
 """By the name of the pass."""
 
 
+ShardedUnit = tuple[nn.Module, list[nn.Parameter]]
+"""A unit of sharding, and the weights that it gathers."""
+
+
+def shard_units(units: Sequence[nn.Module], network: nn.Module) -> list[ShardedUnit]:
+    """The units of a network, and the network itself for the weights that no unit has.
+
+    A frozen network is sharded whole; of a network with a LoRA, only the weights that learn are.
+    """
+    sharded = {p for p in network.parameters() if p.requires_grad} or set(network.parameters())
+    found: list[ShardedUnit] = []
+    for unit in (*units, network):
+        mine = [p for p in unit.parameters() if p in sharded]
+        sharded -= set(mine)
+        found.append((unit, mine))
+    return [(unit, mine) for unit, mine in found if mine]
+
+
 @dataclass(frozen=True)
 class FakeTrainer:
     """What a trainer consists of, on tensors without data."""
@@ -133,6 +151,30 @@ class FakeTrainer:
     @property
     def modules(self) -> list[nn.Module]:
         return [*self.nets.called(), *self.term_modules]
+
+    @cached_property
+    def sizes(self) -> memory.Sizes:
+        units = self.family.blocks(self.nets.student)
+        return memory.sizes(self.config, self.nets, self.critic_modules, units, len(self.critic_passes))
+
+    @cached_property
+    def trained(self) -> dict[str, int]:
+        """Numbers of weights that learn; the critic's with the modules of loss terms."""
+        networks = {"student": self.nets.student, "critic": self.critic_modules}
+        return {name: memory.num_trained(network) for name, network in networks.items()}
+
+    @cached_property
+    def units(self) -> dict[str, list[ShardedUnit]]:
+        """By network, what is gathered at a time while it is not resident."""
+        return {name: shard_units(self.family.blocks(one), one) for name, one in self.nets.named().items()}
+
+    @cached_property
+    def outer_units(self) -> dict[str, list[ShardedUnit]]:
+        """By network, what is gathered at a time while it is resident."""
+        return {
+            name: shard_units(sharding.outermost(self.family.blocks(one)), one)
+            for name, one in self.nets.named().items()
+        }
 
 
 def fake_trainer(config: Config, fam: ModelFamily) -> FakeTrainer:

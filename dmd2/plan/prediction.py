@@ -32,10 +32,10 @@ from dmd2.plan.step_costs import (
     flops,
     largest_micro_batch,
     seconds,
-    trained_weights,
 )
 from dmd2.plan.traffic import MeshShape, Traffic, traffic
-from dmd2.training import build, memory, networks
+from dmd2.progress import Progress
+from dmd2.training import memory, networks
 from dmd2.training.optim import NETWORK
 
 
@@ -212,17 +212,26 @@ def make_plan(
     planner = _Planner(config, fam, gpu_name, mesh, price)
     fake, own, rows = planner.fake, config.engine.activation_checkpointing, planner.rows
     check(planner.plan({}))
-    with activation_checkpointing(fake, own):
-        costs = measure_passes(fake, rows, counted=lambda costs: check(planner.plan(costs)))
-        others = measure_passes(fake, 1 if rows > 1 else 2) if compared else None
-    made = planner.plan(costs)
-    if others is None:
-        return made
-    measured: dict[str, PassCosts] = {own: costs}
-    for how in compared:
-        if how not in measured:
+    hows = [how for how in compared if how != own]
+    with Progress("plan", len(pass_names(fake)) * (1 + bool(compared) + len(hows)), "passes") as progress:
+
+        def counted(costs: PassCosts) -> None:
+            progress.advance()
+            check(planner.plan(costs))
+
+        def count(_: PassCosts) -> None:
+            progress.advance()
+
+        with activation_checkpointing(fake, own):
+            costs = measure_passes(fake, rows, counted=counted)
+            others = measure_passes(fake, 1 if rows > 1 else 2, counted=count) if compared else None
+        made = planner.plan(costs)
+        if others is None:
+            return made
+        measured: dict[str, PassCosts] = {own: costs}
+        for how in hows:
             with activation_checkpointing(fake, how):
-                measured[how] = measure_passes(fake, rows, costs)
+                measured[how] = measure_passes(fake, rows, costs, counted=count)
     return replace(
         made,
         largest_micro_batch=planner.largest_micro_batch(MeasuredCosts(costs, others)),
@@ -242,7 +251,8 @@ class _Planner:
         self, config: Config, fam: ModelFamily, gpu_name: str, mesh: MeshShape, price: float
     ) -> None:
         self.fam, self.gpu_name, self.mesh, self.price = fam, gpu_name, mesh, price
-        self.gpu, self.fake, self.sizes = GPUS[gpu_name], fake_trainer(config, fam), build.sizes(config, fam)
+        self.gpu, self.fake = GPUS[gpu_name], fake_trainer(config, fam)
+        self.sizes = self.fake.sizes
         self.weights, self.calls = _weights(self.fake), mean_calls(self.fake)
         self._settle(config)
 
@@ -385,4 +395,4 @@ def _weights(fake: FakeTrainer) -> dict[str, int]:
     """Numbers of weights by network, and of all that learn."""
     added = {name: module for name, module in fake.critic_modules.items() if name != NETWORK}
     counted = {name: memory.num_weights(module) for name, module in (fake.nets.named() | added).items()}
-    return counted | {"learn": sum(trained_weights(fake).values())}
+    return counted | {"learn": sum(fake.trained.values())}

@@ -170,7 +170,7 @@ def _computing(cost: PassCost, config: Config, gpu: Gpu, assumed: Assumption) ->
 
 def _updating(fake: FakeTrainer, mesh: MeshShape, gpu: Gpu) -> float:
     """Seconds of the optimizers and EMAs, from the bytes that they move."""
-    settings, trained = fake.config.distill, trained_weights(fake)
+    settings, trained = fake.config.distill, fake.trained
     emas = {"student": len(settings.student.ema), "critic": len(settings.critic.ema)}
     width = {
         name: UPDATE_BYTES_8BIT if one.moments == "8bit" else UPDATE_BYTES
@@ -192,17 +192,9 @@ def _merging(fake: FakeTrainer, gpu: Gpu, assumed: Assumption) -> float:
     return update_rates(fake.config)["student"] * max(device, cost.kernels * assumed.kernel_s)
 
 
-def trained_weights(fake: FakeTrainer) -> dict[str, int]:
-    """Numbers of weights that learn; the critic's with the modules of loss terms."""
-    return {
-        "student": memory.num_trained(fake.nets.student),
-        "critic": memory.num_trained(fake.critic_modules),
-    }
-
-
 def checkpoint_bytes(fake: FakeTrainer) -> int:
     """Bytes of float32 master weights and EMAs, and of moments."""
-    settings, trained = fake.config.distill, trained_weights(fake)
+    settings, trained = fake.config.distill, fake.trained
     networks = (
         ("student", settings.student, fake.nets.student),
         ("critic", settings.critic, fake.critic_modules),

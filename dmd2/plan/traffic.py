@@ -9,7 +9,6 @@ from torch import nn
 
 from dmd2.config import Config
 from dmd2.errors import Refused
-from dmd2.parallel import sharding
 from dmd2.plan.passes import FakeTrainer, PassCost, PassCosts, mean_calls
 from dmd2.training import memory
 
@@ -58,24 +57,6 @@ def update_rates(config: Config) -> dict[str, float]:
     )
 
 
-ShardedUnit = tuple[nn.Module, list[nn.Parameter]]
-"""A unit of sharding, and the weights that it gathers."""
-
-
-def shard_units(units: Sequence[nn.Module], network: nn.Module) -> list[ShardedUnit]:
-    """The units of a network, and the network itself for the weights that no unit has.
-
-    A frozen network is sharded whole; of a network with a LoRA, only the weights that learn are.
-    """
-    sharded = {p for p in network.parameters() if p.requires_grad} or set(network.parameters())
-    found: list[ShardedUnit] = []
-    for unit in (*units, network):
-        mine = [p for p in unit.parameters() if p in sharded]
-        sharded -= set(mine)
-        found.append((unit, mine))
-    return [(unit, mine) for unit, mine in found if mine]
-
-
 def traffic(fake: FakeTrainer, mesh: MeshShape, resident: bool, costs: PassCosts, rows: int) -> Traffic:
     """Collectives of an average step, with micro-batches of `rows`.
 
@@ -91,8 +72,7 @@ def traffic(fake: FakeTrainer, mesh: MeshShape, resident: bool, costs: PassCosts
     networks, unsharded = fake.nets.named(), _gathered_once(config, resident)
     for name, rate in rates.items():
         if name in unsharded:
-            outer = sharding.outermost(fake.family.blocks(networks[name]))
-            sizes = [_numel(mine) for _, mine in shard_units(outer, networks[name])]
+            sizes = [_numel(mine) for _, mine in fake.outer_units[name]]
             total.gather(sizes, width, rate)
             total.reduce(sizes, width, rate)
     for module in fake.term_modules:
@@ -101,9 +81,8 @@ def traffic(fake: FakeTrainer, mesh: MeshShape, resident: bool, costs: PassCosts
         reductions = sum(bool(weights & costs[one.name].reached) for one in fake.critic_passes)
         total.reduce([memory.num_weights(module)], memory.FLOAT32, reductions)
     for name in (name for name in networks if name not in unsharded):
-        units = shard_units(fake.family.blocks(networks[name]), networks[name])
         for one, often in calls.items():
-            for unit, weights_of_unit in units:
+            for unit, weights_of_unit in fake.units[name]:
                 times = often * micro_batches
                 _add_unit_calls(total, costs[one], unit, weights_of_unit, widths.get(name, width), times)
     norms = sum(rates.values()) if mesh.shards > 1 else 0
@@ -115,12 +94,11 @@ def copied_from_host(fake: FakeTrainer, mesh: MeshShape, costs: PassCosts, rows:
     """Bytes of the teacher's weights that are copied to a GPU in an average step, if they wait in the host's memory."""
     if not fake.config.engine.offload_teacher:
         return 0.0
-    teacher, micro_batches = fake.nets.teacher, -(-fake.config.distill.batch // mesh.gpus // rows)
-    units, calls = shard_units(fake.family.blocks(teacher), teacher), mean_calls(fake)
+    micro_batches = -(-fake.config.distill.batch // mesh.gpus // rows)
     copied = sum(
         often * costs[one].forward_calls.get(unit, 0) * _numel(weights)
-        for one, often in calls.items()
-        for unit, weights in units
+        for one, often in mean_calls(fake).items()
+        for unit, weights in fake.units["teacher"]
     )
     return micro_batches * copied * memory.compute_width(fake.config) / mesh.shards
 

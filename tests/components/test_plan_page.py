@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from components.prepare_run.plan_page import disk_gb
 from dmd2 import recipes
 from dmd2.errors import Refused
 from dmd2.plan import passes
+from dmd2.plan.hardware import GPUS, USABLE
 from dmd2.plan.prediction import Plan
 from pipelines.pods import HEAVY
 from tests.conftest import MICRO
@@ -71,16 +73,45 @@ def test_a_run_that_takes_more_than_its_budget_is_refused(
     assert "the trainings take at least 80.0 GPU-hours by their plan, more than the budget of 79" in said
 
 
-def test_a_training_that_does_not_fit_is_refused(planned: Callable[..., str], refusal: Refusal) -> None:
-    said = refusal(lambda: planned(memory={"activations": 90e9}, rows=3))
-    assert "takes at least 90.0 GB of a GPU" in said
-    assert (
-        "override engine.micro_batch with fewer than 3 images, engine.activation_checkpointing=full" in said
-    )
-    assert "; override engine.activation_checkpointing=full, or take more" in refusal(
-        lambda: planned(memory={"activations": 90e9}, rows=1)
-    )
+def test_a_training_that_takes_more_disk_than_its_pod_has_is_refused(
+    planned: Callable[..., str], refusal: Refusal
+) -> None:
     assert "takes 650 GB of disk" in refusal(lambda: planned(checkpoint=200 * 10**9))
+
+
+@pytest.fixture
+def on_small_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], RunParameters]:
+    """A training on one GPU with a fraction of the memory that it takes."""
+    changes = "family.network.channels=64 engine.micro_batch=4"
+    given = replace(GIVEN, overrides=f"{GIVEN.overrides} {changes}", gpus=1)
+    needed = plan_page._plan(given, given.last, lambda plan: None).memory_gb
+
+    def call(fraction: float) -> RunParameters:
+        monkeypatch.setitem(GPUS, "small", replace(GPUS["l4-24gb"], gb=fraction * needed / USABLE))
+        return replace(given, pool={ACCELERATOR: "nvidia-small"})
+
+    return call
+
+
+def test_the_refusal_of_a_training_that_does_not_fit_names_settings_with_which_it_does(
+    on_small_gpus: Callable[[float], RunParameters], refusal: Refusal
+) -> None:
+    given = on_small_gpus(0.8)
+    said = refusal(lambda: plan_page.plan_page(given, ROOT))
+    assert "GB of a GPU by its plan, and small has" in said
+    settings = re.search(
+        r"; add (\S.*) to overrides, with which it takes .*, or take more or larger GPUs$", said
+    )
+    assert settings
+    changed = replace(given, overrides=f"{given.overrides} {settings[1]}")
+    assert plan_page.plan_page(changed, ROOT).startswith("# edm-digits")
+
+
+def test_a_training_that_no_setting_makes_fit_needs_other_gpus(
+    on_small_gpus: Callable[[float], RunParameters], refusal: Refusal
+) -> None:
+    said = refusal(lambda: plan_page.plan_page(on_small_gpus(0.001), ROOT))
+    assert said.endswith("; no setting of engine or moments makes it fit; take more or larger GPUs")
 
 
 @pytest.fixture

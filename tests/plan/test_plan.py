@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -228,9 +230,18 @@ def test_what_cannot_be_planned_is_refused(arguments: dict[str, Any], said: str,
     assert said in refusal(lambda: plan.plan(digits(), **arguments))
 
 
-def test_the_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    made = plan.plan(digits("distill.batch=8"), "l4-24gb", gpus_per_node=2, price=0.7)
+def test_the_tables_are_printed_and_the_progress_is_not_among_them(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmd2.progress.RECORD_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO, "dmd2.progress"):
+        made = plan.plan(digits("distill.batch=8"), "l4-24gb", gpus_per_node=2, price=0.7)
     printed = capsys.readouterr().out
+    said = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"plan: 1/24 passes, \d+ s left", said[0])
+    assert said[-1] == "plan: 24/24 passes, done"
+    assert len(said) == 24
+    assert "passes," not in printed
     assert made.facts["fits"]
     for word in (
         "critic loss dmd",

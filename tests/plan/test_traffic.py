@@ -36,7 +36,7 @@ def test_collectives_of_resident_networks_are_one_gather_and_one_reduction_per_u
     fake = passes.fake_trainer(config, fam)
     sent = traffic.traffic(fake, MeshShape(8, 4, 4), True, passes.measure_passes(fake, 1), 1)
     student = fake.nets.student
-    units = len(traffic.shard_units(sharding.outermost(fam.blocks(student)), student))
+    units = len(passes.shard_units(sharding.outermost(fam.blocks(student)), student))
     calls = units / 5 + units + 1  # student, critic, head
     weights = memory.num_weights(student) * 6 / 5 + memory.num_weights(fam.head())
     assert sent[traffic.GATHER] == pytest.approx((calls, 4 * weights * 3 / 4))
