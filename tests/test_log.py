@@ -154,10 +154,10 @@ def test_progress_expects_no_more_of_what_was_left_out_and_knows_nothing_before_
     with Progress("distill", 10, "steps") as progress:
         progress.start -= 100
         progress.leave_out(80)
-        progress.advance(0, "compiling: 3 graphs in 80 s")
+        progress.advance(0, "compiled graphs: 3 in 80 s")
         progress.advance(5)
     first, second, _ = events(capsys.readouterr().err)
-    assert first["message"] == "distill: 0/10 steps, compiling: 3 graphs in 80 s"
+    assert first["message"] == "distill: 0/10 steps, compiled graphs: 3 in 80 s"
     assert second["message"] == "distill: 5/10 steps, 20 s left"
 
 

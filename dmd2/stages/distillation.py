@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import torch
+
 from dmd2.batch import Batch
 from dmd2.config import Config
 from dmd2.data.loader import Shards
@@ -160,12 +162,18 @@ class Distillation:
     def _preview(
         self, student: Model, trainer: DMD2Trainer | RegressionTrainer, draft: Draft
     ) -> Callable[[int], None]:
-        """Saves a grid of the student's samples after a step; all ranks take part in the sampling."""
+        """Saves a grid of the student's samples after a step; all ranks take part in the sampling.
+
+        What training has not compiled for as many rows runs without: a few pictures are not worth minutes of compiling.
+        """
         folder = open_artifact(self.teacher, self.teacher_manifest)
         previewed = replace(student, family=preview_family(self.config, self.model, folder))
 
         def preview(step: int) -> None:
-            with trainer.student.swap_in_inference_weights():
+            with (
+                torch.compiler.set_stance("eager_on_recompile"),
+                trainer.student.swap_in_inference_weights(),
+            ):
                 picture = sample_grid(
                     self.config.family, previewed.sample_unchecked, draft.facts["prompts"], self.config.seed
                 )

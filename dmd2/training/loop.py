@@ -95,7 +95,7 @@ def train(
         def on_compiled(seconds: float) -> None:
             compiled.append(seconds)
             progress.leave_out(seconds)
-            progress.advance(0, f"compiling: {len(compiled)} graphs in {sum(compiled):.0f} s")
+            progress.advance(0, f"compiled graphs: {len(compiled)} in {sum(compiled):.0f} s")
             on_progress(progress.done)
 
         def report_progress() -> None:
