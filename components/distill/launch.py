@@ -244,6 +244,7 @@ def _forward_signals(launcher: Launcher) -> Iterator[None]:
         logger.info("%s: passed on to the training", signal.Signals(number).name)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `node`
     try:
         yield
     finally:

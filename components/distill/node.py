@@ -11,6 +11,10 @@ import os
 import signal
 import sys
 
+if __name__ == "__main__":
+    # The kernel drops a signal to process 1 that has no handler. Until `run_to_end` has one, after the imports, they wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+
 from components.distill.launch import Torchrun, run_to_end
 from dmd2.errors import EXIT_RANK_LOST, EXIT_RESTARTABLE, one_sentence
 

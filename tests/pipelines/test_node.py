@@ -95,5 +95,42 @@ def test_two_nodes_train_and_the_loss_of_one_has_a_status_of_its_own(made: Path,
     assert "because of another node" in nodes[0].stderr.read()
 
 
+SLOWLY = """
+import runpy, sys, time
+
+class Disk:
+    def find_spec(self, name, path=None, target=None):
+        if name == "components.distill.launch":
+            print("importing", flush=True)
+            time.sleep(0.5)
+
+sys.meta_path.insert(0, Disk())
+runpy.run_module("components.distill.node", run_name="__main__", alter_sys=True)
+"""
+"""A node whose first import waits for a disk."""
+
+
+@pytest.mark.parametrize("process_1", [False, True])
+def test_a_signal_that_arrives_while_the_node_imports_stops_the_training(
+    process_1: bool, tmp_path: Path
+) -> None:
+    """As process 1 of a pod it would never see the signal: the kernel drops one that has no handler yet."""
+    if process_1 and os.geteuid():
+        pytest.skip("a PID namespace takes root")
+    pod = ["unshare", "--pid", "--fork", "--mount-proc"] if process_1 else []
+    words = ["distill", "edm-digits", "--data", "none", "--teacher", "none", "--out", str(tmp_path / "run")]
+    started = subprocess.Popen(
+        [*pod, sys.executable, "-c", SLOWLY, "0", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert started.stdout
+    assert started.stdout.readline() == "importing\n"
+    (node_pid,) = _child_processes(started.pid) if process_1 else [started.pid]
+    os.kill(node_pid, signal.SIGTERM)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: passed on to the training" in said
+
+
 def test_the_wait_is_shorter_than_the_grace_period_of_spot() -> None:
     assert node.LINGER_S < 15
