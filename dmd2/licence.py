@@ -54,6 +54,11 @@ class Terms(NamedTuple):
             return ""
         return f"{self.name or f'`{self.license}`'}{', ' if self.link else ''}{self.link}"
 
+    @property
+    def title(self) -> str:
+        """The licence in a word: its name, its identifier, or the address of its text; empty if it is not known."""
+        return self.name or (self.license if self.license != "other" else "") or self.link
+
 
 UNSTATED = Terms()
 

@@ -84,6 +84,13 @@ def test_a_card_on_a_bucket_and_the_metadata_of_a_single_file_are_read(tmp_path:
         assert stated_licence("teacher", str(file)).get(LICENCES, {}).get("teacher") == terms
 
 
+def test_the_title_of_a_licence_is_its_name_or_its_identifier_or_the_address_of_its_text() -> None:
+    assert Terms("openrail++", LINK).title == "openrail++"
+    assert Terms("other", LINK, name="Our Own").title == "Our Own"
+    assert Terms("other", LINK).title == LINK
+    assert Terms("other").title == Terms().title == ""
+
+
 def manifest(**licences: dict[str, str]) -> Manifest:
     facts = {LICENCES: licences} if licences else {}
     return Manifest(kind="run", config=None, inputs={}, files=[], facts=facts, versions={}, seconds=0)

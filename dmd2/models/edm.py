@@ -153,7 +153,9 @@ class Edm:
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return load_tensors(folder / WEIGHTS)
 
-    def write_forms(self, folder: Path, timesteps: Timesteps, single_file: str) -> dict[str, str]:
+    def write_forms(
+        self, folder: Path, timesteps: Timesteps, single_file: str, license: str = ""
+    ) -> dict[str, str]:
         (folder / LOADER).write_text(one_file("dmd2.models.edm_student"))
         return {
             LOADER: "Python with torch and safetensors alone: samples the student, as above; copy it where you need it"

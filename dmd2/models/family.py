@@ -153,12 +153,15 @@ class ModelFamily(Protocol):
     def weights(self, folder: Path) -> dict[str, Tensor]:
         """The state dict that `save` wrote there, in float32."""
 
-    def write_forms(self, folder: Path, timesteps: Timesteps, single_file: str) -> dict[str, str]:
+    def write_forms(
+        self, folder: Path, timesteps: Timesteps, single_file: str, license: str = ""
+    ) -> dict[str, str]:
         """Write a student that `save` wrote to a folder in the file formats of other programs too.
 
         Args:
             timesteps: Timesteps of the student's steps.
             single_file: Precision of all networks in one file (a dtype of torch), or `none` for no such file.
+            license: Licence of the weights, for the metadata of files that have some; empty = not known.
 
         Returns:
             File, relative to the folder, of each form beside the folder itself -> how to use it, in Markdown for the model card.

@@ -323,14 +323,16 @@ class Stable(ABC):
             for name, value in load_weights(folder / "unet", VAE_WEIGHTS).items()
         }
 
-    def write_forms(self, folder: Path, timesteps: Timesteps, single_file: str) -> dict[str, str]:
+    def write_forms(
+        self, folder: Path, timesteps: Timesteps, single_file: str, license: str = ""
+    ) -> dict[str, str]:
         with torch.device("meta"):
             names = [name.removeprefix("unet.") for name in self.network().state_dict()]
         programs = sampler_settings(self.diffusion, timesteps) if self._has_published_size else ""
-        forms = write_low_rank(folder, names, programs)
+        forms = write_low_rank(folder, names, programs, license)
         if single_file != "none":
             process = {key: self.scheduler.get(key) for key in ("prediction_type", ZERO_SNR)}
-            forms |= write_single_file(folder, self.pipeline, process, single_file, programs)
+            forms |= write_single_file(folder, self.pipeline, process, single_file, programs, license)
         if CHECKPOINT in forms and programs and is_uniform(self.diffusion, timesteps):
             forms |= write_workflow(folder, self.config.resolution, len(timesteps))
         return forms

@@ -14,7 +14,7 @@ from dmd2.diffusion import Diffusion
 from dmd2.encoders.pipeline_folder import read_config
 from dmd2.io.tensors import load_tensors, save_tensors
 from dmd2.models.convert.lora_names import to_kohya
-from dmd2.models.convert.original_layout import why_no_checkpoint, write_checkpoint
+from dmd2.models.convert.original_layout import license_metadata, why_no_checkpoint, write_checkpoint
 from dmd2.sampler import Timesteps
 
 logger = logging.getLogger(__name__)
@@ -55,23 +55,25 @@ def workflow(sides: int, steps: int) -> dict[str, dict[str, object]]:
     return {str(n): {"class_type": kind, "inputs": inputs} for n, (kind, inputs) in enumerate(nodes, 1)}
 
 
-def write_low_rank(folder: Path, unet: Iterable[str], programs: str) -> dict[str, str]:
+def write_low_rank(folder: Path, unet: Iterable[str], programs: str, license: str = "") -> dict[str, str]:
     """Write the low-rank update of a package, if there is one, in kohya's format too -> file: how to use it.
 
     Args:
         unet: Names of all weights of the U-Net.
         programs: What ComfyUI and the like must be told to sample it; empty if they cannot.
+        license: Licence of the weights, for the metadata of kohya's file; empty = not known.
     """
     if not (folder / LORA).is_file():
         return {}
-    save_tensors(to_kohya(load_tensors(folder / LORA), unet), folder / KOHYA_LORA, {"format": "pt"})
+    tensors = to_kohya(load_tensors(folder / LORA), unet)
+    save_tensors(tensors, folder / KOHYA_LORA, {"format": "pt"} | license_metadata(license))
     diffusers = 'diffusers, with the teacher: `pipe.load_lora_weights("path/of/this/folder/{}")`, and the scheduler of this folder'
     kohya = f"ComfyUI, A1111 and Forge, with the teacher's checkpoint: a LoRA of strength 1, {programs}"
     return {LORA: diffusers.format(LORA), KOHYA_LORA: kohya if programs else diffusers.format(KOHYA_LORA)}
 
 
 def write_single_file(
-    folder: Path, pipeline: str, process: Mapping[str, object], dtype: str, programs: str
+    folder: Path, pipeline: str, process: Mapping[str, object], dtype: str, programs: str, license: str = ""
 ) -> dict[str, str]:
     """Write all networks of a package to one file, if the original layout has them -> file: how to use it.
 
@@ -79,6 +81,7 @@ def write_single_file(
         pipeline: Class of the pipeline in diffusers.
         process: As of `write_checkpoint`.
         programs: As of `write_low_rank`.
+        license: As of `write_checkpoint`.
     """
     two = (folder / "text_encoder_2").is_dir()
     if reason := why_no_checkpoint(
@@ -87,7 +90,7 @@ def write_single_file(
         logger.warning("no single file of the student is written: %s", reason)
         return {}
     (folder / CHECKPOINT).parent.mkdir(exist_ok=True)
-    write_checkpoint(folder, folder / CHECKPOINT, getattr(torch, dtype), process)
+    write_checkpoint(folder, folder / CHECKPOINT, getattr(torch, dtype), process, license)
     diffusers = f'diffusers: `{pipeline}.from_single_file("path/of/this/folder/{CHECKPOINT}", config="path/of/this/folder")`'
     return {CHECKPOINT: f"ComfyUI, A1111 and Forge: {programs}; {diffusers}" if programs else diffusers}
 

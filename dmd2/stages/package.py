@@ -84,7 +84,7 @@ def package(
 
     model = load_artifact_model(run, made)
     with draft_artifact(out, "package", made.config, inputs) as draft:
-        forms = _write_networks(draft, run, made, model, single_file, teacher, low_rank)
+        forms = _write_networks(draft, run, made, model, single_file, teacher, low_rank, terms.title)
         sizes = {name: (draft.path / name).stat().st_size for name in forms}
         usage = model.family.usage(model.timesteps) + forms_table(forms, sizes)
         (draft.path / "README.md").write_text(model_card(made, evaluated, decided, usage, terms, data_terms))
@@ -132,9 +132,16 @@ def _check_same_options(done: Manifest, out: str, options: dict[str, str | int],
 
 
 def _write_networks(
-    draft: Draft, run: str, made: Manifest, model: Model, single_file: SingleFile, teacher: str, low_rank: int
+    draft: Draft,
+    run: str,
+    made: Manifest,
+    model: Model,
+    single_file: SingleFile,
+    teacher: str,
+    low_rank: int,
+    title: str,
 ) -> dict[str, str]:
-    """Write the student in all its forms. {file: what it is used for}, for the model card."""
+    """Write the student in all its forms, with the title of its licence. {file: what it is used for}, for the model card."""
     from dmd2.model import save_network
     from dmd2.stages.networks import save_extraction
 
@@ -143,7 +150,7 @@ def _write_networks(
         shutil.copytree(open_artifact(run, made, "lora/*") / "lora", draft.path / "lora")
     if low_rank:
         draft.facts["low_rank_share"] = save_extraction(draft, model, teacher, low_rank)
-    forms = model.family.write_forms(draft.path, model.timesteps, single_file)
+    forms = model.family.write_forms(draft.path, model.timesteps, single_file, title)
     if low_rank:
         held = f"rank {low_rank}, extracted: it holds {draft.facts['low_rank_share']:.1%} of the squared change of the weights"
         forms |= {name: f"{use}; {held}" for name, use in forms.items() if name.startswith("lora/")}

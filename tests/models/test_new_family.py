@@ -215,7 +215,9 @@ class Toy:
     def weights(self, folder: Path) -> dict[str, Tensor]:
         return load_tensors(folder / "toy.safetensors")
 
-    def write_forms(self, folder: Path, timesteps: Timesteps, single_file: str) -> dict[str, str]:
+    def write_forms(
+        self, folder: Path, timesteps: Timesteps, single_file: str, license: str = ""
+    ) -> dict[str, str]:
         return {}
 
     def usage(self, timesteps: Timesteps) -> str:

@@ -28,6 +28,7 @@ from dmd2.data.shard_table import TRAIN
 from dmd2.evaluation.scores import score_table
 from dmd2.io.artifact import Manifest, read_manifest
 from dmd2.io.tensors import load_tensors
+from dmd2.licence import LICENCES, stated_licence
 from dmd2.model import load, load_network
 from dmd2.models.convert.student_weights import read_unet
 from dmd2.models.family import ModelFamily
@@ -222,20 +223,24 @@ def test_a_low_rank_student_is_published_whole_and_as_an_update_that_gives_the_s
     torch.testing.assert_close(theirs, learned(run), atol=1e-6, rtol=1e-5)
 
 
-def test_the_package_of_a_low_rank_student_lists_all_of_its_forms(
+def test_the_package_of_a_low_rank_student_lists_all_of_its_forms_and_those_for_other_programs_name_its_licence(
     root: Path, low_rank: Path, tmp_path: Path, refusal: Callable[[Callable[[], object]], str]
 ) -> None:
     run = str(low_rank)
     evaluation, gate, out = (str(tmp_path / name) for name in ("evaluation", "gate", "package"))
     stages.evaluate(config(), str(root / "shards"), str(root / "teacher"), run, evaluation)
     stages.gate(config(), evaluation, gate)
-    made = stages.package(run, evaluation, gate, out, single_file="bfloat16")
-    assert stages.package(run, evaluation, gate, out, single_file="bfloat16") == made
+    said: dict[str, Any] = {"single_file": "bfloat16", "license": "openrail++"}
+    made = stages.package(run, evaluation, gate, out, **said)
+    assert stages.package(run, evaluation, gate, out, **said) == made
     again = refusal(lambda: stages.package(run, evaluation, gate, out))
     assert "was made with --single-file bfloat16, not float16" in again
     card, sizes = (tmp_path / "package" / "README.md").read_text(), {f.path: f.size for f in made.files}
     for name in (LORA, KOHYA_LORA, CHECKPOINT):
         assert f"| `{name}` | {sizes[name] / 1e6:,.1f} MB | diffusers" in card
+    for name in (KOHYA_LORA, CHECKPOINT):
+        read = stated_licence("teacher", str(tmp_path / "package" / name))
+        assert read == {LICENCES: {"teacher": {"license": "openrail++"}}}
 
 
 def test_a_low_rank_update_is_extracted_from_a_student_whose_whole_network_was_trained(

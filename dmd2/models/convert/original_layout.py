@@ -40,13 +40,21 @@ OPEN_CLIP = {
 """Parts of the names of a text encoder of transformers -> those of OpenCLIP."""
 
 
-def write_checkpoint(folder: Path, path: Path, dtype: torch.dtype, process: Mapping[str, object]) -> None:
+def license_metadata(license: str) -> dict[str, str]:
+    """The licence of weights as the metadata of a file names it, by Stability AI's specification; nothing if it is not known."""
+    return {"modelspec.license": license} if license else {}
+
+
+def write_checkpoint(
+    folder: Path, path: Path, dtype: torch.dtype, process: Mapping[str, object], license: str = ""
+) -> None:
     """Write all networks of a pipeline folder to one file.
 
     Args:
         dtype: The precision of the weights.
         process: `prediction_type` and `rescale_betas_zero_snr` of its scheduler; the file says them in its metadata, and by
             the marker tensors that ComfyUI and Forge look for.
+        license: Licence of the weights, for the metadata; empty = not known.
     """
     named = original_names(_networks(folder))
     tensors = {name: _in_precision(name, tensor, dtype) for name, tensor in named.items()}
@@ -55,7 +63,8 @@ def write_checkpoint(folder: Path, path: Path, dtype: torch.dtype, process: Mapp
     if process["rescale_betas_zero_snr"]:
         tensors[ZTSNR_MARKER] = torch.zeros(0)
     predicts = str(process["prediction_type"]).removesuffix("_prediction")
-    save_tensors(tensors, path, {"format": "pt", "modelspec.prediction_type": predicts})
+    metadata = {"format": "pt", "modelspec.prediction_type": predicts} | license_metadata(license)
+    save_tensors(tensors, path, metadata)
 
 
 def why_no_checkpoint(text_encoder: Mapping[str, object], vae: Mapping[str, object], encoders: int) -> str:
