@@ -27,7 +27,7 @@ VERBS = {
     "resolve": "diffusers pipeline, checkpoint or pickle -> teacher",
     "teach": "shards -> teacher (small, for demos and tests)",
     "pairs": "teacher -> pairs of noise and sample, for a regression warm-up",
-    "mirror": "feature networks, decoders and teacher of a recipe -> a folder or bucket of your own",
+    "mirror": "feature networks, decoders, teacher and safety checker of a recipe -> a folder or bucket of your own",
     "plan": "recipe + hardware -> predicted memory, time and cost",
     "distill": "shards or latents + teacher -> run",
     "adopt": "student distilled elsewhere -> run",

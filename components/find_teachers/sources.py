@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from components.find_teachers.ledger import describe
 from dmd2.errors import Refused, brief
-from dmd2.io.artifact import MANIFEST, Manifest
+from dmd2.io.artifact import MANIFEST, MIRRORED_TEACHER, Manifest
 from dmd2.io.storage import is_remote, join_uri, open_store
 from dmd2.io.store import CONCURRENT_REQUESTS, ObjectInfo, Store
 
@@ -265,4 +265,9 @@ def _read_teacher(folder: str, text: bytes, sizes: dict[str, int]) -> Announceme
                 "copy the manifest last"
             ]
         )
-    return Announcements([AnnouncedTeacher(folder.rstrip("/").rpartition("/")[2], folder, manifest.digest)])
+    return Announcements([AnnouncedTeacher(name_of(folder), folder, manifest.digest)])
+
+
+def name_of(folder: str) -> str:
+    """The last part of the address that tells teachers apart: `dmd2 mirror` calls all of them `teacher`."""
+    return folder.rstrip("/").removesuffix(f"/{MIRRORED_TEACHER}").rpartition("/")[2]

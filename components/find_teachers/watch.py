@@ -23,7 +23,7 @@ from components.find_teachers.entries import ACTIVE, FREE, Claim, LedgerEntry, W
 from components.find_teachers.ledger import Ledger, describe
 from components.find_teachers.limits import Capacity, RetrainLimits
 from components.find_teachers.runs import PipelineRuns, RunState, UploadedPipeline, cause_of
-from components.find_teachers.sources import AnnouncedTeacher, find
+from components.find_teachers.sources import AnnouncedTeacher, find, name_of
 from dmd2 import recipes
 from dmd2.errors import Refused
 from dmd2.io.local import json_digest
@@ -304,7 +304,7 @@ def overdue(state: RunState, limits: RetrainLimits) -> str:
 
 def run_name(teacher: str, claim: Claim) -> str:
     """Name of the run of a claim. It contains the token, so no other run has it."""
-    word = re.sub(r"[^a-zA-Z0-9.-]+", "-", teacher.rstrip("/").rpartition("/")[2])[:40]
+    word = re.sub(r"[^a-zA-Z0-9.-]+", "-", name_of(teacher))[:40]
     return f"retrain-{word}-{claim.token}"
 
 

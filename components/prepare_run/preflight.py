@@ -16,7 +16,7 @@ from components.prepare_run.parameters import LAYOUT, RunParameters
 from dmd2.config import Config, FamilyConfig
 from dmd2.errors import Refused, brief
 from dmd2.evaluation.baselines import parse_baselines
-from dmd2.io.artifact import MANIFEST, read_manifest
+from dmd2.io.artifact import MANIFEST, MIRRORED_TEACHER, read_manifest
 from dmd2.io.hub import HUB_NAME, check_hub_account, check_hub_file
 from dmd2.io.model_registry import ModelRegistry
 from dmd2.io.storage import exists, join_uri, open_store
@@ -104,6 +104,10 @@ def _check_teacher(address: str, family: FamilyConfig) -> None:
         return _check_artifact("teacher", address, "teacher", family)
     if CHECKPOINT.fullmatch(address):
         return _check_file("teacher", address)
+    if not HUB_NAME.fullmatch(address) and exists(join_uri(address, f"{MIRRORED_TEACHER}/{MANIFEST}")):
+        raise Refused(
+            f"teacher {address} is the folder of a mirror; give that of its teacher, {join_uri(address, MIRRORED_TEACHER)}"
+        )
     return _check_folder("teacher", address, PIPELINE, f"unet/{NETWORK}")
 
 

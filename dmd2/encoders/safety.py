@@ -48,23 +48,35 @@ class SafetyChecker:
         return images * shown[:, None, None, None].to(images), int((~shown).sum())
 
 
-def add_safety_checker(source: str, package: Path) -> None:
-    """Copy the checker of a pipeline into a package, whose own pipeline uses it where diffusers' class has one.
+def fetch_safety_checker(source: str) -> dict[str, Path]:
+    """{name in a pipeline: local path} of the checker of a pipeline.
 
     Args:
         source: Folder of the pipeline, local or gs://, or name on the hub.
 
     Raises:
-        Refused: It has none, or one that cannot be loaded.
+        Refused: It has none.
     """
     folder = fetch_files(source, list(FILES))
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise Refused(
             f"{source} has no {missing[0]}; give a pipeline of Stable Diffusion 1.5 with its safety checker"
         )
-    for name in FILES:
+    return {name: folder / name for name in FILES}
+
+
+def add_safety_checker(source: str, package: Path) -> None:
+    """Copy the checker of a pipeline into a package, whose own pipeline uses it where diffusers' class has one.
+
+    Args:
+        source: As of `fetch_safety_checker`.
+
+    Raises:
+        Refused: It has none, or one that cannot be loaded.
+    """
+    for name, path in fetch_safety_checker(source).items():
         (package / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder / name, package / name)
+        shutil.copyfile(path, package / name)
     SafetyChecker(package, torch.device("cpu"))
     index: dict[str, Any] = read_json(package / INDEX) if (package / INDEX).is_file() else {}
     if CHECKER in index:

@@ -30,6 +30,8 @@ from dmd2.log import UNPRINTABLE
 
 logger = logging.getLogger(__name__)
 
+MIRRORED_TEACHER = "teacher"
+"""Folder of the teacher in that of a mirror (`dmd2 mirror`)."""
 MANIFEST = "manifest.json"
 """Written last: an artifact exists if and only if its manifest does."""
 RELEVANT_FIELDS: dict[str, tuple[str, ...]] = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dmd2.config import Config
 from dmd2.evaluation import metrics
 from dmd2.evaluation.measurements import FEATURES
+from dmd2.io.artifact import MIRRORED_TEACHER
 from dmd2.io.local import sha256
 from dmd2.io.storage import exists, join_uri, open_store
 from dmd2.stages.resolve import resolve
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from dmd2.config import WeightsConfig
 
 
-def mirror(config: Config, out: str, teacher: str = "") -> str:
-    """Copy the feature networks and decoders of a recipe, and a teacher, and say by which overrides they are used.
+def mirror(config: Config, out: str, teacher: str = "", safety_checker: str = "") -> str:
+    """Copy the feature networks and decoders of a recipe, a teacher and a safety checker, and say by which overrides and parameters they
+    are used.
 
     A copy has the digest of its content in its address: what is there already is not copied again, and never changes. Inception, which is
     published as a program (TorchScript), is run here once and copied as tensors.
@@ -28,6 +30,7 @@ def mirror(config: Config, out: str, teacher: str = "") -> str:
     Args:
         out: Folder to write to, local or gs://.
         teacher: Teacher to resolve into `<out>/teacher`, as `dmd2 resolve` does; empty = none.
+        safety_checker: Pipeline of Stable Diffusion 1.5 whose safety checker packages shall get; empty = none.
     """
     overrides: dict[str, str] = {}
     for field, weights in pretrained_files(config).items():
@@ -35,8 +38,12 @@ def mirror(config: Config, out: str, teacher: str = "") -> str:
     overrides |= {field: _copy_folder(field, name, out) for field, name in pretrained_folders(config).items()}
     lines = [f"{field}={address}" for field, address in overrides.items()]
     if teacher:
-        resolve(config, teacher, join_uri(out, "teacher"))
-        lines.append(f"teacher: {join_uri(out, 'teacher')}")
+        resolve(config, teacher, join_uri(out, MIRRORED_TEACHER))
+        lines.append(f"teacher: {join_uri(out, MIRRORED_TEACHER)}")
+    if safety_checker:
+        from dmd2.encoders.safety import fetch_safety_checker
+
+        lines.append(f"safety_checker: {_store_by_content(fetch_safety_checker(safety_checker), out)}")
     return "\n".join(lines) or f"{config.recipe} downloads nothing"
 
 
@@ -91,9 +98,9 @@ def _copy_file(field: str, weights: WeightsConfig, out: str) -> dict[str, str]:
 
 
 def _copy_folder(field: str, source: str, out: str) -> str:
-    files = _transformers_files(source) if field.startswith("evaluate.") else _vae_files(source)
-    content = repr([(name, sha256(path)) for name, path in sorted(files.items())])
-    return _store(files, out, hashlib.sha256(content.encode()).hexdigest())
+    return _store_by_content(
+        _transformers_files(source) if field.startswith("evaluate.") else _vae_files(source), out
+    )
 
 
 def _transformers_files(source: str) -> dict[str, Path]:
@@ -111,6 +118,12 @@ def _vae_files(source: str) -> dict[str, Path]:
     from dmd2.encoders.pipeline_folder import find_pipeline
 
     return find_pipeline(source, text=False).files
+
+
+def _store_by_content(files: Mapping[str, Path], out: str) -> str:
+    """Copy the files below the digest of their names and contents -> the address of their folder."""
+    content = repr([(name, sha256(path)) for name, path in sorted(files.items())])
+    return _store(files, out, hashlib.sha256(content.encode()).hexdigest())
 
 
 def _store(files: Mapping[str, Path], out: str, digest: str) -> str:
