@@ -180,9 +180,17 @@ class World:
     def mesh_of_one(self) -> DeviceMesh:
         """A mesh of this process alone. It opens a process group if there is none."""
         if not dist.is_initialized():
-            backend = dist.get_default_backend_for_device(self.device)
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backends(self.device), store=HashStore(), rank=0, world_size=1)
         return init_device_mesh(self.device.type, (1,), mesh_dim_names=("shard",))
+
+
+def backends(device: torch.device) -> str:
+    """The backends of a process group: the device's for tensors there, and gloo for those of the hosts, which checkpoints need."""
+    return (
+        "gloo"
+        if device.type == "cpu"
+        else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    )
 
 
 def init_distributed() -> World:
@@ -196,12 +204,9 @@ def init_distributed() -> World:
         torch.accelerator.set_device_index(local_rank)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():  # also for one rank: accelerate would create a group without gloo
-        backend = (
-            f"cpu:gloo,{here.type}:{dist.get_default_backend_for_device(here)}" if accelerator else "gloo"
-        )
         store = _rendezvous_store(rank, size)
         dist.init_process_group(
-            backend,
+            backends(here),
             timeout=COLLECTIVE_TIMEOUT,
             store=store,
             rank=rank,

@@ -180,9 +180,9 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in 1e9 bytes: allocated on a CUDA device, otherwise resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+    """Peak memory of this process in 1e9 bytes: allocated on an accelerator, otherwise resident on the host."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
