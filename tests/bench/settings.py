@@ -1,8 +1,8 @@
-"""What settings of the training cost in quality: FID and CLIP score of the emoji student over three seeds, `python -m tests.bench.settings`.
+"""What settings of the training cost in quality: scores of small students over three seeds, `python -m tests.bench.settings RECIPE [VARIANT ...]`.
 
-Each variant is `sdxl-4step-emoji` with some of its fields replaced and STEPS steps, so that the table compares settings and is
-no measure of what the recipe reaches. Needs what `make demo-sdxl` made: its shards, latents and teacher. Prints a table, writes
-runs/bench/settings.json. Runs and scores that are already there are not made again.
+Each variant is the recipe with some of its fields replaced. The emoji have 300 of their 800 steps, so their table compares settings
+and is no measure of what the recipe reaches. Needs what `make demo` (digits) or `make demo-sdxl` (emoji) made: images and teacher.
+Prints a table, writes runs/bench/settings/RECIPE.json. Runs and scores that are already there are not made again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import run as execute
 
@@ -19,56 +20,95 @@ from rich.table import Table
 from dmd2.io.artifact import read_manifest
 from dmd2.io.local import write_text
 
-DEMO = Path("runs/demo-sdxl")
 ROOT = Path("runs/bench/settings")
-RECIPE, STEPS = "sdxl-4step-emoji", 300
 SEEDS = (0, 1, 2)
-FAST = ["distill.continue_rollouts=True", "distill.gan.reuse_denoising_pass=True"]
-VARIANTS = {
-    "published": [],
-    "-fast": FAST,
-    "bfloat16": ["distill.dtype=bfloat16"],
-    "bfloat16, passes without gradient in float32": ["distill.dtype=bfloat16", "distill.no_grad_dtype=tf32"],
+REUSE = ["distill.gan.reuse_denoising_pass=True"]
+MOMENTS = ["distill.student.moments=8bit", "distill.critic.moments=8bit"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants of one recipe."""
+
+    steps: int
+    demo: Path
+    """What the demo made: teacher, shards and, of the emoji, latents."""
+    data: str
+    """The folder in it that the training reads."""
+    metrics: dict[str, str]
+    """With their titles in the table."""
+    variants: dict[str, list[str]]
+    """The fields that each replaces."""
+    evaluation: tuple[str, ...] = ()
+    """Fields of the evaluation."""
+
+
+COMPARISONS = {
+    "edm-digits": Comparison(
+        1600,
+        Path("runs/demo"),
+        "shards",
+        {"fid": "FID", "recall": "recall"},
+        {"published": [], "reuse_denoising_pass": REUSE, "8-bit moments": MOMENTS},
+        ("evaluate.metrics=fid precision recall",),
+    ),
+    "sdxl-4step-emoji": Comparison(
+        300,
+        Path("runs/demo-sdxl"),
+        "latents",
+        {"fid": "FID", "clip": "CLIP score"},
+        {
+            "published": [],
+            "-fast": ["distill.continue_rollouts=True", *REUSE],
+            "bfloat16": ["distill.dtype=bfloat16"],
+            "bfloat16, passes without gradient in float32": [
+                "distill.dtype=bfloat16",
+                "distill.no_grad_dtype=tf32",
+            ],
+            "8-bit moments": MOMENTS,
+        },
+        ("evaluate.metrics=fid clip", "evaluate.clip=tests/emoji/clip_model"),
+    ),
 }
-METRICS = {"fid": "FID", "clip": "CLIP score"}
 
 
-def main(names: list[str]) -> None:
-    scores = {name: [measure(name, seed) for seed in SEEDS] for name in names or VARIANTS}
-    write_text(ROOT.parent / "settings.json", json.dumps(scores, indent=1) + "\n")
-    show(scores)
+def main(recipe: str, *names: str) -> None:
+    compared = COMPARISONS[recipe]
+    scores = {name: [measure(recipe, name, seed) for seed in SEEDS] for name in names or compared.variants}
+    write_text(ROOT / f"{recipe}.json", json.dumps(scores, indent=1) + "\n")
+    show(recipe, scores)
 
 
-def measure(variant: str, seed: int) -> dict[str, float]:
+def measure(recipe: str, variant: str, seed: int) -> dict[str, float]:
     """The scores of one run."""
-    name = f"{list(VARIANTS).index(variant)}-{seed}"
-    run, out = ROOT / f"run-{name}", ROOT / f"evaluation-{name}"
-    teacher = ["--teacher", str(DEMO / "teacher")]
-    changes = [f"distill.steps={STEPS}", *VARIANTS[variant]]
-    _dmd2("distill", changes, *teacher, "--data", DEMO / "latents", "--out", run, "--seed", seed)
-    changes += [f"evaluate.metrics={' '.join(METRICS)}", "evaluate.clip=tests/emoji/clip_model"]
-    _dmd2(
-        "evaluate",
-        changes,
-        *teacher,
+    compared = COMPARISONS[recipe]
+    place = ROOT / recipe / f"{list(compared.variants).index(variant)}-{seed}"
+    run, out = place / "run", place / "evaluation"
+    changes = [f"distill.steps={compared.steps}", *compared.variants[variant]]
+    teacher = ["--teacher", compared.demo / "teacher"]
+    trained = ["--data", compared.demo / compared.data, "--out", run, "--seed", seed]
+    _dmd2("distill", recipe, changes, *teacher, *trained)
+    changes += compared.evaluation
+    scored = [
         "--data",
-        DEMO / "shards",
+        compared.demo / "shards",
         "--run",
         run,
         "--out",
         out,
         "--scores",
-        ROOT / "scores",
-    )
+        ROOT / recipe / "scores",
+    ]
+    _dmd2("evaluate", recipe, changes, *teacher, *scored)
     facts = read_manifest(out, "evaluation").facts
-    found = {metric: float(facts[f"{metric}_student"]) for metric in METRICS}
+    found = {metric: float(facts[f"{metric}_student"]) for metric in compared.metrics}
     print(f"{variant}, seed {seed}: {found}", flush=True)
     return found
 
 
-def _dmd2(verb: str, changes: list[str], *flags: object) -> None:
+def _dmd2(verb: str, recipe: str, changes: list[str], *flags: object) -> None:
     """Run a command in a process of its own."""
-    words = [sys.executable, "-m", "dmd2", verb, RECIPE, *map(str, flags)]
+    words = [sys.executable, "-m", "dmd2", verb, recipe, *map(str, flags)]
     words += [word for change in changes for word in _flag(change)]
     execute(words, check=True)
 
@@ -78,16 +118,17 @@ def _flag(change: str) -> list[str]:
     return [f"--{field.replace('_', '-')}", *value.split()]
 
 
-def show(scores: dict[str, list[dict[str, float]]]) -> None:
+def show(recipe: str, scores: dict[str, list[dict[str, float]]]) -> None:
     """Print mean, deviation and all runs of each variant."""
-    table = Table(title=f"{RECIPE}, {STEPS} steps, {len(SEEDS)} seeds")
+    compared = COMPARISONS[recipe]
+    table = Table(title=f"{recipe}, {compared.steps} steps, {len(SEEDS)} seeds")
     table.add_column("variant")
-    for title in METRICS.values():
+    for title in compared.metrics.values():
         table.add_column(title, justify="right")
         table.add_column("runs", justify="right")
     for name, runs in scores.items():
         row = [name]
-        for metric in METRICS:
+        for metric in compared.metrics:
             values = [run[metric] for run in runs]
             row += [
                 f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}",
@@ -98,4 +139,4 @@ def show(scores: dict[str, list[dict[str, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
