@@ -525,7 +525,8 @@ class EngineConfig(Section):
     a unit is all-gathered when it is needed and freed after. `auto`: `resident` if that leaves memory for activations."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations that are recomputed in the backward pass instead of stored. `full`: all inside a unit, which saves most memory
-    for a third more compute. `selective`: all but the outputs of attention and convolutions."""
+    for a third more compute. `selective`: all but the outputs of attention and convolutions; without `compile` it takes more time of
+    the host than `full`."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each unit with torch.compile: it takes minutes at the start and makes steps faster. `auto`: on GPUs, where there are
     triton, a C compiler and Python's headers, unless `deterministic`; the log says how it was decided."""

@@ -164,6 +164,11 @@ def limitations(made: Plan) -> list[str]:
             f"Units are compiled where the image has a C compiler; {efficiency.compiled:.0%} of the peak is assumed then "
             "(--engine.compile on)."
         )
+    if made.config.engine.activation_checkpointing == "selective" and not compiled:
+        lines.append(
+            "Without compiling, selective checkpointing sends each operator of a unit through Python; that takes the host half as "
+            "long again as full checkpointing, which small micro-batches show and the seconds leave out."
+        )
     if made.published:
         lines.append(
             "The time per unit call of the published scheme was inferred from its published times, so that the sum agrees with one "

@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -42,6 +44,7 @@ from dmd2.plan.utilization import peak_flops_per_s
 from dmd2.rng import Rng, draw_shared
 from dmd2.sampler import generate
 from dmd2.training import build
+from dmd2.training.compile_cache import CompileCache
 from dmd2.training.trainer import DMD2Trainer
 
 OUT, EMOJI = Path("runs/bench/gpu"), Path("tests/emoji/pipeline")
@@ -90,7 +93,7 @@ TRAININGS = {
 }
 TINY_EDM = " ".join(
     f"family.network.{size}"
-    for size in ("channels=16", "multipliers=1,2", "blocks=1", "resolution=16", "attention=8", "head_channels=16")
+    for size in ("channels=16", "multipliers=1", "blocks=1", "resolution=8", "attention=8", "head_channels=16")
 )  # fmt: skip
 TINY = {"edm": f" distill.batch=2 {TINY_EDM}", "sdxl": " distill.batch=2 engine.micro_batch=1"}
 SAMPLERS = {"sample-4step": "sdxl-4step", "sample-1step": "sdxl-1step"}
@@ -226,6 +229,39 @@ def profile(trainer: DMD2Trainer, reals: list[Batch], step: int, device: torch.d
     }
 
 
+def starts(name: str, tiny: bool) -> Row:
+    """Seconds of the first cycle of two processes with empty caches of their own; the second has the graphs that the first kept."""
+    row: Row = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for which in ("first", "second"):
+            own = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), f"{folder}/{which}")
+            code = f"from tests.bench import gpu; gpu.start({name!r}, {folder + '/graphs'!r}, {tiny})"
+            words = (sys.executable, "-c", code)
+            ended = subprocess.run(words, env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True)
+            row[f"{which} start"] = json.loads(ended.stdout.splitlines()[-1])
+        row["file MB"] = sum(path.stat().st_size for path in Path(folder, "graphs").iterdir()) / 1e6
+    return row
+
+
+def start(name: str, folder: str, tiny: bool) -> None:
+    """Make the first cycle of a training, keep its graphs, and print how long it took."""
+    from torch._dynamo.utils import counters
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
+    config, family = setting(TRAININGS[name], tiny)
+    engine = config.engine.model_copy(update={"compile_cache": folder})
+    config = config.model_copy(update={"engine": engine})
+    trainer = build.trainer(config, family, weights(family, device), World(device))
+    reals = [batch(config, family, step, device) for step in range(config.distill.critic_updates)]
+    begun, used = clock(device), time.process_time()
+    for step, real in enumerate(reals):
+        trainer.step(real, step)
+    row: Row = {"first cycle s": clock(device) - begun, "of the process": time.process_time() - used}
+    CompileCache(folder, World(device)).save()
+    found, missed = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+    print(json.dumps(row | {"graphs found": found, "compiled": missed}))
+
+
 class HostRng(Rng):
     """Draws on the CPU, so that every device gets the same numbers."""
 
@@ -350,6 +386,7 @@ def measurements(device: torch.device, tiny: bool, plans: dict[str, Row]) -> dic
         },
         **{name: partial(sampling, recipe, device, tiny) for name, recipe in SAMPLERS.items()},
         "evaluation": partial(evaluating, device, tiny),
+        "compile-starts": partial(starts, "edm-bfloat16-compile", tiny),
     }
 
 

@@ -23,3 +23,13 @@ def test_every_kind_of_measurement_runs_on_a_cpu_and_writes_its_file(tmp_path: P
     assert rows["edm-bfloat16"]["finite"]
     assert rows["edm-bfloat16"]["plan GB"] > 0
     assert rows["edm-bfloat16"]["card"].startswith("CPU")
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing_that_the_first_has_kept() -> None:
+    """On a CPU the kernels are compiled again: the file has those of Triton only."""
+    row = gpu.starts("edm-bfloat16-compile", tiny=True)
+    first, second = row["first start"], row["second start"]
+    assert (second["graphs found"], second["compiled"]) == (first["compiled"], 0)
+    assert second["of the process"] < 0.5 * first["of the process"]
+    assert row["file MB"] > 1

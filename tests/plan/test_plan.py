@@ -255,6 +255,16 @@ def test_the_tables_are_printed_and_the_progress_is_not_among_them(
         assert word in printed
 
 
+@pytest.mark.parametrize("compiling", ["auto", "on"])
+def test_selective_checkpointing_is_said_to_take_the_host_longer_without_compiling(compiling: str) -> None:
+    config = digits("engine.activation_checkpointing=selective", f"engine.compile={compiling}")
+    made = prediction.make_plan(
+        config, make_family(config.family), "l4-24gb", MeshShape(1, 1, 1), compared=()
+    )
+    said = any("each operator of a unit through Python" in line for line in table.limitations(made))
+    assert said == (compiling == "auto")
+
+
 def test_a_warm_up_is_its_student_alone(pipeline: Path) -> None:
     config = emoji("sdxl-1step-warmup-emoji")
     made = prediction.make_plan(config, make_family(config.family, pipeline), "l4-24gb", MeshShape(2, 2, 2))
