@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dmd2.models.family import ModelFamily
 from dmd2.parallel import sharding
@@ -33,15 +33,13 @@ RECOMPILE_LIMIT = 256
 
 def apply_activation_checkpointing(fam: ModelFamily, network: nn.Module, how: str) -> None:
     """Recompute the activations of each innermost unit in the backward pass; see engine.activation_checkpointing for `how`."""
-    context = (
-        partial(create_selective_checkpoint_contexts, SAVED_OPERATORS)
-        if how == "selective"
-        else noop_context_fn
-    )
+    contexts = partial(create_selective_checkpoint_contexts, SAVED_OPERATORS)
+    # Dynamo refuses the default context where it is given.
+    selective = {"context_fn": contexts} if how == "selective" else {}
     for unit in sharding.innermost(fam.blocks(network)):
         # The state of the generators is kept only where something draws: reading it makes the host wait.
         draws = any(isinstance(one, nn.Dropout) and one.p > 0 for one in unit.modules())
-        settings = {"use_reentrant": False, "context_fn": context, "preserve_rng_state": draws}
+        settings = {"use_reentrant": False, "preserve_rng_state": draws, **selective}
         unit.forward = partial(checkpoint, unit.forward, **settings)
 
 

@@ -1,4 +1,4 @@
-"""A distillation whose units Dynamo traces; the graphs run as they are, which takes no compiler's time."""
+"""Trainings whose units Dynamo traces; the graphs run as they are, which takes no compiler's time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from dmd2 import stages
+from dmd2.batch import Batch, Conditioning
 from dmd2.config import Config
+from dmd2.models.family import make_family
 from dmd2.training.metrics_log import read_metrics
+from tests.conftest import make_trainer
 
 
 @pytest.fixture
@@ -30,11 +33,31 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     torch._dynamo.reset()
 
 
+def with_engine(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"engine": config.engine.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_units_that_recompute_their_activations_are_compiled_and_make_the_same_steps(
+    how: str, rows: list[int], micro: Config
+) -> None:
+    family = make_family(micro.family)
+    network, cond = family.network(), Conditioning(label=torch.arange(8) % 3)
+    real = Batch(torch.randn(8, *family.shape), cond, Conditioning())
+    found = []
+    for compiling in ("off", "on"):
+        config = with_engine(micro, compile=compiling, activation_checkpointing=how)
+        trainer = make_trainer(config, network)
+        found.append([trainer.step(real, step) for step in range(2)])
+    assert rows
+    for plain, traced in zip(*found, strict=True):
+        torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_previews_compile_nothing_and_change_nothing(
     rows: list[int], micro: Config, made: Path, tmp_path: Path
 ) -> None:
-    engine = micro.engine.model_copy(update={"compile": "on"})
-    config = micro.model_copy(update={"engine": engine})
+    config = with_engine(micro, compile="on")
     stages.distill(config, str(made / "shards"), str(made / "teacher"), str(tmp_path / "run"))
     assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == 2
     batch = config.distill.batch
