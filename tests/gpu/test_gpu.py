@@ -44,3 +44,16 @@ def test_checkpointing_changes_no_loss(how: str) -> None:
         for name in ("sdxl-shared", f"sdxl-shared-{how}")
     )
     assert again == pytest.approx(kept, rel=1e-2)
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_compiling_changes_no_loss(how: str) -> None:
+    case = gpu.TRAININGS["edm-float32"]
+    changed = f"{case.overrides} engine.activation_checkpointing={how}"
+    kept, compiled = (
+        gpu.train(
+            dataclasses.replace(case, overrides=changed + mode, profiled=False), DEVICE, tiny=True, plan={}
+        )["losses"]
+        for mode in ("", gpu.COMPILE)
+    )
+    assert compiled == pytest.approx(kept, rel=1e-3)
