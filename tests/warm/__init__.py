@@ -48,7 +48,11 @@ def python() -> str:
 
 def _start(socket: Path, pid: Path) -> None:
     words = [sys.executable, "-m", "tests.warm.server", str(socket), os.environ[OWNER]]
-    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    one_thread = {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    }
     server = subprocess.Popen(words, cwd=ROOT, env=os.environ | one_thread, stdout=subprocess.PIPE)
     pid.write_text(str(server.pid))
     assert server.stdout
