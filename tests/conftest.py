@@ -6,6 +6,7 @@ import dmd2  # noqa: F401 - before torch, which reads then what dmd2 sets  # iso
 
 import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def pytest_collection(session: pytest.Session) -> None:
     setting of a task, which takes ten times longer inside the imports of a test, among the modules that other tests import."""
     folder, start = Path(__file__).parent / "pipelines", session.config.invocation_params.dir
     paths = [start / arg.partition("::")[0] for arg in session.config.args]
-    if any(folder.is_relative_to(path) or path.is_relative_to(folder) for path in paths):
+    if find_spec("kfp") and any(folder.is_relative_to(path) or path.is_relative_to(folder) for path in paths):
         importlib.import_module("pipelines.distill")
 
 
