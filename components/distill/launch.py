@@ -228,12 +228,18 @@ def _child_processes(parent: int) -> list[int]:
 
 
 def check_gpus(wanted: int) -> None:
-    """Raise Refused if there are fewer GPUs, instead of training on the CPU when a driver is missing."""
+    """Raise Refused if there are fewer GPUs, instead of training on the CPU when a driver is missing or too old for torch."""
     import torch
 
     if wanted > (found := torch.cuda.device_count()):
         raise Refused(
             f"gpus is {wanted}, and this machine shows {found}; ask for that many, or 0 for the CPU"
+        )
+    # The number is the driver's: it says nothing of whether torch can use them.
+    if wanted and not torch.cuda.is_available():
+        raise Refused(
+            f"torch cannot use the GPUs of this machine, whose driver may be older than CUDA {torch.version.cuda} needs; "
+            "update it, or give 0 gpus for the CPU"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from components.distill.launch import JobSize, Torchrun, _child_processes
 from dmd2.io import artifact
@@ -137,3 +138,12 @@ def test_more_machines_than_one_are_refused_in_one_sentence(begun: Begun, words:
 def test_missing_gpus_are_refused_and_not_replaced_by_the_cpu(refusal: Callable[..., str]) -> None:
     assert "gpus is 4096, and this machine shows" in refusal(Torchrun([], 4096, 4096).start)
     assert "gpus is -1" in refusal(JobSize(gpus=-1).check)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs GPUs that torch cannot use")
+def test_gpus_whose_driver_torch_cannot_use_are_refused_and_not_replaced_by_the_cpu(
+    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old driver counts its GPUs all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert "torch cannot use the GPUs of this machine" in refusal(Torchrun([], 8, 8).start)
