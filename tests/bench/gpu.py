@@ -282,7 +282,9 @@ def same_losses(device: torch.device) -> Row:
     told: dict[str, dict[str, float]] = {}
     for name, place in {"cpu": torch.device("cpu"), "float32": device, "tf32": device, "bfloat16": device}.items():  # fmt: skip
         HostRng.place = place
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+        # Not by torch.backends.cuda.matmul.allow_tf32: once that was on, torch refuses to tell the precision, which `denoiser.tf32` reads.
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = name == "tf32"
         dtype = "bfloat16" if name == "bfloat16" else "float32"
         config = recipes.resolve("sdxl-4step-emoji", ["distill.batch=4", f"distill.dtype={dtype}"])
         family = make_family(config.family, EMOJI)
@@ -290,7 +292,8 @@ def same_losses(device: torch.device) -> Row:
         x = torch.randn(4, *family.shape, generator=torch.Generator().manual_seed(1)).to(place)
         trainer = build.trainer(config, family, family.weights(EMOJI), World(place))
         told[name] = {k: float(v) for k, v in trainer.step(Batch(x, *pair, HostRng(range(4))), 0).items()}
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # torch's defaults
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True  # both are torch's defaults
     off = {
         name: max(abs(one[key] - value) / max(abs(value), 1e-6) for key, value in told["cpu"].items())
         for name, one in told.items()

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from dmd2.denoiser import tf32
 from tests.bench import gpu
 
 QUICK = ("environment", "edm-bfloat16", "sample-1step", "evaluation")
@@ -20,6 +22,10 @@ def test_every_kind_of_measurement_runs_on_a_cpu_and_writes_its_file(tmp_path: P
     assert rows.keys() == {"plan", *QUICK, "same-losses", "sdxl-shared-fewer-calls"}
     assert not {name for name, row in rows.items() if "failed" in row}, rows
     assert rows["same-losses"]["ok"]
+    with (
+        tf32()
+    ):  # as on a GPU between its trainings: torch tells the precision only while it was set in one way
+        assert torch.get_float32_matmul_precision() == "high"
     assert rows["edm-bfloat16"]["finite"]
     assert rows["edm-bfloat16"]["plan GB"] > 0
     assert rows["edm-bfloat16"]["card"].startswith("CPU")
