@@ -122,8 +122,9 @@ class World:
             ) from error
 
     def shutdown(self) -> None:
-        """Leave the process group. Call it after a barrier, so that no rank waits for one that has left."""
-        if self.host_group:
+        """Leave the process group, if there is one; that of a mesh of one too. Call it after a barrier, so that no rank waits for one
+        that has left."""
+        if dist.is_initialized():  # NCCL warns of a group that is left at the end of the process
             dist.destroy_process_group()
 
     def _abort_process_group(self) -> None:

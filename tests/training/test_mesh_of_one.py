@@ -39,8 +39,17 @@ class MeshOfOne(World):
 
 @pytest.fixture(scope="module")
 def meshed() -> Iterator[World]:
-    yield MeshOfOne(ALONE.device)
-    dist.destroy_process_group()
+    world = MeshOfOne(ALONE.device)
+    yield world
+    world.shutdown()
+
+
+def test_a_mesh_of_one_leaves_no_process_group_behind() -> None:
+    world = World(ALONE.device)
+    world.mesh_of_one()
+    world.shutdown()
+    assert not dist.is_initialized()
+    world.shutdown()
 
 
 CASES = {
