@@ -26,6 +26,8 @@ SCORES_FILE = "scores.json"
 """File of an evaluation with `facts["scores"]`, for readers without this library."""
 FORMAT = r"[^{}]{0,20}\{:[,+]?(\.\d)?[efg%]?\}[^{}]{0,20}"
 """What `Metric.format` may be: it is read from manifests and applied to numbers."""
+COLUMNS = ("values", "intervals", "replicates", "details")
+"""Fields of `MetricScores` that map the name of a set to something."""
 REAL = "real"
 """Name of the set of real training images, whose score is what a perfect student would reach."""
 
@@ -109,17 +111,13 @@ class MetricScores:
 
     def with_set(self, name: str, other: MetricScores, theirs: str) -> MetricScores:
         """These scores and, as `name`, those of the set `theirs` among others by the same metric."""
+        added = other.columns_of(theirs, name)
+        return replace(self, **{column: getattr(self, column) | added[column] for column in COLUMNS})
 
-        def add(mine: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-            return mine | ({name: found[theirs]} if theirs in found else {})
-
-        return replace(
-            self,
-            values=add(self.values, other.values),
-            intervals=add(self.intervals, other.intervals),
-            replicates=add(self.replicates, other.replicates),
-            details=add(self.details, other.details),
-        )
+    def columns_of(self, name: str, called: str) -> dict[str, Any]:
+        """Values, intervals, replicates and details of one set alone, under another name."""
+        columns = {column: getattr(self, column) for column in COLUMNS}
+        return {c: {called: found[name]} if name in found else {} for c, found in columns.items()}
 
     def margin(self, name: str) -> float:
         """Half the width of the interval of 95 % of a score; 0 if it has none."""
@@ -218,19 +216,9 @@ def _read_scores(facts: Mapping[str, Any]) -> list[MetricScores]:
 def student_facts(facts: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a package notes of the evaluation of its student, by which a later student can be compared with it."""
     names = [name for name in ("features", "images", "images_real", "seed", "card") if name in facts]
-    scores = [replace(s, **_only_student(s)) for s in read_scores(facts)]
+    scores = [replace(s, **s.columns_of("student", "student")) for s in read_scores(facts)]
     noted = {name: facts[name] for name in names} | {name: inputs[name] for name in ("teacher", "shards")}
     return noted | {"scores": [asdict(metric) for metric in scores]}
-
-
-def _only_student(scores: MetricScores) -> dict[str, Any]:
-    parts: dict[str, dict[str, Any]] = {
-        "values": scores.values,
-        "intervals": scores.intervals,
-        "replicates": scores.replicates,
-        "details": scores.details,
-    }
-    return {name: {k: v for k, v in part.items() if k == "student"} for name, part in parts.items()}
 
 
 def scores_by(metric: str, facts: Mapping[str, Any]) -> MetricScores:
