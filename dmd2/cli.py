@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     verb, *rest = arguments
     if verb not in VERBS:
-        raise Refused(f"unknown verb {verb!r}; {near_miss(verb, list(VERBS))}")
+        raise Refused(f"unknown verb {verb!r}; {near_miss(verb, VERBS)}")
     if verb == "recipes":
         print(_recipes(rest))
         return

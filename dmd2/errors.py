@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import NoReturn
@@ -81,8 +81,9 @@ def brief(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def near_miss(name: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)` if a known name is close, and the list of known names."""
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'? ` if a known name is close, and the list of known names."""
+    known = list(known)
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(sorted(known))}"

@@ -173,7 +173,7 @@ def _choose(value: str, variable: str, known: tuple[str, ...]) -> str:
     from dmd2.errors import Refused, near_miss  # which imports this module
 
     if value not in known:
-        raise Refused(f"{variable} is {value!r}; {near_miss(value, list(known))}")
+        raise Refused(f"{variable} is {value!r}; {near_miss(value, known)}")
     return value
 
 

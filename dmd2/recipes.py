@@ -435,7 +435,7 @@ def default_gpus(config: Config) -> int:
 def get(name: str) -> Config:
     """The Config of a recipe; raises Refused for an unknown name."""
     if name not in RECIPES:
-        raise Refused(f"unknown recipe {name!r}; {near_miss(name, list(RECIPES))}")
+        raise Refused(f"unknown recipe {name!r}; {near_miss(name, RECIPES)}")
     return RECIPES[name]()
 
 

@@ -42,7 +42,7 @@ def reference(name: str, path: Path = PINS) -> str:
     """The reference of an image, with or without a digest."""
     known = pins(path)
     if name not in known:
-        raise Refused(f"{path} names no image {name!r}; {near_miss(name, list(known))}")
+        raise Refused(f"{path} names no image {name!r}; {near_miss(name, known)}")
     return known[name]
 
 

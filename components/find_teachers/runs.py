@@ -93,9 +93,7 @@ class UploadedPipeline:
         known = self._spec["root"].get("inputDefinitions", {}).get("parameters", {})
         for name, value in settings.items():
             if name not in known:
-                raise Refused(
-                    f"pipeline {self.name!r} has no parameter {name!r}; {near_miss(name, list(known))}"
-                )
+                raise Refused(f"pipeline {self.name!r} has no parameter {name!r}; {near_miss(name, known)}")
             if (choices := known[name].get("literals")) and value not in choices:
                 raise Refused(f"{name} is {value!r}; {near_miss(str(value), choices)}")
 

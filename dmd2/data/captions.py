@@ -38,7 +38,7 @@ def require_column(there: Sequence[str], chosen: str, where: str, advice: str) -
     if (found := find_column(there, chosen)) is None:
         wanted = repr(chosen) if chosen else "of captions, named " + ", ".join(COLUMNS)
         raise Refused(
-            f"{where} has no column or field {wanted}: {near_miss(chosen or COLUMNS[0], list(map(str, there)))}; {advice}"
+            f"{where} has no column or field {wanted}: {near_miss(chosen or COLUMNS[0], map(str, there))}; {advice}"
         )
     return found
 

@@ -71,7 +71,7 @@ def prepare_image(
         profiles: Counts what was done with colour profiles, by reason.
     """
     if filter not in FILTERS:
-        raise Refused(f"no filter is named {filter!r}: {near_miss(filter, list(FILTERS))}")
+        raise Refused(f"no filter is named {filter!r}: {near_miss(filter, FILTERS)}")
     mode = "L" if channels == 1 else "RGB"
     image = _to_8_bits(ImageOps.exif_transpose(image))
     image, done = convert_to_srgb(image)

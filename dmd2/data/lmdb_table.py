@@ -228,7 +228,7 @@ class Table:
             Refused: There is no such column or row, or the stored value is not of the column's dtype and shape.
         """
         if name not in self.columns:
-            raise Refused(f"{self.path} has no column {name!r}; {near_miss(name, list(self.columns))}")
+            raise Refused(f"{self.path} has no column {name!r}; {near_miss(name, self.columns)}")
         if not 0 <= operator.index(index) < len(self):
             raise Refused(f"{self.path} has no row {index}; it has {len(self)}, counted from 0")
         column, stored = self.columns[name], self._get(_key(name, index))

@@ -196,18 +196,17 @@ class Shards:
 
     def labels_and_texts(self, places: Iterable[int]) -> list[tuple[int, str]]:
         """Labels and captions of the samples at these indices, without their images."""
-        starts, wanted = self._starts, list(places)
-        shards = np.searchsorted(starts, wanted, side="right") - 1
-        return [
-            self._open_shard(int(shard)).label_and_text(int(place - starts[shard]))
-            for shard, place in zip(shards, wanted, strict=True)
-        ]
+        return [self._open_shard(shard).label_and_text(index) for shard, index in self._locate(places)]
 
     def select(self, places: Iterable[int]) -> RawBatch:
         """The samples at these indices of the whole split."""
-        starts, wanted = self._starts, list(places)
-        shards = np.searchsorted(starts, wanted, side="right") - 1
-        return collate([self.sample(int(s), int(p - starts[s])) for s, p in zip(shards, wanted, strict=True)])
+        return collate([self.sample(shard, index) for shard, index in self._locate(places)])
+
+    def _locate(self, places: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """(shard, index in it) of these indices of the whole split."""
+        wanted = list(places)
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        return ((int(s), int(p - self._starts[s])) for s, p in zip(shards, wanted, strict=True))
 
     def _open_shard(self, shard: int) -> TarShard | LmdbShard:
         """The opened shard; the least recently used one is closed if more than `max_open` are open."""

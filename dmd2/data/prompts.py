@@ -10,9 +10,9 @@ import io
 import pickle
 import pickletools
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from dmd2.data.archives import open_parquet
 from dmd2.data.captions import check_different, clean, lines_of, read_csv, read_jsonl, require_column
@@ -43,7 +43,7 @@ def read_prompts(address: str) -> list[str]:
     suffix = Path(address).suffix.lower()
     if suffix not in READERS:
         raise Refused(
-            f"{address} is no file of prompts by its suffix {suffix!r}: {near_miss(suffix, list(READERS))}"
+            f"{address} is no file of prompts by its suffix {suffix!r}: {near_miss(suffix, READERS)}"
         )
     if chosen and suffix not in (".jsonl", ".csv", ".parquet"):
         raise Refused(f"{address} has no columns to choose {column!r} from; give the address alone")
@@ -94,14 +94,11 @@ def _parquet(path: Path, address: str, column: str) -> Iterator[Any]:
 def _pickle(path: Path, address: str, column: str) -> Sequence[Any]:
     data = path.read_bytes()
     try:
-        for instruction, argument, _ in pickletools.genops(data):
-            # A memo index far beyond the length of the file only serves to exhaust memory.
-            far = "PUT" in instruction.name and isinstance(argument, int) and argument > len(data)
-            if instruction.name not in PLAIN_OPCODES or far:
-                raise Refused(
-                    f"{address} is a pickle that does more than list strings ({instruction.name}), so nothing of it "
-                    "was run; save the prompts as a text file"
-                )
+        if forbidden := forbidden_opcode(io.BytesIO(data), PLAIN_OPCODES):
+            raise Refused(
+                f"{address} is a pickle that does more than list strings ({forbidden}), so nothing of it was run; save the prompts "
+                "as a text file"
+            )
         found = PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
     except Refused:
         raise
@@ -110,6 +107,18 @@ def _pickle(path: Path, address: str, column: str) -> Sequence[Any]:
     if not isinstance(found, list | tuple):
         raise Refused(f"{address} is a pickled {type(found).__name__}; a list of strings is needed")
     return found
+
+
+def forbidden_opcode(stream: BinaryIO, allowed: Collection[str]) -> str:
+    """The name of the first opcode of a pickle that is not allowed, or would only exhaust memory; empty if there is none."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    for opcode, argument, _ in pickletools.genops(stream):
+        # An index of the memo far beyond the length of the file.
+        far = "PUT" in opcode.name and isinstance(argument, int) and argument > size
+        if opcode.name not in allowed or far:
+            return opcode.name
+    return ""
 
 
 class PlainUnpickler(pickle.Unpickler):

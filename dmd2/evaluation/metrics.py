@@ -143,6 +143,6 @@ def select(names: Iterable[str]) -> list[Metric]:
     names = list(names)
     if unknown := [name for name in names if name not in METRICS]:
         raise Refused(
-            f"evaluate.metrics has {unknown[0]!r}, which is no metric; {near_miss(unknown[0], list(METRICS))}"
+            f"evaluate.metrics has {unknown[0]!r}, which is no metric; {near_miss(unknown[0], METRICS)}"
         )
     return [METRICS[name] for name in names]

@@ -100,7 +100,7 @@ PROTOCOLS: dict[str, Protocol] = dict(
 def find_protocol(name: str) -> Protocol:
     """The row with this name; an unknown name is refused."""
     if name not in PROTOCOLS:
-        raise Refused(f"evaluate.protocol is {name!r}, which is none; {near_miss(name, list(PROTOCOLS))}")
+        raise Refused(f"evaluate.protocol is {name!r}, which is none; {near_miss(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
 

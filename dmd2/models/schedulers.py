@@ -45,7 +45,7 @@ def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
 
     if (name := config.get("_class_name")) not in SCHEDULERS:
         raise Refused(
-            f"the teacher's scheduler is {name!r}, of a process that is not known; {near_miss(str(name), list(SCHEDULERS))}"
+            f"the teacher's scheduler is {name!r}, of a process that is not known; {near_miss(str(name), SCHEDULERS)}"
         )
     defaults = {k: v for k, v in getattr(diffusers, str(name))().config.items() if not k.startswith("_")}
     whole = defaults | config
@@ -77,7 +77,7 @@ def noise_schedule(config: dict[str, Any]) -> Schedule:
     """The noise schedule of a complete scheduler config (`complete_scheduler_config`)."""
     kind, form = config["prediction_type"], config["beta_schedule"]
     if kind not in PREDICTIONS:
-        raise Refused(f"the teacher's prediction_type is {kind!r}; {near_miss(str(kind), list(PREDICTIONS))}")
+        raise Refused(f"the teacher's prediction_type is {kind!r}; {near_miss(str(kind), PREDICTIONS)}")
     if config["trained_betas"] is not None:
         raise Refused(
             "the teacher's scheduler lists trained_betas, which are not supported; it must name a beta_schedule"

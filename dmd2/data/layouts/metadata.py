@@ -61,7 +61,7 @@ def _find_columns(there: Sequence[str], listing: Listing, where: str) -> tuple[s
         text = find_column(there) or ""
     label = wanted.label_column or LABEL
     if wanted.label_column and label not in there:
-        raise Refused(f"{where} has no field {label!r} of labels: {near_miss(label, list(there))}")
+        raise Refused(f"{where} has no field {label!r} of labels: {near_miss(label, there)}")
     return text, label
 
 

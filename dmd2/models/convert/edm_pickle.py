@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dmd2.config import AdmConfig
-from dmd2.data.prompts import PLAIN_OPCODES
+from dmd2.data.prompts import PLAIN_OPCODES, forbidden_opcode
 from dmd2.errors import Refused, brief
 from dmd2.models.adm import MAX_PERIOD, Adm
 from dmd2.models.convert.student_weights import (
@@ -193,15 +192,11 @@ def from_edm_state_dict(tensors: Mapping[str, Tensor]) -> tuple[AdmConfig, dict[
 
 def _read_pickle(path: Path) -> Any:
     """The records of a pickle; its instructions are checked before the first of them is followed."""
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        for instruction, argument, _ in pickletools.genops(stream):
-            # A memo index far beyond the length of the file would only use up memory.
-            far = "PUT" in instruction.name and isinstance(argument, int) and argument > size
-            if instruction.name not in BUILDING or far:
-                raise Refused(
-                    f"it does more than describe a network ({instruction.name}), so nothing of it was run; get the file again from its publisher"
-                )
+        if forbidden := forbidden_opcode(stream, BUILDING):
+            raise Refused(
+                f"it does more than describe a network ({forbidden}), so nothing of it was run; get the file again from its publisher"
+            )
         stream.seek(0)
         return RecordingUnpickler(stream).load()
 

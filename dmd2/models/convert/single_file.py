@@ -138,7 +138,7 @@ def _prediction_type(key: str, value: str) -> str:
         return "v_prediction" if _is_true(value) else "epsilon"
     if (known := PREDICTION_NAMES.get(value.strip().lower())) is None:
         raise Refused(
-            f"its metadata have {key} = {value!r:.60}, which is no known prediction type; {near_miss(value, list(PREDICTION_NAMES))}"
+            f"its metadata have {key} = {value!r:.60}, which is no known prediction type; {near_miss(value, PREDICTION_NAMES)}"
         )
     return known
 

@@ -30,7 +30,7 @@ def read_tensor_file(path: Path) -> TensorFile:
     """Read a .safetensors, .bin, .pt or .pth file of tensors; pages are read from the disk when a tensor is used."""
     if require_file(path).suffix not in READERS:
         raise Refused(
-            f"it is no file of weights by its suffix {path.suffix!r}: {near_miss(path.suffix, list(READERS))}"
+            f"it is no file of weights by its suffix {path.suffix!r}: {near_miss(path.suffix, READERS)}"
         )
     with refuse_broken_file(f"file of tensors ({path.name})"):
         file = READERS[path.suffix](path)
