@@ -392,10 +392,10 @@ def summary(config: Config) -> str:
 
 def overview() -> str:
     """All recipes: what each is, what it needs beside data and teacher, and what was published of its run."""
-    return "\n".join(_described(name) for name in RECIPES)
+    return "\n".join(_describe(name) for name in RECIPES)
 
 
-def _described(name: str) -> str:
+def _describe(name: str) -> str:
     config = get(name)
     lines = [name, f"  {summary(config)}; {config.distill.steps:,} steps of batch {config.distill.batch}"]
     if found := needs(config):

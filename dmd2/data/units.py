@@ -94,10 +94,12 @@ def _shuffled_units(records: Sequence[SourceImage], config: Config) -> list[Unit
         for start in range(0, len(part), data.images_per_shard)
     ]
 
-    def opened(indices: np.ndarray, account: Account) -> Iterator[SourceImage]:
+    def open_images(indices: np.ndarray, account: Account) -> Iterator[SourceImage]:
         return (records[i] for i in indices)
 
-    return [Unit(n, partial(opened, piece), split, len(piece)) for n, (piece, split) in enumerate(pieces)]
+    return [
+        Unit(n, partial(open_images, piece), split, len(piece)) for n, (piece, split) in enumerate(pieces)
+    ]
 
 
 def needs_captions(config: Config) -> bool:

@@ -50,7 +50,7 @@ def candidates(folder: Path, name: str) -> Iterator[list[str]]:
     for variant in VARIANTS:
         yield [_single_name(name, variant)]
         if (index := folder / index_name(name, variant)).is_file():
-            yield _listed(index)
+            yield _listed_names(index)
 
 
 def index_name(name: str, variant: str = "") -> str:
@@ -76,13 +76,13 @@ def _single_name(name: str, variant: str) -> str:
 
 def _members(index: Path) -> list[str]:
     """The files that an index lists, which must be there."""
-    names = _listed(index)
+    names = _listed_names(index)
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise Refused(f"{index} lists {missing[0]}, which is not there; get the folder again")
     return names
 
 
-def _listed(index: Path) -> list[str]:
+def _listed_names(index: Path) -> list[str]:
     """The names of files in an index, each once; refused unless they are those of safetensors files in its folder."""
     if (size := index.stat().st_size) > MAX_INDEX_BYTES:
         raise Refused(

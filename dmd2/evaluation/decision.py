@@ -87,7 +87,7 @@ def examine(condition: Condition, scores: MetricScores) -> Finding:
     excess = _excess(condition, scores, sign)
     verdict: Verdict = "met" if excess[1] <= 0 else "violated" if excess[0] > 0 else "not enough evidence"
     return Finding(
-        _written(condition, sign),
+        _condition_text(condition, sign),
         condition.subject,
         verdict,
         _reason(condition, scores, value, bound, verdict),
@@ -153,7 +153,7 @@ def _excess_of(
     return centre - error, centre + error
 
 
-def _written(condition: Condition, sign: str) -> str:
+def _condition_text(condition: Condition, sign: str) -> str:
     subject = "" if condition.subject == STUDENT else f"{condition.subject}."
     times = f"*{condition.of}" if condition.of else ""
     return f"{subject}{condition.metric}{sign}{condition.number:g}{times}"

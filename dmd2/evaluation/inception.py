@@ -104,7 +104,7 @@ def convert(program: Path, out: Path) -> None:
     """Write the tensors of the TorchScript program as safetensors, if the module computes the same with them. The program is run: it must
     be a trusted one, in a file named as clean-fid names it."""
     published = InceptionV3W(str(program.parent), download=False)
-    state = dict(renamed(published.base.state_dict()))
+    state = dict(rename_tensors(published.base.state_dict()))
     network = _network(state, program.name)
     generator = torch.Generator().manual_seed(0)
     images = 255 * torch.rand(2, 3, SIZE, SIZE, generator=generator)
@@ -127,7 +127,7 @@ def convert(program: Path, out: Path) -> None:
         save_tensors(state, scratch)
 
 
-def renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def rename_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the program by the names of `Inception`; units are told by TensorFlow's names, whatever joins their parts."""
     units = dict(_units())
     for key, tensor in state.items():

@@ -21,7 +21,7 @@ from dmd2.evaluation.confidence import margin
 from dmd2.evaluation.efficientnet import EfficientNet
 from dmd2.evaluation.features import load_pretrained, reduced_to
 from dmd2.evaluation.inception import Inception
-from dmd2.evaluation.influence import scrambled
+from dmd2.evaluation.influence import scramble
 from dmd2.evaluation.measurements import Measurement
 from dmd2.evaluation.metrics import Score
 from dmd2.evaluation.neighbours import KeptFeatures
@@ -66,7 +66,7 @@ class InceptionScoreState(KeptFeatures):
             raise Refused(
                 f"the Inception Score is the mean over {SPLITS} parts, and a set has only {count} images; evaluate more"
             )
-        shuffled = probabilities[scrambled(torch.arange(count)).argsort()]
+        shuffled = probabilities[scramble(torch.arange(count)).argsort()]
         ends = [part * count // SPLITS for part in range(SPLITS + 1)]
         values = [_score(shuffled[start:end]) for start, end in pairwise(ends)]
         value, width = sum(values) / SPLITS, margin(values)

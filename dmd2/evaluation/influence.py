@@ -19,29 +19,29 @@ CHUNK = 1024
 """Rows whose influence is computed at a time."""
 
 
-def scrambled(rows: Tensor) -> Tensor:
+def scramble(rows: Tensor) -> Tensor:
     """Mixed bits of row numbers, int64, not negative: the same numbers for the same rows (splitmix64)."""
 
-    def wrapped(constant: int) -> int:
+    def to_signed(constant: int) -> int:
         return constant - 2**64 if constant >= 2**63 else constant
 
-    def shifted(x: Tensor, bits: int) -> Tensor:
+    def shift_right(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & (2 ** (64 - bits) - 1)
 
-    x = (rows + 1) * wrapped(0x9E3779B97F4A7C15)
-    x = (x ^ shifted(x, 30)) * wrapped(0xBF58476D1CE4E5B9)
-    x = (x ^ shifted(x, 27)) * wrapped(0x94D049BB133111EB)
-    return shifted(x ^ shifted(x, 31), 1)
+    x = (rows + 1) * to_signed(0x9E3779B97F4A7C15)
+    x = (x ^ shift_right(x, 30)) * to_signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shift_right(x, 27)) * to_signed(0x94D049BB133111EB)
+    return shift_right(x ^ shift_right(x, 31), 1)
 
 
 def half_of_rows(rows: Tensor) -> Tensor:
     """Which of the rows are in the first of two random halves, bool."""
-    return scrambled(rows) % 2 == 0
+    return scramble(rows) % 2 == 0
 
 
 def groups_of_rows(rows: Tensor) -> Tensor:
     """The random group of each row, 0 to GROUPS - 1."""
-    return scrambled(rows) // 2 % GROUPS
+    return scramble(rows) // 2 % GROUPS
 
 
 class SampledRows:
@@ -65,7 +65,7 @@ class SampledRows:
 
     def _prune(self) -> None:
         rows, features = (torch.cat(each) for each in zip(*self.parts, strict=True))
-        kept = scrambled(rows).argsort()[:LARGEST_SAMPLE].sort().values
+        kept = scramble(rows).argsort()[:LARGEST_SAMPLE].sort().values
         self.parts = [(rows[kept], features[kept])]
 
     def sample(self) -> tuple[Tensor, Tensor]:

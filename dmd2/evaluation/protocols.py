@@ -106,7 +106,7 @@ def find_protocol(name: str) -> Protocol:
 
 def make_card(settings: EvaluateConfig) -> dict[str, Any]:
     """The values that decide a score, and as `differs` those of them that are not the protocol's."""
-    given, protocol = _pinned(settings), _pinned(find_protocol(settings.protocol).settings)
+    given, protocol = _pinned_values(settings), _pinned_values(find_protocol(settings.protocol).settings)
     differs = {name: value for name, value in given.items() if value != protocol[name]}
     return {"protocol": settings.protocol, "differs": differs} | given
 
@@ -125,7 +125,7 @@ def describe_selection(training: DistillConfig | None, facts: Mapping[str, Any])
     return {"checkpoint": facts["best_step"]} | by
 
 
-def _pinned(settings: EvaluateConfig) -> dict[str, Any]:
+def _pinned_values(settings: EvaluateConfig) -> dict[str, Any]:
     values = settings.model_dump(mode="json", include=set(PINNED))
     values["inception"] = values["inception"]["sha256"]
     return {name: values[name] for name in PINNED}

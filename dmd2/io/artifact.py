@@ -145,7 +145,7 @@ def read_manifest(folder: str | Path, *kinds: str) -> Manifest:
     if manifest.kind not in kinds:
         raise Refused(f"{folder} is a {manifest.kind} folder; a {kind} folder is needed here")
     if not manifest.seal:
-        _say_unsealed(join_uri(folder, MANIFEST))
+        _warn_unsealed(join_uri(folder, MANIFEST))
     elif manifest.seal != _seal(text):
         raise Refused(
             f"{join_uri(folder, MANIFEST)} was changed after it was written (its seal, a sha256, differs); remove the folder and make it again"
@@ -154,7 +154,7 @@ def read_manifest(folder: str | Path, *kinds: str) -> Manifest:
 
 
 @functools.cache
-def _say_unsealed(name: str) -> None:
+def _warn_unsealed(name: str) -> None:
     """Once per manifest."""
     logger.warning(
         "%s is of a version that did not seal manifests, so it cannot be told whether it was changed", name

@@ -102,7 +102,7 @@ def _collect(module: _Module, name: str, found: _Found) -> None:
         return
     node = module.definitions[name]
     found.definitions[name] = ""  # it may need itself
-    used, named = set(_used(node)), {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    used, named = set(_used_names(node)), {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
     for other in sorted(named & (module.definitions.keys() | module.imports.keys())):
         if other in used or not is_ours(module.imports.get(other, ("", ""))[0]):
             _collect(module, other, found)
@@ -131,7 +131,7 @@ def is_ours(module: str) -> bool:
     return module.partition(".")[0] == LIBRARY
 
 
-def _used(node: ast.AST) -> Iterator[str]:
+def _used_names(node: ast.AST) -> Iterator[str]:
     """Names that are evaluated: all but those in annotations."""
     if isinstance(node, ast.Name):
         yield node.id
@@ -140,4 +140,4 @@ def _used(node: ast.AST) -> Iterator[str]:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
-                yield from _used(child)
+                yield from _used_names(child)

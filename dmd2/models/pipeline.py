@@ -74,7 +74,9 @@ class Pipeline:
 
         parts = {name: self._load_part(name, device) for name in self.parts}
         try:
-            pipe = getattr(diffusers, self.kind)(**parts, **dict.fromkeys(self._unused()), **self.flags)
+            pipe = getattr(diffusers, self.kind)(
+                **parts, **dict.fromkeys(self._unused_arguments()), **self.flags
+            )
         except (TypeError, ValueError) as error:
             raise Refused(f"{self.source} cannot be loaded as a {self.kind}: {brief(error)}") from None
         pipe.set_progress_bar_config(disable=True)
@@ -83,7 +85,7 @@ class Pipeline:
             network.forward = torch.autocast(device.type, dtype)(network.forward)
         return pipe
 
-    def _unused(self) -> list[str]:
+    def _unused_arguments(self) -> list[str]:
         """Arguments without a default of the class that the pipeline has no part for."""
         import diffusers
 

@@ -116,7 +116,7 @@ def _draw_student(student: Student, request: Request, progress: Progress) -> Ima
     def samples(timed: Model, prompts: Sequence[int | str]) -> Tensor:
         return timed.samples(prompts, request.seed)
 
-    return _timed(model, request, samples, vae, student.safety, request.steps, progress)
+    return _draw_and_time(model, request, samples, vae, student.safety, request.steps, progress)
 
 
 def _draw_teacher(student: Student, teacher: Model, request: Request, progress: Progress) -> Images:
@@ -130,10 +130,10 @@ def _draw_teacher(student: Student, teacher: Model, request: Request, progress: 
         steps, guidance = request.teacher_steps, request.guidance
         return timed.teacher_samples(prompts, request.seed, steps, guidance, noises=request.steps)
 
-    return _timed(teacher, request, samples, vae, student.safety, calls, progress)
+    return _draw_and_time(teacher, request, samples, vae, student.safety, calls, progress)
 
 
-def _timed(
+def _draw_and_time(
     model: Model,
     request: Request,
     samples: Callable[[Model, Sequence[int | str]], Tensor],
@@ -144,7 +144,7 @@ def _timed(
 ) -> Images:
     timer = PhaseTimer(next(model.network.parameters()).device)
     calls *= -(-request.images // model.usual_batch)
-    with _counted(model, lambda done: progress(min(1.0, done / calls))):
+    with _report_calls(model, lambda done: progress(min(1.0, done / calls))):
         x = samples(replace(model, timer=timer), [request.prompt] * request.images)
     timer.start("decode")
     pixels = vae.decode(x) if vae else model.family.decode(x)
@@ -157,7 +157,7 @@ def _timed(
 
 
 @contextmanager
-def _counted(model: Model, report: Callable[[int], None]) -> Iterator[None]:
+def _report_calls(model: Model, report: Callable[[int], None]) -> Iterator[None]:
     """Report the number of network calls as they begin."""
     calls = 0
 

@@ -56,7 +56,7 @@ def alias(name: str, aliases: str, *, model: str = "", expected: str = "", rollb
         if not models:
             raise Refused(f"{aliases} has no name {name!r}; give --model to make it")
         return Alias(name, models)
-    moved = _moved(name, models, model)
+    moved = _move(name, models, model)
     if moved != models:
         try:
             store.compare_and_swap(file, json.dumps({"models": moved}, indent=1).encode(), version)
@@ -67,7 +67,7 @@ def alias(name: str, aliases: str, *, model: str = "", expected: str = "", rollb
     return Alias(name, moved)
 
 
-def _moved(name: str, models: list[dict[str, str]], model: str) -> list[dict[str, str]]:
+def _move(name: str, models: list[dict[str, str]], model: str) -> list[dict[str, str]]:
     """The models with another in front, or without the first one for a rollback."""
     if not model:
         if len(models) < 2:

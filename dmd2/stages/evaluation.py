@@ -120,8 +120,8 @@ class Evaluation:
 
     def image_blocks(self, store: Store) -> dict[str, ImageBlocks]:
         """All sets of images by name, whose blocks are kept in the draft of the evaluation."""
-        sampled = {name: self._sampled(each, store) for name, each in self.sets.items()}
-        real = {name: self._real(name, store) for name in self.real}
+        sampled = {name: self._sampled_blocks(each, store) for name, each in self.sets.items()}
+        real = {name: self._real_blocks(name, store) for name in self.real}
         return {REFERENCE: real[REFERENCE]} | sampled | {REAL: real[REAL]}
 
     @cached_property
@@ -239,12 +239,12 @@ class Evaluation:
                 picture = pictures / f"{name}.png" if name in self.sets else None
                 self.keep.keep(each.pins, each.blocks, facts, picture)
 
-    def _real(self, name: str, store: Store) -> ImageBlocks:
+    def _real_blocks(self, name: str, store: Store) -> ImageBlocks:
         real = self.real[name]
         pins = {"shards": real.shards.manifest.digest, "split": real.shards.split}
         return self._blocks(store, real.title, pins, real.prompts, BATCH, real.images)
 
-    def _sampled(self, each: SampledSet, store: Store) -> ImageBlocks:
+    def _sampled_blocks(self, each: SampledSet, store: Store) -> ImageBlocks:
         settings = self.config.evaluate
         pins = {"reference": self.reference.manifest.digest, "seed": settings.seed, "dtype": self._precision}
 

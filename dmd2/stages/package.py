@@ -61,7 +61,7 @@ def package(
     """
     said = Terms(license, license_link, restrictions)
     said.check()
-    made, evaluated, decided = _accepted(run, evaluation, gate)
+    made, evaluated, decided = _read_accepted(run, evaluation, gate)
     terms, data_terms = terms_of_use(made, said)
     options: dict[str, str | int] = {"single_file": single_file, "low_rank": low_rank}
     options |= {
@@ -101,7 +101,7 @@ def package(
     return read_manifest(out, "package")
 
 
-def _accepted(run: str, evaluation: str, gate: str) -> tuple[Manifest, Manifest, Manifest]:
+def _read_accepted(run: str, evaluation: str, gate: str) -> tuple[Manifest, Manifest, Manifest]:
     """The manifests, or Refused if they do not belong together or the gate did not accept the run."""
     made = read_manifest(run, "run")
     evaluated, decided = read_manifest(evaluation, "evaluation"), read_manifest(gate, "gate")

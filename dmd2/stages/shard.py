@@ -57,11 +57,11 @@ def shard(config: Config, source: str, out: str, workers: int = 0, part: str = "
         layout, _, address = source.partition(":")
         draft.facts |= stated_licence("data", address if layout in LAYOUTS else source)
     made = read_manifest(out, "shards")
-    _tell(made)
+    _log_account(made)
     return made
 
 
-def _tell(made: Manifest) -> None:
+def _log_account(made: Manifest) -> None:
     """Log what became of the source; as a warning if images were unreadable or have no caption."""
     account = Account.model_validate(made.facts["account"])
     level = logging.WARNING if made.facts["unreadable"] or made.facts.get("without_caption") else logging.INFO

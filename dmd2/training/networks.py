@@ -141,7 +141,7 @@ def _networks(
         return DistillNetworks(teacher, student, teacher, autocast)
     critic = low_rank(teacher, lora) if lora and lora.shared_base else whole("critic")
     return DistillNetworks(
-        teacher, student, critic, autocast, merged(teacher, student, lora) if lora else None
+        teacher, student, critic, autocast, merged_network(teacher, student, lora) if lora else None
     )
 
 
@@ -151,7 +151,7 @@ def with_lora(teacher: nn.Module, fam: ModelFamily, lora: LoraConfig) -> nn.Modu
     return adapters.add_low_rank_update(teacher, fam.lora_targets, lora)
 
 
-def merged(teacher: nn.Module, student: nn.Module, lora: LoraConfig) -> MergedNetwork:
+def merged_network(teacher: nn.Module, student: nn.Module, lora: LoraConfig) -> MergedNetwork:
     from dmd2.models import lora as adapters
 
     return adapters.MergedNetwork(teacher, student, lora)

@@ -40,7 +40,7 @@ class BackwardSimulation:
     seed: int
 
     def __call__(self, real: Batch, step: int) -> Batch:
-        return _simulated(self.student, real, self.timesteps, self.stop(step))
+        return _simulate_rollout(self.student, real, self.timesteps, self.stop(step))
 
     def stop(self, step: int) -> int:
         return draw_shared(self.seed, step, len(self.timesteps))
@@ -74,9 +74,9 @@ class ContinuedRollouts:
         stop = (self.stop(step) + step - turn) % len(self.timesteps)
         previous = self.unfinished.popleft() if step > turn else None
         if previous and stop:
-            fake = self._continued(previous, real, stop)
+            fake = self._continue_rollout(previous, real, stop)
         else:
-            fake = _simulated(self.student, real, self.timesteps, 0 if previous else stop)
+            fake = _simulate_rollout(self.student, real, self.timesteps, 0 if previous else stop)
         self.unfinished.append(replace(fake, x=fake.x.detach()))
         return fake
 
@@ -89,7 +89,7 @@ class ContinuedRollouts:
     def _turn(self, step: int) -> int:
         return step - step % self.critic_updates
 
-    def _continued(self, previous: Batch, real: Batch, stop: int) -> Batch:
+    def _continue_rollout(self, previous: Batch, real: Batch, stop: int) -> Batch:
         timestep = torch.full((len(previous.x),), self.timesteps[stop], device=previous.x.device)
         x_t = self.student.diffusion.add_noise(previous.x, real.rng.normal_like(previous.x), timestep)
         return replace(previous, x=self.student(x_t, timestep, previous.cond), rng=real.rng)
@@ -112,7 +112,7 @@ class NoisedReal:
         return 1
 
 
-def _simulated(student: Denoiser, real: Batch, timesteps: Timesteps, stop: int) -> Batch:
+def _simulate_rollout(student: Denoiser, real: Batch, timesteps: Timesteps, stop: int) -> Batch:
     """Rollouts from pure noise with the conditioning that the batch has for fake samples."""
     batch, noise = real.for_fakes(), real.rng.normal_like
     return replace(batch, x=backward_simulation(student, noise(real.x), batch.cond, timesteps, stop, noise))

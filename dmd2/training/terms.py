@@ -177,7 +177,7 @@ class Adversarial:
 
     def student_loss(self, fake: Batch) -> Tensor:
         """The weighted non-saturating loss (DMD2, eq. 4)."""
-        return self.student_weight * losses.gan_student(self._logits(*self._noised(fake)))
+        return self.student_weight * losses.gan_student(self._logits(*self._add_noise(fake)))
 
     def critic_passes(self) -> list[CriticPass]:
         loss = self._real_loss if self.reuse_denoising_pass else self._real_and_fake_loss
@@ -190,8 +190,8 @@ class Adversarial:
     def _real_and_fake_loss(self, fake: Batch, real: Batch) -> Losses:
         """Both halves of the discriminator's loss (DMD2, eq. 4), from one forward pass of twice the batch."""
         (x_real, timestep_real, cond_real), (x_fake, timestep_fake, cond_fake) = (
-            self._noised(real),
-            self._noised(fake),
+            self._add_noise(real),
+            self._add_noise(fake),
         )
         logits = self._logits(
             torch.cat([x_real, x_fake]), torch.cat([timestep_real, timestep_fake]), cond_real.cat(cond_fake)
@@ -200,9 +200,9 @@ class Adversarial:
         return {self.name: self.critic_weight * loss}
 
     def _real_loss(self, fake: Batch, real: Batch) -> Losses:
-        return {self.name: self.critic_weight * losses.gan_real(self._logits(*self._noised(real)))}
+        return {self.name: self.critic_weight * losses.gan_real(self._logits(*self._add_noise(real)))}
 
-    def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Conditioning]:
+    def _add_noise(self, batch: Batch) -> tuple[Tensor, Tensor, Conditioning]:
         """(x_t, timestep, cond) at a random timestep below `max_timestep`."""
         return *noise_at_random_timestep(batch, self.critic.diffusion, 0, self.max_timestep), batch.cond
 

@@ -156,7 +156,7 @@ class Baseline:
         self.critic_modules.requires_grad_(False)
         losses = {"student/dmd": self._distribution_matching(x, real)}
         if self.gan:
-            x_t, timestep, _ = self._noised(
+            x_t, timestep, _ = self._add_noise(
                 x, real, 0, self._num_gan_timesteps(self.gan.max_timestep_fraction)
             )
             logits = self._logits(x_t, timestep, real.cond)
@@ -171,8 +171,10 @@ class Baseline:
         noised = {}
         if self.gan:
             top = self._num_gan_timesteps(self.gan.max_timestep_fraction)
-            noised = {"real": self._noised(real.x, real, 0, top), "fake": self._noised(x, real, 0, top)}
-        losses = {"critic/dmd": self._denoising(x, self._noised(x, real, 0, self._num_timesteps), real.cond)}
+            noised = {"real": self._add_noise(real.x, real, 0, top), "fake": self._add_noise(x, real, 0, top)}
+        losses = {
+            "critic/dmd": self._denoising(x, self._add_noise(x, real, 0, self._num_timesteps), real.cond)
+        }
         if self.gan:
             fake_logits, real_logits = self._both_logits(noised["fake"], noised["real"], real.cond)
             both = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
@@ -186,7 +188,7 @@ class Baseline:
         low = int(self.matching.min_timestep_fraction * self._num_timesteps)
         high = min(self._num_timesteps, int(self.matching.max_timestep_fraction * self._num_timesteps) + 1)
         with torch.no_grad():
-            x_t, timestep, _ = self._noised(x, real, low, high)
+            x_t, timestep, _ = self._add_noise(x, real, low, high)
             of_critic = self._x0(self.critic, x_t, timestep, real.cond)
             of_teacher = self._guided(x_t, timestep, real)
             distance = (x - of_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
@@ -231,7 +233,7 @@ class Baseline:
     def _x0(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         return self.process.x0(self.process.out(network, x_t, timestep, cond), x_t, timestep)
 
-    def _noised(self, x: Tensor, sample: Batch, low: int, high: int) -> NoisedSamples:
+    def _add_noise(self, x: Tensor, sample: Batch, low: int, high: int) -> NoisedSamples:
         timestep = sample.rng.integers(low, high, x)
         eps = sample.rng.normal_like(x)
         return self.process.noised(x, eps, timestep), timestep, eps

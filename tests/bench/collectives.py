@@ -144,7 +144,7 @@ def discriminator_passes_apart(trainer: DMD2Trainer) -> list[CriticPass]:
     assert isinstance(gan, Adversarial)
 
     def fake_loss(fake: Batch, real: Batch) -> Losses:
-        return {gan.name: gan.fake_loss(gan.critic.features(*gan._noised(fake)))}
+        return {gan.name: gan.fake_loss(gan.critic.features(*gan._add_noise(fake)))}
 
     of_gan = [CriticPass("fake", fake_loss, False), CriticPass("real", gan._real_loss, False)]
     return [*of_gan, *matching.critic_passes()]

@@ -19,7 +19,7 @@ from dmd2.data.shard_table import HOLDOUT
 from dmd2.evaluation import neighbours
 from dmd2.evaluation.clip_score import PREFIX, Clip, ClipState
 from dmd2.evaluation.evaluator import Evaluator, score_states
-from dmd2.evaluation.influence import scrambled
+from dmd2.evaluation.influence import scramble
 from dmd2.evaluation.measurements import MEASUREMENTS
 from dmd2.evaluation.memorisation import Neighbours
 from dmd2.evaluation.metrics import METRICS, ImageBatch, MetricState, Score, select
@@ -131,7 +131,7 @@ def test_the_inception_score_is_that_of_the_paper() -> None:
     """The formula in numpy, of ten random parts; torch-fidelity 0.4 gives the same number for the same parts."""
     logits = 3 * RNG.normal(size=(57, 9))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    order = scrambled(torch.arange(57)).argsort().numpy()
+    order = scramble(torch.arange(57)).argsort().numpy()
     values = []
     for part in (order[i * 57 // 10 : (i + 1) * 57 // 10] for i in range(10)):
         divergence = (p[part] * (np.log(p[part]) - np.log(p[part].mean(0)))).sum(1)

@@ -120,7 +120,7 @@ def _vae_name(name: str, levels: int) -> str:
         return f"{match[1]}.mid.attn_1.{VAE_ATTENTION[match[2]]}.{match[3]}"
     # Upsampling is numbered from the finest resolution there, from the coarsest here.
     name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
-    return _replaced(name, VAE_PARTS)
+    return _replace_parts(name, VAE_PARTS)
 
 
 def _clip(weights: Weights) -> Weights:
@@ -135,9 +135,9 @@ def _open_clip(weights: Weights) -> Weights:
         layer, is_query, rest = name.partition("self_attn.q_proj.")
         if is_query:
             parts = [weights[f"{layer}self_attn.{which}_proj.{rest}"] for which in "qkv"]
-            found[f"{_replaced(layer, OPEN_CLIP)}attn.in_proj_{rest}"] = torch.cat(parts)
+            found[f"{_replace_parts(layer, OPEN_CLIP)}attn.in_proj_{rest}"] = torch.cat(parts)
         elif not re.search(r"self_attn\.[kv]_proj\.|position_ids$", name):
-            found[_replaced(name, OPEN_CLIP)] = tensor.T if name == "text_projection.weight" else tensor
+            found[_replace_parts(name, OPEN_CLIP)] = tensor.T if name == "text_projection.weight" else tensor
     return found
 
 
@@ -155,7 +155,7 @@ SDXL_TEXTS = {
 """Folder of a network -> its prefix in the file, and the function that renames its weights."""
 
 
-def _replaced(name: str, parts: Mapping[str, str]) -> str:
+def _replace_parts(name: str, parts: Mapping[str, str]) -> str:
     for here, there in parts.items():
         name = name.replace(here, there)
     return name

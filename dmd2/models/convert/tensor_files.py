@@ -49,7 +49,7 @@ def _safetensors(path: Path) -> TensorFile:
         return TensorFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
 
 
-def _pickled(path: Path) -> TensorFile:
+def _unpickle(path: Path) -> TensorFile:
     found = unpickle_tensors(path, mmap=zipfile.is_zipfile(path))
     if not isinstance(found, dict):
         raise Refused(
@@ -69,7 +69,7 @@ def unpickle_tensors(source: Path | io.BytesIO, mmap: bool = False) -> Any:
         ) from None
 
 
-READERS = {".safetensors": _safetensors} | dict.fromkeys((".bin", ".pt", ".pth"), _pickled)
+READERS = {".safetensors": _safetensors} | dict.fromkeys((".bin", ".pt", ".pth"), _unpickle)
 
 
 def require_file(path: Path) -> Path:
