@@ -108,7 +108,8 @@ class Torchrun:
         check_gpus(self.gpus)
         command = [sys.executable, "-m", __name__, str(self.processes), *self.arguments]
         # In a session of its own, so that Ctrl-C in a terminal reaches the workers once, through `send_signal`.
-        self.process = subprocess.Popen(command, start_new_session=True)
+        on_cpu = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(command, env=os.environ | on_cpu, start_new_session=True)
         if self.pending_signal:
             self.send_signal(self.pending_signal)
 
@@ -231,16 +232,14 @@ def check_gpus(wanted: int) -> None:
     """Raise Refused if there are fewer GPUs, instead of training on the CPU when a driver is missing or too old for torch."""
     import torch
 
+    from dmd2.parallel.ranks import check_driver
+
     if wanted > (found := torch.cuda.device_count()):
         raise Refused(
             f"gpus is {wanted}, and this machine shows {found}; ask for that many, or 0 for the CPU"
         )
-    # The number is the driver's: it says nothing of whether torch can use them.
-    if wanted and not torch.cuda.is_available():
-        raise Refused(
-            f"torch cannot use the GPUs of this machine, whose driver may be older than CUDA {torch.version.cuda} needs; "
-            "update it, or give 0 gpus for the CPU"
-        )
+    if wanted:
+        check_driver()
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from dmd2.encoders.text import TextEncoders
 from dmd2.encoders.vae import Vae
 from dmd2.errors import Refused
 from dmd2.io.staging import Draft
+from dmd2.parallel.ranks import check_driver
 
 logger = logging.getLogger(__name__)
 
@@ -224,4 +225,5 @@ def _bytes(count: float) -> str:
 
 def distributed_state() -> PartialState:
     """Rank and world size of this process."""
+    check_driver()
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

@@ -36,8 +36,18 @@ GLOO_EXIT_DELAY_S = 0.2
 needs the Python interpreter after its shutdown aborts the process, and the exit status is lost."""
 
 
+def check_driver() -> None:
+    """Raise Refused if there are GPUs that torch cannot use, instead of taking the CPU: the driver counts them even if it is too old."""
+    if torch.cuda.device_count() and not torch.cuda.is_available():
+        raise Refused(
+            f"torch cannot use the GPUs of this machine, whose driver may be older than CUDA {torch.version.cuda} needs; update it, or "
+            "set the environment variable CUDA_VISIBLE_DEVICES to nothing for the CPU"
+        )
+
+
 def device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
+    """The accelerator of this process, or the CPU. Raises Refused if the GPUs' driver does not fit torch."""
+    check_driver()
     return torch.device(PartialState(cpu=not torch.accelerator.is_available(), timeout=HOST_TIMEOUT).device)
 
 
@@ -198,6 +208,7 @@ def init_distributed() -> World:
     """Join the process group of the ranks that torchrun started; without torchrun, a world of one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return World(device())
+    check_driver()
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     here = torch.device(accelerator.type, local_rank) if accelerator else torch.device("cpu")

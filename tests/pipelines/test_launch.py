@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from components.distill.launch import JobSize, Torchrun, _child_processes
+from dmd2.data.latents import distributed_state
 from dmd2.io import artifact
 from dmd2.overrides import override_flags
+from dmd2.parallel import ranks
 from dmd2.training import checkpoint
 from tests import conftest, warm
 
@@ -147,3 +149,5 @@ def test_gpus_whose_driver_torch_cannot_use_are_refused_and_not_replaced_by_the_
     """An old driver counts its GPUs all the same."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert "torch cannot use the GPUs of this machine" in refusal(Torchrun([], 8, 8).start)
+    assert "torch cannot use the GPUs of this machine" in refusal(ranks.device)
+    assert "torch cannot use the GPUs of this machine" in refusal(distributed_state)
