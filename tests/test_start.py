@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 from dmd2.config import Config
 from dmd2.io.staging import draft_artifact
@@ -70,6 +73,7 @@ def test_the_importer_of_a_module_is_found_in_the_log() -> None:
     ]
 
 
+@pytest.mark.skipif(not find_spec("kfp"), reason="needs KFP")
 def test_stages_command_line_and_components_import_nothing_slow() -> None:
     assert slow_imports("-c", "import " + ", ".join(MODULES)) == []
 

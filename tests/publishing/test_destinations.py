@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ publish_model.python_func(models, "edm-digits", "hf://owner/digits", registry, m
 """
 
 
+@pytest.mark.skipif(not find_spec("kfp"), reason="needs KFP")
 def test_the_step_of_the_pipeline_publishes_to_a_folder_the_hub_and_the_registry(
     package: Path, hub: tuple[Any, str], registry: tuple[Any, str], tmp_path: Path
 ) -> None:
