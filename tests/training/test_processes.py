@@ -190,11 +190,18 @@ def forgotten(out: Path) -> int:
 
 def started_again(process: subprocess.Popen[str], out: Path, lost: Sequence[int]) -> None:
     """Wait until torchrun has started others in their place, and they have told of a step."""
-    since, first = time.monotonic(), forgotten(out)
-    while set(workers(process)) & set(lost) or all(line["step"] <= first for line in read_metrics(out)):
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() - since < 180
-        time.sleep(0.05)
+    since = time.monotonic()
+
+    def wait_while(condition: Callable[[], object]) -> None:
+        while condition():
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            assert time.monotonic() - since < 180
+            time.sleep(0.05)
+
+    # One that is left may still publish a checkpoint: what it told of is forgotten only when it has ended.
+    wait_while(lambda: set(workers(process)) & set(lost))
+    first = forgotten(out)
+    wait_while(lambda: all(line["step"] <= first for line in read_metrics(out)))
 
 
 FEW = [("term", 4, "sharded"), ("one", 2, "resident"), ("all", 2, "sharded")]
