@@ -27,7 +27,7 @@ WEIGHT_BYTES = 4
 def plan_page(given: RunParameters, root: str) -> str:
     """The page, as Markdown; raises Refused if a training does not fit or all together exceed the budget.
 
-    It takes about ten seconds of a processor for SDXL, so a run is refused as soon as enough of it is counted.
+    It takes about twelve seconds of a processor for SDXL, so a run is refused as soon as enough of it is counted.
 
     Args:
         root: Folder of the run, where the pages about its trainings will be.

@@ -102,9 +102,8 @@ def start() -> None:
     torch._register_device_module(NAME, Module(f"torch.{NAME}"))
     backend_registration.generate_methods_for_privateuse1_backend()
     dist.Backend.register_backend(NAME, _collectives, devices=[NAME])
-    dist.Backend.backend_capability["gloo"].append(
-        NAME
-    )  # as it is for CUDA: groups of gloo alone exist for the device too
+    # As for CUDA, a group of gloo alone exists for the device too.
+    dist.Backend.backend_capability["gloo"].append(NAME)
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
